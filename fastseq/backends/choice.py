@@ -1,0 +1,81 @@
+"""Which backend runs: by the caller's word, else by a measured rule."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+from . import BACKENDS, load
+from .contract import Problem
+
+Backend = str | tuple[str, ...] | None
+
+
+def preferred(problem: Problem) -> tuple[str, ...]:
+    """The order in which backends are tried when the caller leaves the choice to us."""
+    if problem.mode == "trace":
+        return ("torch", "eager")
+    if problem.mode in ("transform", "dual"):
+        return ("eager",)
+    if problem.device != "cpu":
+        return ("torch", "eager")
+    return ("numba", "torch", "eager")
+
+
+class Verdict(NamedTuple):
+    """What :func:`judge` found: the backend that runs, and why each other one tried does not."""
+
+    chosen: str | None
+    declined: dict[str, str]
+
+
+def _names(backend: Backend) -> tuple[str, ...]:
+    names = (backend,) if isinstance(backend, str) else backend
+    if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            "backend: expected None, a name, or a tuple of names in order of preference, "
+            f"got {backend!r}"
+        )
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return names
+
+
+def reason_against(name: str, problem: Problem) -> str | None:
+    """Why a backend does not run a problem; None if it does."""
+    module = load(name)
+    if isinstance(module, str):
+        return f"not available: {module}"
+    return module.supports(problem)
+
+
+@lru_cache(maxsize=4096)
+def judge(problem: Problem, backend: Backend) -> Verdict:
+    names = preferred(problem) if backend is None else _names(backend)
+    declined: dict[str, str] = {}
+    for name in names:
+        reason = reason_against(name, problem)
+        if reason is None:
+            return Verdict(name, declined)
+        declined[name] = reason
+    return Verdict(None, declined)
+
+
+def select(problem: Problem, backend: Backend = None) -> tuple[str, ModuleType]:
+    """The backend that runs ``problem``.
+
+    Raises ValueError for a name that does not exist, RuntimeError for a backend that is not
+    available on this machine, NotImplementedError where every backend named declines.
+    """
+    verdict = judge(problem, backend)
+    if verdict.chosen is not None:
+        return verdict.chosen, load(verdict.chosen)  # type: ignore[return-value]
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.declined.items())
+    error = (
+        RuntimeError
+        if all(reason.startswith("not available") for reason in verdict.declined.values())
+        else NotImplementedError
+    )
+    raise error(f"backend={backend!r} cannot run this: {reasons}. backend=None always runs.")

@@ -1,0 +1,142 @@
+"""The eager form: torch operations step by step, which autograd sees through.
+
+It serves what no kernel does: every device and dtype, every transform, every order of derivative.
+It is also how the raw backends get their second derivatives.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..cells import Cell, arguments, bind
+from ..cells.declaration import Text
+from .contract import Call, Problem, Result, Weights
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.memory == "lean":
+        return "eager keeps what autograd keeps; memory='lean' needs a backend with kernels (numba)"
+    return None
+
+
+VOCABULARY = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "dsigmoid": lambda y: y * (1 - y),
+    "dtanh": lambda y: 1 - y * y,
+    "drelu": lambda y: torch.where(y <= 0, 0.0, 1.0).to(y.dtype),
+}
+
+
+@cache
+def texts(cell: Cell) -> list[Text]:
+    return [bind(phase.forward, "eager", **VOCABULARY) for phase in cell.phases]
+
+
+def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
+    """One layer. 16-bit types compute gates and carry states other than h in float32."""
+    x = call.x
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    states = call.states or call.zero_states()
+    if call.batch_sizes is None:
+        T, B = x.shape[:2]
+        sizes = [B] * T
+        rows = x.reshape(T * B, x.shape[-1])
+    else:
+        sizes = call.batch_sizes.tolist()
+        rows = x[: sum(sizes)]
+    ys, finals, alongs = [], [], []
+    for r, weights in enumerate(call.weights):
+        reset = None if call.reset is None else call.reset[r, : rows.shape[0]]
+        mask = None if call.h_mask is None else call.h_mask[r]
+        start = [s[r] if k == 0 else s[r].to(wide) for k, s in enumerate(states)]
+        outputs, final, along = _recurrence(
+            call.definition, rows, sizes, start, weights, call.reverse[r], reset, mask, wide
+        )
+        ys.append(outputs)
+        finals.append(final)
+        alongs.append(along)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        value = torch.cat(parts, -1)
+        if call.batch_sizes is None:
+            return value.reshape(*x.shape[:2], value.shape[-1])
+        padding = value.new_zeros((x.shape[0] - value.shape[0], value.shape[-1]))
+        return torch.cat([value, padding]) if padding.shape[0] else value
+
+    return Result(
+        joined(ys),
+        [torch.stack(s).to(x.dtype) for s in zip(*finals, strict=True)],
+        [joined(list(s)).to(x.dtype) for s in zip(*alongs, strict=True)] if trajectory else [],
+        [],
+    )
+
+
+def _recurrence(
+    cell: Cell,
+    x: Tensor,
+    sizes: list[int],
+    states: list[Tensor],
+    weights: Weights,
+    reverse: bool,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    wide: torch.dtype,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    H = weights.w_ih.shape[0] // cell.G
+    products = [cell.product_rows(phase) for phase in cell.phases]
+    gates = torch.nn.functional.linear(x, weights.w_ih, weights.b_ih)
+    inputs = gates.to(wide).split(list(sizes))
+    resets = [None] * len(sizes) if reset is None else list(reset.split(sizes))
+    outputs: list[Tensor | None] = [None] * len(sizes)
+    along: list[list[Tensor]] = [[] for _ in sizes]
+
+    order = range(len(sizes))
+    for t in reversed(order) if reverse else order:
+        B_t = sizes[t]
+        now = {f"{s}_prev": states[k][:B_t] for k, s in enumerate(cell.states)}
+        if reset is not None:
+            now = {name: value.masked_fill(resets[t][:, None], 0) for name, value in now.items()}
+        h_prev = now["h_prev"]
+        now["h_prev"] = h_prev.to(wide)
+        now |= {
+            name: u.to(wide) for name, u in zip(cell.unit_parameters, weights.units, strict=True)
+        }
+        for gate, value in zip(cell.gates, inputs[t].split(H, -1), strict=True):
+            now[f"x_{gate}"] = value
+        for phase, text, (first, last) in zip(cell.phases, texts(cell), products, strict=True):
+            if last:
+                operand = h_prev if phase.operand == "h_prev" else now[phase.operand].to(x.dtype)
+                if h_mask is not None and phase.operand == "h_prev":
+                    operand = operand * h_mask[:B_t]
+                rows = slice(first * H, last * H)
+                bias = None if weights.b_hh is None else weights.b_hh[rows]
+                product = torch.nn.functional.linear(operand, weights.w_hh[rows], bias).to(wide)
+                for gate, value in zip(cell.product_gates(phase), product.split(H, -1), strict=True):
+                    now[f"s_{gate}"] = value
+                    if f"a_{gate}" in arguments(phase.forward):
+                        now[f"a_{gate}"] = now[f"x_{gate}"] + value
+            results = text(*(now[name] for name in arguments(phase.forward)))
+            now |= dict(zip(phase.returns, results, strict=True))
+        h = now["h"].to(x.dtype)
+        if weights.w_hr is not None:
+            h = torch.nn.functional.linear(h, weights.w_hr)
+        now["h"] = h
+        outputs[t] = h
+        along[t] = [now[state] for state in cell.states[1:]]
+        states = [
+            now[state] if B_t == len(carried) else torch.cat([now[state], carried[B_t:]])
+            for state, carried in zip(cell.states, states, strict=True)
+        ]
+    if not sizes:
+        empty = x.new_zeros((0, states[0].shape[-1]))
+        return empty, states, [x.new_zeros((0, H)) for _ in cell.states[1:]]
+    return torch.cat(outputs), states, [torch.cat(s) for s in zip(*along, strict=True)]

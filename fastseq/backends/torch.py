@@ -1,0 +1,207 @@
+"""torch's own implementation as a backend: oneDNN, cuDNN, and torch's composite loops elsewhere.
+
+It is called as torch.nn calls it, a whole stack at a time, and autograd is torch's. The exception
+is the training of an LSTM on oneDNN, whose layer backward torch cannot differentiate again: there
+oneDNN's two layer operations stand behind the same contract as our kernels, and get their second
+derivatives from the eager form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import _VF, Tensor
+
+from .contract import (
+    Call,
+    Gradients,
+    OutputGradients,
+    Problem,
+    Result,
+    Shape,
+    Wanted,
+    Weights,
+)
+
+_CELLS = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn_tanh", "rnn_relu": "rnn_relu"}
+_LSTM_MODE = 2  # at::native's number for LSTM in mkldnn_rnn_layer
+
+
+class Stack(NamedTuple):
+    """A whole stack as torch takes it. states: per state (layers * D, B, ...).
+
+    weights: flat, in torch's order, without the Nones.
+    """
+
+    cell: str
+    x: Tensor
+    batch_sizes: Tensor | None
+    states: Sequence[Tensor]
+    weights: list[Tensor]
+    layers: int
+    directions: int
+    bias: bool
+    dropout: float
+    training: bool
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.cell not in _CELLS:
+        return f"torch has no {problem.cell}; its cells are {', '.join(_CELLS)}"
+    if problem.P != problem.H and problem.cell != "lstm":
+        return "torch projects the hidden state of an LSTM only"
+    if problem.T == 0:
+        return "torch takes no sequence of length 0"
+    if problem.R > 2:
+        return "torch runs one or two directions, not an ensemble"
+    if problem.reset:
+        return "torch cannot reset single rows in mid-sequence; drop reset or choose numba or eager"
+    if problem.h_mask:
+        return "torch cannot mask the recurrent operand; drop h_mask or choose numba or eager"
+    if problem.trajectory:
+        return "torch gives no cell state but the last; drop all_states or choose numba or eager"
+    if problem.memory == "lean" and problem.training:
+        return "torch keeps all gates for backward; memory='lean' needs numba or eager"
+    if problem.mode == "transform":
+        return "torch's kernels have no rules for torch.func; choose eager"
+    if problem.mode == "dual":
+        return "torch's kernels have no forward-mode derivative; choose eager"
+    if problem.mode == "compile":
+        return "torch's recurrent layers break a compiled graph; choose eager or numba"
+    return None
+
+
+def uses_onednn(problem: Problem) -> bool:
+    """Whether torch runs this on oneDNN, as at::native::use_mkldnn decides."""
+    dtypes = {torch.float32, torch.bfloat16}
+    if not problem.training:
+        dtypes.add(torch.float16)
+    return (
+        problem.cell == "lstm"
+        and problem.device == "cpu"
+        and problem.P == problem.H
+        and not problem.ragged
+        and problem.dtype in dtypes
+        and problem.B != 0
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and (problem.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def stacks(problem: Problem) -> bool:
+    """Whether autograd is torch's own: always, but for an LSTM trained on oneDNN."""
+    return problem.mode == "trace" or not (problem.training and uses_onednn(problem))
+
+
+def stack(call: Stack) -> tuple[Tensor, list[Tensor]]:
+    function = getattr(_VF, _CELLS[call.cell])
+    is_lstm = call.cell == "lstm"
+    tail = (call.bias, call.layers, call.dropout, call.training, call.directions == 2)
+    states = list(call.states)
+    if call.batch_sizes is None:
+        out = function(call.x, states if is_lstm else states[0], call.weights, *tail, False)
+        return out[0], list(out[1:])
+    # torch wants as many states as sequences of length > 0
+    alive = int(call.batch_sizes[0]) if len(call.batch_sizes) else 0
+    some = [s.narrow(1, 0, alive) for s in states]
+    out = function(call.x, call.batch_sizes, some if is_lstm else some[0], call.weights, *tail)
+    finals = [
+        new if alive == old.shape[1] else torch.cat([new, old.narrow(1, alive, old.shape[1] - alive)], 1)
+        for new, old in zip(out[1:], states, strict=True)
+    ]
+    return out[0], finals
+
+
+def _layer_weights(call: Call, weights: Weights) -> list[Tensor]:
+    G_H = weights.w_ih.shape[0]
+    zeros = call.x.new_zeros(G_H) if weights.b_ih is None else None
+    w_ih, w_hh, b_ih, b_hh = weights[:4]
+    biases = [zeros if b is None else b for b in (b_ih, b_hh)]
+    return [w.detach() for w in (w_ih, w_hh, *biases)]  # type: ignore[union-attr]
+
+
+def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
+    raise NotImplementedError("oneDNN alone knows the size of its workspace")
+
+
+def forward(call: Call, save: bool, trajectory: bool) -> Result:
+    """One LSTM layer on oneDNN; saves its workspace."""
+    h_0, c_0 = (s.detach() for s in call.states or call.zero_states())
+    H, x = call.H, call.x.detach().contiguous()
+    ys, hs, cs, saved = [], [], [], []
+    for r, weights in enumerate(call.weights):
+        with torch.set_grad_enabled(save):  # without it oneDNN keeps no workspace
+            y, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(
+                x,
+                *_layer_weights(call, weights),
+                h_0[r].contiguous(),
+                c_0[r].contiguous(),
+                call.reverse[r],
+                [],
+                _LSTM_MODE,
+                H,
+                1,
+                True,
+                False,
+                False,
+                save,
+            )
+        ys.append(y)
+        hs.append(h_n)
+        cs.append(c_n)
+        saved.append(workspace)
+    y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+    return Result(y, [torch.stack(hs), torch.stack(cs)], [], saved if save else [])
+
+
+def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    h_0, c_0 = call.states or call.zero_states()
+    H, x = call.H, call.x.contiguous()
+    dx: Tensor | None = None
+    dh, dc, dweights = [], [], []
+    for r, weights in enumerate(call.weights):
+        columns = slice(r * H, (r + 1) * H)
+        dy = None if grads.y is None else grads.y[..., columns].contiguous()
+        final = [None if g is None else g[r].contiguous() for g in grads.states]
+        out = torch.ops.aten.mkldnn_rnn_layer_backward(
+            x,
+            *_layer_weights(call, weights),
+            h_0[r].contiguous(),
+            c_0[r].contiguous(),
+            result.y[..., columns].contiguous(),
+            result.states[0][r],
+            result.states[1][r],
+            dy,
+            *final,
+            call.reverse[r],
+            _LSTM_MODE,
+            H,
+            1,
+            True,
+            True,
+            False,
+            [],
+            False,
+            result.saved[r],
+        )
+        dx = out[0] if dx is None else dx + out[0]
+        dw_ih, dw_hh, db_ih, db_hh, dh_0, dc_0 = out[1:]
+        biased = weights.b_ih is not None
+        # torch returns one tensor for both biases' gradients
+        dweights.append(
+            Weights(dw_ih, dw_hh, db_ih if biased else None, db_hh.clone() if biased else None, None)
+        )
+        dh.append(dh_0)
+        dc.append(dc_0)
+    return Gradients(
+        dx if wanted.x else None,
+        [torch.stack(dh), torch.stack(dc)] if wanted.states else None,
+        dweights if wanted.weights else None,
+    )

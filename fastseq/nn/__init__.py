@@ -1,0 +1,7 @@
+"""Floor 4: modules. Layers, directions, packed sequences, dropout, streaming state."""
+
+from .cells import GRUCell, LSTMCell, RNNCell
+from .layers import GRU, LSTM, RNN
+from .recurrent import Recurrent
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]

@@ -1,0 +1,220 @@
+"""The only autograd of the library: one Function over the operators, and one for its backward.
+
+The backward of the backward recomputes the layer in the eager form and differentiates that twice,
+so second and higher derivatives exist for every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import eager
+from ..cells import CELLS
+from .library import make_call
+
+
+class Layout(NamedTuple):
+    """What a call has besides tensors."""
+
+    cell: str
+    backend: str
+    reverse: tuple[bool, ...]
+    memory: str
+    trajectory: bool
+    n_states: int  # how many of the tensors are initial states; the rest are weights
+
+
+def recurrence(
+    layout: Layout,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    *tensors: Tensor | None,
+    save: bool,
+) -> list[Tensor]:
+    """The operator: y, final states, trajectory and what it saves."""
+    n = layout.n_states
+    return torch.ops.fastseq.recurrence(
+        layout.cell,
+        layout.backend,
+        x,
+        batch_sizes,
+        tensors[:n],
+        tensors[n:],
+        layout.reverse,
+        reset,
+        h_mask,
+        layout.memory,
+        save,
+        layout.trajectory,
+    )
+
+
+def n_outputs(layout: Layout) -> int:
+    """How many outputs a caller sees: y, the states, the trajectory."""
+    n = len(CELLS[layout.cell].states)
+    return 1 + n + (n - 1 if layout.trajectory else 0)
+
+
+class RecurrenceFunction(torch.autograd.Function):
+    """(layout, x, batch_sizes, reset, h_mask, *states, *weights) -> (y, *states, *trajectory, *saved)"""
+
+    @staticmethod
+    def forward(layout, x, batch_sizes, reset, h_mask, *tensors):
+        return tuple(recurrence(layout, x, batch_sizes, reset, h_mask, *tensors, save=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        layout = inputs[0]
+        ctx.layout = layout
+        ctx.n_inputs = len(inputs) - 1
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[n_outputs(layout) :])
+        ctx.save_for_backward(*inputs[1:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        layout = ctx.layout
+        saved = ctx.saved_tensors
+        inputs, outputs = saved[: ctx.n_inputs], saved[ctx.n_inputs :]
+        used = grads[: n_outputs(layout)]
+        if all(g is None for g in used):
+            return (None,) * (1 + ctx.n_inputs)
+        need = ctx.needs_input_grad
+        first_weight = 5 + layout.n_states
+        wanted = (need[1], any(need[5:first_weight]), any(need[first_weight:]))
+        flat = RecurrenceBackwardFunction.apply(
+            layout, wanted, len(inputs), len(outputs), *inputs, *outputs, *used
+        )
+        return (None, *spread(layout, wanted, inputs, flat))
+
+
+def spread(
+    layout: Layout, wanted: Sequence[bool], inputs: Sequence[Any], flat: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The operator's gradients in the places of the inputs they belong to."""
+    rest = list(flat)
+    grads: list[Tensor | None] = [rest.pop(0) if wanted[0] else None, None, None, None]
+    n_states = len(CELLS[layout.cell].states)
+    dstates = [rest.pop(0) for _ in range(n_states)] if wanted[1] else [None] * n_states
+    grads += dstates[: layout.n_states]
+    for weight in inputs[4 + layout.n_states :]:
+        grads.append(rest.pop(0) if wanted[2] and weight is not None else None)
+    return grads
+
+
+class RecurrenceBackwardFunction(torch.autograd.Function):
+    """The gradients that are wanted, as a differentiable function of inputs and output gradients."""
+
+    @staticmethod
+    def forward(layout, wanted, n_inputs, n_outs, *tensors):
+        x, batch_sizes, reset, h_mask, *rest = tensors[:n_inputs]
+        outputs = tensors[n_inputs : n_inputs + n_outs]
+        dy, *others = tensors[n_inputs + n_outs :]
+        n = len(CELLS[layout.cell].states)
+        return tuple(
+            torch.ops.fastseq.recurrence_backward(
+                layout.cell,
+                layout.backend,
+                x,
+                batch_sizes,
+                rest[: layout.n_states],
+                rest[layout.n_states :],
+                layout.reverse,
+                reset,
+                h_mask,
+                layout.memory,
+                outputs,
+                dy,
+                others[:n],
+                others[n:],
+                layout.trajectory,
+                wanted,
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.layout, ctx.wanted, ctx.n_inputs, ctx.n_outs, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        n = ctx.n_inputs
+        ctx.save_for_backward(*tensors[:n], *tensors[n + ctx.n_outs :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        layout = ctx.layout
+        inputs = ctx.saved_tensors[: ctx.n_inputs]
+        grads = ctx.saved_tensors[ctx.n_inputs :]
+        live_inputs = [k for k in (0, *range(4, len(inputs))) if inputs[k] is not None]
+        live_grads = [k for k, g in enumerate(grads) if g is not None]
+        n_live = len(live_inputs)
+
+        def outputs_of(*primals: Tensor) -> tuple[Tensor, ...]:
+            """The layer in the eager form, of the inputs that can have a gradient."""
+            full = list(inputs)
+            for k, value in zip(live_inputs, primals, strict=True):
+                full[k] = value
+            x, batch_sizes, reset, h_mask, *rest = full
+            n = layout.n_states
+            call = make_call(
+                layout.cell,
+                x,
+                batch_sizes,
+                rest[:n],
+                rest[n:],
+                layout.reverse,
+                reset,
+                h_mask,
+                layout.memory,
+            )
+            result = eager.forward(call, save=False, trajectory=layout.trajectory)
+            outputs = (result.y, *result.states, *result.trajectory)
+            return tuple(outputs[k] for k in live_grads)
+
+        def gradients_of(*arguments: Tensor) -> tuple[Tensor, ...]:
+            """What forward computed, the flat gradients that are wanted, differentiably."""
+            _, pull = torch.func.vjp(outputs_of, *arguments[:n_live])
+            placed: list[Any] = [None] * len(inputs)
+            for k, gradient in zip(live_inputs, pull(arguments[n_live:]), strict=True):
+                placed[k] = gradient
+            states = placed[4 : 4 + layout.n_states]
+            weights = placed[4 + layout.n_states :]
+            flat = [placed[0]] if ctx.wanted[0] else []
+            flat += states if ctx.wanted[1] else []
+            flat += [w for w in weights if w is not None] if ctx.wanted[2] else []
+            return tuple(flat)
+
+        arguments = [inputs[k] for k in live_inputs] + [grads[k] for k in live_grads]
+        values, pull = torch.func.vjp(gradients_of, *arguments)
+        results = list(
+            pull(
+                tuple(
+                    torch.zeros_like(value) if c is None else c
+                    for value, c in zip(values, cotangents, strict=True)
+                )
+            )
+        )
+        placed: list[Tensor | None] = [None] * (len(inputs) + ctx.n_outs + len(grads))
+        for k in live_inputs:
+            placed[k] = results.pop(0)
+        for k in live_grads:
+            placed[len(inputs) + ctx.n_outs + k] = results.pop(0)
+        return (None, None, None, None, *placed)
+
+
+def differentiable_recurrence(
+    layout: Layout,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    *tensors: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """y, final states and trajectory, with gradients of every order."""
+    outputs = RecurrenceFunction.apply(layout, x, batch_sizes, reset, h_mask, *tensors)
+    return outputs[: n_outputs(layout)]

@@ -1,0 +1,168 @@
+"""Every mistake a caller can make raises here, before anything is computed.
+
+Where torch.nn raises for the same mistake, the class and the leading words are torch.nn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+
+if TYPE_CHECKING:
+    from .stack import Stack
+
+
+def check_layer(stack: Stack) -> None:
+    """Input and weights of one layer fit together."""
+    x = stack.x
+    cell = CELLS[stack.cell]
+    if stack.memory not in ("full", "lean"):
+        raise ValueError(f"memory: expected 'full' or 'lean', got {stack.memory!r}")
+    if not isinstance(stack.trajectory, bool):
+        raise TypeError(f"all_states: expected a bool, got {type(stack.trajectory).__name__}")
+    for ways in stack.weights:
+        w_ih, w_hh, b_ih, b_hh, w_hr, _ = ways
+        if w_ih.dim() != 2 or w_ih.shape[0] % cell.G:
+            raise ValueError(
+                f"w_ih: expected ({cell.G}*H, input_size), got {tuple(w_ih.shape)}"
+            )
+        H = w_ih.shape[0] // cell.G
+        G_hh = len(cell.recurrent_gates)
+        if w_hr is not None and (w_hr.dim() != 2 or w_hr.shape[1] != H):
+            raise ValueError(f"w_hr: expected (proj_size, {H}), got {tuple(w_hr.shape)}")
+        P = H if w_hr is None else w_hr.shape[0]
+        expected = {"w_hh": (w_hh, (G_hh * H, P)), "b_ih": (b_ih, (cell.G * H,))}
+        expected["b_hh"] = (b_hh, (G_hh * H,))
+        for name, (w, shape) in expected.items():
+            if w is not None and tuple(w.shape) != shape:
+                raise ValueError(f"{name}: expected {shape}, got {tuple(w.shape)}")
+        for name, w in (("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)):
+            check_dtype_and_device(x, w, name)
+        check_dtype_and_device(x, w_hr, "w_hr")
+        if w_ih.shape[0] != stack.weights[0].w_ih.shape[0] or P != stack.P:
+            raise ValueError("weights: both directions must have the same sizes")
+        check_feature_size(x, w_ih.shape[1])
+    check_steps(stack)
+
+
+def check_dtype_and_device(x: Tensor, weight: Tensor | None, name: str) -> None:
+    if weight is None:
+        return
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}) of {name}. "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+        )
+    if x.device != weight.device:
+        raise RuntimeError(
+            f"Input and parameter tensors are not at the same device, found input tensor at "
+            f"{x.device} and {name} at {weight.device}"
+        )
+
+
+def check_feature_size(x: Tensor, input_size: int) -> None:
+    if x.shape[-1] != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {x.shape[-1]}"
+        )
+
+
+def check_steps(stack: Stack) -> None:
+    if stack.batch_sizes is None and stack.x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+def check_states(stack: Stack, batched: bool = True) -> None:
+    """Given states have the right number, rank, size, dtype and device."""
+    names = CELLS[stack.cell].states
+    if not stack.states:
+        return
+    if len(stack.states) != len(names):
+        raise ValueError(
+            f"hx: expected {len(names)} states ({', '.join(names)}), got {len(stack.states)}"
+        )
+    if stack.batch_sizes is None:
+        batch = stack.x.shape[1]
+    else:
+        batch = int(stack.batch_sizes[0]) if len(stack.batch_sizes) else 0
+    for k, state in enumerate(stack.states):
+        size = stack.P if k == 0 else stack.H
+        expected = (stack.layers * stack.directions, batch, size)
+        label = f"hidden[{k}] size" if len(names) > 1 else "hidden size"
+        if tuple(state.shape) != expected:
+            raise RuntimeError(
+                f"Expected {label} {expected}, got {list(state.shape)}; it is "
+                "(num_layers * num_directions, batch, "
+                f"{'proj_size or hidden_size' if k == 0 else 'hidden_size'})"
+            )
+        if state.device != stack.x.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, found input tensor at "
+                f"{stack.x.device} and hidden tensor at {state.device}"
+            )
+        if state.dtype != stack.x.dtype and not torch.is_autocast_enabled(stack.x.device.type):
+            raise RuntimeError(
+                f"Expected hidden state of dtype {stack.x.dtype}, the input's, got {state.dtype}; "
+                f"convert it: {names[k]}_0.to({stack.x.dtype})"
+            )
+
+
+def check_lengths(
+    lengths: Tensor | Sequence[int] | None, T: int, B: int, packed: bool, batched: bool
+) -> Tensor | None:
+    """As an int64 tensor (B,) with values from 0 to T."""
+    if lengths is None:
+        return None
+    if packed:
+        raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
+    if not batched:
+        raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    if lengths.is_floating_point() or lengths.dtype in (torch.bool, torch.complex64):
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if tuple(lengths.shape) != (B,):
+        raise ValueError(f"lengths: expected one a sequence, ({B},), got {tuple(lengths.shape)}")
+    if not torch.compiler.is_compiling() and B:
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > T:
+            raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low} to {high}")
+    return lengths.to(torch.int64)
+
+
+def check_reset(
+    reset: Tensor | None, T: int, B: int, batched: bool, device: torch.device
+) -> Tensor | None:
+    """As a bool tensor (T, B)."""
+    if reset is None:
+        return None
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset: expected a bool tensor, got {type(reset).__name__}")
+    if not batched and reset.dim() == 1:
+        reset = reset.unsqueeze(1)
+    if reset.dtype is not torch.bool:
+        raise TypeError(f"reset: expected torch.bool, got {reset.dtype}; use reset.bool()")
+    if tuple(reset.shape) != (T, B):
+        raise ValueError(f"reset: expected (T, B) = ({T}, {B}), got {tuple(reset.shape)}")
+    if reset.device != device:
+        raise RuntimeError(f"reset: expected it on the input's device {device}, got {reset.device}")
+    return reset
+
+
+def check_mask(h_mask: Tensor | None, stack: Stack) -> Tensor | None:
+    if h_mask is None:
+        return None
+    expected = (stack.layers * stack.directions, stack.batch, stack.P)
+    if tuple(h_mask.shape) != expected:
+        raise ValueError(f"h_mask: expected {expected}, got {tuple(h_mask.shape)}")
+    if h_mask.requires_grad:
+        raise ValueError("h_mask: gets no gradient; pass h_mask.detach()")
+    if h_mask.dtype != stack.x.dtype:
+        raise ValueError(f"h_mask: expected the input's dtype {stack.x.dtype}, got {h_mask.dtype}")
+    return h_mask

@@ -1,0 +1,187 @@
+"""The two operators of the library, for any cell and any raw backend.
+
+They take the cell's name and flat lists of tensors, neither mutate nor alias what they are given,
+and have no autograd formula: that is :mod:`.autograd`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import load
+from ..backends.contract import (
+    Call,
+    OutputGradients,
+    Result,
+    Wanted,
+    unflatten,
+)
+from ..cells import CELLS
+
+_LAYER = (
+    "str cell, str backend, Tensor x, Tensor? batch_sizes, Tensor[] states, Tensor?[] weights, "
+    "bool[] reverse, Tensor? reset, Tensor? h_mask, str memory"
+)
+
+library = torch.library.Library("fastseq", "DEF")
+library.define(f"recurrence({_LAYER}, bool save, bool trajectory) -> Tensor[]")
+library.define(
+    f"recurrence_backward({_LAYER}, Tensor[] outputs, Tensor? dy, Tensor?[] dstates, "
+    "Tensor?[] dtrajectory, bool trajectory, bool[] wanted) -> Tensor[]"
+)
+
+
+def make_call(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    memory: str,
+) -> Call:
+    return Call(
+        cell,
+        x,
+        batch_sizes,
+        states,
+        unflatten(CELLS[cell], weights),
+        tuple(reverse),
+        reset,
+        h_mask,
+        memory,  # type: ignore[arg-type]
+    )
+
+
+def split_outputs(cell: str, outputs: Sequence[Tensor], trajectory: bool) -> Result:
+    """y, states, trajectory and saved from the flat list that the operator returns."""
+    n = len(CELLS[cell].states)
+    m = n - 1 if trajectory else 0
+    return Result(
+        outputs[0],
+        list(outputs[1 : 1 + n]),
+        list(outputs[1 + n : 1 + n + m]),
+        list(outputs[1 + n + m :]),
+    )
+
+
+def recurrence(
+    cell: str,
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    memory: str,
+    save: bool,
+    trajectory: bool,
+) -> list[Tensor]:
+    call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
+    result = load(backend).forward(call, save, trajectory)  # type: ignore[union-attr]
+    return [result.y, *result.states, *result.trajectory, *result.saved]
+
+
+def recurrence_backward(
+    cell: str,
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    memory: str,
+    outputs: Sequence[Tensor],
+    dy: Tensor | None,
+    dstates: Sequence[Tensor | None],
+    dtrajectory: Sequence[Tensor | None],
+    trajectory: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
+    gradients = load(backend).backward(  # type: ignore[union-attr]
+        call,
+        split_outputs(cell, outputs, trajectory),
+        OutputGradients(dy, list(dstates), list(dtrajectory)),
+        Wanted(*wanted),
+    )
+    flat: list[Tensor] = []
+    if wanted[0]:
+        flat.append(gradients.x)
+    if wanted[1]:
+        flat.extend(gradients.states)
+    if wanted[2]:
+        flat.extend(g for w in gradients.weights for g in w.flat() if g is not None)
+    return flat
+
+
+library.impl("recurrence", recurrence, "CompositeExplicitAutograd")
+library.impl("recurrence_backward", recurrence_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastseq::recurrence", lib=library)
+def recurrence_fake(
+    cell,
+    backend,
+    x,
+    batch_sizes,
+    states,
+    weights,
+    reverse,
+    reset,
+    h_mask,
+    memory,
+    save,
+    trajectory,
+):
+    call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
+    R, H, P = len(call.weights), call.H, call.P
+    lead = tuple(x.shape[:-1])
+    others = len(call.definition.states) - 1
+    B = call.states[0].shape[1]
+    outputs = [x.new_empty((*lead, R * P))]
+    outputs += [x.new_empty((R, B, size)) for size in [P, *[H] * others]]
+    if trajectory:
+        outputs += [x.new_empty((*lead, R * H)) for _ in range(others)]
+    if save:
+        layout = load(backend).saved_layout(call, lead, trajectory)
+        outputs += [x.new_empty(shape, dtype=dtype) for shape, dtype in layout]
+    return outputs
+
+
+@torch.library.register_fake("fastseq::recurrence_backward", lib=library)
+def recurrence_backward_fake(
+    cell,
+    backend,
+    x,
+    batch_sizes,
+    states,
+    weights,
+    reverse,
+    reset,
+    h_mask,
+    memory,
+    outputs,
+    dy,
+    dstates,
+    dtrajectory,
+    trajectory,
+    wanted,
+):
+    flat = []
+    if wanted[0]:
+        flat.append(torch.empty_like(x, memory_format=torch.contiguous_format))
+    if wanted[1]:
+        flat += [s.new_empty(s.shape) for s in outputs[1 : 1 + len(CELLS[cell].states)]]
+    if wanted[2]:
+        flat += [w.new_empty(w.shape) for w in weights if w is not None]
+    return flat

@@ -1,0 +1,73 @@
+"""Between padded sequences with their lengths, and packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Padding:
+    """The way from (T, B, ...) with lengths to packed rows, and back.
+
+    Rows are sorted as in PackedSequence. While a graph is traced the packed form keeps all T*B
+    rows, the padding last, so that no shape depends on the lengths' values.
+    """
+
+    def __init__(self, lengths: Tensor, T: int, B: int) -> None:
+        self.T, self.B = T, B
+        lengths = lengths.to(device="cpu") if not torch.compiler.is_compiling() else lengths
+        sorted_lengths, order = torch.sort(lengths, descending=True, stable=True)
+        valid = torch.arange(T, device=lengths.device)[:, None] < sorted_lengths[None, :]
+        self.batch_sizes = valid.sum(1).cpu()
+        self.order = order
+        self.restore = torch.argsort(order)
+        rows = (torch.arange(T, device=lengths.device)[:, None] * B + order[None, :]).reshape(-1)
+        self.exact = not torch.compiler.is_compiling()
+        if self.exact:
+            self.rows = rows[valid.reshape(-1)]
+        else:
+            self.rows = rows[torch.argsort((~valid.reshape(-1)).to(torch.int8), stable=True)]
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.reshape(self.T * self.B, *x.shape[2:]).index_select(0, self._on(x, self.rows))
+
+    def unpack(self, y: Tensor) -> Tensor:
+        shape = (self.T * self.B, *y.shape[1:])
+        if self.exact:
+            padded = y.new_zeros(shape).index_copy(0, self._on(y, self.rows), y)
+        else:
+            padded = y.index_select(0, self._on(y, torch.argsort(self.rows)))
+        return padded.reshape(self.T, self.B, *y.shape[1:])
+
+    def sort(self, state: Tensor) -> Tensor:
+        return state.index_select(1, self._on(state, self.order))
+
+    def unsort(self, state: Tensor) -> Tensor:
+        return state.index_select(1, self._on(state, self.restore))
+
+    @staticmethod
+    def _on(tensor: Tensor, index: Tensor) -> Tensor:
+        return index.to(tensor.device)
+
+
+def packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
+    """Index into (T*B) of each packed row, for sequences that are sorted already."""
+    valid = torch.arange(B)[None, :] < batch_sizes[:, None]
+    return valid.reshape(-1).nonzero().squeeze(1)
+
+
+def spread_reset(reset: Tensor, batch_sizes: Tensor | None, directions: int) -> Tensor:
+    """(D, rows) bool from (T, B): where the state that enters a row is zeroed.
+
+    ``reset[t]`` says that step t begins a new sequence: forward in time the state before step t is
+    zeroed, backward in time the one that leaves step t, that is, enters step t - 1.
+    """
+    T, B = reset.shape
+    ways = [reset]
+    if directions == 2:
+        ways.append(torch.cat([reset[1:], torch.zeros_like(reset[:1])]))
+    if batch_sizes is None:
+        return torch.stack([way.reshape(-1) for way in ways])
+    rows = packed_rows(batch_sizes, B).to(reset.device)
+    both = torch.stack([way.reshape(-1).index_select(0, rows) for way in ways])
+    return both

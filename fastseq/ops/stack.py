@@ -1,0 +1,249 @@
+"""A stack of recurrent layers, time-major: the way from checked tensors to a backend and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from ..backends import choice, eager
+from ..backends import torch as torch_backend
+from ..backends.contract import Memory, Problem, Weights
+from ..cells import CELLS
+from . import autograd
+from .library import make_call
+from .padding import Padding, spread_reset
+
+Trajectory = list[Tensor]
+
+
+@dataclass
+class Stack:
+    """What a user asks for: layers x directions of one cell over one input.
+
+    x: (T, B, I), or packed (N, I) with ``batch_sizes``.
+    states: empty, or per state of the cell a tensor (layers * D, B, ...).
+    weights: layers * D of them, the directions of a layer side by side.
+    lengths: (B,) or None: x is padded, and so is y, with zeros.
+    reset: (T, B) bool or None; where it holds a new sequence begins, in either direction.
+    h_mask: (layers * D, B, P) or None; multiplies h_{t-1} before its product with w_hh.
+    trajectory: whether the states other than h are returned at every step (of the last layer).
+    """
+
+    cell: str
+    x: Tensor
+    states: Sequence[Tensor]
+    weights: Sequence[Weights]
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    directions: int = 1
+    dropout: float = 0.0
+    training: bool = False
+    reset: Tensor | None = None
+    h_mask: Tensor | None = None
+    trajectory: bool = False
+    memory: Memory = "full"
+    backend: choice.Backend = None
+
+    @property
+    def layers(self) -> int:
+        return len(self.weights) // self.directions
+
+    @property
+    def H(self) -> int:
+        return self.weights[0].w_ih.shape[0] // CELLS[self.cell].G
+
+    @property
+    def P(self) -> int:
+        w_hr = self.weights[0].w_hr
+        return self.H if w_hr is None else w_hr.shape[0]
+
+    @property
+    def batch(self) -> int:
+        if self.batch_sizes is None:
+            return self.x.shape[1]
+        if self.states:
+            return self.states[0].shape[1]
+        return int(self.batch_sizes[0]) if len(self.batch_sizes) else 0
+
+    def needs_grad(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        if self.x.requires_grad or any(s.requires_grad for s in self.states):
+            return True
+        return any(w is not None and w.requires_grad for ws in self.weights for w in ws.flat())
+
+
+def mode() -> str:
+    """What runs us: plain eager code, a tracer, a functional transform, or forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return "compile"
+    if torch.jit.is_tracing():
+        return "trace"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "dual"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "transform"
+    return "eager"
+
+
+def problem(stack: Stack) -> Problem:
+    """What the choice of a backend depends on."""
+    now = mode()
+    ragged = stack.batch_sizes is not None or stack.lengths is not None
+    traced = now in ("compile", "trace")
+    T = B = None
+    if not traced:
+        T = len(stack.batch_sizes) if stack.batch_sizes is not None else stack.x.shape[0]
+        B = stack.batch
+    return Problem(
+        cell=stack.cell,
+        dtype=stack.x.dtype,
+        device=stack.x.device.type,
+        T=T,
+        B=B,
+        I=stack.x.shape[-1],
+        H=stack.H,
+        P=stack.P,
+        R=stack.directions,
+        layers=stack.layers,
+        bias=stack.weights[0].b_ih is not None,
+        ragged=ragged,
+        reset=stack.reset is not None,
+        h_mask=stack.h_mask is not None,
+        trajectory=stack.trajectory,
+        memory=stack.memory,
+        training=stack.needs_grad(),
+        dropout=stack.training and stack.dropout > 0,
+        threads=1 if traced else torch.get_num_threads(),
+        mode=now,
+    )
+
+
+def run(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
+    """y, final states (layers * D, B, ...), and the trajectory of the last layer."""
+    _autocast(stack)
+    task = problem(stack)
+    name, module = choice.select(task, stack.backend)
+    if stack.lengths is not None:
+        padding = Padding(stack.lengths, stack.x.shape[0], stack.x.shape[1])
+        stack.x = padding.pack(stack.x)
+        stack.batch_sizes = padding.batch_sizes
+        stack.states = [padding.sort(s) for s in stack.states]
+        if not stack.states:  # the longest sequence may not tell the batch: lengths may be zero
+            stack.states = _zeros(stack, padding.B)
+        if stack.h_mask is not None:
+            stack.h_mask = padding.sort(stack.h_mask)
+        if stack.reset is not None:
+            stack.reset = stack.reset.index_select(1, padding.order)
+        y, states, along = _run(stack, task, name, module)
+        return (
+            padding.unpack(y),
+            [padding.unsort(s) for s in states],
+            [padding.unpack(c) for c in along],
+        )
+    return _run(stack, task, name, module)
+
+
+def _run(stack, task, name, module) -> tuple[Tensor, list[Tensor], Trajectory]:
+    if name == "torch" and torch_backend.stacks(task):
+        states = stack.states or _zeros(stack, stack.batch)
+        flat = [w for ws in stack.weights for w in ws.flat() if w is not None]
+        dropout = stack.dropout if stack.training else 0.0
+        y, finals = torch_backend.stack(
+            torch_backend.Stack(
+                stack.cell,
+                stack.x,
+                stack.batch_sizes,
+                states,
+                flat,
+                stack.layers,
+                stack.directions,
+                stack.weights[0].b_ih is not None,
+                dropout,
+                stack.training,
+            )
+        )
+        return y, finals, []
+
+    D, n = stack.directions, len(CELLS[stack.cell].states)
+    reset = None if stack.reset is None else spread_reset(stack.reset, stack.batch_sizes, D)
+    x = stack.x
+    finals: list[list[Tensor]] = []
+    along: Trajectory = []
+    for layer in range(stack.layers):
+        part = slice(layer * D, (layer + 1) * D)
+        if layer and stack.training and stack.dropout > 0:
+            x = torch.dropout(x, stack.dropout, True)
+        h_mask = None if stack.h_mask is None else stack.h_mask[part]
+        outputs = _layer(
+            stack,
+            name,
+            task.training,
+            x,
+            [s[part] for s in stack.states] if stack.layers > 1 else stack.states,
+            stack.weights[part],
+            reset,
+            h_mask,
+            stack.trajectory and layer == stack.layers - 1,
+        )
+        x = outputs[0]
+        finals.append(list(outputs[1 : 1 + n]))
+        along = list(outputs[1 + n :])
+    if stack.layers == 1:
+        return x, finals[0], along
+    return x, [torch.cat(s) for s in zip(*finals, strict=True)], along
+
+
+def _layer(
+    stack, name, training, x, states, weights, reset, h_mask, trajectory
+) -> Sequence[Tensor]:
+    """y, final states and trajectory of one layer by a backend of our own."""
+    reverse = (False, True)[: stack.directions]
+    flat = [w for ws in weights for w in ws.flat()]
+    if name == "eager":
+
+        def forward(x, states, flat):
+            call = make_call(
+                stack.cell, x, stack.batch_sizes, states, flat, reverse, reset, h_mask, stack.memory
+            )
+            result = eager.forward(call, trajectory=trajectory)
+            return (result.y, *result.states, *result.trajectory)
+
+        if training and stack.memory == "lean":
+            return torch.utils.checkpoint.checkpoint(
+                forward, x, states, flat, use_reentrant=False, preserve_rng_state=False
+            )
+        return forward(x, states, flat)
+
+    layout = autograd.Layout(stack.cell, name, reverse, stack.memory, trajectory, len(states))
+    arguments = (layout, x, stack.batch_sizes, reset, h_mask, *states, *flat)
+    if training:
+        return autograd.differentiable_recurrence(*arguments)
+    return autograd.recurrence(*arguments, save=False)
+
+
+def _zeros(stack: Stack, batch: int) -> list[Tensor]:
+    others = len(CELLS[stack.cell].states) - 1
+    count = stack.layers * stack.directions
+    return [stack.x.new_zeros((count, batch, size)) for size in (stack.P, *[stack.H] * others)]
+
+
+def _autocast(stack: Stack) -> None:
+    """Under autocast all tensors take its dtype; gates and carried states stay float32 inside."""
+    device = stack.x.device.type
+    if not torch.is_autocast_enabled(device) or stack.x.dtype is torch.float64:
+        return
+    dtype = torch.get_autocast_dtype(device)
+    stack.x = stack.x.to(dtype)
+    stack.states = [s.to(dtype) for s in stack.states]
+    stack.weights = [
+        Weights(
+            *(None if w is None else w.to(dtype) for w in ws[:5]),
+            tuple(u.to(dtype) for u in ws.units),
+        )
+        for ws in stack.weights
+    ]
