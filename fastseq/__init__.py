@@ -1,6 +1,6 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, replace, restore
 from .ops.functional import gru, lstm, rnn
 
 __version__ = "0.1.0"
@@ -14,5 +14,7 @@ __all__ = [
     "RNNCell",
     "gru",
     "lstm",
+    "replace",
+    "restore",
     "rnn",
 ]

@@ -21,6 +21,7 @@ The names of a text's arguments say what they are:
 from __future__ import annotations
 
 import hashlib
+import numbers
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,14 +158,14 @@ def fingerprint(text: Text, vocabulary: dict[str, Any]) -> str:
         if code is None:
             if isinstance(value, types.ModuleType):
                 digest.update(value.__name__.encode())
-            elif isinstance(value, (str, int, float, tuple, frozenset, type, type(None))):
+            elif isinstance(value, (str, numbers.Number, tuple, frozenset, type, type(None))):
                 digest.update(repr(value).encode())
             else:
                 digest.update(type(value).__qualname__.encode())
             return
-        if id(code) in seen:
+        if id(function) in seen:
             return
-        seen.add(id(code))
+        seen.add(id(function))
         digest.update(code.co_code)
         digest.update(repr((code.co_names, code.co_varnames)).encode())
         for constant in code.co_consts:

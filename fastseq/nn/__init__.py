@@ -1,7 +1,20 @@
 """Floor 4: modules. Layers, directions, packed sequences, dropout, streaming state."""
 
 from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import Report, replace, restore, to_torch
 from .layers import GRU, LSTM, RNN
 from .recurrent import Recurrent
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Recurrent",
+    "Report",
+    "replace",
+    "restore",
+    "to_torch",
+]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..backends.choice import Backend
 from ..backends.contract import Weights
 from ..cells import CELLS
-from ..ops.checks import check_feature_size
+from ..ops.checks import autocasts
 from ..ops.stack import Stack, run
+from .recurrent import described, editable, quiet_tracing
 
 
 class RecurrentCell(nn.Module):
@@ -22,6 +23,7 @@ class RecurrentCell(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
+    weight_ih: Tensor
 
     @property
     def cell(self) -> str:
@@ -38,50 +40,77 @@ class RecurrentCell(nn.Module):
 
     def _step(self, input: Tensor, hx: Sequence[Tensor] | None) -> list[Tensor]:
         """The states after one step; ``hx`` holds as many tensors as the cell has states."""
-        name = self._get_name()
-        states = CELLS[self.cell].states
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for k, state in enumerate(hx or ()):
-            if state.dim() not in (1, 2):
-                label = f"hx[{k}]" if len(states) > 1 else "hidden"
-                raise ValueError(
-                    f"{name}: Expected {label} to be 1D or 2D, got {state.dim()}D instead"
-                )
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        given = [s if batched else s.unsqueeze(0) for s in hx or ()]
-        B = x.shape[0]
-        if x.shape[-1] != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {x.shape[-1]}, expected {self.input_size}"
+        if torch.jit.is_tracing():
+            with quiet_tracing():
+                return self._checked_step(input, hx or ())
+        return self._checked_step(input, hx or ())
+
+    def _checked_step(self, input: Tensor, hx: Sequence[Tensor]) -> list[Tensor]:
+        rank = input.dim()
+        if rank not in (1, 2):
+            raise ValueError(
+                f"{self._get_name()}: Expected input to be 1D or 2D, got {rank}D instead"
             )
-        for k, state in enumerate(given):
-            if tuple(state.shape) != (B, self.hidden_size):
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent shape: expected (batch, hidden_size) = "
-                    f"{(B, self.hidden_size)}, got {tuple(state.shape)}"
+        for k, state in enumerate(hx):
+            if state.dim() not in (1, 2):
+                label = f"hx[{k}]" if len(hx) > 1 else "hidden"
+                raise ValueError(
+                    f"{self._get_name()}: Expected {label} to be 1D or 2D, "
+                    f"got {state.dim()}D instead"
                 )
+        x, states = input, hx
+        if rank == 1:
+            x, states = input.unsqueeze(0), [s.unsqueeze(0) for s in hx]
+        self._check_sizes(x, states)
         weight = self.weight_ih
-        autocast = torch.is_autocast_enabled(x.device.type)
-        for label, tensor in (("input", x), *((f"{n}_0", s) for n, s in zip(states, given))):
-            if tensor.dtype != weight.dtype and not autocast:
-                raise RuntimeError(
-                    f"{label}: expected the weights' dtype {weight.dtype}, got {tensor.dtype}; "
-                    f"convert it: {label}.to({weight.dtype})"
-                )
-        weights = Weights(weight, self.weight_hh, self.bias_ih, self.bias_hh, None)  # type: ignore
+        own: Any = self
+        weights = Weights(weight, own.weight_hh, own.bias_ih, own.bias_hh, None)
+        if x.dtype != weight.dtype or any(s.dtype != weight.dtype for s in states):
+            self._check_dtypes(x, states)
         stack = Stack(
             self.cell,
             x.unsqueeze(0),
-            [s.unsqueeze(0) for s in given],
+            [s.unsqueeze(0) for s in states],
             [weights],
             training=self.training,
             backend=self.backend,
         )
-        _, finals, _ = run(stack)
-        finals = [s.squeeze(0) for s in finals]
-        return finals if batched else [s.squeeze(0) for s in finals]
+        finals = [s.squeeze(0) for s in editable(run(stack)[1])]
+        return finals if rank == 2 else [s.squeeze(0) for s in finals]
+
+    def _check_sizes(self, x: Tensor, states: Sequence[Tensor]) -> None:
+        B, size = x.shape
+        if size != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {size} expected {self.input_size}"
+            )
+        for k, state in enumerate(states):
+            if state.dim() != 2:
+                raise RuntimeError(
+                    f"hidden{k}: expected the rank of the input; for one sequence both are 1-D, "
+                    f"for a batch both are 2-D"
+                )
+            if state.shape[0] != B:
+                raise RuntimeError(
+                    f"Input batch size {B} doesn't match hidden{k} batch size {state.shape[0]}"
+                )
+            if state.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, "
+                    f"expected {self.hidden_size}"
+                )
+
+    def _check_dtypes(self, x: Tensor, states: Sequence[Tensor]) -> None:
+        if autocasts(x):
+            return
+        dtype = self.weight_ih.dtype
+        labels = ("input", *(f"{name}_0" for name in CELLS[self.cell].states))
+        for label, tensor in zip(labels, (x, *states), strict=False):
+            if tensor.dtype != dtype:
+                raise RuntimeError(
+                    f"{label}: expected the weights' dtype {dtype}, got {tensor.dtype}; "
+                    f"convert it: {label}.to({dtype})"
+                )
 
 
 class RNNCell(RecurrentCell, nn.RNNCellBase):
@@ -139,14 +168,16 @@ class LSTMCell(RecurrentCell, nn.RNNCellBase):
         )
         self.backend = backend
 
-    cell = "lstm"  # type: ignore[assignment]
+    cell = "lstm"
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(h', c') of input (B, I) and a pair (h, c) of (B, H), or all without B."""
-        if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
-            raise RuntimeError(f"hx: LSTMCell takes a pair (h, c), got {_described(hx)}")
+        if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+            raise RuntimeError(
+                f"hx: {self._get_name()} takes a pair (h, c) as its state, got {described(hx)}"
+            )
         h, c = self._step(input, hx)
         return h, c
 
@@ -172,15 +203,11 @@ class GRUCell(RecurrentCell, nn.RNNCellBase):
         )
         self.backend = backend
 
-    cell = "gru"  # type: ignore[assignment]
+    cell = "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h' (B, H) of input (B, I) and h (B, H), or all without B; zeros if ``hx`` is None."""
         return self._step(input, _one_state(self, hx))[0]
-
-
-def _described(hx: Any) -> str:
-    return f"a tensor of shape {tuple(hx.shape)}" if isinstance(hx, Tensor) else f"{len(hx)} values"
 
 
 def _one_state(module: RecurrentCell, hx: Tensor | None) -> list[Tensor] | None:
@@ -188,6 +215,6 @@ def _one_state(module: RecurrentCell, hx: Tensor | None) -> list[Tensor] | None:
         return None
     if not isinstance(hx, Tensor):
         raise AttributeError(
-            f"hx: {module._get_name()} takes one tensor as its state, got a {type(hx).__name__}"
+            f"hx: {module._get_name()} takes one tensor h as its state, got {described(hx)}"
         )
     return [hx]

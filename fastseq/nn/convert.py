@@ -1,27 +1,184 @@
-"""Between torch.nn's modules and fastseq's, sharing the parameters."""
+"""Between torch.nn's recurrent modules and fastseq's, sharing everything."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
 from torch import nn
+from torch.nn.utils import parametrize
+
+from ..backends.choice import Backend
+from ..backends.contract import Memory
+from .cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
+from .layers import GRU, LSTM, RNN
+from .recurrent import Recurrent, check_memory
+
+#: torch.nn's class -> fastseq's
+COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: RNN,
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNNCell: RNNCell,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
+_NAMES = {theirs.__name__ for theirs in COUNTERPARTS}
+_OPTIONS = ("backend", "memory")
+
+
+@dataclass
+class Report:
+    """What :func:`replace` or :func:`restore` did; ``print`` it.
+
+    swapped: name in the model -> the module as it is now. A module that stands at several places
+        has several names.
+    left: name -> why that recurrent module was left alone.
+    """
+
+    swapped: dict[str, nn.Module] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)}, left {len(self.left)}"]
+        lines += [
+            f"  {_place(name)}: now {_package(module)}.{module}"
+            for name, module in self.swapped.items()
+        ]
+        lines += [f"  {_place(name)}: left, {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def _package(module: nn.Module) -> str:
+    return "fastseq" if isinstance(module, (Recurrent, RecurrentCell)) else "torch.nn"
+
+
+def _place(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def replace(model: nn.Module, *, backend: Backend = None, memory: Memory = "full") -> Report:
+    """Turn every torch.nn.RNN, LSTM, GRU and cell in ``model`` into fastseq's, in place.
+
+    Each module stays the same object and changes its class, so that parameters (tied and shared
+    ones too), optimizers, buffers, hooks and their handles, train mode and every reference to it
+    stay as they are; ``model`` may itself be such a module. Only torch.nn's exact types are
+    swapped: a subclass may compute something else.
+
+    Args:
+        model: any module.
+        backend, memory: the options of the layers that are swapped; cells have ``backend`` alone.
+
+    Returns:
+        A :class:`Report` of what was swapped, and of what was left and why.
+
+    Raises:
+        ValueError: an unknown ``memory``.
+    """
+    check_memory(memory)
+    report = Report()
+    done: set[nn.Module] = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        ours = COUNTERPARTS.get(type(module))
+        if ours is not None:
+            module.__class__ = ours
+            module.__dict__.pop("_flat_weights", None)
+            module.backend = backend
+            if isinstance(module, Recurrent):
+                module.memory = memory
+            done.add(module)
+        if module in done:
+            report.swapped[name] = module
+        elif (reason := _reason_left(module)) is not None:
+            report.left[name] = reason
+    return report
+
+
+def _reason_left(module: nn.Module) -> str | None:
+    """Why a recurrent module is not swapped; None for modules that are none."""
+    kind = type(module)
+    if getattr(module, "original_name", None) in _NAMES:
+        return "it is scripted or traced; replace first, then script"
+    if kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES:
+        return "it is quantized; fastseq computes in floating point"
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return None
+    if parametrize.is_parametrized(module):
+        return (
+            "it is parametrized; replace first and parametrize then, or remove the parametrizations"
+        )
+    if isinstance(module, (Recurrent, RecurrentCell)):
+        return "it is fastseq's already"
+    base = next(theirs for theirs in kind.__mro__ if theirs.__module__ == "torch.nn.modules.rnn")
+    ours = getattr(COUNTERPARTS.get(base), "__name__", "RNN, LSTM or GRU")
+    return (
+        f"{kind.__qualname__} is a subclass of torch.nn.{base.__name__} and may compute something "
+        f"else; derive it from fastseq.{ours}"
+    )
+
+
+def restore(model: nn.Module) -> Report:
+    """The way back: turn every fastseq module in ``model`` into torch.nn's, in place.
+
+    For tools that look for torch.nn's exact types, as ``quantize_dynamic`` does. A module that
+    torch.nn cannot stand in for is left, and the report says why.
+    """
+    report = Report()
+    done: set[nn.Module] = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, (Recurrent, RecurrentCell)):
+            theirs = _counterpart(module)
+            if isinstance(theirs, str):
+                report.left[name] = theirs
+                continue
+            _become(module, theirs)
+            done.add(module)
+        if module in done:
+            report.swapped[name] = module
+    return report
 
 
 def to_torch(module: nn.Module) -> nn.Module:
-    """The torch.nn module of the same kind, with the very parameters, hooks and mode of ``module``."""
-    from . import cells, layers
+    """A torch.nn module of the same kind with the very parameters, hooks and mode of ``module``.
 
-    pairs = {
-        layers.RNN: nn.RNN,
-        layers.LSTM: nn.LSTM,
-        layers.GRU: nn.GRU,
-        cells.RNNCell: nn.RNNCell,
-        cells.LSTMCell: nn.LSTMCell,
-        cells.GRUCell: nn.GRUCell,
-    }
-    for ours, theirs in pairs.items():
+    ``torch.jit.script`` gets these. The hooks are shared, so that their handles serve both.
+
+    Raises:
+        TypeError: torch.nn has no counterpart that computes the same.
+    """
+    theirs = _counterpart(module)
+    if isinstance(theirs, str):
+        raise TypeError(f"{type(module).__name__} has no counterpart in torch.nn: {theirs}")
+    twin: Any = theirs.__new__(theirs)
+    twin.__dict__.update(module.__dict__)
+    for own in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[own] = twin.__dict__[own].copy()
+    # these hooks hold a weak reference to their module, which scripting lets go
+    hooks: Any = module._load_state_dict_pre_hooks
+    twin._load_state_dict_pre_hooks = OrderedDict(
+        (key, hook if hook.module is None else type(hook)(hook.hook, twin))
+        for key, hook in hooks.items()
+    )
+    _become(twin, theirs)
+    return twin
+
+
+def _counterpart(module: nn.Module) -> type[nn.Module] | str:
+    """torch.nn's class that computes what ``module`` does, or why there is none."""
+    if parametrize.is_parametrized(module):
+        return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
+    for theirs, ours in COUNTERPARTS.items():
         if isinstance(module, ours):
-            twin = theirs.__new__(theirs)
-            twin.__dict__.update(module.__dict__)
-            for own in ("backend", "memory"):
-                twin.__dict__.pop(own, None)
-            return twin
-    raise TypeError(f"to_torch: torch.nn has no counterpart of {type(module).__name__}")
+            if type(module).forward is not ours.forward:
+                return f"{type(module).__qualname__} has a forward of its own"
+            return theirs
+    return f"it has no {type(module).__name__}"
+
+
+def _become(module: Any, theirs: type[nn.Module]) -> None:
+    module.__class__ = theirs
+    for own in _OPTIONS:
+        module.__dict__.pop(own, None)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()  # a list that torch.nn keeps and fastseq does not

@@ -112,7 +112,7 @@ class LSTM(Recurrent, nn.RNNBase):
         )
         self._set_options(backend, memory)
 
-    cell = "lstm"  # type: ignore[assignment]
+    cell = "lstm"
 
 
 class GRU(Recurrent, nn.RNNBase):
@@ -161,7 +161,7 @@ class GRU(Recurrent, nn.RNNBase):
         )
         self._set_options(backend, memory)
 
-    cell = "gru"  # type: ignore[assignment]
+    cell = "gru"
 
 
 def _refuse_unknown(name: str, unknown: dict) -> None:

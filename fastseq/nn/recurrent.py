@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from ..backends.choice import Backend
 from ..backends.contract import Memory, Weights
 from ..cells import CELLS
+from ..ops.autograd import RecurrenceFunction
 from ..ops.checks import (
+    autocasts,
     check_feature_size,
     check_lengths,
     check_reset,
@@ -20,6 +23,40 @@ from ..ops.checks import (
     check_steps,
 )
 from ..ops.stack import Stack, run
+
+
+def check_memory(memory: Memory) -> None:
+    if memory not in ("full", "lean"):
+        raise ValueError(f"memory: expected 'full' or 'lean', got {memory!r}")
+
+
+def editable(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs that the caller may edit in place before backward, as torch.nn's GRU, RNN and cells.
+
+    Backward reads the output of a kernel of ours, so the caller gets a copy: of a layer's y,
+    1/(G+2) of the bytes that training moves through memory.
+    """
+    if torch.compiler.is_compiling():
+        return list(outputs)
+    return [
+        o.clone() if getattr(o.grad_fn, "_forward_cls", None) is RecurrenceFunction else o
+        for o in outputs
+    ]
+
+
+def described(hx: Any) -> str:
+    """A state that is none, in words."""
+    if isinstance(hx, Tensor):
+        return f"a tensor of shape {tuple(hx.shape)}"
+    return f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
+
+
+class quiet_tracing(warnings.catch_warnings):
+    """Checks compare shapes, of which torch.jit.trace warns outside of torch's own files."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
 
 
 class Recurrent(nn.Module):
@@ -45,7 +82,7 @@ class Recurrent(nn.Module):
     bidirectional: bool
     proj_size: int
     _all_weights: list[list[str]]
-    _flat_weights: list[Tensor | None]
+    _flat_weights_names: list[str]
 
     @property
     def cell(self) -> str:
@@ -53,8 +90,7 @@ class Recurrent(nn.Module):
         raise NotImplementedError
 
     def _set_options(self, backend: Backend, memory: Memory) -> None:
-        if memory not in ("full", "lean"):
-            raise ValueError(f"memory: expected 'full' or 'lean', got {memory!r}")
+        check_memory(memory)
         self.backend = backend
         self.memory = memory
 
@@ -72,6 +108,19 @@ class Recurrent(nn.Module):
 
         return to_torch(self)
 
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        """As torch.nn's list, but made anew from the attributes.
+
+        A list that is kept goes stale when a weight is replaced, and holds derived weights, which
+        cannot be copied.
+        """
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        """torch.nn's methods set the list after they set the attributes."""
+
     def weights(self) -> list[Weights]:
         """The parameters as they are now, layers by directions.
 
@@ -80,21 +129,16 @@ class Recurrent(nn.Module):
         """
         parameters = self._parameters
         found: list[Weights] = []
-        flat: list[Tensor] = []
         for names in self._all_weights:
-            tensors: list[Tensor] = []
+            tensors: list[Any] = []
             for name in names:
                 w = parameters.get(name)
                 tensors.append(getattr(self, name) if w is None else w)
-            flat += tensors
-            biases = tensors[2:4] if self.bias else (None, None)
+            b_ih, b_hh = tensors[2:4] if self.bias else (None, None)
             w_hr = tensors[-1] if self.proj_size > 0 else None
-            found.append(Weights(tensors[0], tensors[1], *biases, w_hr))
-        if not torch.compiler.is_compiling():
-            for old, new in zip(self._flat_weights, flat, strict=False):
-                if old is not new:
-                    self._init_flat_weights()  # type: ignore[operator]
-                    break
+            found.append(Weights(tensors[0], tensors[1], b_ih, b_hh, w_hr))
+        if found[0].w_ih.is_cuda and not torch.compiler.is_compiling():
+            self._update_flat_weights()  # type: ignore[operator]  # one chunk, for cuDNN
         return found
 
     def forward(
@@ -123,7 +167,19 @@ class Recurrent(nn.Module):
         Returns:
             ``output, h_n`` (LSTM: ``output, (h_n, c_n)``), as torch.nn.
         """
-        names = CELLS[self.cell].states
+        if torch.jit.is_tracing():
+            with quiet_tracing():
+                return self._forward(input, hx, lengths, reset, all_states)
+        return self._forward(input, hx, lengths, reset, all_states)
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Tensor | Sequence[int] | None,
+        reset: Tensor | None,
+        all_states: bool,
+    ) -> Any:
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset, all_states)
         if not isinstance(input, Tensor):
@@ -139,8 +195,7 @@ class Recurrent(nn.Module):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-            if reset is not None and isinstance(reset, Tensor) and reset.dim() == 2:
-                reset = reset.transpose(0, 1)
+            reset = self._time_major(reset)
         states = self._states(hx, batched)
         stack = self._stack(x, None, states, all_states)
         check_states(stack, batched)
@@ -148,7 +203,8 @@ class Recurrent(nn.Module):
         stack.lengths = check_lengths(lengths, T, B, False, batched)
         stack.reset = check_reset(reset, T, B, batched, x.device)
         y, finals, along = run(stack)
-        y = self._editable(y)
+        if self.cell != "lstm":  # nn.LSTM's output cannot be edited; ours keeps its memory instead
+            y, *finals = editable([y, *finals])
 
         if not batched:
             y = y.squeeze(1)
@@ -157,7 +213,7 @@ class Recurrent(nn.Module):
         elif self.batch_first:
             y = y.transpose(0, 1)
             along = [c.transpose(0, 1) for c in along]
-        state = tuple(finals) if len(names) > 1 else finals[0]
+        state = tuple(finals) if len(finals) > 1 else finals[0]
         return (y, state, along[0]) if all_states else (y, state)
 
     def _forward_packed(
@@ -178,18 +234,19 @@ class Recurrent(nn.Module):
         check_states(stack)
         T, B = len(batch_sizes), stack.batch
         check_lengths(lengths, T, B, True, True)
-        if reset is not None and self.batch_first and reset.dim() == 2:
-            reset = reset.transpose(0, 1)
+        if self.batch_first:
+            reset = self._time_major(reset)
         reset = check_reset(reset, T, B, True, x.device)
         if reset is not None and sorted_indices is not None:
             reset = reset.index_select(1, sorted_indices)
         stack.reset = reset
         y, finals, along = run(stack)
-        y = self._editable(y)
+        if self.cell != "lstm":
+            y, *finals = editable([y, *finals])
         if unsorted_indices is not None:
             finals = [s.index_select(1, unsorted_indices) for s in finals]
         output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        state = tuple(finals) if len(CELLS[self.cell].states) > 1 else finals[0]
+        state = tuple(finals) if len(finals) > 1 else finals[0]
         if all_states:
             cells = PackedSequence(along[0], batch_sizes, sorted_indices, unsorted_indices)
             return output, state, cells
@@ -201,7 +258,7 @@ class Recurrent(nn.Module):
         """What the operations run, with the input checked against the parameters."""
         weights = self.weights()
         weight = weights[0].w_ih
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocasts(x):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
@@ -241,8 +298,7 @@ class Recurrent(nn.Module):
         if len(names) == 1:
             if not isinstance(hx, Tensor):
                 raise AttributeError(
-                    f"hx: {self._get_name()} takes one tensor h_0 as its state, got a "
-                    f"{type(hx).__name__}"
+                    f"hx: {self._get_name()} takes one tensor h_0 as its state, got {described(hx)}"
                 )
             if hx.dim() != rank:
                 kind = "batched 3-D" if batched else "unbatched 2-D"
@@ -251,12 +307,11 @@ class Recurrent(nn.Module):
                 )
             states = [hx]
         else:
-            if isinstance(hx, Tensor) or len(hx) != len(names):
-                got = f"{hx.dim()}-D tensor" if isinstance(hx, Tensor) else f"{len(hx)} values"
+            if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
                 kind = "batched 3-D" if batched else "unbatched 2-D"
                 raise RuntimeError(
                     f"For {kind} input, hx should be a pair (h_0, c_0) of {rank}-D tensors, "
-                    f"got a {got}"
+                    f"got {described(hx)}"
                 )
             states = list(hx)
             if any(s.dim() != rank for s in states):
@@ -267,12 +322,8 @@ class Recurrent(nn.Module):
                 )
         return states if batched else [s.unsqueeze(1) for s in states]
 
-    def _editable(self, y: Tensor) -> Tensor:
-        """An output that the caller may edit in place before backward, as torch.nn.GRU and RNN.
-
-        Backward reads the output of a kernel, so the caller gets a copy: 1/(G+2) of the bytes that
-        training moves through memory. nn.LSTM cannot do it, and ours keeps its memory instead.
-        """
-        if self.cell != "lstm" and y.requires_grad and not torch.compiler.is_compiling():
-            return y.clone()
-        return y
+    @staticmethod
+    def _time_major(reset: Tensor | None) -> Tensor | None:
+        if isinstance(reset, Tensor) and reset.dim() == 2:
+            return reset.transpose(0, 1)
+        return reset

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from .stack import Stack
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast takes ``x`` to its dtype."""
+    device = x.device.type
+    return (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and x.dtype is not torch.float64
+        and x.is_floating_point()
+    )
+
+
 def check_layer(stack: Stack) -> None:
     """Input and weights of one layer fit together."""
     x = stack.x
@@ -28,9 +39,7 @@ def check_layer(stack: Stack) -> None:
     for ways in stack.weights:
         w_ih, w_hh, b_ih, b_hh, w_hr, _ = ways
         if w_ih.dim() != 2 or w_ih.shape[0] % cell.G:
-            raise ValueError(
-                f"w_ih: expected ({cell.G}*H, input_size), got {tuple(w_ih.shape)}"
-            )
+            raise ValueError(f"w_ih: expected ({cell.G}*H, input_size), got {tuple(w_ih.shape)}")
         H = w_ih.shape[0] // cell.G
         G_hh = len(cell.recurrent_gates)
         if w_hr is not None and (w_hr.dim() != 2 or w_hr.shape[1] != H):
@@ -53,7 +62,7 @@ def check_layer(stack: Stack) -> None:
 def check_dtype_and_device(x: Tensor, weight: Tensor | None, name: str) -> None:
     if weight is None:
         return
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not autocasts(x):
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}) of {name}. "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
@@ -68,8 +77,7 @@ def check_dtype_and_device(x: Tensor, weight: Tensor | None, name: str) -> None:
 def check_feature_size(x: Tensor, input_size: int) -> None:
     if x.shape[-1] != input_size:
         raise RuntimeError(
-            "input.size(-1) must be equal to input_size. "
-            f"Expected {input_size}, got {x.shape[-1]}"
+            f"input.size(-1) must be equal to input_size. Expected {input_size}, got {x.shape[-1]}"
         )
 
 
@@ -106,7 +114,7 @@ def check_states(stack: Stack, batched: bool = True) -> None:
                 "Input and hidden tensors are not at the same device, found input tensor at "
                 f"{stack.x.device} and hidden tensor at {state.device}"
             )
-        if state.dtype != stack.x.dtype and not torch.is_autocast_enabled(stack.x.device.type):
+        if state.dtype != stack.x.dtype and not autocasts(stack.x):
             raise RuntimeError(
                 f"Expected hidden state of dtype {stack.x.dtype}, the input's, got {state.dtype}; "
                 f"convert it: {names[k]}_0.to({stack.x.dtype})"

@@ -63,6 +63,9 @@ def spread_reset(reset: Tensor, batch_sizes: Tensor | None, directions: int) -> 
     zeroed, backward in time the one that leaves step t, that is, enters step t - 1.
     """
     T, B = reset.shape
+    if batch_sizes is not None:  # nothing begins behind the end of a sequence
+        alive = torch.arange(B, device=reset.device) < batch_sizes.to(reset.device)[:, None]
+        reset = reset & alive
     ways = [reset]
     if directions == 2:
         ways.append(torch.cat([reset[1:], torch.zeros_like(reset[:1])]))

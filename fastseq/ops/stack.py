@@ -14,6 +14,7 @@ from ..backends import torch as torch_backend
 from ..backends.contract import Memory, Problem, Weights
 from ..cells import CELLS
 from . import autograd
+from .checks import autocasts
 from .library import make_call
 from .padding import Padding, spread_reset
 
@@ -99,15 +100,18 @@ def problem(stack: Stack) -> Problem:
     if not traced:
         T = len(stack.batch_sizes) if stack.batch_sizes is not None else stack.x.shape[0]
         B = stack.batch
+    I, H, P = stack.x.shape[-1], stack.H, stack.P
+    if now == "trace":  # there a size is a tensor
+        I, H, P = int(I), int(H), int(P)
     return Problem(
         cell=stack.cell,
         dtype=stack.x.dtype,
         device=stack.x.device.type,
         T=T,
         B=B,
-        I=stack.x.shape[-1],
-        H=stack.H,
-        P=stack.P,
+        I=I,
+        H=H,
+        P=P,
         R=stack.directions,
         layers=stack.layers,
         bias=stack.weights[0].b_ih is not None,
@@ -234,10 +238,9 @@ def _zeros(stack: Stack, batch: int) -> list[Tensor]:
 
 def _autocast(stack: Stack) -> None:
     """Under autocast all tensors take its dtype; gates and carried states stay float32 inside."""
-    device = stack.x.device.type
-    if not torch.is_autocast_enabled(device) or stack.x.dtype is torch.float64:
+    if not autocasts(stack.x):
         return
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(stack.x.device.type)
     stack.x = stack.x.to(dtype)
     stack.states = [s.to(dtype) for s in stack.states]
     stack.weights = [

@@ -1,0 +1,66 @@
+# make demo | test | test-all | bench | table | lint | clean
+#
+# Each target sets up all it needs: an environment .venv where none is active, torch where none is
+# installed, the package and its tools. An active environment is used, and its torch kept.
+#
+#   make demo ARGS="--cell lstm --steps 200"
+#   make test ARGS="-k gru"
+#   make bench WORKLOADS="small* ptb-medium" THREADS=1 ROUNDS=20 SECONDS=4 BACKENDS="numba eager"
+#   make table RESULTS=bench/results/<machine>/<file>.json
+
+PYTHON ?= python3
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all bench table lint format clean
+
+# Where .venv is, or will be, unless an environment is active.
+RUN = "$$($(PYTHON) tools/prepare.py --python)"
+
+help:
+	@echo "make demo      train a small language model with torch.nn and with fastseq, side by side"
+	@echo "make test      the tests"
+	@echo "make test-all  the tests in their long form, and a short run of the benchmarks"
+	@echo "make bench     the benchmarks; WORKLOADS, THREADS, ROUNDS, SECONDS, BACKENDS narrow them"
+	@echo "make table     write the tables and the picture of the README and the docs from the results"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    ruff's formatter and its fixes"
+	@echo "make clean     remove what the others made, .venv too"
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: no $(PYTHON) here; name a Python of 3.10 or newer: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	@$(PYTHON) tools/prepare.py
+
+demo: setup
+	@$(RUN) examples/char_lm.py $(ARGS)
+
+test: setup
+	@$(RUN) -m pytest -n 2 -q tests $(ARGS)
+
+test-all: setup
+	@$(RUN) -m pytest -n 2 -q --full tests $(ARGS)
+	@$(RUN) -m bench --workloads "tiny-*" --seconds 0.2 --results out/bench
+
+bench: setup
+	@$(RUN) -m bench $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(if $(THREADS),--threads $(THREADS)) \
+	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(BACKENDS),--backends "$(BACKENDS)") $(ARGS)
+
+table: setup
+	@$(RUN) -m bench.table --write $(RESULTS)
+	@$(RUN) -m bench.plot --out docs/speed.png $(RESULTS)
+
+lint: setup
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: setup
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+clean:
+	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""Every workload, forward and in training, by torch.nn and by fastseq."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+
+from bench.measure import OURS, Race, available_backends, quiet_collector, reason_to_skip
+
+
+def test_speed(workload, way, benchmark, request):
+    """pytest-benchmark times fastseq; before each of its rounds all others are timed in turn."""
+    option = request.config.getoption
+    backends, limit = available_backends(option("--backends")), option("--limit")
+    reason = reason_to_skip(workload, way, backends, limit)
+    if reason is not None:
+        benchmark.skipped = True
+        pytest.skip(reason)
+    race = Race(workload, way, backends, limit)
+    ours = next(c for c in race.contenders if c.label == OURS)
+    others = [c for c in race.contenders if c is not ours]
+
+    def the_others() -> None:
+        for contender in others:
+            contender.samples.append(race.sample(contender))
+        race.clear(ours)
+
+    with quiet_collector():
+        seconds = race.warm_up()
+        rounds = max(3, min(option("--rounds"), int(option("--seconds") / seconds)))
+        benchmark.pedantic(race.step, args=(ours,), setup=the_others, rounds=rounds)
+    if benchmark.enabled:
+        ours.samples = list(benchmark.stats.stats.data)
+    benchmark.group = way
+    benchmark.extra_info.update(
+        workload=workload.name,
+        way=way,
+        shape=workload.shape,
+        source=workload.source,
+        rounds=rounds,
+        flops=workload.flops(way == "training"),
+        chosen=ours.backend,
+        median_ms={c.label: round(median(c.samples) * 1e3, 5) for c in race.contenders if c.samples},
+        fastest_ms={c.label: round(min(c.samples) * 1e3, 5) for c in race.contenders if c.samples},
+        declined=race.declined,
+    )
+    if way == "training":
+        benchmark.extra_info["saved_bytes"] = race.saved_bytes()

@@ -1,0 +1,258 @@
+"""What a benchmark case is made of: contenders, estimates, interleaved rounds, saved bytes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import fastseq
+from fastseq.backends import BACKENDS, choice
+
+from .workloads import Workload
+
+Way = Literal["forward", "training"]
+TORCH, OURS = "torch.nn", "fastseq"
+
+# Seconds per time step and layer beyond the products, for estimates alone: torch's composite loops
+# and the eager backend on one core of a server, forward and training.
+STEP_COST = {TORCH: (12e-6, 80e-6), "torch": (12e-6, 80e-6), "eager": (50e-6, 250e-6)}
+
+
+@dataclass
+class Contender:
+    """One module under the clock. ``samples`` are seconds, one per round."""
+
+    label: str
+    module: nn.Module
+    backend: str | None = None
+    samples: list[float] = field(default_factory=list)
+
+
+class Race:
+    """All contenders of one workload, on the same input and the same parameters.
+
+    A round times each of them once, in turn, so that whatever else the machine does slows all
+    alike. What is timed is forward without autograd, or forward and backward together; gradients
+    are cleared before the clock starts.
+    """
+
+    def __init__(self, workload: Workload, way: Way, backends: list[str], limit: float) -> None:
+        self.workload, self.way = workload, way
+        self.declined: dict[str, str] = {}
+        training = way == "training"
+        theirs = workload.module().train(training)
+        self.x = workload.input()
+        data = self.x.data if isinstance(self.x, PackedSequence) else self.x
+        if training:
+            data.requires_grad_()
+        self.leaf = data
+        self.contenders = [Contender(TORCH, theirs)]
+        self.expected = self._call(theirs).detach()
+        self.dy = torch.randn(
+            self.expected.shape, generator=torch.Generator().manual_seed(2), dtype=data.dtype
+        )
+        ours = self._ours(None)
+        chosen: list[str] = []
+        with _noting_choice(chosen):
+            self._enter(Contender(OURS, ours))
+        self.contenders[-1].backend = chosen[0] if chosen else None
+        for name in backends:
+            if chosen and name == chosen[0]:
+                continue
+            reason = self._too_slow(name, limit)
+            if reason is None:
+                try:
+                    self._enter(Contender(name, self._ours(name), name))
+                except (NotImplementedError, RuntimeError) as error:
+                    if f"{name}: " not in str(error):
+                        raise
+                    reason = str(error).split(f"{name}: ", 1)[1].removesuffix(
+                        ". backend=None always runs."
+                    )
+            if reason is not None:
+                self.declined[name] = reason
+
+    def _ours(self, backend: str | None) -> nn.Module:
+        module = self.workload.module(fastseq, backend=backend)
+        module.load_state_dict(self.contenders[0].module.state_dict())
+        return module.train(self.way == "training")
+
+    def _too_slow(self, name: str, limit: float) -> str | None:
+        seconds = estimate(self.workload, self.way, name)
+        share = limit / 8
+        if seconds <= share:
+            return None
+        return f"one round would take about {seconds:.0f} s, more than {share:.0f}"
+
+    def _enter(self, contender: Contender) -> None:
+        """The first call: compiles, and shows that the numbers are torch.nn's."""
+        y = self._call(contender.module)
+        torch.testing.assert_close(y.detach(), self.expected, rtol=1e-3, atol=1e-4)
+        self.contenders.append(contender)
+
+    def _call(self, module: nn.Module) -> Tensor:
+        with torch.set_grad_enabled(self.way == "training"):
+            return self.workload.run(module, self.x)
+
+    def clear(self, contender: Contender) -> None:
+        contender.module.zero_grad(set_to_none=True)
+        self.leaf.grad = None
+
+    def step(self, contender: Contender) -> None:
+        """What the clock sees."""
+        y = self._call(contender.module)
+        if self.way == "training":
+            y.backward(self.dy)
+
+    def sample(self, contender: Contender) -> float:
+        self.clear(contender)
+        start = time.perf_counter()
+        self.step(contender)
+        return time.perf_counter() - start
+
+    def warm_up(self) -> float:
+        """Two calls of each; the seconds that a round takes."""
+        for contender in self.contenders:
+            self.sample(contender)
+        return sum(self.sample(contender) for contender in self.contenders)
+
+    def saved_bytes(self) -> dict[str, int]:
+        """What each keeps between forward and backward, beside its input and parameters."""
+        return {
+            c.label: saved_bytes(partial(self._call, c.module), [self.leaf, *c.module.parameters()])
+            for c in self.contenders
+        }
+
+
+def _noting_choice(names: list[str]) -> AbstractContextManager[object]:
+    """While it is open, the backends that fastseq chooses are added to ``names``."""
+    select = choice.select
+
+    def noted(*args: Any, **options: Any) -> Any:
+        answer = select(*args, **options)
+        names.append(answer[0])
+        return answer
+
+    return mock.patch.object(choice, "select", noted)
+
+
+def saved_bytes(forward: Callable[[], Tensor], live: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd saves during ``forward``, but for ``live``."""
+    sizes: dict[int, int] = {}
+    kept = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    for tensor in live:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+def available_backends(names: str | None) -> list[str]:
+    """The backends to time beside the one that fastseq chooses; all but the slow truth if None."""
+    if names is None:
+        return [name for name in BACKENDS if name != "reference"]
+    wanted = names.replace(",", " ").split()
+    for name in wanted:
+        if name not in BACKENDS:
+            raise ValueError(f"no backend is named {name!r}; names: {', '.join(BACKENDS)}")
+    return wanted
+
+
+@cache
+def sgemm_gflops() -> float:
+    """What torch's float32 product reaches here, with the threads that are set: best of many."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    out = torch.empty(1024, 1024)
+    best, deadline = float("inf"), time.perf_counter() + 0.5
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best / 1e9
+
+
+def estimate(workload: Workload, way: Way, label: str) -> float:
+    """Seconds that one call may take: the products at half the GEMM's speed, and the steps."""
+    training = way == "training"
+    products = workload.flops(training) / (0.5e9 * sgemm_gflops())
+    per_step = STEP_COST.get(label, (2e-6, 8e-6))[training]
+    return products + workload.T * workload.layers * workload.D * per_step
+
+
+def reason_to_skip(workload: Workload, way: Way, backends: list[str], limit: float) -> str | None:
+    """Why a case does not run on this machine; None if it does."""
+    if way == "training" and not workload.training:
+        return "inference only"
+    needed = workload.bytes(way == "training") * 2
+    free = free_memory()
+    if free is not None and needed > 0.7 * free:
+        return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    seconds = 5 * (estimate(workload, way, TORCH) + estimate(workload, way, OURS))
+    if seconds > limit:
+        return f"would take about {seconds:.0f} s, more than {limit:.0f} (LIMIT={seconds * 1.5:.0f} runs it)"
+    return None
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, object]:
+    """What a figure depends on beside the code."""
+    return {
+        "cpu_model": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "fastseq": fastseq.__version__,
+        "sgemm_gflops": round(sgemm_gflops(), 1),
+    }
+
+
+class quiet_collector:
+    """The garbage collector runs before, and not during."""
+
+    def __enter__(self) -> None:
+        gc.collect()
+        gc.disable()
+
+    def __exit__(self, *error: object) -> None:
+        gc.enable()

@@ -1,0 +1,192 @@
+"""Tables of benchmark results, in Markdown: ``python -m bench.table [--write] [FILE]``.
+
+Without FILE it takes the newest under bench/results. ``--write`` puts the short table between the
+marks of README.md and the full one between those of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .workloads import WORKLOADS
+
+ROOT = Path(__file__).parent.parent
+TORCH, OURS = "torch.nn", "fastseq"
+BEGIN, END = "<!-- speed: begin (make table) -->", "<!-- speed: end -->"
+
+# The rows of README.md: what people run, the shapes where torch.nn is hard to beat among them.
+HEADLINES = (
+    "char-rnn-h128-gru",
+    "char-rnn-h512-lstm",
+    "tagger-lstm",
+    "ptb-medium",
+    "rl-policy-b8",
+    "forecaster-gru",
+    "deepspeech2-gru",
+    "speaker-encoder",
+    "vad-streaming",
+    "long-gru",
+)
+
+Results = dict[str, Any]
+
+
+def newest(folder: Path = ROOT / "bench" / "results") -> Path:
+    """The newest results: file names begin with the date."""
+    found = sorted(folder.glob("*/*.json"), key=lambda path: path.name)
+    if not found:
+        raise FileNotFoundError(f"no results under {folder}; make bench measures some")
+    return found[-1]
+
+
+def read(path: Path) -> Results:
+    results = json.loads(path.read_text())
+    order = {workload.name: k for k, workload in enumerate(WORKLOADS)}
+    results["benchmarks"].sort(key=lambda b: order.get(b["extra_info"]["workload"], len(order)))
+    return results
+
+
+def provenance(results: Results) -> str:
+    """One sentence: machine, versions, commit and date."""
+    machine, commit = results["machine_info"], results["commit_info"]
+    name = commit["id"][:7] if commit["id"] not in ("unversioned", "unknown") else commit["id"]
+    name += " with changes" if commit.get("dirty") else ""
+    return (
+        f"{machine['cpu_model']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['instructions']}, torch {machine['torch']}, Python "
+        f"{machine['python_version']}, commit {name}, {results['datetime'][:10]}."
+    )
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def speedup(info: dict[str, Any], label: str = OURS) -> float | None:
+    """How many times faster than torch.nn."""
+    times = info["median_ms"]
+    return times[TORCH] / times[label] if label in times else None
+
+
+def _times(factor: float | None) -> str:
+    return "" if factor is None else f"{factor:.2g}x" if factor < 10 else f"{factor:.0f}x"
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A table whose columns are aligned to the eye as well."""
+    rows = list(rows)
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    widths = [max(3, width) for width in widths]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join(
+        "-" * (width + 2) if k == 0 else "-" * (width + 1) + ":" for k, width in enumerate(widths)
+    )
+    return "\n".join([line(header), rule + "|", *map(line, rows)])
+
+
+def full(results: Results) -> str:
+    """Every case and every contender, then what was skipped and why."""
+    infos = [b["extra_info"] for b in results["benchmarks"]]
+    labels = [TORCH, OURS]
+    labels += sorted({label for info in infos for label in info["median_ms"]} - set(labels))
+    peak = results["machine_info"]["sgemm_gflops"]
+    parts = []
+    for way in ("forward", "training"):
+        rows = []
+        for info in infos:
+            if info["way"] != way:
+                continue
+            times = info["median_ms"]
+            row = [info["workload"], info["shape"], milliseconds(times.get(TORCH))]
+            for label in labels[1:]:
+                factor = _times(speedup(info, label))
+                row.append(f"{milliseconds(times.get(label))} ({factor})" if factor else "")
+            row[3] += f" {info['chosen'] or ''}"
+            row.append(f"{info['flops'] / times[OURS] / 1e6 / peak:.0%}")
+            if way == "training":
+                saved = info["saved_bytes"]
+                row.append(f"{saved[OURS] / 2**20:.3g} / {saved[TORCH] / 2**20:.3g}")
+            rows.append(row)
+        if rows:
+            header = [way, "shape", "torch.nn ms"]
+            header += [f"{label} ms" for label in labels[1:]] + ["of sgemm"]
+            if way == "training":
+                header.append("kept MiB / torch.nn")
+            parts.append(markdown(header, rows))
+    if results.get("skipped"):
+        lines = [f"- {name}: {reason}" for name, reason in results["skipped"].items()]
+        parts.append("Skipped:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
+    """One row a workload: torch.nn -> fastseq, forward and in training."""
+    cases = {(b["extra_info"]["workload"], b["extra_info"]["way"]): b for b in results["benchmarks"]}
+    rows = []
+    for name in names:
+        row = []
+        for way in ("forward", "training"):
+            case = cases.get((name, way))
+            if case is None:
+                row += ["", ""]
+                continue
+            info = case["extra_info"]
+            times = info["median_ms"]
+            row.append(f"{milliseconds(times[TORCH])} → {milliseconds(times[OURS])} ms")
+            row.append(f"**{_times(speedup(info))}**")
+            shape = info["shape"]
+        if any(row):
+            rows.append([f"{name} ({shape})", *row])
+    if not rows:
+        return "None of the rows of this table is among these results."
+    return markdown(["workload", "forward", "", "training", ""], rows)
+
+
+def insert(path: Path, text: str) -> None:
+    """Put ``text`` between the marks of a file."""
+    page = path.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"{path}: expected one line {BEGIN} and after it one line {END}")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, help="results; the newest if left out")
+    parser.add_argument("--write", action="store_true", help="into README.md and the docs")
+    options = parser.parse_args(argv)
+    try:
+        path = options.file or newest()
+        results = read(path)
+    except (OSError, KeyError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    source = path.resolve()
+    if source.is_relative_to(ROOT):
+        source = source.relative_to(ROOT)
+    note = f"Median of interleaved rounds, float32. {provenance(results)} From `{source}`."
+    if not options.write:
+        print(f"{full(results)}\n\n{note}")
+        return 0
+    insert(ROOT / "README.md", f"\n{short(results)}\n\n{note}\n")
+    insert(ROOT / "docs" / "performance.md", f"\n{full(results)}\n\n{note}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,534 @@
+"""Fused loops over time for the CPU, compiled by Numba: no compiler needed on the machine.
+
+One GEMM (torch's) makes the input product of all steps. A kernel of :mod:`.numba_loops` then walks
+time and writes the gates over it. Backward walks once more and leaves the gate gradients, from
+which the large GEMMs make the gradients of x and of the weights.
+
+16-bit types compute in float32: their tensors are widened at the door and narrowed on the way out.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cells import Cell, arguments
+from .contract import (
+    Call,
+    Gradients,
+    OutputGradients,
+    Problem,
+    Result,
+    Shape,
+    Wanted,
+    Weights,
+)
+from .numba_loops import SLOTS, backward_kernel, forward_kernel
+from .numba_products import NUMPY, product, room_for
+from .numba_simd import simd
+from .numba_threads import row_ranges, run
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_NO_ROWS = np.zeros(0, np.int64)
+_NO_RESET = np.zeros(0, np.uint8)
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.device not in ("cpu", "meta"):
+        return f"numba's kernels run on the CPU, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"numba's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
+    if problem.mode == "transform":
+        return "numba's kernels have no rules for torch.func; choose eager"
+    if problem.mode == "dual":
+        return "numba's kernels have no forward-mode derivative; choose eager"
+    if problem.mode == "trace":
+        return "torch.jit.trace records no custom kernel; choose torch"
+    if problem.P != problem.H and _reads_h(problem.cell):
+        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
+    return None
+
+
+def _reads_h(name: str) -> bool:
+    from ..cells import CELLS
+
+    return any("h_prev" in arguments(phase.forward) for phase in CELLS[name].phases)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that the kernels compute in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
+    """Per recurrence the gates, the extras and the unprojected h; then the other states."""
+    if call.memory == "lean":
+        return []
+    cell, H = call.definition, call.H
+    N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
+    one = [(N, cell.G * H)]
+    one += [(N, H)] * (len(cell.extras) + (call.P != H))
+    shapes: list[Shape] = one * len(call.weights)
+    if not trajectory:
+        shapes += [(*rows, len(call.weights) * H)] * (len(cell.states) - 1)
+    return [(shape, wide(call.x.dtype)) for shape in shapes]
+
+
+class _Rows:
+    """Which rows of the flat input belong to which step."""
+
+    def __init__(self, call: Call) -> None:
+        self.ragged = call.batch_sizes is not None
+        if self.ragged:
+            self.sizes = call.batch_sizes.numpy()
+            self.T = len(self.sizes)
+            ends = np.cumsum(self.sizes)
+            self.offsets = ends - self.sizes
+            self.N = int(ends[-1]) if self.T else 0
+            self.capacity = call.x.shape[0]
+            self.alive = int(self.sizes[0]) if self.T else 0
+        else:
+            self.T, self.alive = call.x.shape[:2]
+            self.sizes = self.offsets = _NO_ROWS
+            self.N = self.capacity = self.T * self.alive
+
+    def previous(self, reverse: bool, B: int, device: Any) -> Tensor:
+        """For each row the row before it in its recurrence, or N + b where that is h_0's."""
+        index = np.empty(self.N, np.int64)
+        sizes = self.sizes if self.ragged else np.full(self.T, self.alive)
+        offsets = self.offsets if self.ragged else np.arange(self.T) * self.alive
+        for t in range(self.T):
+            here = slice(offsets[t], offsets[t] + sizes[t])
+            before = t + 1 if reverse else t - 1
+            rows = np.arange(sizes[t])
+            known = sizes[before] if 0 <= before < self.T else 0
+            start = offsets[before] if 0 <= before < self.T else 0
+            index[here] = np.where(rows < known, start + rows, self.N + rows)
+        return torch.from_numpy(index)
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).contiguous()
+
+
+class _Task:
+    """One call in the kernels' own type, and the addresses that its kernels get."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.cell: Cell = call.definition
+        self.dtype = wide(call.x.dtype)
+        self.np_dtype = NUMPY[self.dtype]
+        self.itemsize = 8 if self.dtype is torch.float64 else 4
+        self.rows = _Rows(call)
+        self.R, self.H, self.P, self.B = len(call.weights), call.H, call.P, call.B
+        self.x = _wide(call.x, self.dtype).reshape(-1, call.x.shape[-1])[: self.rows.N]
+        self.weights = [
+            Weights(
+                *(None if w is None else _wide(w, self.dtype) for w in ws[:5]),
+                tuple(_wide(u, self.dtype) for u in ws.units),
+            )
+            for ws in call.weights
+        ]
+        self.states = [_wide(s, self.dtype) for s in call.states] or [
+            self.x.new_zeros((self.R, self.B, size))
+            for size in [self.P, *[self.H] * (len(self.cell.states) - 1)]
+        ]
+        self.reset = None if call.reset is None else call.reset.contiguous()
+        self.h_mask = None if call.h_mask is None else _wide(call.h_mask, self.dtype)
+        self.threads = torch.get_num_threads()
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def bias(self, r: int) -> Tensor:
+        """What simply adds to the input product, (G*H): b_ih, and b_hh of the gates not apart."""
+        w, H, cell = self.weights[r], self.H, self.cell
+        if w.b_hh is None:
+            return self.x.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih
+        if cell.recurrent_gates == cell.gates and not cell.apart_gates:
+            return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
+        bias = self.x.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
+        for place, gate in enumerate(cell.recurrent_gates):
+            if gate not in cell.apart_gates:
+                at = cell.gates.index(gate)
+                bias[at * H : (at + 1) * H] += w.b_hh[place * H : (place + 1) * H]
+        return bias
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return product(a, b, self.threads)
+
+    def packed(self, matrix: Tensor, transposed: bool) -> Tensor:
+        """Weights in the layout of the kernels' product: (k, columns), columns in blocks.
+
+        transposed: columns are the rows of ``matrix``.
+        """
+        s = simd(self.np_dtype)
+        rows, stride = matrix.shape
+        inner, columns = (stride, rows) if transposed else (rows, stride)
+        packed = room_for(s.packed_size(inner, columns), self.dtype)
+        s.pack(matrix.data_ptr(), matrix.stride(0), inner, columns, transposed, packed.data_ptr())
+        return packed
+
+    def products(self, r: int, forward: bool) -> list[Tensor | None]:
+        """The packed rows of w_hh of each phase."""
+        packed: list[Tensor | None] = []
+        for phase in self.cell.phases:
+            first, last = self.cell.product_rows(phase)
+            part = self.weights[r].w_hh[first * self.H : last * self.H] if last else None
+            packed.append(None if part is None else self.packed(part, transposed=forward))
+        return packed
+
+    def run(self, kernel: Any, fill: Any, steps: int) -> None:
+        """Run a kernel over all recurrences and rows. ``fill(r, first, last)`` gives its slots."""
+        G_hh = len(self.cell.recurrent_gates)
+        flops = 2.0 * self.H * (G_hh * self.P + 30 * self.cell.G)
+        tasks, keep = [], []
+        for r, first, last in row_ranges(self.R, self.rows.alive, steps, flops, self.threads):
+            p = np.zeros(len(SLOTS), np.int64)
+            slots, buffers = fill(r, first, last)
+            slots |= {"last_step": steps, "T": self.rows.T, "B": self.rows.alive}
+            slots |= {"first_row": first, "last_row": last, "H": self.H, "P": self.P}
+            slots |= {"reverse": self.call.reverse[r], "ragged": self.rows.ragged}
+            slots |= {"has_reset": self.reset is not None}
+            for name, value in slots.items():
+                p[SLOTS[name]] = value
+            reset = _NO_RESET if self.reset is None else self.reset[r].view(torch.uint8).numpy()
+            tasks.append(partial(kernel, p, self.rows.sizes, self.rows.offsets, reset))
+            keep.append(buffers)
+        if tasks and steps:
+            run(tasks)
+
+    def previous_h(self, r: int, y: Tensor) -> Tensor:
+        """The operand of the recurrent product at every row: h_{t-1}, reset and masked, (N, P)."""
+        columns = y[: self.rows.N, r * self.P : (r + 1) * self.P]
+        index = self.rows.previous(self.call.reverse[r], self.B, None)
+        h = torch.cat([columns, self.states[0][r]]).index_select(0, index)
+        if self.reset is not None:
+            h.masked_fill_(self.reset[r, : self.rows.N, None], 0)
+        if self.h_mask is not None:
+            if self.rows.ragged:
+                row = torch.arange(self.rows.N) - torch.from_numpy(
+                    np.repeat(self.rows.offsets, self.rows.sizes)
+                )
+            else:
+                row = torch.arange(self.rows.N) % max(self.rows.alive, 1)
+            h *= self.h_mask[r].index_select(0, row)
+        return h
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def forward(call: Call, save: bool, trajectory: bool) -> Result:
+    task = _Task(call)
+    lead = tuple(call.x.shape[:-1])
+    full = save and call.memory == "full"
+    y = task.new(task.rows.capacity, task.R * task.P)
+    y[task.rows.N :] = 0
+    finals = [s.clone() for s in task.states]
+    others = len(task.cell.states) - 1
+    along = [task.new(task.rows.capacity, task.R * task.H) for _ in range(others)]
+    if not (full or trajectory):
+        along = []
+    for c in along:
+        c[task.rows.N :] = 0
+    saved = _walk_forward(task, y, finals, along, full)
+
+    dtype = call.x.dtype
+    shaped = [c.view(*lead, -1) for c in along]
+    result = Result(y.view(*lead, -1).to(dtype), [s.to(dtype) for s in finals], [], [])
+    if full:
+        result.saved = [t for ts in saved for t in ts]
+    if trajectory:
+        result.trajectory = [c.to(dtype) for c in shaped]
+    elif full:
+        result.saved += shaped
+    return result
+
+
+def _walk_forward(
+    task: _Task,
+    y: Tensor,
+    finals: list[Tensor],
+    along: list[Tensor],
+    full: bool,
+    products: list[Tensor | None] | None = None,
+) -> list[list[Tensor]]:
+    """Run all recurrences; y, finals and along are filled. Returns what each one saves.
+
+    products: h_{t-1} W_hh^T of all rows, where it is known already.
+    """
+    cell, N, H, P = task.cell, task.rows.N, task.H, task.P
+    capacity = task.rows.capacity
+    G_hh = len(cell.recurrent_gates)
+    needs_extra = full or any(phase.operand in cell.extras for phase in cell.phases)
+    saved, given = [], []
+    for r in range(task.R):
+        x = task.product(task.x, task.weights[r].w_ih.t())
+        if capacity > N:
+            x = torch.cat([x, x.new_zeros((capacity - N, x.shape[1]))])
+        saved.append([x])
+        if cell.extras:
+            saved[r].append(task.new(capacity if needs_extra else 0, H))
+        if task.weights[r].w_hr is not None:
+            saved[r].append(task.new(capacity, H))
+        given.append(products[r] if products else _given_product(task, r))
+    packed = [
+        [None] * len(cell.phases) if given[r] is not None else task.products(r, True)
+        for r in range(task.R)
+    ]
+    projections = [
+        None if w.w_hr is None else task.packed(w.w_hr, transposed=True) for w in task.weights
+    ]
+
+    def fill(r: int, first: int, last: int) -> tuple[dict[str, int], Any]:
+        w = task.weights[r]
+        rows = last - first
+        s = given[r] if given[r] is not None else task.new(max(rows, 1), G_hh * H)
+        row = task.new(max(H, 1))
+        b_hh = w.b_hh if w.b_hh is not None else task.x.new_zeros(G_hh * H)
+        operand = None if task.h_mask is None else task.new(task.B, P)
+        bias = task.bias(r)
+        gates, *rest = saved[r]
+        extra = rest[0] if cell.extras and needs_extra else row
+        m = rest[-1] if w.w_hr is not None else None
+        slots = {
+            "x": _address(gates),
+            "bias": _address(bias),
+            "s": _address(s),
+            "s_stride": G_hh * H,
+            "w_hr": _address(projections[r]),
+            "m": _address(m),
+            "m_stride": H,
+            "y": _address(y) + r * P * task.itemsize,
+            "y_stride": task.R * P,
+            "h": _address(finals[0][r]),
+            "h_mask": 0 if task.h_mask is None else _address(task.h_mask[r]),
+            "operand": _address(operand),
+            "b_hh": _address(b_hh),
+            "extra_0": _address(extra),
+            "extra_0_stride": H if extra is not row else 0,
+        }
+        for k, weight in enumerate(packed[r]):
+            slots[f"w_{k}"] = _address(weight)
+        for k, unit in enumerate(w.units):
+            slots[f"unit_{k}"] = _address(unit)
+        if len(finals) > 1:
+            slots["c"] = _address(finals[1][r])
+            slots["c_all"] = _address(along[0]) + r * H * task.itemsize if along else _address(row)
+            slots["c_stride"] = task.R * H if along else 0
+        return slots, (s, row, bias, b_hh, operand)
+
+    task.run(forward_kernel(cell, task.np_dtype), fill, task.rows.T)
+    return saved
+
+
+def _given_product(task: _Task, r: int) -> Tensor | None:
+    """h_0 W_hh^T of a single step: torch's product reads the weights once, packing them twice."""
+    if not _is_single_step(task, r):
+        return None
+    return torch.mm(task.states[0][r], task.weights[r].w_hh.t())
+
+
+def _is_single_step(task: _Task, r: int) -> bool:
+    return (
+        task.rows.T == 1
+        and not task.rows.ragged
+        and task.reset is None
+        and task.h_mask is None
+        and len(task.cell.phases) == 1
+        and task.weights[r].w_hh is not None
+    )
+
+
+def _rebuild(task: _Task, y: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """What 'full' would have saved, from y alone: all products in one GEMM, then a pointwise walk.
+
+    A cell with a second product, which needs the result of the first, walks forward again.
+    """
+    finals = [s.clone() for s in task.states]
+    others = len(task.cell.states) - 1
+    along = [task.new(task.rows.capacity, task.R * task.H) for _ in range(others)]
+    again = task.new(task.rows.capacity, task.R * task.P)
+    products: list[Tensor | None] = [None] * task.R
+    if len(task.cell.phases) == 1 and task.weights[0].w_hh is not None:
+        products = [
+            task.product(task.previous_h(r, y), task.weights[r].w_hh.t()) for r in range(task.R)
+        ]
+    return _walk_forward(task, again, finals, along, True, products), along
+
+
+def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    task = _Task(call)
+    cell, N, H, P, R = task.cell, task.rows.N, task.H, task.P, task.R
+    T, B, dtype, capacity = task.rows.T, task.B, task.dtype, task.rows.capacity
+    G_hh = len(cell.recurrent_gates)
+    others = len(cell.states) - 1
+    y = _wide(result.y, dtype).reshape(capacity, R * P)
+    if call.memory == "lean":
+        saved, along = _rebuild(task, y)
+    else:
+        size = (len(result.saved) - (0 if result.trajectory else others)) // R
+        saved = [list(result.saved[r * size : (r + 1) * size]) for r in range(R)]
+        along = result.trajectory or result.saved[R * size :]
+        along = [_wide(c, dtype).reshape(capacity, R * H) for c in along]
+
+    dy = None if grads.y is None else _wide(grads.y, dtype).reshape(capacity, R * P)
+    dalong = [
+        None if g is None else _wide(g, dtype).reshape(capacity, R * H) for g in grads.trajectory
+    ]
+    dstates = [
+        torch.zeros_like(s) if g is None else g.detach().to(dtype).clone(
+            memory_format=torch.contiguous_format
+        )
+        for s, g in zip(task.states, grads.states, strict=True)
+    ]
+    dgates = [task.new(N, cell.G * H) for _ in range(R)]
+    dproduct = [task.new(N, G_hh * H) if cell.apart_gates else dgates[r] for r in range(R)]
+    dh_all = [None if w.w_hr is None else task.new(N, P) for w in task.weights]
+    single = [_is_single_step(task, r) for r in range(R)]
+    packed = [
+        [None] * len(cell.phases) if single[r] else task.products(r, False) for r in range(R)
+    ]
+    projections = [
+        None if w.w_hr is None else task.packed(w.w_hr, transposed=False) for w in task.weights
+    ]
+    dunits: list[list[Tensor]] = [[] for _ in range(R)]
+    zeros = task.x.new_zeros(max(H, 1))
+
+    def fill(r: int, first: int, last: int) -> tuple[dict[str, int], Any]:
+        w = task.weights[r]
+        rows = max(last - first, 1)
+        gates, *rest = saved[r]
+        dunit = task.x.new_zeros(H) if cell.unit_parameters else None
+        if dunit is not None:
+            dunits[r].append(dunit)
+        dm = task.new(rows, H) if w.w_hr is not None else None
+        dq = task.new(rows, H)
+        operand = None if task.h_mask is None else task.new(B, P)
+        slots = {
+            "x": _address(gates),
+            "w_hr": _address(projections[r]),
+            "y": _address(y) + r * P * task.itemsize,
+            "y_stride": R * P,
+            "h_mask": 0 if task.h_mask is None else _address(task.h_mask[r]),
+            "operand": _address(operand),
+            "extra_0": _address(rest[0]) if cell.extras else 0,
+            "extra_0_stride": H,
+            "dgates": _address(dgates[r]),
+            "dproduct": _address(dproduct[r]),
+            "h_0": _address(task.states[0][r]),
+            "zeros": _address(zeros),
+            "dy": _address(zeros) if dy is None else _address(dy) + r * P * task.itemsize,
+            "dy_stride": 0 if dy is None else R * P,
+            "dh": _address(dstates[0][r]),
+            "dh_all": _address(dh_all[r]),
+            "dm": _address(dm),
+            "dq": _address(dq),
+            "dunit_0": _address(dunit),
+        }
+        for k, weight in enumerate(packed[r]):
+            slots[f"w_{k}"] = _address(weight)
+        for k, unit in enumerate(w.units):
+            slots[f"unit_{k}"] = _address(unit)
+        if others:
+            d = dalong[0] if dalong else None
+            slots["c_0"] = _address(task.states[1][r])
+            slots["c_all"] = _address(along[0]) + r * H * task.itemsize
+            slots["c_stride"] = R * H
+            slots["dc"] = _address(dstates[1][r])
+            slots["dc_all"] = _address(zeros) if d is None else _address(d) + r * H * task.itemsize
+            slots["dc_all_stride"] = 0 if d is None else R * H
+        return slots, (dm, dq, operand)
+
+    task.run(backward_kernel(cell, task.np_dtype), fill, T)
+    for r in range(R):
+        if single[r]:
+            dh = torch.mm(dproduct[r], task.weights[r].w_hh)
+            adds = any("dh_prev" in phase.gradients for phase in cell.phases)
+            dstates[0][r] = dstates[0][r] + dh if adds else dh
+
+    out = call.x.dtype
+    dx = None
+    if wanted.x:
+        total = task.product(dgates[0], task.weights[0].w_ih)
+        for r in range(1, R):
+            total += task.product(dgates[r], task.weights[r].w_ih)
+        if capacity > N:
+            total = torch.cat([total, total.new_zeros((capacity - N, total.shape[1]))])
+        dx = total.view(call.x.shape).to(out)
+    dweights = None
+    if wanted.weights:
+        dweights = [
+            _weight_gradients(
+                task, r, y, saved[r], dgates[r], dproduct[r], dh_all[r], dunits[r], out
+            )
+            for r in range(R)
+        ]
+    return Gradients(
+        dx, [d.to(out) for d in dstates] if wanted.states else None, dweights
+    )
+
+
+def _weight_gradients(
+    task: _Task,
+    r: int,
+    y: Tensor,
+    saved: list[Tensor],
+    dgates: Tensor,
+    dproduct: Tensor,
+    dh_all: Tensor | None,
+    dunits: list[Tensor],
+    dtype: torch.dtype,
+) -> Weights:
+    """The large GEMMs and the reductions, once backward has walked."""
+    cell, w, H, N = task.cell, task.weights[r], task.H, task.rows.N
+    dw_hh = None
+    if w.w_hh is not None:
+        parts = []
+        for phase in cell.phases:
+            first, last = cell.product_rows(phase)
+            if last:
+                d = dproduct[:, first * H : last * H]
+                if phase.operand == "h_prev":
+                    parts.append(_recurrent_gradient(task, r, y, d))
+                else:
+                    parts.append(task.product(d.t(), saved[1][:N]))
+        dw_hh = parts[0] if len(parts) == 1 else torch.cat(parts)
+    units = tuple(torch.stack(dunits).sum(0).to(dtype) for _ in w.units)
+    db_ih = None if w.b_ih is None else dgates.sum(0).to(dtype)
+    db_hh = None
+    if w.b_hh is not None:
+        same = dproduct is dgates and db_ih is not None
+        db_hh = db_ih.clone() if same else dproduct.sum(0).to(dtype)  # type: ignore[union-attr]
+    return Weights(
+        task.product(dgates.t(), task.x).to(dtype),
+        None if dw_hh is None else dw_hh.to(dtype),
+        db_ih,
+        db_hh,
+        None if dh_all is None else task.product(dh_all.t(), saved[-1][:N]).to(dtype),
+        units,
+    )
+
+
+def _recurrent_gradient(task: _Task, r: int, y: Tensor, d: Tensor) -> Tensor:
+    """d^T h_{t-1}. Dense rows need no copy: h_{t-1} is y one step away, and h_0 at the edge."""
+    if task.rows.ragged or task.reset is not None or task.h_mask is not None:
+        return task.product(d.t(), task.previous_h(r, y))
+    h, B = y[:, r * task.P : (r + 1) * task.P], task.rows.alive
+    h_0, last = task.states[0][r], len(d) - B
+    edge, rest, past = slice(0, B), slice(B, None), h[:last]
+    if task.call.reverse[r]:
+        edge, rest, past = slice(last, None), slice(0, last), h[B:]
+    gradient = torch.mm(d[edge].t(), h_0)
+    return gradient.add_(task.product(d[rest].t(), past)) if last else gradient

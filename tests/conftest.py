@@ -1,0 +1,35 @@
+"""Options, and what every test starts from."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": _CHECKS,
+    "derandomize": True,
+    "database": None,
+}
+settings.register_profile("ordinary", max_examples=8, **_COMMON)
+settings.register_profile("full", max_examples=80, **_COMMON)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="every combination, where a run takes a sample else"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: runs with --full alone")
+    settings.load_profile("full" if config.getoption("--full") else "ordinary")
+    torch.set_num_threads(1)  # the tests run in several processes
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if "full" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="runs with --full"))

@@ -1,0 +1,251 @@
+"""Layers with random numbers in them, run by any backend and by the independent writing."""
+
+from dataclasses import dataclass, field, replace
+
+import independent
+import pytest
+import torch
+
+from fastseq.backends import choice, load
+from fastseq.backends.contract import Weights
+from fastseq.cells import CELLS
+from fastseq.ops.stack import Stack, problem, run
+
+NAMED = ("eager", "torch", "numba", "reference")
+CHOICES = (*NAMED, None)
+
+#: What a backend may decline in float32 and float64 on the CPU. Anything else it must run.
+DECLINES = {
+    "eager": {"memory='lean'"},
+    "torch": {
+        "gru_reset_before",
+        "indrnn",
+        "reset",
+        "h_mask",
+        "trajectory",
+        "memory='lean' in training",
+        "T=0",
+        "transform",
+        "dual",
+    },
+    "numba": {"transform", "dual"},
+    "reference": {"transform", "dual"},
+    None: set(),
+}
+
+
+def features(task):
+    """What of a problem a backend might decline, in the words of DECLINES."""
+    named = {task.cell, task.mode}
+    named |= {name for name in ("reset", "h_mask", "trajectory") if getattr(task, name)}
+    if task.memory == "lean":
+        named |= {"memory='lean'"} | ({"memory='lean' in training"} if task.training else set())
+    if task.T == 0:
+        named.add("T=0")
+    return named
+
+
+def settle(backend, task):
+    """Go on if the backend runs this; skip with its reason if it may decline, else fail."""
+    verdict = choice.judge(task, backend)
+    if verdict.chosen is not None:
+        return
+    reason = "; ".join(f"{name}: {why}" for name, why in verdict.declined.items())
+    if backend is not None and isinstance(load(backend), str):
+        pytest.skip(reason)
+    sixteen = task.dtype not in (torch.float32, torch.float64)
+    if features(task) & DECLINES[backend] or (sixteen and backend is not None):
+        pytest.skip(reason)
+    pytest.fail(f"backend={backend!r} must run {task}, and declines: {reason}")
+
+
+@dataclass
+class Layers:
+    """A stack of layers of one cell, and what it is given."""
+
+    cell: str
+    x: torch.Tensor
+    states: list
+    weights: list
+    directions: int = 1
+    lengths: torch.Tensor | None = None
+    reset: torch.Tensor | None = None
+    h_mask: torch.Tensor | None = None
+    options: dict = field(default_factory=dict)
+
+    def to(self, dtype):
+        """The same numbers in another type, as new leaves."""
+
+        def move(tensor):
+            if tensor is None:
+                return None
+            return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
+
+        return replace(
+            self,
+            x=move(self.x),
+            states=[move(s) for s in self.states],
+            weights=[Weights(*map(move, w[:5]), tuple(map(move, w.units))) for w in self.weights],
+            h_mask=move(self.h_mask),
+        )
+
+    def leaves(self):
+        """Name -> tensor that has a gradient."""
+        named = {"x": self.x}
+        for name, state in zip(CELLS[self.cell].states, self.states, strict=False):
+            named[f"{name}_0"] = state
+        for k, weights in enumerate(self.weights):
+            for name, tensor in zip(Weights._fields, weights[:5], strict=False):
+                if tensor is not None:
+                    named[f"{name}[{k}]"] = tensor
+            for name, tensor in zip(CELLS[self.cell].unit_parameters, weights.units, strict=True):
+                named[f"{name}[{k}]"] = tensor
+        return named
+
+    def stack(self, backend=None, trajectory=False, memory="full"):
+        return Stack(
+            self.cell,
+            self.x,
+            list(self.states),
+            self.weights,
+            lengths=self.lengths,
+            directions=self.directions,
+            reset=self.reset,
+            h_mask=self.h_mask,
+            trajectory=trajectory,
+            memory=memory,
+            backend=backend,
+        )
+
+    def settle(self, backend, **options):
+        settle(backend, problem(self.stack(backend, **options)))
+
+    def run(self, backend=None, trajectory=False, memory="full"):
+        """By a backend. Names: y, h_n, c_n, and c (the trajectory)."""
+        y, finals, along = run(self.stack(backend, trajectory, memory))
+        return self._named(y, finals, along)
+
+    def independent(self, trajectory=False):
+        states = self.states
+        if not states:
+            sizes = [self.P] + [self.H] * (len(CELLS[self.cell].states) - 1)
+            count, B = len(self.weights), self.x.shape[1]
+            states = [self.x.new_zeros(count, B, size) for size in sizes]
+        y, finals, along = independent.layers(
+            self.cell,
+            self.x,
+            states,
+            self.weights,
+            self.directions,
+            self.lengths,
+            self.reset,
+            self.h_mask,
+        )
+        return self._named(y, finals, along if trajectory else [])
+
+    def _named(self, y, finals, along):
+        names = CELLS[self.cell].states
+        named = {"y": y} | {f"{n}_n": s for n, s in zip(names, finals, strict=True)}
+        return named | dict(zip(names[1:], along, strict=False))
+
+    @property
+    def H(self):
+        return self.weights[0].w_ih.shape[0] // CELLS[self.cell].G
+
+    @property
+    def P(self):
+        w_hr = self.weights[0].w_hr
+        return self.H if w_hr is None else w_hr.shape[0]
+
+
+def draw(
+    cell,
+    T=5,
+    B=3,
+    I=4,  # noqa: E741
+    H=6,
+    P=None,
+    layers=1,
+    directions=1,
+    bias=True,
+    state=True,
+    lengths=None,
+    reset=False,
+    h_mask=False,
+    dtype=torch.float64,
+    seed=0,
+    scale=1.0,
+    grad=True,
+):
+    """Random layers, with torch.nn's initial weights times ``scale``."""
+    random = torch.Generator().manual_seed(seed)
+    definition = CELLS[cell]
+    G, G_hh = definition.G, len(definition.recurrent_gates)
+
+    def tensor(*shape, bound=None):
+        value = torch.randn(shape, generator=random, dtype=torch.float64)
+        if bound is not None:
+            value = bound * (2 * torch.rand(shape, generator=random, dtype=torch.float64) - 1)
+        return value.to(dtype).requires_grad_(grad)
+
+    width, bound = I, scale / H**0.5
+    size = H if P is None else P
+    weights = []
+    for _ in range(layers):
+        for _ in range(directions):
+            weights.append(
+                Weights(
+                    tensor(G * H, width, bound=bound),
+                    tensor(G_hh * H, size, bound=bound) if G_hh else None,
+                    tensor(G * H, bound=bound) if bias else None,
+                    tensor(G_hh * H, bound=bound) if bias and G_hh else None,
+                    None if P is None else tensor(P, H, bound=bound),
+                    tuple(tensor(H, bound=1.0) for _ in definition.unit_parameters),
+                )
+            )
+        width = directions * size
+    count = layers * directions
+    states = []
+    if state:
+        states = [
+            tensor(count, B, size if name == "h" else H, bound=1.0) for name in definition.states
+        ]
+    mask = None
+    if h_mask:
+        mask = (torch.rand(count, B, size, generator=random) > 0.3).to(dtype) * 1.5
+    return Layers(
+        cell,
+        tensor(T, B, I),
+        states,
+        weights,
+        directions,
+        None if lengths is None else torch.as_tensor(lengths),
+        (torch.rand(T, B, generator=random) < 0.3) if reset else None,
+        mask,
+    )
+
+
+def cotangents(outputs, seed=1):
+    """A random gradient for each output, the same numbers whatever the type."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(value.shape, generator=random, dtype=torch.float64)
+        .to(torch.bfloat16)
+        .to(value.dtype)
+        for name, value in outputs.items()
+    }
+
+
+def gradients(outputs, leaves, seed=1, **options):
+    """The gradient of every leaf; zeros where nothing depends on it."""
+    given = cotangents(outputs, seed)
+    live = [name for name, value in outputs.items() if value.requires_grad]
+    grads = torch.autograd.grad(
+        [outputs[name] for name in live],
+        list(leaves.values()),
+        [given[name] for name in live],
+        allow_unused=True,
+        materialize_grads=True,
+        **options,
+    )
+    return {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}

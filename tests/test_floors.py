@@ -1,0 +1,208 @@
+"""Each floor knows only the floors beneath it, and every backend is imported when asked for."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastseq
+from fastseq.backends import BACKENDS, load
+
+ROOT = Path(fastseq.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+FLOORS = {"cells": 0, "reference": 1, "backends": 2, "ops": 3, "nn": 4}
+TOP = 5
+#: What a floor may import from outside, where it is kept plain.
+PLAIN = {0: set(), 1: {"numpy"}}
+
+
+def module_name(path):
+    parts = ("fastseq", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor(module):
+    """Of a module's dotted name."""
+    parts = module.split(".")
+    return FLOORS.get(parts[1], TOP) if len(parts) > 1 else TOP
+
+
+def imported(tree, package, exists):
+    """(line, module) of each import anywhere in a file, in functions and for types too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield node.lineno, name if exists(name) else base
+
+
+def exists(name):
+    parts = name.split(".")
+    if parts[0] != "fastseq":
+        return False
+    path = ROOT.joinpath(*parts[1:])
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def climbs(source, module, is_package):
+    """What a file imports that its floor may not."""
+    package = module if is_package else module.rpartition(".")[0]
+    mine = floor(module)
+    for line, name in imported(ast.parse(source), package, exists):
+        if name.split(".")[0] == "fastseq":
+            if floor(name) > mine:
+                yield f"line {line}: {module} (floor {mine}) imports {name} (floor {floor(name)})"
+        elif mine in PLAIN:
+            outside = name.split(".")[0]
+            if outside not in sys.stdlib_module_names | PLAIN[mine]:
+                yield f"line {line}: {module} (floor {mine}) imports {outside}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_floor_reaches_up(path):
+    source = path.read_text(encoding="utf-8")
+    found = list(climbs(source, module_name(path), path.name == "__init__.py"))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("from ..ops import stack", "fastseq.backends.eager"),
+        ("from .. import nn", "fastseq.ops.stack"),
+        ("import fastseq.nn.layers", "fastseq.ops.stack"),
+        ("def f():\n    from ..backends.contract import Call", "fastseq.cells.gru"),
+        ("if TYPE_CHECKING:\n    from ..nn import LSTM", "fastseq.ops.checks"),
+        ("from .. import __version__", "fastseq.nn.layers"),
+        ("import fastseq", "fastseq.nn.layers"),
+        ("import torch", "fastseq.reference"),
+        ("import numpy", "fastseq.cells.lstm"),
+    ],
+)
+def test_the_walk_sees_a_climb(source, module):
+    assert list(climbs(source, module, False))
+
+
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("from ..backends import choice, eager", "fastseq.ops.stack"),
+        ("from .stack import run", "fastseq.ops.checks"),
+        ("from .. import reference", "fastseq.backends.reference"),
+        ("import torch", "fastseq.backends.torch"),
+        ("import hashlib", "fastseq.cells.lstm"),
+    ],
+)
+def test_the_walk_lets_down(source, module):
+    assert not list(climbs(source, module, False))
+
+
+def names_used(source):
+    """Every dotted name in a file, and what it imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_environment_variable_is_read(path):
+    source = path.read_text(encoding="utf-8")
+    reads = {"os.environ", "os.getenv", "os.environb", "os.putenv"}
+    assert not reads & set(names_used(source))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_autograd_lives_in_ops(path):
+    """The one place of an autograd formula."""
+    if floor(module_name(path)) == FLOORS["ops"]:
+        return
+    formulas = {
+        "torch.autograd.Function",
+        "torch.library.register_autograd",
+        "autograd.Function",
+    }
+    assert not formulas & set(names_used(path.read_text(encoding="utf-8")))
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+WITHOUT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+import fastseq
+from fastseq.backends import BACKENDS, load
+for name in BACKENDS:
+    loaded = load(name)
+    print(name, "|", loaded if isinstance(loaded, str) else "here")
+layer = fastseq.LSTM(3, 4)
+y, _ = layer(torch.ones(2, 1, 3))
+y.sum().backward()
+try:
+    fastseq.LSTM(3, 4, backend="numba")(torch.ones(2, 1, 3))
+except RuntimeError as error:
+    print("named |", error)
+"""
+
+
+def test_without_numba_all_else_runs():
+    lines = run(WITHOUT.format(blocked=("numba", "llvmlite", "scipy", "triton"))).splitlines()
+    table = dict(line.split(" | ", 1) for line in lines)
+    assert "No module named 'numba'" in table["numba"], table["numba"]
+    assert "pip install numba" in table["numba"]
+    assert table["torch"] == table["eager"] == table["reference"] == "here"
+    assert "numba" in table["named"] and "pip install numba" in table["named"]
+
+
+def test_import_is_light():
+    """A backend's dependencies come with its first use."""
+    heavy = run(
+        "import torch, sys; before = set(sys.modules); import fastseq; "
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    ).split()
+    assert not {"numba", "llvmlite", "scipy", "triton", "mpmath"} & set(heavy)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_has_what_the_contract_asks(name):
+    module = load(name)
+    if isinstance(module, str):
+        assert len(module) > 10, "say why, and the remedy"
+        pytest.skip(module)
+    for function in ("unavailable", "supports", "forward"):
+        assert callable(getattr(module, function))
+    if name != "eager":
+        assert callable(module.backward) and callable(module.saved_layout)
+
+
+def test_numba_serves_where_it_is_installed():
+    if importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    assert not isinstance(load("numba"), str), load("numba")
+
+
+@pytest.mark.parametrize("name", ["", "cudnn", "Eager"])
+def test_load_names_the_backends(name):
+    with pytest.raises(ValueError, match="eager") as caught:
+        load(name)
+    assert repr(name) in str(caught.value)
