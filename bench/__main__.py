@@ -1,8 +1,8 @@
 """The benchmarks: ``python -m bench``, or ``make bench``, which sets up all it needs.
 
 Each case times torch.nn, fastseq as it chooses, and each other backend, in turn and round by
-round. The results are kept as pytest-benchmark's JSON, bench/results/<machine>/<date>-<commit>.json,
-and printed as a table.
+round. The results are printed as a table and kept as pytest-benchmark's JSON,
+bench/results/<machine>/<date>-<commit>.json.
 """
 
 from __future__ import annotations

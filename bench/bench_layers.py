@@ -32,6 +32,7 @@ def test_speed(workload, way, benchmark, request):
         benchmark.pedantic(race.step, args=(ours,), setup=the_others, rounds=rounds)
     if benchmark.enabled:
         ours.samples = list(benchmark.stats.stats.data)
+    timed = [c for c in race.contenders if c.samples]
     benchmark.group = way
     benchmark.extra_info.update(
         workload=workload.name,
@@ -41,9 +42,13 @@ def test_speed(workload, way, benchmark, request):
         rounds=rounds,
         flops=workload.flops(way == "training"),
         chosen=ours.backend,
-        median_ms={c.label: round(median(c.samples) * 1e3, 5) for c in race.contenders if c.samples},
-        fastest_ms={c.label: round(min(c.samples) * 1e3, 5) for c in race.contenders if c.samples},
+        median_ms={c.label: milliseconds(median(c.samples)) for c in timed},
+        fastest_ms={c.label: milliseconds(min(c.samples)) for c in timed},
         declined=race.declined,
     )
     if way == "training":
         benchmark.extra_info["saved_bytes"] = race.saved_bytes()
+
+
+def milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 5)

@@ -79,8 +79,10 @@ class Race:
                 except (NotImplementedError, RuntimeError) as error:
                     if f"{name}: " not in str(error):
                         raise
-                    reason = str(error).split(f"{name}: ", 1)[1].removesuffix(
-                        ". backend=None always runs."
+                    reason = (
+                        str(error)
+                        .split(f"{name}: ", 1)[1]
+                        .removesuffix(". backend=None always runs.")
                     )
             if reason is not None:
                 self.declined[name] = reason
@@ -209,7 +211,8 @@ def reason_to_skip(workload: Workload, way: Way, backends: list[str], limit: flo
         return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
     seconds = 5 * (estimate(workload, way, TORCH) + estimate(workload, way, OURS))
     if seconds > limit:
-        return f"would take about {seconds:.0f} s, more than {limit:.0f} (LIMIT={seconds * 1.5:.0f} runs it)"
+        remedy = f"LIMIT={seconds * 1.5:.0f} runs it"
+        return f"would take about {seconds:.0f} s, more than {limit:.0f}; {remedy}"
     return None
 
 

@@ -135,16 +135,16 @@ def full(results: Results) -> str:
 
 def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
     """One row a workload: torch.nn -> fastseq, forward and in training."""
-    cases = {(b["extra_info"]["workload"], b["extra_info"]["way"]): b for b in results["benchmarks"]}
+    infos = [b["extra_info"] for b in results["benchmarks"]]
+    cases = {(info["workload"], info["way"]): info for info in infos}
     rows = []
     for name in names:
         row = []
         for way in ("forward", "training"):
-            case = cases.get((name, way))
-            if case is None:
+            info = cases.get((name, way))
+            if info is None:
                 row += ["", ""]
                 continue
-            info = case["extra_info"]
             times = info["median_ms"]
             row.append(f"{milliseconds(times[TORCH])} → {milliseconds(times[OURS])} ms")
             row.append(f"**{_times(speedup(info))}**")
@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     if not options.write:
         print(f"{full(results)}\n\n{note}")
         return 0
-    insert(ROOT / "README.md", f"\n{short(results)}\n\n{note}\n")
+    picture = "![Times faster than torch.nn, by workload](docs/speed.png)"
+    insert(ROOT / "README.md", f"\n{short(results)}\n\n{note}\n\n{picture}\n")
     insert(ROOT / "docs" / "performance.md", f"\n{full(results)}\n\n{note}\n")
     return 0
 

@@ -37,7 +37,7 @@ class Workload:
     cell: Literal["rnn", "gru", "lstm"]
     T: int
     B: int
-    I: int
+    I: int  # noqa: E741  (the field's letter)
     H: int
     source: str
     layers: int = 1
@@ -284,7 +284,9 @@ def by_name(name: str) -> Workload:
     for workload in WORKLOADS:
         if workload.name == name:
             return workload
-    raise ValueError(f"no workload is named {name!r}; names: {', '.join(w.name for w in WORKLOADS)}")
+    raise ValueError(
+        f"no workload is named {name!r}; names: {', '.join(w.name for w in WORKLOADS)}"
+    )
 
 
 def matching(patterns: str | None) -> list[Workload]:

@@ -1,6 +1,7 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, replace, restore
+from .backends.choice import backends
+from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain, replace, restore
 from .ops.functional import gru, lstm, rnn
 
 __version__ = "0.1.0"
@@ -12,6 +13,8 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "backends",
+    "explain",
     "gru",
     "lstm",
     "replace",

@@ -22,14 +22,21 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "full: runs with --full alone")
     settings.load_profile("full" if config.getoption("--full") else "ordinary")
+    # torch says so once in a process, of its own layer too
+    config.addinivalue_line(
+        "filterwarnings", "ignore:LSTM with projections is not supported with oneDNN"
+    )
     torch.set_num_threads(1)  # the tests run in several processes
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--full"):
-        return
+    absent = {}
+    if not config.getoption("--full"):
+        absent["full"] = "runs with --full"
+    if not torch.cuda.is_available():
+        absent["gpu"] = "needs a CUDA device"
     for item in items:
-        if "full" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="runs with --full"))
+        for marker, reason in absent.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -142,9 +142,7 @@ CELLS = {
 }
 
 
-def recurrence(
-    cell, x, states, weights, reverse=False, lengths=None, reset=None, h_mask=None
-):
+def recurrence(cell, x, states, weights, reverse=False, lengths=None, reset=None, h_mask=None):
     """One cell over one input, in one direction."""
     time = {"reverse": reverse, "lengths": lengths, "reset": reset}
     return CELLS[cell](x, states, *weights, h_mask=h_mask, **time)

@@ -14,6 +14,15 @@ from fastseq.ops.stack import Stack, problem, run
 NAMED = ("eager", "torch", "numba", "reference")
 CHOICES = (*NAMED, None)
 
+full = pytest.mark.full
+#: In the ordinary run one type that torch's CPU kernels are made for and one of 16 bits.
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16"),
+    pytest.param(torch.float64, id="float64", marks=full),
+    pytest.param(torch.float16, id="float16", marks=full),
+]
+
 #: What a backend may decline in float32 and float64 on the CPU. Anything else it must run.
 DECLINES = {
     "eager": {"memory='lean'"},
@@ -177,7 +186,7 @@ def draw(
     scale=1.0,
     grad=True,
 ):
-    """Random layers, with torch.nn's initial weights times ``scale``."""
+    """Random layers, with torch.nn's initial weights; those of the input times ``scale``."""
     random = torch.Generator().manual_seed(seed)
     definition = CELLS[cell]
     G, G_hh = definition.G, len(definition.recurrent_gates)
@@ -188,16 +197,16 @@ def draw(
             value = bound * (2 * torch.rand(shape, generator=random, dtype=torch.float64) - 1)
         return value.to(dtype).requires_grad_(grad)
 
-    width, bound = I, scale / H**0.5
+    width, bound = I, 1 / H**0.5
     size = H if P is None else P
     weights = []
     for _ in range(layers):
         for _ in range(directions):
             weights.append(
                 Weights(
-                    tensor(G * H, width, bound=bound),
+                    tensor(G * H, width, bound=scale * bound),
                     tensor(G_hh * H, size, bound=bound) if G_hh else None,
-                    tensor(G * H, bound=bound) if bias else None,
+                    tensor(G * H, bound=scale * bound) if bias else None,
                     tensor(G_hh * H, bound=bound) if bias and G_hh else None,
                     None if P is None else tensor(P, H, bound=bound),
                     tuple(tensor(H, bound=1.0) for _ in definition.unit_parameters),

@@ -75,8 +75,10 @@ def same_bits(a, b):
     """NaN equals NaN, and 0 is not -0."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     kind = kinds[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
-        a.detach().contiguous().view(kind), b.detach().contiguous().view(kind)
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
     )
 
 

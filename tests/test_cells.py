@@ -385,7 +385,9 @@ def points(domain, dtype):
     low, high = domain
     random = np.random.default_rng(0)
     even = random.uniform(low, high, 1500)
-    small = np.concatenate([-(10.0 ** random.uniform(-12, 0, 500)), 10.0 ** random.uniform(-12, 0, 500)])
+    small = np.concatenate(
+        [-(10.0 ** random.uniform(-12, 0, 500)), 10.0 ** random.uniform(-12, 0, 500)]
+    )
     small = small * max(abs(low), abs(high))
     small = small[(small >= low) & (small <= high)]
     return np.concatenate([even, small, [low, high, 0.0]]).astype(dtype)
@@ -418,7 +420,9 @@ def test_vocabulary_error(vocabulary, function, dtype, domain, limit, of):
 @pytest.mark.parametrize("function", sorted(WORDS))
 def test_vocabulary_at_the_edges(vocabulary, function):
     """NaN passes through, infinities saturate, signs of zero and the kink are torch's."""
-    x = torch.tensor([-torch.inf, -50.0, -0.0, 0.0, 50.0, torch.inf, torch.nan], dtype=torch.float64)
+    x = torch.tensor(
+        [-torch.inf, -50.0, -0.0, 0.0, 50.0, torch.inf, torch.nan], dtype=torch.float64
+    )
     if function in ("dsigmoid", "dtanh"):
         x = torch.tensor([-1.0, 0.0, 1.0, torch.nan], dtype=torch.float64)
     truth = {

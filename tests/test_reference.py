@@ -119,7 +119,9 @@ def test_against_torch(cell, P, bias, reverse, lengths):
     suffix = "_reverse" if reverse else ""
     names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_hr_l0"]
     given = {
-        name + suffix: w for name, w in zip(names, case.weights[0][:5], strict=True) if w is not None
+        name + suffix: w
+        for name, w in zip(names, case.weights[0][:5], strict=True)
+        if w is not None
     }
     # torch takes no sequence of length 0: they keep their state
     alive = sum(n > 0 for n in sizes)

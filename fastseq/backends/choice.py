@@ -20,6 +20,8 @@ def preferred(problem: Problem) -> tuple[str, ...]:
         return ("eager",)
     if problem.device != "cpu":
         return ("torch", "eager")
+    if problem.T == 1 and not problem.ragged:
+        return ("torch", "numba", "eager")
     return ("numba", "torch", "eager")
 
 
@@ -30,17 +32,18 @@ class Verdict(NamedTuple):
     declined: dict[str, str]
 
 
-def _names(backend: Backend) -> tuple[str, ...]:
-    names = (backend,) if isinstance(backend, str) else backend
-    if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
+def names(backend: Backend) -> tuple[str, ...]:
+    """The backends that a caller names, checked."""
+    found = (backend,) if isinstance(backend, str) else backend
+    if not isinstance(found, tuple) or not found or not all(isinstance(n, str) for n in found):
         raise TypeError(
             "backend: expected None, a name, or a tuple of names in order of preference, "
             f"got {backend!r}"
         )
-    for name in names:
+    for name in found:
         if name not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return names
+    return found
 
 
 def reason_against(name: str, problem: Problem) -> str | None:
@@ -53,9 +56,8 @@ def reason_against(name: str, problem: Problem) -> str | None:
 
 @lru_cache(maxsize=4096)
 def judge(problem: Problem, backend: Backend) -> Verdict:
-    names = preferred(problem) if backend is None else _names(backend)
     declined: dict[str, str] = {}
-    for name in names:
+    for name in preferred(problem) if backend is None else names(backend):
         reason = reason_against(name, problem)
         if reason is None:
             return Verdict(name, declined)
@@ -79,3 +81,20 @@ def select(problem: Problem, backend: Backend = None) -> tuple[str, ModuleType]:
         else NotImplementedError
     )
     raise error(f"backend={backend!r} cannot run this: {reasons}. backend=None always runs.")
+
+
+class Table(dict[str, str]):
+    """name -> 'available', or why not and the remedy; prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [f"{name:<10} {BACKENDS[name][0]:<64} {state}" for name, state in self.items()]
+        return "\n".join(rows)
+
+
+def backends() -> Table:
+    """The backends of the library: what is available on this machine, and what is not and why."""
+    table = Table()
+    for name in BACKENDS:
+        module = load(name)
+        table[name] = f"not available: {module}" if isinstance(module, str) else "available"
+    return table

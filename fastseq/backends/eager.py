@@ -21,8 +21,6 @@ def unavailable() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.memory == "lean":
-        return "eager keeps what autograd keeps; memory='lean' needs a backend with kernels (numba)"
     return None
 
 

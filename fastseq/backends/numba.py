@@ -28,7 +28,7 @@ from .contract import (
     Weights,
 )
 from .numba_loops import SLOTS, backward_kernel, forward_kernel
-from .numba_products import NUMPY, product, room_for
+from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges, run
 
@@ -116,7 +116,9 @@ class _Rows:
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype).contiguous()
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 class _Task:
@@ -166,7 +168,7 @@ class _Task:
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return product(a, b, self.threads)
 
-    def packed(self, matrix: Tensor, transposed: bool) -> Tensor:
+    def packed(self, matrix: Tensor, transposed: bool) -> Room:
         """Weights in the layout of the kernels' product: (k, columns), columns in blocks.
 
         transposed: columns are the rows of ``matrix``.
@@ -174,38 +176,44 @@ class _Task:
         s = simd(self.np_dtype)
         rows, stride = matrix.shape
         inner, columns = (stride, rows) if transposed else (rows, stride)
-        packed = room_for(s.packed_size(inner, columns), self.dtype)
-        s.pack(matrix.data_ptr(), matrix.stride(0), inner, columns, transposed, packed.data_ptr())
-        return packed
+        room = Room(s.packed_size(inner, columns), self.dtype)
+        s.pack(matrix.data_ptr(), matrix.stride(0), inner, columns, transposed, room.address)
+        return room
 
-    def products(self, r: int, forward: bool) -> list[Tensor | None]:
+    def products(self, r: int, forward: bool) -> list[Room | None]:
         """The packed rows of w_hh of each phase."""
-        packed: list[Tensor | None] = []
+        packed: list[Room | None] = []
         for phase in self.cell.phases:
             first, last = self.cell.product_rows(phase)
             part = self.weights[r].w_hh[first * self.H : last * self.H] if last else None
             packed.append(None if part is None else self.packed(part, transposed=forward))
         return packed
 
-    def run(self, kernel: Any, fill: Any, steps: int) -> None:
+    def run(self, kernel: Any, fill: Any) -> None:
         """Run a kernel over all recurrences and rows. ``fill(r, first, last)`` gives its slots."""
+        T, rows = self.rows.T, self.rows.alive
+        if not T or not rows:
+            return
         G_hh = len(self.cell.recurrent_gates)
         flops = 2.0 * self.H * (G_hh * self.P + 30 * self.cell.G)
-        tasks, keep = [], []
-        for r, first, last in row_ranges(self.R, self.rows.alive, steps, flops, self.threads):
-            p = np.zeros(len(SLOTS), np.int64)
+        common = {"last_step": T, "T": T, "B": rows, "H": self.H, "P": self.P}
+        common |= {"ragged": self.rows.ragged, "has_reset": self.reset is not None}
+
+        def task(r: int, first: int, last: int) -> None:
             slots, buffers = fill(r, first, last)
-            slots |= {"last_step": steps, "T": self.rows.T, "B": self.rows.alive}
-            slots |= {"first_row": first, "last_row": last, "H": self.H, "P": self.P}
-            slots |= {"reverse": self.call.reverse[r], "ragged": self.rows.ragged}
-            slots |= {"has_reset": self.reset is not None}
+            p = [0] * len(SLOTS)
+            for name, value in common.items():
+                p[SLOTS[name]] = value
             for name, value in slots.items():
                 p[SLOTS[name]] = value
+            p[SLOTS["first_row"]], p[SLOTS["last_row"]] = first, last
+            p[SLOTS["reverse"]] = self.call.reverse[r]
             reset = _NO_RESET if self.reset is None else self.reset[r].view(torch.uint8).numpy()
-            tasks.append(partial(kernel, p, self.rows.sizes, self.rows.offsets, reset))
-            keep.append(buffers)
-        if tasks and steps:
-            run(tasks)
+            kernel(np.array(p, np.int64), self.rows.sizes, self.rows.offsets, reset)
+            del buffers  # they live until here
+
+        ranges = row_ranges(self.R, rows, T, flops, self.threads)
+        run([partial(task, *place) for place in ranges])
 
     def previous_h(self, r: int, y: Tensor) -> Tensor:
         """The operand of the recurrent product at every row: h_{t-1}, reset and masked, (N, P)."""
@@ -225,8 +233,10 @@ class _Task:
         return h
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(buffer: Tensor | Room | None) -> int:
+    if isinstance(buffer, Room):
+        return buffer.address
+    return 0 if buffer is None else buffer.data_ptr()
 
 
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
@@ -234,19 +244,23 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     lead = tuple(call.x.shape[:-1])
     full = save and call.memory == "full"
     y = task.new(task.rows.capacity, task.R * task.P)
-    y[task.rows.N :] = 0
+    if task.rows.capacity > task.rows.N:
+        y[task.rows.N :] = 0
     finals = [s.clone() for s in task.states]
     others = len(task.cell.states) - 1
     along = [task.new(task.rows.capacity, task.R * task.H) for _ in range(others)]
     if not (full or trajectory):
         along = []
-    for c in along:
-        c[task.rows.N :] = 0
+    if task.rows.capacity > task.rows.N:
+        for c in along:
+            c[task.rows.N :] = 0
     saved = _walk_forward(task, y, finals, along, full)
 
     dtype = call.x.dtype
-    shaped = [c.view(*lead, -1) for c in along]
-    result = Result(y.view(*lead, -1).to(dtype), [s.to(dtype) for s in finals], [], [])
+    shaped = [c.view(*lead, task.R * task.H) for c in along]
+    result = Result(y.view(*lead, task.R * task.P), finals, [], [])
+    if dtype is not task.dtype:
+        result.y, result.states = result.y.to(dtype), [s.to(dtype) for s in finals]
     if full:
         result.saved = [t for ts in saved for t in ts]
     if trajectory:
@@ -329,7 +343,7 @@ def _walk_forward(
             slots["c_stride"] = task.R * H if along else 0
         return slots, (s, row, bias, b_hh, operand)
 
-    task.run(forward_kernel(cell, task.np_dtype), fill, task.rows.T)
+    task.run(forward_kernel(cell, task.np_dtype), fill)
     return saved
 
 
@@ -388,9 +402,9 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         None if g is None else _wide(g, dtype).reshape(capacity, R * H) for g in grads.trajectory
     ]
     dstates = [
-        torch.zeros_like(s) if g is None else g.detach().to(dtype).clone(
-            memory_format=torch.contiguous_format
-        )
+        torch.zeros_like(s)
+        if g is None
+        else g.to(dtype).clone(memory_format=torch.contiguous_format)
         for s, g in zip(task.states, grads.states, strict=True)
     ]
     dgates = [task.new(N, cell.G * H) for _ in range(R)]
@@ -451,7 +465,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
             slots["dc_all_stride"] = 0 if d is None else R * H
         return slots, (dm, dq, operand)
 
-    task.run(backward_kernel(cell, task.np_dtype), fill, T)
+    task.run(backward_kernel(cell, task.np_dtype), fill)
     for r in range(R):
         if single[r]:
             dh = torch.mm(dproduct[r], task.weights[r].w_hh)
@@ -530,5 +544,7 @@ def _recurrent_gradient(task: _Task, r: int, y: Tensor, d: Tensor) -> Tensor:
     edge, rest, past = slice(0, B), slice(B, None), h[:last]
     if task.call.reverse[r]:
         edge, rest, past = slice(last, None), slice(0, last), h[B:]
+    if last and not task.call.states:  # h_0 is zero
+        return task.product(d[rest].t(), past)
     gradient = torch.mm(d[edge].t(), h_0)
     return gradient.add_(task.product(d[rest].t(), past)) if last else gradient

@@ -47,12 +47,14 @@ def _kernel(dtype: torch.dtype) -> Any:
     return numba.njit(cache=True, **JIT)(text)
 
 
-def room_for(count: int, dtype: torch.dtype) -> Tensor:
-    """``count`` elements from an address that is a multiple of 64, as packed weights like it."""
-    size = 8 if dtype is torch.float64 else 4
-    room = torch.empty(count + 64 // size, dtype=dtype)
-    skip = (-room.data_ptr() % 64) // size
-    return room.narrow(0, skip, count)
+class Room:
+    """Scratch of ``count`` elements at an address that is a multiple of 64."""
+
+    __slots__ = ("address", "tensor")
+
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        self.tensor = torch.empty(count + 16, dtype=dtype)
+        self.address = (self.tensor.data_ptr() + 63) & -64
 
 
 def product(a: Tensor, b: Tensor, threads: int) -> Tensor:
@@ -64,33 +66,35 @@ def product(a: Tensor, b: Tensor, threads: int) -> Tensor:
     s = simd(NUMPY[a.dtype])
     kernel = _kernel(a.dtype)
     transposed = b.stride(1) != 1
-    if 1 not in b.stride():
+    if transposed and b.stride(0) != 1:
         b, transposed = b.contiguous(), False
     b_stride = b.stride(1) if transposed else b.stride(0)
     a_stride, a_step = a.stride()
+    size = s.packed_size(min(inner, _PIECE), columns)
+    itemsize = s.ITEMSIZE
+
+    def share(first: int, last: int) -> None:
+        room = Room(size, a.dtype)
+        kernel(
+            a.data_ptr() + first * a_stride * itemsize,
+            a_stride,
+            a_step,
+            b.data_ptr(),
+            b_stride,
+            transposed,
+            out.data_ptr() + first * columns * itemsize,
+            columns,
+            last - first,
+            inner,
+            columns,
+            room.address,
+        )
+
     flops = 2.0 * rows * inner * columns
     parts = max(1, min(threads, int(flops / _SHARE), rows // 6))
-    edges = [rows * k // parts for k in range(parts + 1)]
-    tasks, rooms = [], []
-    for first, last in zip(edges, edges[1:], strict=False):
-        room = room_for(s.packed_size(min(inner, _PIECE), columns), a.dtype)
-        rooms.append(room)
-        tasks.append(
-            partial(
-                kernel,
-                a.data_ptr() + first * a_stride * s.ITEMSIZE,
-                a_stride,
-                a_step,
-                b.data_ptr(),
-                b_stride,
-                transposed,
-                out.data_ptr() + first * columns * s.ITEMSIZE,
-                columns,
-                last - first,
-                inner,
-                columns,
-                room.data_ptr(),
-            )
-        )
-    run(tasks)
+    if parts == 1:
+        share(0, rows)
+    else:
+        edges = [rows * k // parts for k in range(parts + 1)]
+        run([partial(share, *pair) for pair in zip(edges, edges[1:], strict=False)])
     return out

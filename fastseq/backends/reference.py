@@ -19,6 +19,10 @@ def supports(problem: Problem) -> str | None:
         return f"reference runs on the CPU, not on {problem.device}; move the tensors there"
     if not problem.dtype.is_floating_point:
         return f"reference computes real numbers, not {problem.dtype}"
+    if problem.mode == "transform":
+        return "reference runs in NumPy, which torch.func cannot see through; choose eager"
+    if problem.mode == "dual":
+        return "reference has no forward-mode derivative; choose eager"
     return None
 
 
@@ -88,7 +92,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
             return np.zeros((N, width))
         return _array(grad).reshape(-1, R * width)[:N, r * width : (r + 1) * width]
 
-    dx = torch.zeros_like(call.x, dtype=torch.float64)
+    dx = torch.zeros(call.x.shape, dtype=torch.float64)
     dstates, dweights = [], []
     for r, weights in enumerate(call.weights):
         options = _options(call, r, N)

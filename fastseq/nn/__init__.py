@@ -2,6 +2,7 @@
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import Report, replace, restore, to_torch
+from .explain import explain
 from .layers import GRU, LSTM, RNN
 from .recurrent import Recurrent
 
@@ -14,6 +15,7 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "Report",
+    "explain",
     "replace",
     "restore",
     "to_torch",

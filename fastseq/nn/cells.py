@@ -12,7 +12,7 @@ from ..backends.choice import Backend
 from ..backends.contract import Weights
 from ..cells import CELLS
 from ..ops.checks import autocasts
-from ..ops.stack import Stack, run
+from ..ops.stack import Stack, run, step
 from .recurrent import described, editable, quiet_tracing
 
 
@@ -63,20 +63,28 @@ class RecurrentCell(nn.Module):
             x, states = input.unsqueeze(0), [s.unsqueeze(0) for s in hx]
         self._check_sizes(x, states)
         weight = self.weight_ih
+        dtype, device = weight.dtype, weight.device
+        for tensor in (x, *states):
+            if tensor.dtype != dtype or tensor.device != device:
+                self._check_kinds(x, states)
+                break
         own: Any = self
-        weights = Weights(weight, own.weight_hh, own.bias_ih, own.bias_hh, None)
-        if x.dtype != weight.dtype or any(s.dtype != weight.dtype for s in states):
-            self._check_dtypes(x, states)
-        stack = Stack(
+        weights = (weight, own.weight_hh, own.bias_ih, own.bias_hh)
+        finals = step(self.cell, x, states, weights, self.backend)
+        if finals is None:
+            finals = [s.squeeze(0) for s in editable(run(self._stack(x, states))[1])]
+        return finals if rank == 2 else [s.squeeze(0) for s in finals]
+
+    def _stack(self, x: Tensor, states: Sequence[Tensor]) -> Stack:
+        own: Any = self
+        return Stack(
             self.cell,
             x.unsqueeze(0),
             [s.unsqueeze(0) for s in states],
-            [weights],
+            [Weights(own.weight_ih, own.weight_hh, own.bias_ih, own.bias_hh, None)],
             training=self.training,
             backend=self.backend,
         )
-        finals = [s.squeeze(0) for s in editable(run(stack)[1])]
-        return finals if rank == 2 else [s.squeeze(0) for s in finals]
 
     def _check_sizes(self, x: Tensor, states: Sequence[Tensor]) -> None:
         B, size = x.shape
@@ -100,13 +108,15 @@ class RecurrentCell(nn.Module):
                     f"expected {self.hidden_size}"
                 )
 
-    def _check_dtypes(self, x: Tensor, states: Sequence[Tensor]) -> None:
-        if autocasts(x):
-            return
-        dtype = self.weight_ih.dtype
+    def _check_kinds(self, x: Tensor, states: Sequence[Tensor]) -> None:
+        dtype, device = self.weight_ih.dtype, self.weight_ih.device
         labels = ("input", *(f"{name}_0" for name in CELLS[self.cell].states))
         for label, tensor in zip(labels, (x, *states), strict=False):
-            if tensor.dtype != dtype:
+            if tensor.device != device:
+                raise RuntimeError(
+                    f"{label}: expected it on the weights' device {device}, got {tensor.device}"
+                )
+            if tensor.dtype != dtype and not autocasts(x):
                 raise RuntimeError(
                     f"{label}: expected the weights' dtype {dtype}, got {tensor.dtype}; "
                     f"convert it: {label}.to({dtype})"

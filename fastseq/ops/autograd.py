@@ -6,6 +6,7 @@ so second and higher derivatives exist for every backend.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,10 +62,18 @@ def n_outputs(layout: Layout) -> int:
     return 1 + n + (n - 1 if layout.trajectory else 0)
 
 
+def _takes_anything(function: Any) -> Any:
+    """Spare Function.apply the reading of a signature: 25 us a call, without defaults to fill in."""
+    anything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+    function.__signature__ = inspect.Signature([anything])
+    return function
+
+
 class RecurrenceFunction(torch.autograd.Function):
     """(layout, x, batch_sizes, reset, h_mask, *states, *weights) -> (y, *states, *trajectory, *saved)"""
 
     @staticmethod
+    @_takes_anything
     def forward(layout, x, batch_sizes, reset, h_mask, *tensors):
         return tuple(recurrence(layout, x, batch_sizes, reset, h_mask, *tensors, save=True))
 
@@ -112,6 +121,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
     """The gradients that are wanted, as a differentiable function of inputs and output gradients."""
 
     @staticmethod
+    @_takes_anything
     def forward(layout, wanted, n_inputs, n_outs, *tensors):
         x, batch_sizes, reset, h_mask, *rest = tensors[:n_inputs]
         outputs = tensors[n_inputs : n_inputs + n_outs]

@@ -132,7 +132,7 @@ def check_lengths(
     if not batched:
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
     if lengths.is_floating_point() or lengths.dtype in (torch.bool, torch.complex64):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):

@@ -1,0 +1,824 @@
+"""Calls of the modules: what torch.nn accepts, returns and refuses, on every backend."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
+from twins import (
+    BACKENDS,
+    CELLS,
+    KINDS,
+    LAYERS,
+    assert_same,
+    assert_same_gradients,
+    caught,
+    detached,
+    needs,
+    pair,
+    state_for,
+    tensors,
+)
+
+import fastseq
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+layers = pytest.mark.parametrize("kind", LAYERS)
+cells = pytest.mark.parametrize("kind", CELLS)
+kinds = pytest.mark.parametrize("kind", KINDS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+SHAPES = {"dense": (5, 3, 4), "batch of one": (5, 1, 4), "one step": (1, 3, 4), "unbatched": (5, 4)}
+
+
+def compare(ours, theirs, x, hx=None):
+    """Outputs and all gradients of one call, ours and torch.nn's."""
+    results = []
+    for module in (ours, theirs):
+        module.zero_grad()
+        given = detached(x) if isinstance(x, torch.Tensor) else x
+        state = None if hx is None else detached(hx)
+        out = module(given, state)
+        torch.manual_seed(1)
+        loss = sum((t * torch.randn_like(t)).sum() for t in tensors(out))
+        loss.backward()
+        leaves = [t for t in (given, *(() if state is None else tensors(state)))]
+        results.append((out, [t.grad for t in leaves if isinstance(t, torch.Tensor)]))
+    (mine, dmine), (yours, dyours) = results
+    assert type(mine) is type(yours)
+    assert_same(mine, yours)
+    for a, b in zip(dmine, dyours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(ours, theirs)
+    return mine
+
+
+@layers
+@backends
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_state", [False, True])
+def test_dense(kind, backend, shape, with_state):
+    theirs, ours = pair(kind, 4, 6, num_layers=2, bidirectional=True, backend=backend)
+    x = torch.randn(SHAPES[shape])
+    hx = state_for(kind, 4, *x.shape[1:-1], 6) if with_state else None
+    out, state = compare(ours, theirs, x, hx)
+    assert out.shape == (*x.shape[:-1], 12)
+    assert isinstance(state, tuple) == (kind == "LSTM")
+
+
+@layers
+@backends
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_batch_first(kind, backend, unbatched):
+    """Input and output are batch first; the state never is; unbatched input has no batch."""
+    theirs, ours = pair(kind, 4, 6, num_layers=2, batch_first=True, backend=backend)
+    x = torch.randn(5, 4) if unbatched else torch.randn(3, 5, 4)
+    hx = state_for(kind, 2, 6) if unbatched else state_for(kind, 2, 3, 6)
+    compare(ours, theirs, x, hx)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+@backends
+def test_rnn_options(nonlinearity, bias, backend):
+    theirs, ours = pair("RNN", 4, 6, nonlinearity=nonlinearity, bias=bias, backend=backend)
+    compare(ours, theirs, torch.randn(5, 3, 4), torch.randn(1, 3, 6))
+
+
+@backends
+@pytest.mark.parametrize("bias", [True, False])
+def test_projection(backend, bias):
+    theirs, ours = pair(
+        "LSTM", 4, 6, 2, bias=bias, bidirectional=True, proj_size=3, backend=backend
+    )
+    hx = torch.randn(4, 3, 3), torch.randn(4, 3, 6)
+    compare(ours, theirs, torch.randn(5, 3, 4), hx)
+
+
+@cells
+@backends
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4), (4,)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_cells(kind, backend, shape, bias, with_state):
+    theirs, ours = pair(kind, 4, 6, bias, backend=backend)
+    hx = state_for(kind, *shape[:-1], 6) if with_state else None
+    compare(ours, theirs, torch.randn(shape), hx)
+
+
+@backends
+def test_relu_cell(backend):
+    theirs, ours = pair("RNNCell", 4, 6, nonlinearity="relu", backend=backend)
+    compare(ours, theirs, torch.randn(3, 4), torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_lstm_state_is_a_list_or_a_tuple(kind):
+    _, ours = pair(kind, 4, 6)
+    x = torch.randn(5, 3, 4) if kind == "LSTM" else torch.randn(3, 4)
+    hx = state_for(kind, *([1] if kind == "LSTM" else []), 3, 6)
+    a, b = ours(x, hx), ours(x, list(hx))
+    assert all(torch.equal(p, q) for p, q in zip(tensors(a), tensors(b), strict=True))
+    state = a[1] if kind == "LSTM" else a
+    assert type(state) is tuple and type(b) is tuple
+
+
+# -- packed sequences
+
+
+def sequences(lengths=(2, 5, 3), size=4):
+    return [torch.randn(n, size) for n in lengths]
+
+
+@layers
+@backends
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_packed(kind, backend, batch_first, with_state):
+    """batch_first says nothing of packed input; states are in the order of the sequences."""
+    theirs, ours = pair(
+        kind, 4, 6, 2, bidirectional=True, batch_first=batch_first, backend=backend
+    )
+    packed = pack_sequence(sequences(), enforce_sorted=False)
+    hx = state_for(kind, 4, 3, 6) if with_state else None
+    out, _ = compare(ours, theirs, packed, hx)
+    assert isinstance(out, PackedSequence)
+    assert out.batch_sizes is packed.batch_sizes
+    assert out.sorted_indices is packed.sorted_indices
+    assert out.unsorted_indices is packed.unsorted_indices
+
+
+@layers
+@backends
+def test_packed_in_order(kind, backend):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    packed = pack_sequence(sequences((5, 3, 3, 1)))
+    assert packed.sorted_indices is None
+    out, _ = compare(ours, theirs, packed, state_for(kind, 1, 4, 6))
+    assert out.sorted_indices is None and out.unsorted_indices is None
+    assert out.batch_sizes is packed.batch_sizes
+
+
+@layers
+def test_each_packed_sequence_is_run_alone(kind):
+    _, ours = pair(kind, 4, 6, 2, bidirectional=True)
+    parts = sequences((4, 1, 6))
+    out, state = ours(pack_sequence(parts, enforce_sorted=False))
+    padded, lengths = pad_packed_sequence(out)
+    for k, part in enumerate(parts):
+        alone, last = ours(part)
+        assert_same(padded[: lengths[k], k], alone)
+        for whole, single in zip(tensors(state), tensors(last), strict=True):
+            assert_same(whole[:, k], single)
+
+
+@layers
+def test_packed_gradient_reaches_the_input(kind):
+    theirs, ours = pair(kind, 4, 6)
+    grads = []
+    padded = torch.randn(5, 3, 4)
+    for module in (ours, theirs):
+        x = detached(padded)
+        packed = pack_padded_sequence(x, torch.tensor([2, 5, 3]), enforce_sorted=False)
+        module(packed)[0].data.square().sum().backward()
+        grads.append(x.grad)
+    assert_same(*grads)
+
+
+# -- empty batches and sequences
+
+
+@layers
+@backends
+@pytest.mark.parametrize("with_state", [False, True])
+def test_batch_of_none(kind, backend, with_state):
+    theirs, ours = pair(kind, 4, 6, 2, bidirectional=True, backend=backend)
+    hx = state_for(kind, 4, 0, 6) if with_state else None
+    out, _ = compare(ours, theirs, torch.randn(5, 0, 4), hx)
+    assert out.shape == (5, 0, 12)
+
+
+@cells
+@backends
+def test_cell_batch_of_none(kind, backend):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    compare(ours, theirs, torch.randn(0, 4), state_for(kind, 0, 6))
+
+
+@layers
+@backends
+def test_no_steps(kind, backend):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    for x in (torch.randn(0, 3, 4), torch.randn(0, 4)):
+        same_error(lambda x=x: ours(x), lambda x=x: theirs(x), "Expected sequence length to be ")
+
+
+# -- dropout
+
+
+@layers
+@backends
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_is_torchs_between_single_layers(kind, backend, bidirectional):
+    """Bit for bit under one seed, and read from the module at each call."""
+    options = {"bidirectional": bidirectional, "backend": backend}
+    needs(backend)
+    stack = getattr(fastseq, kind)(4, 6, 3, dropout=0.1, **options)
+    stack.dropout = 0.5
+    singles = []
+    for k in range(3):
+        width = 4 if k == 0 else 6 * (1 + bidirectional)
+        singles.append(getattr(fastseq, kind)(width, 6, **options))
+        singles[-1].load_state_dict(
+            {
+                name.replace(f"_l{k}", "_l0"): value
+                for name, value in stack.state_dict().items()
+                if f"_l{k}" in name
+            }
+        )
+    x = torch.randn(5, 3, 4)
+    torch.manual_seed(11)
+    out, state = stack(x)
+    torch.manual_seed(11)
+    y, finals = x, []
+    for k, single in enumerate(singles):
+        y, last = single(torch.dropout(y, 0.5, True) if k else y)
+        finals.append(tensors(last))
+    assert torch.equal(out, y)
+    for whole, parts in zip(tensors(state), zip(*finals, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+    stack.eval()
+    again = stack(x)[0]
+    assert torch.equal(again, stack(x)[0]) and not torch.equal(again, out)
+    stack.train()
+    stack.dropout = 0.0
+    assert torch.equal(stack(x)[0], again)
+    stack.dropout = 1.0
+    stack.bias = stack.bias
+    torch.manual_seed(0)
+    assert torch.equal(stack(x)[0], stack(x + 1)[0])  # nothing passes
+
+
+@layers
+def test_dropout_of_torch_nn(kind):
+    """Under one seed, torch.nn's own numbers on the CPU."""
+    theirs, ours = pair(kind, 4, 6, 3, dropout=0.5, backend="eager")
+    x = torch.randn(5, 3, 4)
+    torch.manual_seed(3)
+    a = ours(x)
+    torch.manual_seed(3)
+    assert_same(a, theirs(x))
+
+
+# -- backward
+
+
+@kinds
+@backends
+def test_backward_in_eval_mode(kind, backend):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    theirs.eval()
+    ours.eval()
+    compare(ours, theirs, torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4))
+
+
+@kinds
+@backends
+def test_nothing_that_is_given_is_written(kind, backend):
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, backend=backend)
+    lead = (1,) if kind in LAYERS else ()
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    hx = state_for(kind, *lead, 3, 6)
+    given = [x, *tensors(hx), *ours.parameters()]
+    copies = [t.detach().clone() for t in given]
+    versions = [t._version for t in given]
+    out = tensors(ours(x, hx))
+    grads = [torch.randn_like(t) for t in out]
+    kept = [g.clone() for g in grads]
+    torch.autograd.backward(out, grads)
+    for before, after in zip(copies + kept, given + grads, strict=True):
+        assert torch.equal(before, after)
+    assert versions == [t._version for t in given]
+    storages = {t.untyped_storage().data_ptr() for t in given}
+    assert not storages & {t.untyped_storage().data_ptr() for t in out}
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTMCell", "GRUCell"])
+@backends
+def test_output_may_be_edited_before_backward(kind, backend):
+    """Not nn.LSTM's nor nn.RNNCell's, on the CPU; those have a test of their own."""
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    for module in (ours, theirs):
+        out = tensors(module(x))
+        for tensor in out:
+            tensor.mul_(2)
+        sum(t.square().sum() for t in out).backward()
+    assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "RNNCell"])
+@backends
+def test_output_edited_before_backward_is_right_or_an_error(kind, backend):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    x = torch.randn(5, 3, 4) if kind == "LSTM" else torch.randn(3, 4)
+    (tensors(theirs(x))[0] * 2).sum().backward()
+    out = tensors(ours(x))[0]
+    error = caught(lambda: out.mul_(2).sum().backward())
+    if error is None:
+        assert_same_gradients(ours, theirs)
+    else:
+        assert "modified" in str(error) and "inplace" in str(error)
+
+
+@layers
+@backends
+def test_strided_input(kind, backend):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    wide = torch.randn(3, 10, 8)
+    x = wide.transpose(0, 1)[::2, :, ::2]
+    hx = state_for(kind, 3, 1, 6)
+    hx = tuple(s.transpose(0, 1) for s in hx) if kind == "LSTM" else hx.transpose(0, 1)
+    assert not x.is_contiguous()
+    assert_same(ours(x, hx), theirs(x, hx))
+
+
+# -- lengths and reset
+
+
+@layers
+@backends
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_lengths(kind, backend, batch_first, as_list):
+    """Each sequence as if it ran alone; zeros behind its end; a length of 0 keeps the state."""
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, 2, bidirectional=True, backend=backend)
+    ours.batch_first = batch_first
+    lengths = [2, 0, 5, 3]
+    x = torch.randn(5, 4, 4)
+    hx = state_for(kind, 4, 4, 6)
+    given = x.transpose(0, 1) if batch_first else x
+    out, state = ours(given, hx, lengths=lengths if as_list else torch.tensor(lengths))
+    assert isinstance(state, tuple) == (kind == "LSTM")
+    out = out.transpose(0, 1) if batch_first else out
+    assert out.shape == (5, 4, 12)
+    for k, n in enumerate(lengths):
+        assert not out[n:, k].any()
+        own = [s[:, k] for s in tensors(hx)]
+        if n == 0:
+            last = own
+        else:
+            alone, last = ours(x[:n, k], tuple(own) if kind == "LSTM" else own[0])
+            assert_same(out[:n, k], alone)
+        for whole, single in zip(tensors(state), tensors(list(tensors(last))), strict=True):
+            assert_same(whole[:, k], single)
+
+
+@layers
+@backends
+def test_lengths_without_state_and_gradients(kind, backend):
+    """As torch.nn with packing; no gradient comes from behind an end, whatever stands there."""
+    theirs, ours = pair(kind, 4, 6, 2, backend=backend)
+    lengths = torch.tensor([2, 5, 3])
+    x = torch.randn(5, 3, 4)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    out, state = theirs(packed)
+    padded, _ = pad_packed_sequence(out)
+    x[2:, 0] = float("nan")
+    x.requires_grad_()
+    mine, mine_state = ours(x, lengths=lengths)
+    assert_same([mine, mine_state], [padded, state])
+    padded.square().sum().backward()
+    mine.square().sum().backward()
+    assert_same_gradients(ours, theirs)
+    assert not x.grad[2:, 0].any() and not x.grad[3:, 2].any() and x.grad[:2, 0].any()
+
+
+@layers
+@backends
+def test_all_lengths_zero(kind, backend):
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, backend=backend)
+    hx = state_for(kind, 1, 3, 6)
+    out, state = ours(torch.randn(5, 3, 4), hx, lengths=[0, 0, 0])
+    assert out.shape == (5, 3, 6) and not out.any()
+    assert_same(state, hx)
+    out, state = ours(torch.randn(5, 3, 4), lengths=[0, 0, 0])
+    assert not any(t.any() for t in tensors(state))
+
+
+@layers
+def test_mistakes_in_lengths(kind):
+    ours = getattr(fastseq, kind)(4, 6)
+    x = torch.randn(5, 3, 4)
+    with pytest.raises(ValueError, match=r"lengths: expected one a sequence, \(3,\), got \(2,\)"):
+        ours(x, lengths=[5, 5])
+    with pytest.raises(ValueError, match=r"lengths: expected values from 0 to T = 5, got 1 to 6"):
+        ours(x, lengths=[6, 1, 1])
+    with pytest.raises(ValueError, match=r"lengths: expected values from 0 to T = 5, got -1 to 5"):
+        ours(x, lengths=torch.tensor([5, -1, 5]))
+    with pytest.raises(TypeError, match="lengths: expected integers, got torch.float32"):
+        ours(x, lengths=torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match="lengths: expected a batched 3-D input"):
+        ours(x[:, 0], lengths=[5])
+    with pytest.raises(ValueError, match="lengths: a PackedSequence has its own"):
+        ours(pack_padded_sequence(x, torch.tensor([5, 3, 2])), lengths=[5, 3, 2])
+    with pytest.raises(TypeError, match=r"lengths"):
+        ours(x, lengths=[1.5, 2.0, 3.0])
+
+
+@layers
+@pytest.mark.parametrize("backend", [None, "eager", "numba"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_reset(kind, backend, batch_first):
+    """The pieces between resets are sequences of their own, in either direction."""
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, bidirectional=True, backend=backend)
+    x = torch.randn(6, 2, 4)
+    hx = state_for(kind, 2, 2, 6)
+    reset = torch.zeros(6, 2, dtype=torch.bool)
+    reset[2, 0] = reset[5, 0] = reset[4, 1] = True
+    ours.batch_first = batch_first
+    if batch_first:
+        out, state = ours(x.transpose(0, 1), hx, reset=reset.transpose(0, 1))
+        out = out.transpose(0, 1)
+    else:
+        out, state = ours(x, hx, reset=reset)
+    finals = tensors(state)
+    for k, cuts in enumerate(([0, 2, 5, 6], [0, 4, 6])):
+        pieces = list(zip(cuts, cuts[1:], strict=False))
+        for start, stop in pieces:
+            own = [torch.zeros_like(s[:, k]) for s in tensors(hx)]
+            for mine, given in zip(own, tensors(hx), strict=True):
+                if start == 0:
+                    mine[0] = given[0, k]  # forward in time begins with the state
+                if stop == 6:
+                    mine[1] = given[1, k]  # backward in time begins at the end
+            alone, last = ours(x[start:stop, k], tuple(own) if kind == "LSTM" else own[0])
+            assert_same(out[start:stop, k], alone)
+            for whole, single in zip(finals, tensors(last), strict=True):
+                if stop == 6:
+                    assert_same(whole[0, k], single[0])
+                if start == 0:
+                    assert_same(whole[1, k], single[1])
+
+
+@layers
+def test_reset_unbatched_and_packed(kind):
+    ours = getattr(fastseq, kind)(4, 6)
+    x = torch.randn(6, 4)
+    reset = torch.tensor([0, 0, 1, 0, 0, 0], dtype=torch.bool)
+    out, _ = ours(x, reset=reset)
+    assert_same(out, torch.cat([ours(x[:2])[0], ours(x[2:])[0]]))
+    other = torch.randn(3, 4)
+    packed = pack_sequence([other, x], enforce_sorted=False)
+    both = torch.stack([torch.zeros_like(reset), reset], 1)
+    packed_out, _ = pad_packed_sequence(ours(packed, reset=both)[0])
+    assert_same(packed_out[:, 1], out)
+    assert_same(packed_out[:3, 0], ours(other)[0])
+
+
+@layers
+def test_mistakes_in_reset(kind):
+    ours = getattr(fastseq, kind)(4, 6, batch_first=True)
+    x = torch.randn(3, 5, 4)
+    with pytest.raises(TypeError, match="reset: expected a bool tensor, got list"):
+        ours(x, reset=[[True] * 5] * 3)
+    with pytest.raises(TypeError, match=r"reset: expected torch.bool, got torch.int64"):
+        ours(x, reset=torch.zeros(3, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"reset: expected \(T, B\) = \(5, 3\), got \(3, 5\)"):
+        ours(x, reset=torch.zeros(5, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "numba"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_all_states(backend, batch_first):
+    """The cell state of every step, of the last layer, and gradients through it."""
+    needs(backend)
+    ours = fastseq.LSTM(4, 6, 2, batch_first=batch_first, backend=backend)
+    x = torch.randn(5, 3, 4)
+    out, (_, c_n), c = ours(x.transpose(0, 1) if batch_first else x, all_states=True)
+    assert c.shape == out.shape
+    c = c.transpose(0, 1) if batch_first else c
+    assert_same(c[-1], c_n[-1])
+    part, (_, c_2) = ours((x.transpose(0, 1)[:, :2] if batch_first else x[:2]))
+    assert_same(c[1], c_2[-1])
+    c.sum().backward()
+    assert ours.weight_hh_l1.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU"])
+def test_all_states_is_for_the_lstm(kind):
+    with pytest.raises(ValueError, match="all_states: "):
+        getattr(fastseq, kind)(4, 6)(torch.randn(5, 3, 4), all_states=True)
+
+
+# -- autocast
+
+
+@layers
+@backends
+@pytest.mark.parametrize("form", ["dense", "packed", "unbatched"])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16])
+def test_autocast_of_layers(kind, backend, form, state):
+    """All outputs in autocast's type, whatever the state's; parameters' gradients in theirs."""
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, 2, backend=backend)
+    x = torch.randn(5, 3, 4)
+    batch = () if form == "unbatched" else (3,)
+    given = {
+        "dense": x,
+        "packed": pack_sequence(list(x.transpose(0, 1))),
+        "unbatched": x[:, 0],
+    }[form]
+    hx = None if state is None else state_for(kind, 2, *batch, 6, dtype=state)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(given, hx)
+    assert {t.dtype for t in tensors(out)} == {torch.bfloat16}
+    tensors(out)[0].float().sum().backward()
+    assert all(p.grad.dtype is torch.float32 for p in ours.parameters())
+    if hx is not None:
+        hx = tuple(s.float() for s in hx) if kind == "LSTM" else hx.float()
+    exact = tensors(ours(given, hx))
+    for low, full in zip(tensors(out), exact, strict=True):
+        assert (low.float() - full).abs().max() < 0.05
+
+
+@cells
+@backends
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16])
+def test_autocast_of_cells(kind, backend, state):
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, backend=backend)
+    x = torch.randn(3, 4)
+    hx = None if state is None else state_for(kind, 3, 6, dtype=state)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(x, hx)
+    assert {t.dtype for t in tensors(out)} == {torch.bfloat16}
+
+
+@kinds
+def test_autocast_leaves_float64_alone(kind):
+    ours = getattr(fastseq, kind)(4, 6, dtype=torch.float64)
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {t.dtype for t in tensors(ours(x.double()))} == {torch.float64}
+        low = getattr(fastseq, kind)(4, 6)
+        with pytest.raises((ValueError, RuntimeError), match="torch.float64"):
+            low(x.double())
+
+
+# -- mistakes
+
+
+def same_error(ours, theirs, words):
+    mine, yours = caught(ours), caught(theirs)
+    assert type(mine) is type(yours), f"{mine!r} against {yours!r}"
+    assert words in str(yours) and words in str(mine), f"{mine} against {yours}"
+
+
+def state(kind, *shape, **kwargs):
+    return state_for(kind, *shape, **kwargs)
+
+
+LAYER_MISTAKES = {
+    "rank 1": (lambda m, k: m(torch.randn(4)), "Expected input to be 2D or 3D, got 1D"),
+    "rank 4": (lambda m, k: m(torch.randn(2, 3, 3, 4)), "Expected input to be 2D or 3D, got 4D"),
+    "feature size": (
+        lambda m, k: m(torch.randn(5, 3, 7)),
+        "input.size(-1) must be equal to input_size. Expected 4, got 7",
+    ),
+    "feature size, unbatched": (
+        lambda m, k: m(torch.randn(5, 7)),
+        "input.size(-1) must be equal to input_size. Expected 4, got 7",
+    ),
+    "dtype": (
+        lambda m, k: m(torch.randn(5, 3, 4).double()),
+        "RNN input dtype (torch.float64) does not match weight dtype (torch.float32). Convert "
+        "input: input.to(torch.float32), or convert model: model.to(torch.float64)",
+    ),
+    "integers": (
+        lambda m, k: m(torch.ones(5, 3, 4, dtype=torch.int64)),
+        "RNN input dtype (torch.int64)",
+    ),
+    "state of rank 2": (
+        lambda m, k: m(torch.randn(5, 3, 4), state(k, 2, 6)),
+        "For batched 3-D input, hx ",
+    ),
+    "state of rank 3, unbatched": (
+        lambda m, k: m(torch.randn(5, 4), state(k, 2, 3, 6)),
+        "For unbatched 2-D input, hx ",
+    ),
+    "state of another batch": (
+        lambda m, k: m(torch.randn(5, 3, 4), state(k, 2, 1, 6)),
+        "size (2, 3, 6), got [2, 1, 6]",
+    ),
+    "state of another size": (
+        lambda m, k: m(torch.randn(5, 3, 4), state(k, 2, 3, 7)),
+        "size (2, 3, 6), got [2, 3, 7]",
+    ),
+    "state of other layers": (
+        lambda m, k: m(torch.randn(5, 3, 4), state(k, 1, 3, 6)),
+        "size (2, 3, 6), got [1, 3, 6]",
+    ),
+    "no steps": (
+        lambda m, k: m(torch.randn(0, 3, 4)),
+        "Expected sequence length to be larger than 0 in RNN",
+    ),
+}
+
+
+@layers
+@backends
+@pytest.mark.parametrize("mistake", LAYER_MISTAKES)
+def test_mistakes(kind, backend, mistake):
+    theirs, ours = pair(kind, 4, 6, 2, backend=backend)
+    call, words = LAYER_MISTAKES[mistake]
+    same_error(lambda: call(ours, kind), lambda: call(theirs, kind), words)
+
+
+def test_words_of_the_lstms_states():
+    theirs, ours = pair("LSTM", 4, 6)
+    x, good = torch.randn(5, 3, 4), torch.randn(1, 3, 6)
+    for k in (0, 1):
+        hx = [good, good]
+        hx[k] = torch.randn(1, 3, 7)
+        words = f"Expected hidden[{k}] size (1, 3, 6), got [1, 3, 7]"
+        same_error(lambda hx=hx: ours(x, hx), lambda hx=hx: theirs(x, hx), words)
+
+
+@layers
+@backends
+def test_state_of_another_dtype(kind, backend):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    x, hx = torch.randn(5, 3, 4), state_for(kind, 1, 3, 6, dtype=torch.float64)
+    assert isinstance(caught(lambda: theirs(x, hx)), RuntimeError)
+    with pytest.raises(RuntimeError, match="Expected hidden state of dtype torch.float32"):
+        ours(x, hx)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "RNNCell", "GRUCell"])
+def test_a_tuple_as_the_one_state(kind):
+    theirs, ours = pair(kind, 4, 6)
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    hx = (torch.randn(1, 3, 6), torch.randn(1, 3, 6))
+    assert type(caught(lambda: theirs(x, hx))) is AttributeError
+    with pytest.raises(AttributeError, match="hx: .* takes one tensor h.* as its state, got 2 "):
+        ours(x, hx)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("count", [0, 1, 3, "tensor", "int"])
+def test_no_pair_as_the_lstms_state(kind, count):
+    _, ours = pair(kind, 4, 6)
+    x = torch.randn(5, 3, 4) if kind == "LSTM" else torch.randn(3, 4)
+    good = torch.randn(1, 3, 6) if kind == "LSTM" else torch.randn(3, 6)
+    hx = {"tensor": good, "int": 3}.get(count, (good,) * (count if isinstance(count, int) else 0))
+    with pytest.raises(RuntimeError, match=r"a pair \(h"):
+        ours(x, hx)
+
+
+@layers
+def test_input_that_is_no_tensor(kind):
+    for value in (None, [torch.randn(5, 3, 4)]):
+        with pytest.raises(TypeError, match="input: expected a Tensor or PackedSequence"):
+            getattr(fastseq, kind)(4, 6)(value)
+
+
+PACKED_MISTAKES = {
+    "feature size": (
+        lambda m, k: m(pack_sequence(sequences((5, 2), 7))),
+        RuntimeError,
+        r"input.size\(-1\) must be equal to input_size. Expected 4, got 7",
+    ),
+    "dtype": (
+        lambda m, k: m(pack_sequence([s.double() for s in sequences((5, 2))])),
+        ValueError,
+        r"RNN input dtype \(torch.float64\) does not match",
+    ),
+    "rank of the data": (
+        lambda m, k: m(PackedSequence(torch.randn(3, 2, 4), torch.tensor([2, 1]))),
+        RuntimeError,
+        "input must have 2 dimensions, got 3",
+    ),
+    "rank of the state": (
+        lambda m, k: m(pack_sequence(sequences((5, 2))), state(k, 2, 6)),
+        RuntimeError,
+        "For batched 3-D input, hx ",
+    ),
+    "batch of the state": (
+        lambda m, k: m(pack_sequence(sequences((5, 2))), state(k, 2, 3, 6)),
+        RuntimeError,
+        r"size \(2, 2, 6\), got \[2, 3, 6\]",
+    ),
+    "batch of the state, smaller": (
+        lambda m, k: m(pack_sequence(sequences((5, 2))), state(k, 2, 1, 6)),
+        RuntimeError,
+        r"size \(2, 2, 6\), got \[2, 1, 6\]",
+    ),
+    "size of the state": (
+        lambda m, k: m(pack_sequence(sequences((5, 2))), state(k, 2, 2, 7)),
+        RuntimeError,
+        r"size \(2, 2, 6\), got \[2, 2, 7\]",
+    ),
+}
+
+
+@layers
+@pytest.mark.parametrize("mistake", PACKED_MISTAKES)
+def test_mistakes_in_packed_calls(kind, mistake):
+    """The same classes and words as of dense calls, where nn.LSTM fails in a product."""
+    call, error, words = PACKED_MISTAKES[mistake]
+    with pytest.raises(error, match=words):
+        call(getattr(fastseq, kind)(4, 6, 2), kind)
+
+
+CELL_MISTAKES = {
+    "rank 3": (lambda m, k: m(torch.randn(2, 3, 4)), "Expected input to be 1D or 2D, got 3D"),
+    "rank 0": (lambda m, k: m(torch.tensor(1.0)), "Expected input to be 1D or 2D, got 0D"),
+    "state of rank 3": (
+        lambda m, k: m(torch.randn(3, 4), state(k, 1, 3, 6)),
+        " to be 1D or 2D, got 3D instead",
+    ),
+    "feature size": (
+        lambda m, k: m(torch.randn(3, 7)),
+        "input has inconsistent input_size: got 7 expected 4",
+    ),
+    "state of another batch": (
+        lambda m, k: m(torch.randn(3, 4), state(k, 2, 6)),
+        "Input batch size 3 doesn't match hidden0 batch size 2",
+    ),
+    "state of another size": (
+        lambda m, k: m(torch.randn(3, 4), state(k, 3, 7)),
+        "hidden0 has inconsistent hidden_size: got 7, expected 6",
+    ),
+    "unbatched state of another size": (
+        lambda m, k: m(torch.randn(4), state(k, 7)),
+        "hidden0 has inconsistent hidden_size: got 7, expected 6",
+    ),
+    "unbatched state": (lambda m, k: m(torch.randn(3, 4), state(k, 6)), "hidden0"),
+    "batched state": (lambda m, k: m(torch.randn(4), state(k, 3, 6)), "hidden0"),
+    "dtype": (lambda m, k: m(torch.randn(3, 4).double()), "dtype"),
+    "dtype of the state": (
+        lambda m, k: m(torch.randn(3, 4), state(k, 3, 6, dtype=torch.float64)),
+        "dtype",
+    ),
+}
+
+
+@cells
+@backends
+@pytest.mark.parametrize("mistake", CELL_MISTAKES)
+def test_mistakes_of_cells(kind, backend, mistake):
+    theirs, ours = pair(kind, 4, 6, backend=backend)
+    call, words = CELL_MISTAKES[mistake]
+    same_error(lambda: call(ours, kind), lambda: call(theirs, kind), words)
+
+
+def test_second_state_of_the_lstm_cell():
+    theirs, ours = pair("LSTMCell", 4, 6)
+    x, hx = torch.randn(3, 4), (torch.randn(3, 6), torch.randn(3, 7))
+    words = "hidden1 has inconsistent hidden_size: got 7, expected 6"
+    same_error(lambda: ours(x, hx), lambda: theirs(x, hx), words)
+
+
+@kinds
+def test_unknown_backend(kind):
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    with pytest.raises(ValueError, match="backend: expected one of .*, got 'cobol'"):
+        getattr(fastseq, kind)(4, 6, backend="cobol")(x)
+    with pytest.raises(TypeError, match="backend: expected None, a name, or a tuple"):
+        getattr(fastseq, kind)(4, 6, backend=3)(x)
+
+
+@kinds
+def test_devices_that_differ(kind):
+    ours = getattr(fastseq, kind)(4, 6)
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="device"):
+        ours(x.to("meta"))
+    hx = state_for(kind, *([1] if kind in LAYERS else []), 3, 6, device="meta")
+    with pytest.raises(RuntimeError, match="device"):
+        ours(x, hx)
+
+
+@layers
+@backends
+@pytest.mark.parametrize("memory", ["full", "lean"])
+def test_memory(kind, backend, memory):
+    needs(backend)
+    theirs = getattr(nn, kind)(4, 6, 2, bidirectional=True)
+    ours = getattr(fastseq, kind)(4, 6, 2, bidirectional=True, memory=memory, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    if backend in ("torch", "eager") and memory == "lean":
+        with pytest.raises(NotImplementedError, match="memory='lean'"):
+            ours(torch.randn(5, 3, 4))
+        return
+    compare(ours, theirs, torch.randn(5, 3, 4))

@@ -1,0 +1,109 @@
+"""The demo, with settings that take seconds."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("char_lm", ROOT / "examples" / "char_lm.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["char_lm"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TINY = "--hidden 16 --batch 4 --bptt 8 --steps 13 --sample 40".split()
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn"])
+def test_it_trains_both_and_says_so(demo, cell, tmp_path, capsys):
+    demo.main([*TINY, "--cell", cell, "--layers", "2", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "times as fast" in out
+    assert "class " in out, "a page of text"
+    picture = tmp_path / f"char_lm_{cell}.png"
+    assert str(picture) in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in out.splitlines() if line.startswith(("torch.nn", "fastseq"))]
+    assert [row[0] for row in rows][:2] == ["torch.nn", "fastseq"]
+    losses = [float(row[3]) for row in rows[:2]]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_both_runs_do_the_same_steps_in_turn(demo, tmp_path, monkeypatch):
+    order = []
+    step = demo.train_step
+
+    def noted(run, inputs, targets, fresh, clip):
+        order.append(run.label)
+        return step(run, inputs, targets, fresh, clip)
+
+    monkeypatch.setattr(demo, "train_step", noted)
+    monkeypatch.setattr(demo, "warm_up", lambda *_: None)
+    demo.main([*TINY, "--out", str(tmp_path)])
+    turn = demo.TURN
+    assert order == (
+        ["torch.nn"] * turn
+        + ["fastseq"] * turn
+        + ["torch.nn"] * (13 - turn)
+        + ["fastseq"] * (13 - turn)
+    )
+
+
+def test_it_stops_when_its_time_is_up(demo, tmp_path, capsys):
+    argv = [*TINY, "--steps", "1000", "--seconds", "0.001", "--out", str(tmp_path)]
+    demo.main(argv)
+    assert f"Stopped after {demo.TURN} of 1000 steps" in capsys.readouterr().out
+
+
+def test_the_split_is_by_file(demo, tmp_path):
+    for k in range(10):
+        (tmp_path / f"m{k}.py").write_text(f"# file {k}\té\n")
+    train, valid = demo.read_text(tmp_path)
+    assert valid == "# file 9    \n"
+    assert train == "".join(f"# file {k}    \n" for k in range(9))
+
+
+def test_streams_and_windows(demo):
+    text = "".join(demo.ALPHABET[k] for k in range(20))
+    data = demo.streams(text, 2, 3)
+    assert data[:, 0].tolist() == list(range(10)) and data[:, 1].tolist() == list(range(10, 20))
+    batches = demo.windows(data, 3)
+    inputs, targets, fresh = next(batches)
+    assert fresh and torch.equal(inputs[1:], targets[:-1])
+    seen = [next(batches)[2] for _ in range(3)]
+    assert seen == [False, False, True], "the top again after the last whole window"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cell", "transformer"], "invalid choice"),
+        (["--steps", "0"], "expected more than 0, got 0"),
+        (["--lr", "-1"], "--lr: expected more than 0"),
+        (["--text", "/nowhere"], "holds fewer than 10 .py files"),
+    ],
+)
+def test_mistakes_on_the_command_line(demo, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch", "1000000"], "too few for --batch 1000000"),
+        (["--backend", "magic"], "--backend magic: backend: expected one of"),
+    ],
+)
+def test_mistakes_found_on_the_way(demo, argv, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        demo.main([*TINY, *argv, "--out", str(tmp_path)])

@@ -1,0 +1,104 @@
+"""The package as it ships: version, contents, and pages that are true."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastseq
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(*names):
+    return [
+        pytest.param(match[1], id=f"{page.name}-{k}")
+        for page in PAGES
+        if page.name in names
+        for k, match in enumerate(BLOCK.finditer(page.read_text()))
+    ]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that nothing is left in the tree, and nothing old gets in."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "fastseq").rglob("*"):
+        if path.suffix in (".py", ".typed"):
+            copy = source / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
+    command += ["--quiet", "--no-index", "--wheel-dir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_version_stands_once():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'version = { attr = "fastseq.__version__" }' in text
+    assert not re.search(r'^version = "', text, re.MULTILINE)
+    assert f"## [{fastseq.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_holds_the_package_and_no_more(wheel):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    files = [p for p in (ROOT / "fastseq").rglob("*") if p.suffix in (".py", ".typed")]
+    assert names == {p.relative_to(ROOT).as_posix() for p in files}
+    assert "fastseq/py.typed" in names
+
+
+def test_the_wheel_says_what_it_is(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    text = wheel.read(name).decode()
+    assert f"\nVersion: {fastseq.__version__}\n" in text
+    assert "\nLicense-Expression: Apache-2.0\n" in text
+    required = re.findall(r"^Requires-Dist: ([A-Za-z0-9_-]+)(?!.*extra ==).*$", text, re.MULTILINE)
+    assert sorted(required) == ["numba", "numpy", "torch"]
+    assert any(entry.endswith("licenses/LICENSE") for entry in wheel.namelist())
+
+
+@pytest.mark.parametrize("code", blocks("README.md", "switching.md"))
+def test_the_code_of_the_pages_runs(code):
+    exec(compile(code, "page", "exec"), {})
+
+
+@pytest.mark.parametrize("code", blocks(*(page.name for page in PAGES)))
+def test_the_code_of_the_pages_parses(code):
+    ast.parse(code)
+
+
+@pytest.mark.parametrize("name", fastseq.__all__)
+def test_public_names_are_documented(name):
+    value = getattr(fastseq, name)
+    assert value.__doc__ and value.__doc__.strip(), "a docstring"
+    pages = "".join(page.read_text() for page in PAGES)
+    assert re.search(rf"\b{name}\b", pages), "a place in the docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_between_the_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_equations_in_the_design_are_those_that_run():
+    from fastseq.cells import lstm
+
+    (shown,) = (
+        block
+        for block in BLOCK.findall((ROOT / "docs" / "design.md").read_text())
+        if "def lstm" in block
+    )
+    assert shown in Path(lstm.__file__).read_text()
