@@ -1,7 +1,8 @@
 # make demo | test | test-all | bench | table | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
-# installed, the package and its tools. An active environment is used, and its torch kept.
+# installed, the package and its tools. An active environment is used, and its torch kept. PYTHON is
+# the Python that makes .venv, once; make clean removes it.
 #
 #   make demo ARGS="--cell lstm --steps 200"
 #   make test ARGS="-k gru"

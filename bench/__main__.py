@@ -31,9 +31,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backends", help="backends beside the chosen one; default all there are")
     parser.add_argument("--threads", type=int, help="threads of torch; default torch's own")
     parser.add_argument("--rounds", type=int, default=40, help="rounds of a case at most")
-    parser.add_argument("--seconds", type=float, default=2.0, help="what a case may take in rounds")
+    parser.add_argument("--seconds", type=float, default=1.5, help="what a case may take in rounds")
     parser.add_argument(
-        "--limit", type=float, default=30.0, help="a case that would take longer is skipped"
+        "--limit", type=float, default=60.0, help="a case that would take longer is skipped"
     )
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="where the JSON goes"

@@ -20,8 +20,8 @@ def pytest_addoption(parser):
     group.addoption("--backends", default=None, help="backends to time beside the chosen one")
     group.addoption("--threads", type=int, default=None, help="threads of torch")
     group.addoption("--rounds", type=int, default=40, help="rounds of a case at most")
-    group.addoption("--seconds", type=float, default=2.0, help="what a case may take in rounds")
-    group.addoption("--limit", type=float, default=30.0, help="cases above this many s are skipped")
+    group.addoption("--seconds", type=float, default=1.5, help="what a case may take in rounds")
+    group.addoption("--limit", type=float, default=60.0, help="cases above this many s are skipped")
 
 
 def pytest_configure(config):

@@ -112,10 +112,10 @@ def full(results: Results) -> str:
                 continue
             times = info["median_ms"]
             row = [info["workload"], info["shape"], milliseconds(times.get(TORCH))]
-            for label in labels[1:]:
+            for label in labels[1:]:  # a backend that declined or was chosen has none of its own
                 factor = _times(speedup(info, label))
                 row.append(f"{milliseconds(times.get(label))} ({factor})" if factor else "")
-            row[3] += f" {info['chosen'] or ''}"
+            row[3] += f" {info['chosen']}"
             row.append(f"{info['flops'] / times[OURS] / 1e6 / peak:.0%}")
             if way == "training":
                 saved = info["saved_bytes"]

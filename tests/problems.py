@@ -25,7 +25,7 @@ DTYPES = [
 
 #: What a backend may decline in float32 and float64 on the CPU. Anything else it must run.
 DECLINES = {
-    "eager": {"memory='lean'"},
+    "eager": set(),
     "torch": {
         "gru_reset_before",
         "indrnn",
@@ -36,6 +36,7 @@ DECLINES = {
         "T=0",
         "transform",
         "dual",
+        "projection to H",
     },
     "numba": {"transform", "dual"},
     "reference": {"transform", "dual"},
@@ -47,10 +48,12 @@ def features(task):
     """What of a problem a backend might decline, in the words of DECLINES."""
     named = {task.cell, task.mode}
     named |= {name for name in ("reset", "h_mask", "trajectory") if getattr(task, name)}
-    if task.memory == "lean":
-        named |= {"memory='lean'"} | ({"memory='lean' in training"} if task.training else set())
+    if task.memory == "lean" and task.training:
+        named.add("memory='lean' in training")
     if task.T == 0:
         named.add("T=0")
+    if task.projected and task.P >= task.H:
+        named.add("projection to H")
     return named
 
 

@@ -101,7 +101,7 @@ def lengths_of(T, B):
 
 
 def problem_of(row, backend, needs_grad=True):
-    T, B, I, H = SIZES[row["size"]]
+    T, B, I, H = SIZES[row["size"]]  # noqa: E741
     P = CELL[row["cell"]][1].get("proj_size", H)
     return Problem(
         cell=row["cell"].split()[0],
@@ -115,6 +115,7 @@ def problem_of(row, backend, needs_grad=True):
         R=row["directions"],
         layers=row["layers"],
         bias=row["bias"],
+        projected=P != H,
         ragged=row["layout"] != "dense",
         training=needs_grad,
         dropout=row["training"] and row["dropout"] > 0,
@@ -159,7 +160,7 @@ def values(module, row, x, states, lengths, seed):
 
 def modules(row, backend):
     """torch's module in the row's type, in float64 with the same numbers, and ours."""
-    T, B, I, H = SIZES[row["size"]]
+    _, _, I, H = SIZES[row["size"]]  # noqa: E741
     kind, options = CELL[row["cell"]]
     options = options | {
         "num_layers": row["layers"],
@@ -181,7 +182,7 @@ def test_parity(row, backend):
     seed = zlib.crc32(name_of(row).encode())
     torch.manual_seed(seed)
     torchs, truth, ours = modules(row, backend)
-    T, B, I, H = SIZES[row["size"]]
+    T, B, I, H = SIZES[row["size"]]  # noqa: E741
     dtype = DTYPES[row["dtype"]]
     count = row["layers"] * row["directions"]
     P = CELL[row["cell"]][1].get("proj_size", H)
@@ -227,7 +228,6 @@ def test_a_named_decline_is_real(backend):
         "reset": {"reset": True},
         "h_mask": {"h_mask": True},
         "trajectory": {"trajectory": True},
-        "memory='lean'": {"memory": "lean"},
         "memory='lean' in training": {"memory": "lean"},
         "T=0": {"T": 0},
         "transform": {"mode": "transform"},
@@ -492,7 +492,7 @@ def test_what_is_not_finite_flows_through(backend, cell, number, where):
     settle(backend, problem_of(row, backend))
     torch.manual_seed(0)
     _, torchs, ours = modules(row, backend)
-    T, B, I, H = SIZES["plain"]
+    T, B, I, H = SIZES["plain"]  # noqa: E741
     x = torch.randn(T, B, I, dtype=torch.float64)
     P = CELL[cell][1].get("proj_size", H)
     sizes = [P, H] if cell.startswith("lstm") else [H]

@@ -95,8 +95,13 @@ def compare(case, lengths, reverse, y, finals, along, with_along):
     assert_near(gradients.x, truth["x"][select], "dx")
     for name, ours in zip(cell.states, gradients.states, strict=True):
         assert_near(ours, truth[f"{name}_0"][0], f"d{name}_0")
-    ours = {f"{n}[0]": w for n, w in zip(reference.Weights._fields[:5], gradients.weights[:5])}
-    ours |= {f"{n}[0]": u for n, u in zip(cell.unit_parameters, gradients.weights.units)}
+    ours = {
+        f"{n}[0]": w
+        for n, w in zip(reference.Weights._fields[:5], gradients.weights[:5], strict=True)
+    }
+    ours |= {
+        f"{n}[0]": u for n, u in zip(cell.unit_parameters, gradients.weights.units, strict=True)
+    }
     for name, value in ours.items():
         assert (value is None) == (name not in truth), name
         if value is not None:

@@ -55,6 +55,7 @@ class Problem(NamedTuple):
     R: int = 1
     layers: int = 1
     bias: bool = True
+    projected: bool = False
     ragged: bool = False
     reset: bool = False
     h_mask: bool = False

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cells import Cell, arguments
+from ..cells import CELLS, Cell, arguments
 from .contract import (
     Call,
     Gradients,
@@ -52,14 +52,12 @@ def supports(problem: Problem) -> str | None:
         return "numba's kernels have no forward-mode derivative; choose eager"
     if problem.mode == "trace":
         return "torch.jit.trace records no custom kernel; choose torch"
-    if problem.P != problem.H and _reads_h(problem.cell):
+    if problem.projected and _reads_h(problem.cell):
         return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
     return None
 
 
 def _reads_h(name: str) -> bool:
-    from ..cells import CELLS
-
     return any("h_prev" in arguments(phase.forward) for phase in CELLS[name].phases)
 
 
@@ -69,15 +67,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
-    """Per recurrence the gates, the extras and the unprojected h; then the other states."""
+    """Per recurrence the gates, the extras and the unprojected h; then the other states, unless
+    the trajectory holds them in the same type."""
     if call.memory == "lean":
         return []
     cell, H = call.definition, call.H
     N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
     one = [(N, cell.G * H)]
-    one += [(N, H)] * (len(cell.extras) + (call.P != H))
+    one += [(N, H)] * (len(cell.extras) + (call.weights[0].w_hr is not None))
     shapes: list[Shape] = one * len(call.weights)
-    if not trajectory:
+    if not trajectory or call.x.dtype is not wide(call.x.dtype):
         shapes += [(*rows, len(call.weights) * H)] * (len(cell.states) - 1)
     return [(shape, wide(call.x.dtype)) for shape in shapes]
 
@@ -100,19 +99,21 @@ class _Rows:
             self.sizes = self.offsets = _NO_ROWS
             self.N = self.capacity = self.T * self.alive
 
-    def previous(self, reverse: bool, B: int, device: Any) -> Tensor:
-        """For each row the row before it in its recurrence, or N + b where that is h_0's."""
-        index = np.empty(self.N, np.int64)
+    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The step and the sequence of each row, and the sizes and offsets of all steps."""
         sizes = self.sizes if self.ragged else np.full(self.T, self.alive)
-        offsets = self.offsets if self.ragged else np.arange(self.T) * self.alive
-        for t in range(self.T):
-            here = slice(offsets[t], offsets[t] + sizes[t])
-            before = t + 1 if reverse else t - 1
-            rows = np.arange(sizes[t])
-            known = sizes[before] if 0 <= before < self.T else 0
-            start = offsets[before] if 0 <= before < self.T else 0
-            index[here] = np.where(rows < known, start + rows, self.N + rows)
-        return torch.from_numpy(index)
+        offsets = np.cumsum(sizes) - sizes
+        step = np.repeat(np.arange(self.T), sizes)
+        return step, np.arange(self.N) - offsets[step], sizes, offsets
+
+    def previous(self, reverse: bool) -> Tensor:
+        """For each row the row before it in its recurrence, or N + b where that is h_0's."""
+        step, sequence, sizes, offsets = self.places()
+        before = step + 1 if reverse else step - 1
+        exists = (before >= 0) & (before < self.T)
+        before = np.where(exists, before, 0)
+        known = exists & (sequence < sizes[before])
+        return torch.from_numpy(np.where(known, offsets[before], self.N) + sequence)
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -218,17 +219,12 @@ class _Task:
     def previous_h(self, r: int, y: Tensor) -> Tensor:
         """The operand of the recurrent product at every row: h_{t-1}, reset and masked, (N, P)."""
         columns = y[: self.rows.N, r * self.P : (r + 1) * self.P]
-        index = self.rows.previous(self.call.reverse[r], self.B, None)
+        index = self.rows.previous(self.call.reverse[r])
         h = torch.cat([columns, self.states[0][r]]).index_select(0, index)
         if self.reset is not None:
             h.masked_fill_(self.reset[r, : self.rows.N, None], 0)
         if self.h_mask is not None:
-            if self.rows.ragged:
-                row = torch.arange(self.rows.N) - torch.from_numpy(
-                    np.repeat(self.rows.offsets, self.rows.sizes)
-                )
-            else:
-                row = torch.arange(self.rows.N) % max(self.rows.alive, 1)
+            row = torch.from_numpy(self.rows.places()[1])
             h *= self.h_mask[r].index_select(0, row)
         return h
 
@@ -265,7 +261,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
         result.saved = [t for ts in saved for t in ts]
     if trajectory:
         result.trajectory = [c.to(dtype) for c in shaped]
-    elif full:
+    if full and not (trajectory and dtype is task.dtype):
         result.saved += shaped
     return result
 
@@ -392,10 +388,9 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     if call.memory == "lean":
         saved, along = _rebuild(task, y)
     else:
-        size = (len(result.saved) - (0 if result.trajectory else others)) // R
+        size = 1 + len(cell.extras) + (task.weights[0].w_hr is not None)
         saved = [list(result.saved[r * size : (r + 1) * size]) for r in range(R)]
-        along = result.trajectory or result.saved[R * size :]
-        along = [_wide(c, dtype).reshape(capacity, R * H) for c in along]
+        along = [c.reshape(capacity, R * H) for c in result.saved[R * size :] or result.trajectory]
 
     dy = None if grads.y is None else _wide(grads.y, dtype).reshape(capacity, R * P)
     dalong = [

@@ -620,7 +620,17 @@ def _tile_function(module: ir.Module, vec: Vec, rows: int, blocks: int) -> ir.Fu
     return function
 
 
-def _products(vec: Vec) -> dict[str, Any]:
+def _compiled(function: Any, fingerprint: str) -> Any:
+    """``function`` for Numba, under a name that no other vector type shares.
+
+    Kernels that were compiled in different processes and meet again from the disk cache are linked
+    by name: float64's kernel called float32's gemm when both were named gemm.
+    """
+    function.__qualname__ = f"{function.__name__}_{fingerprint}"
+    return numba.njit(**JIT)(function)
+
+
+def _products(vec: Vec, fingerprint: str) -> dict[str, Any]:
     """gemm, pack and packed_size of one Vec type."""
     i64, flag = types.int64, types.boolean
     itemsize = vec.dtype.bitwidth // 8
@@ -687,7 +697,6 @@ def _products(vec: Vec) -> dict[str, Any]:
 
     copy_padded, copy_masked = _copy(vec, masked=False), _copy(vec, masked=True)
 
-    @numba.njit(**JIT)
     def gemm(
         a_ptr: int,
         a_stride: int,
@@ -732,7 +741,6 @@ def _products(vec: Vec) -> dict[str, Any]:
             out_ptr += block * itemsize
             column += block
 
-    @numba.njit(**JIT)
     def pack(
         src_ptr: int, src_stride: int, inner: int, columns: int, transposed: bool, out_ptr: int
     ) -> None:
@@ -755,7 +763,11 @@ def _products(vec: Vec) -> dict[str, Any]:
     def packed_size(inner: int, columns: int) -> int:
         return -(-columns // block) * block * inner
 
-    return {"gemm": gemm, "pack": pack, "packed_size": packed_size}
+    return {
+        "gemm": _compiled(gemm, fingerprint),
+        "pack": _compiled(pack, fingerprint),
+        "packed_size": packed_size,
+    }
 
 
 def _copy_function(module: ir.Module, vec: Vec, masked: bool) -> ir.Function:
@@ -923,12 +935,13 @@ def simd(dtype: Any, lanes: int | None = None) -> SimpleNamespace:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
     vec = Vec(numba_types[dtype], lanes or _vector_bytes() // dtype.itemsize)
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    fingerprint = f"{dtype}x{vec.lanes}_{source[:16]}"
     return SimpleNamespace(
         LANES=vec.lanes,
         ITEMSIZE=dtype.itemsize,
         BLOCK=_BLOCK_VECTORS * vec.lanes,
-        fingerprint=f"{dtype}x{vec.lanes}_{source[:16]}",
+        fingerprint=fingerprint,
         **_memory(vec),
         **_VOCABULARY,
-        **_products(vec),
+        **_products(vec, fingerprint),
     )

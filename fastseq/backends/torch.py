@@ -54,8 +54,10 @@ def unavailable() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.cell not in _CELLS:
         return f"torch has no {problem.cell}; its cells are {', '.join(_CELLS)}"
-    if problem.P != problem.H and problem.cell != "lstm":
+    if problem.projected and problem.cell != "lstm":
         return "torch projects the hidden state of an LSTM only"
+    if problem.projected and problem.P >= problem.H:
+        return "torch projects to fewer features only; choose numba or eager"
     if problem.T == 0:
         return "torch takes no sequence of length 0"
     if problem.R > 2:
@@ -85,7 +87,7 @@ def uses_onednn(problem: Problem) -> bool:
     return (
         problem.cell == "lstm"
         and problem.device == "cpu"
-        and problem.P == problem.H
+        and not problem.projected
         and not problem.ragged
         and problem.dtype in dtypes
         and problem.B != 0
@@ -103,7 +105,7 @@ def single_step(problem: Problem) -> bool:
     return (
         problem.T == 1
         and not problem.ragged
-        and problem.P == problem.H
+        and not problem.projected
         and problem.device == "cpu"
         and problem.mode != "trace"
     )
@@ -160,7 +162,8 @@ def stack(call: Stack) -> tuple[Tensor, list[Tensor]]:
     alive = int(call.batch_sizes[0]) if len(call.batch_sizes) else 0
     if alive == 0:
         width = call.directions * states[0].shape[-1]
-        return call.x.new_zeros((call.x.shape[0], width)), [s.clone() for s in states]
+        nothing = sum((w.sum() for w in call.weights), call.x.sum())  # leads to every gradient
+        return call.x.new_zeros((0, width)) + nothing, [s.clone() for s in states]
     some = [s.narrow(1, 0, alive) for s in states]
     out = function(call.x, call.batch_sizes, some if is_lstm else some[0], call.weights, *tail)
     finals = [

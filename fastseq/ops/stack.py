@@ -115,6 +115,7 @@ def problem(stack: Stack) -> Problem:
         R=stack.directions,
         layers=stack.layers,
         bias=stack.weights[0].b_ih is not None,
+        projected=stack.weights[0].w_hr is not None,
         ragged=ragged,
         reset=stack.reset is not None,
         h_mask=stack.h_mask is not None,
@@ -138,14 +139,22 @@ def step(
 
     None where it is not, and the long way is due. It saves a cell 15 us a call: more than it costs.
     """
-    if backend not in (None, "torch") or torch.is_autocast_enabled(x.device.type):
+    if backend not in (None, "torch") or autocasts(x):
         return None
     return torch_backend.cell_step(cell, x, states, weights)
 
 
 def run(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
     """y, final states (layers * D, B, ...), and the trajectory of the last layer."""
+    if not autocasts(stack.x):
+        return _run_as_given(stack)
     _autocast(stack)
+    # off inside: the backends choose their types, and float32 is meant where they say so
+    with torch.autocast(stack.x.device.type, enabled=False):
+        return _run_as_given(stack)
+
+
+def _run_as_given(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
     task = problem(stack)
     name, module = choice.select(task, stack.backend)
     if stack.lengths is not None:
@@ -255,8 +264,6 @@ def _zeros(stack: Stack, batch: int) -> list[Tensor]:
 
 def _autocast(stack: Stack) -> None:
     """Under autocast all tensors take its dtype; gates and carried states stay float32 inside."""
-    if not autocasts(stack.x):
-        return
     dtype = torch.get_autocast_dtype(stack.x.device.type)
     stack.x = stack.x.to(dtype)
     stack.states = [s.to(dtype) for s in stack.states]

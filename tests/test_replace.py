@@ -1,0 +1,393 @@
+"""fastseq.replace and its way back: what is swapped, what is kept, and what is left and why."""
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from twins import CELLS, KINDS, LAYERS, assert_same, tensors
+
+import fastseq
+from fastseq.nn import to_torch
+
+
+class Tagger(nn.Module):
+    def __init__(self, shared=None):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.encoder = nn.LSTM(4, 6, 2, batch_first=True, bidirectional=True, dropout=0.25)
+        self.stages = nn.ModuleList([nn.GRU(12, 6), nn.RNN(6, 6, nonlinearity="relu")])
+        self.again = self.stages[1]
+        self.step = nn.LSTMCell(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, words):
+        x, _ = self.encoder(self.embed(words))
+        for stage in (*self.stages, self.again):
+            x, _ = stage(x)
+        return self.head(self.step(x[:, 0])[0])
+
+
+class OwnLSTM(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(input * 2, hx)
+
+
+def test_model():
+    model = Tagger().eval()
+    words = torch.randint(7, (2, 5))
+    before, parameters = model(words), list(model.parameters())
+    modules = list(model.modules())
+    report = fastseq.replace(model)
+    assert list(report.swapped) == ["encoder", "stages.0", "stages.1", "again", "step"]
+    assert not report.left
+    assert type(model.encoder) is fastseq.LSTM and type(model.step) is fastseq.LSTMCell
+    assert type(model.stages[1]) is fastseq.RNN and model.again is model.stages[1]
+    assert_same(model(words), before)
+    assert not any(m.training for m in model.modules())
+    for old, new in zip(modules, model.modules(), strict=True):
+        assert old is new
+    for old, new in zip(parameters, model.parameters(), strict=True):
+        assert old is new
+    model.train()
+    model(words).sum().backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())
+    assert str(report).splitlines()[:2] == [
+        "swapped 5, left 0",
+        "  encoder: now fastseq.LSTM(4, 6, num_layers=2, batch_first=True, dropout=0.25, "
+        "bidirectional=True)",
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_such_a_module(kind):
+    module = getattr(nn, kind)(4, 6)
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    before = module(x)
+    report = fastseq.replace(module)
+    assert type(module) is getattr(fastseq, kind) and report.swapped == {"": module}
+    assert_same(module(x), before)
+    assert "(the model itself): now fastseq." in str(report)
+    assert copy.deepcopy(module).state_dict().keys() == module.state_dict().keys()
+    fastseq.restore(module)
+    assert type(module) is getattr(nn, kind) and "backend" not in module.__dict__
+    for mine, yours in zip(tensors(module(x)), tensors(before), strict=True):
+        assert torch.equal(mine, yours)
+
+
+def test_options():
+    model = Tagger()
+    fastseq.replace(model, backend=("eager", "torch"), memory="full")
+    assert model.encoder.backend == model.step.backend == ("eager", "torch")
+    model = Tagger()
+    fastseq.replace(model, memory="lean")
+    assert model.encoder.memory == "lean"
+    assert repr(model.stages[0]) == "GRU(12, 6, memory='lean')"
+    untouched = Tagger()
+    with pytest.raises(ValueError, match="memory: expected 'full' or 'lean'"):
+        fastseq.replace(untouched, memory="half")
+    assert type(untouched.encoder) is nn.LSTM
+
+
+def test_what_is_left_and_why():
+    model = nn.ModuleDict(
+        {
+            "own": OwnLSTM(4, 6),
+            "normed": parametrizations.weight_norm(nn.GRU(4, 6), "weight_hh_l0"),
+            "scripted": torch.jit.script(CellNet(nn.LSTMCell(4, 6))).cell,
+            "ours": fastseq.LSTM(4, 6, backend="eager"),
+            "compat": fastseq.compat.LSTM(4, 6),
+            "plain": nn.GRU(4, 6),
+            "linear": nn.Linear(4, 4),
+            "quantizable": torch.ao.nn.quantizable.LSTM(4, 6),
+        }
+    )
+    kinds = {name: type(module) for name, module in model.items()}
+    report = fastseq.replace(model)
+    assert list(report.swapped) == ["plain"]
+    left = {name: reason for name, reason in report.left.items() if "." not in name}
+    assert list(left) == ["own", "normed", "scripted", "ours", "compat", "quantizable"]
+    assert "OwnLSTM is a subclass of torch.nn.LSTM" in left["own"]
+    assert "derive it from fastseq.LSTM" in left["own"]
+    assert "parametrized" in left["normed"]
+    assert "scripted" in left["scripted"]
+    assert "already" in left["ours"] and "already" in left["compat"]
+    assert "quantized" in left["quantizable"]
+    assert all(type(m) is kinds[name] for name, m in model.items() if name != "plain")
+    assert model["ours"].backend == "eager"
+    assert "  own: left, " in str(report)
+
+
+def test_hooks_and_their_handles():
+    """All kinds of hook run on the module as before, and go when their handles are removed."""
+    module = nn.LSTM(4, 6)
+    seen = []
+
+    def note(what):
+        return lambda *args, **kwargs: seen.append((what, args[0]))
+
+    handles = [
+        module.register_forward_pre_hook(note("pre")),
+        module.register_forward_hook(note("forward")),
+        module.register_full_backward_hook(note("backward")),
+        module.register_full_backward_pre_hook(note("backward pre")),
+        module.register_state_dict_pre_hook(note("state pre")),
+        module.register_state_dict_post_hook(note("state post")),
+        module.register_load_state_dict_pre_hook(note("load pre")),
+        module.register_load_state_dict_post_hook(note("load post")),
+    ]
+    fastseq.replace(module)
+    x = torch.randn(5, 3, 4, requires_grad=True)
+    for _ in range(2):
+        module(x)[0].sum().backward()
+        module.load_state_dict(module.state_dict())
+        if seen:
+            assert sorted(what for what, _ in seen) == sorted(
+                ["pre", "forward", "backward", "backward pre"]
+                + ["state pre", "state post", "load pre", "load post"]
+            )
+            assert all(who is module for _, who in seen)
+        for handle in handles:
+            handle.remove()
+        seen.clear()
+    assert not seen
+
+
+def test_modes_and_buffers():
+    module = nn.GRU(4, 6, 2).eval()
+    module.register_buffer("note", torch.arange(3))
+    module.weight_hh_l0.requires_grad_(False)
+    module.extra = "kept"
+    fastseq.replace(module)
+    assert not module.training and module.extra == "kept"
+    assert torch.equal(module.note, torch.arange(3)) and "note" in module.state_dict()
+    assert not module.weight_hh_l0.requires_grad and module.weight_ih_l0.requires_grad
+
+
+def test_tied_parameters_and_optimizers():
+    model = nn.ModuleList([nn.LSTM(6, 6), nn.LSTM(6, 6)])
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fastseq.replace(model)
+    assert model[1].weight_hh_l0 is model[0].weight_hh_l0
+    before = model[0].weight_hh_l0.detach().clone()
+    x = torch.randn(5, 3, 6)
+    model[1](model[0](x)[0])[0].sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model[1].weight_hh_l0)
+
+
+def test_old_weight_norm():
+    """torch.nn.utils.weight_norm puts the weight before each call, by a hook."""
+    module = nn.GRU(4, 6)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(module, "weight_hh_l0")
+    x = torch.randn(5, 3, 4)
+    before = module(x)
+    fastseq.replace(module)
+    assert_same(module(x), before)
+    with torch.no_grad():
+        module.weight_hh_l0_g.mul_(2)
+    assert not torch.allclose(module(x)[0], before[0])
+    module(x)[0].sum().backward()
+    assert module.weight_hh_l0_g.grad.any()
+
+
+def test_nothing_to_do():
+    report = fastseq.replace(nn.Linear(2, 2))
+    assert str(report) == "swapped 0, left 0"
+
+
+def test_restore():
+    model = Tagger()
+    words = torch.randint(7, (2, 5))
+    model.eval()
+    before = model(words)
+    fastseq.replace(model, backend="eager")
+    report = fastseq.restore(model)
+    assert list(report.swapped) == ["encoder", "stages.0", "stages.1", "again", "step"]
+    assert "now torch.nn.LSTM(" in str(report)
+    assert type(model.encoder) is nn.LSTM and type(model.again) is nn.RNN
+    assert torch.equal(model(words), before)
+    assert all(
+        a is b
+        for a, b in zip(model.encoder._flat_weights, model.encoder.parameters(), strict=True)
+    )
+    compat = fastseq.compat.GRU(4, 6)
+    fastseq.restore(compat)
+    assert type(compat) is nn.GRU
+
+
+class Doubled(fastseq.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(input * 2, hx)
+
+
+class Named(fastseq.LSTM):
+    """Computes what its parent does."""
+
+
+def test_restore_leaves_what_computes_something_else():
+    normed = parametrizations.weight_norm(fastseq.GRU(4, 6), "weight_hh_l0")
+    model = nn.ModuleDict({"own": Doubled(4, 6), "named": Named(4, 6), "normed": normed})
+    report = fastseq.restore(model)
+    assert list(report.swapped) == ["named"] and list(report.left) == ["own", "normed"]
+    assert "forward of its own" in report.left["own"]
+    assert "remove_parametrizations" in report.left["normed"]
+    for name in report.left:
+        with pytest.raises(TypeError, match="has no counterpart in torch.nn"):
+            to_torch(model[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_torch(kind):
+    """A second module over the same parameters, the first as it was."""
+    options = {"num_layers": 2, "batch_first": True} if kind in LAYERS else {"bias": False}
+    module = getattr(fastseq, kind)(4, 6, **options, backend="eager").eval()
+    module.register_buffer("note", torch.zeros(1))
+    seen = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(m))
+    module.register_load_state_dict_pre_hook(lambda m, *args: seen.append(m))
+    twin = to_torch(module)
+    assert type(twin) is getattr(nn, kind) and type(module) is getattr(fastseq, kind)
+    assert not twin.training and module.backend == "eager" and not hasattr(twin, "backend")
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        assert a is b
+    x = torch.randn(3, 5, 4) if kind in LAYERS else torch.randn(3, 4)
+    assert_same(module(x), twin(x))
+    assert seen == [module, twin]
+    handle.remove()
+    twin(x)
+    assert len(seen) == 2
+    seen.clear()
+    module.load_state_dict(module.state_dict())
+    twin.load_state_dict(module.state_dict())
+    assert seen == [module, twin]
+    if kind in LAYERS:
+        assert all(a is b for a, b in zip(twin._flat_weights, twin.parameters(), strict=True))
+    name = next(iter(dict(twin.named_parameters())))
+    setattr(twin, name, nn.Parameter(torch.zeros_like(getattr(twin, name))))
+    assert getattr(module, name).any()
+    del module
+    gc.collect()
+    twin.load_state_dict(twin.state_dict())
+
+
+# -- TorchScript, which takes torch.nn's modules in the place of ours
+
+
+class Net(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0])
+
+
+class PackedNet(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: nn.utils.rnn.PackedSequence):
+        return self.layer(x)[0].data
+
+
+class CellNet(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        return self.cell(x)
+
+
+@pytest.mark.parametrize("room", ["nn", "compat"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_script(kind, room):
+    """The model that was scripted holds torch.nn's layer then: torch.jit.script puts it there."""
+    place = {"nn": fastseq, "compat": fastseq.compat}[room]
+    model = Net(getattr(place, kind)(4, 6, 2, backend="eager"))
+    x = torch.randn(5, 3, 4)
+    before = model(x)
+    layer = model.layer
+    scripted = torch.jit.script(model)
+    assert_same(scripted(x), before)
+    assert type(model.layer) is getattr(nn, kind) and type(layer) is getattr(place, kind)
+    assert_same(model(x), before)
+    for a, b in zip(scripted.parameters(), (*layer.parameters(), *model.head.parameters())):
+        assert a.data_ptr() == b.data_ptr()
+    kept = copy.deepcopy(Net(layer))
+    torch.jit.script(copy.deepcopy(kept))
+    assert type(kept.layer) is getattr(place, kind)
+
+
+@pytest.mark.parametrize("room", ["nn", "compat"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_script_of_cells(kind, room):
+    place = {"nn": fastseq, "compat": fastseq.compat}[room]
+    cell = getattr(place, kind)(4, 6)
+    x = torch.randn(3, 4)
+    assert_same(torch.jit.script(cell)(x), cell(x))
+    model = CellNet(cell)
+    expected = model(x)
+    assert_same(torch.jit.script(model)(x), expected)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_script_with_packed_sequences(kind):
+    layer = getattr(fastseq, kind)(4, 6)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(5, 4), torch.randn(3, 4)])
+    expected = layer(packed)[0].data
+    assert_same(torch.jit.script(PackedNet(layer))(packed), expected)
+
+
+def test_script_refuses_what_torch_nn_does_not_compute():
+    with pytest.raises(TypeError, match="Doubled has no counterpart in torch.nn"):
+        torch.jit.script(Net(Doubled(4, 6)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", [None, ("numba", "torch", "eager")])
+def test_trace(kind, backend):
+    """Serves other lengths and batches than those it was traced with, and says nothing."""
+    module = getattr(fastseq, kind)(4, 6, backend=backend)
+    model = Net(module) if kind in LAYERS else CellNet(module)
+    shapes = [(5, 3, 4), (7, 2, 4)] if kind in LAYERS else [(3, 4), (2, 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, torch.randn(shapes[0]))
+    for shape in shapes:
+        x = torch.randn(shape)
+        assert_same(traced(x), model(x))
+    out = tensors(traced(torch.randn(shapes[1])))[0]
+    out.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+# -- quantize_dynamic looks for exact types
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:must run observer before calling calculate_qparams")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.skipif(not torch.backends.quantized.supported_engines, reason="no engine")
+def test_quantize_dynamic():
+    """It passes over our layers; restore first."""
+    model = nn.Sequential(fastseq.LSTM(4, 6))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+    assert type(quantized[0]) is fastseq.LSTM
+    x = torch.randn(5, 3, 4)
+    expected = model(x)[0]
+    assert_same(quantized(x)[0], expected)
+    fastseq.restore(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+    assert type(quantized[0]) is torch.ao.nn.quantized.dynamic.LSTM
+    assert (quantized(x)[0] - expected).abs().max() < 0.1
+    report = fastseq.replace(quantized)
+    assert not report.swapped and "quantized" in report.left["0"]
