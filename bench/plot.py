@@ -1,4 +1,7 @@
-"""One picture of benchmark results: ``python -m bench.plot [--out PNG] [FILE]``."""
+"""One picture of benchmark results: ``python -m bench.plot [--all] [--out PNG] [FILE]``.
+
+The grid of small shapes is left out, unless ``--all`` asks for it or nothing else was measured.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from .table import ROOT, Results, newest, provenance, read, speedup
 FORWARD, TRAINING = "#8fb8de", "#1f5a92"
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(results: Results, path: Path, everything: bool = False) -> None:
     """Bars of the speed-up over torch.nn, a pair for each workload, on a logarithmic axis."""
     factors: dict[str, dict[str, float]] = {}
     for case in results["benchmarks"]:
@@ -21,7 +24,8 @@ def draw(results: Results, path: Path) -> None:
         factor = speedup(info)
         if factor is not None:
             factors.setdefault(info["workload"], {})[info["way"]] = factor
-    names = list(factors)
+    named = [name for name in factors if not name.startswith("small-")]
+    names = list(factors) if everything or not named else named
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
     for way, colour, shift in (("forward", FORWARD, -0.2), ("training", TRAINING, 0.2)):
@@ -39,7 +43,7 @@ def draw(results: Results, path: Path) -> None:
             text = f" {value:.2g}x " if value < 10 else f" {value:.0f}x "
             side = "left" if value >= 1 else "right"
             axes.text(value, k + shift, text, ha=side, va="center", fontsize=7, color="#333333")
-    every = [value for pair in factors.values() for value in pair.values()]
+    every = [value for name in names for value in factors[name].values()]
     axes.set_xscale("log")
     axes.set_xlim(min(0.8, *every) / 1.3, max(2, *every) * 1.4)
     ticks = [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if _inside(t, axes.get_xlim())]
@@ -67,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="results; the newest if left out")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.png")
+    parser.add_argument("--all", action="store_true", help="the grid of small shapes too")
     options = parser.parse_args(argv)
     try:
-        draw(read(options.file or newest()), options.out)
+        draw(read(options.file or newest()), options.out, options.all)
     except (OSError, KeyError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(options.out)

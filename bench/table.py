@@ -56,8 +56,9 @@ def provenance(results: Results) -> str:
     machine, commit = results["machine_info"], results["commit_info"]
     name = commit["id"][:7] if commit["id"] not in ("unversioned", "unknown") else commit["id"]
     name += " with changes" if commit.get("dirty") else ""
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
     return (
-        f"{machine['cpu_model']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['cpu_model']}, {machine['cores']} cores, {threads}, "
         f"{machine['instructions']}, torch {machine['torch']}, Python "
         f"{machine['python_version']}, commit {name}, {results['datetime'][:10]}."
     )
@@ -153,7 +154,9 @@ def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
             rows.append([f"{name} ({shape})", *row])
     if not rows:
         return "None of the rows of this table is among these results."
-    return markdown(["workload", "forward", "", "training", ""], rows)
+    return markdown(
+        ["workload", "forward, torch.nn → fastseq", "", "training, torch.nn → fastseq", ""], rows
+    )
 
 
 def insert(path: Path, text: str) -> None:
@@ -177,9 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, KeyError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     source = path.resolve()
-    if source.is_relative_to(ROOT):
-        source = source.relative_to(ROOT)
-    note = f"Median of interleaved rounds, float32. {provenance(results)} From `{source}`."
+    shown = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
+    note = f"Median of interleaved rounds, float32. {provenance(results)} From `{shown}`."
     if not options.write:
         print(f"{full(results)}\n\n{note}")
         return 0

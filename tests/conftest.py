@@ -31,12 +31,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    absent = {}
     if not config.getoption("--full"):
-        absent["full"] = "runs with --full"
+        long = [item for item in items if "full" in item.keywords]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if "full" not in item.keywords]
     if not torch.cuda.is_available():
-        absent["gpu"] = "needs a CUDA device"
-    for item in items:
-        for marker, reason in absent.items():
-            if marker in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

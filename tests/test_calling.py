@@ -1,5 +1,7 @@
 """Calls of the modules: what torch.nn accepts, returns and refuses, on every backend."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -141,9 +143,7 @@ def sequences(lengths=(2, 5, 3), size=4):
 @pytest.mark.parametrize("with_state", [False, True])
 def test_packed(kind, backend, batch_first, with_state):
     """batch_first says nothing of packed input; states are in the order of the sequences."""
-    theirs, ours = pair(
-        kind, 4, 6, 2, bidirectional=True, batch_first=batch_first, backend=backend
-    )
+    theirs, ours = pair(kind, 4, 6, 2, bidirectional=True, batch_first=batch_first, backend=backend)
     packed = pack_sequence(sequences(), enforce_sorted=False)
     hx = state_for(kind, 4, 3, 6) if with_state else None
     out, _ = compare(ours, theirs, packed, hx)
@@ -424,7 +424,7 @@ def test_mistakes_in_lengths(kind):
         ours(x, lengths=[6, 1, 1])
     with pytest.raises(ValueError, match=r"lengths: expected values from 0 to T = 5, got -1 to 5"):
         ours(x, lengths=torch.tensor([5, -1, 5]))
-    with pytest.raises(TypeError, match="lengths: expected integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"lengths: expected integers, got torch.float32"):
         ours(x, lengths=torch.tensor([1.0, 2.0, 3.0]))
     with pytest.raises(ValueError, match="lengths: expected a batched 3-D input"):
         ours(x[:, 0], lengths=[5])
@@ -453,7 +453,7 @@ def test_reset(kind, backend, batch_first):
         out, state = ours(x, hx, reset=reset)
     finals = tensors(state)
     for k, cuts in enumerate(([0, 2, 5, 6], [0, 4, 6])):
-        pieces = list(zip(cuts, cuts[1:], strict=False))
+        pieces = list(itertools.pairwise(cuts))
         for start, stop in pieces:
             own = [torch.zeros_like(s[:, k]) for s in tensors(hx)]
             for mine, given in zip(own, tensors(hx), strict=True):
@@ -508,7 +508,7 @@ def test_all_states(backend, batch_first):
     assert c.shape == out.shape
     c = c.transpose(0, 1) if batch_first else c
     assert_same(c[-1], c_n[-1])
-    part, (_, c_2) = ours((x.transpose(0, 1)[:, :2] if batch_first else x[:2]))
+    _, (_, c_2) = ours(x.transpose(0, 1)[:, :2] if batch_first else x[:2])
     assert_same(c[1], c_2[-1])
     c.sum().backward()
     assert ours.weight_hh_l1.grad.any()
@@ -565,13 +565,35 @@ def test_autocast_of_cells(kind, backend, state):
 
 
 @kinds
+@backends
+def test_backward_under_autocast(kind, backend):
+    """Not advised, and done: the kernels' own types stay what they are."""
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, backend=backend)
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    gradients = []
+    for inside in (True, False):
+        ours.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tensors(ours(x))[0].float().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append([p.grad for p in ours.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype is torch.float32
+        assert (a - b).abs().max() <= 0.02 * (1 + b.abs().max())
+
+
+@kinds
 def test_autocast_leaves_float64_alone(kind):
     ours = getattr(fastseq, kind)(4, 6, dtype=torch.float64)
     x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert {t.dtype for t in tensors(ours(x.double()))} == {torch.float64}
         low = getattr(fastseq, kind)(4, 6)
-        with pytest.raises((ValueError, RuntimeError), match="torch.float64"):
+        with pytest.raises((ValueError, RuntimeError), match=r"torch.float64"):
             low(x.double())
 
 
@@ -660,7 +682,7 @@ def test_state_of_another_dtype(kind, backend):
     theirs, ours = pair(kind, 4, 6, backend=backend)
     x, hx = torch.randn(5, 3, 4), state_for(kind, 1, 3, 6, dtype=torch.float64)
     assert isinstance(caught(lambda: theirs(x, hx)), RuntimeError)
-    with pytest.raises(RuntimeError, match="Expected hidden state of dtype torch.float32"):
+    with pytest.raises(RuntimeError, match=r"Expected hidden state of dtype torch.float32"):
         ours(x, hx)
 
 
@@ -670,7 +692,7 @@ def test_a_tuple_as_the_one_state(kind):
     x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
     hx = (torch.randn(1, 3, 6), torch.randn(1, 3, 6))
     assert type(caught(lambda: theirs(x, hx))) is AttributeError
-    with pytest.raises(AttributeError, match="hx: .* takes one tensor h.* as its state, got 2 "):
+    with pytest.raises(AttributeError, match=r"hx: .* takes one tensor h.* as its state, got 2 "):
         ours(x, hx)
 
 
@@ -792,7 +814,7 @@ def test_second_state_of_the_lstm_cell():
 @kinds
 def test_unknown_backend(kind):
     x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
-    with pytest.raises(ValueError, match="backend: expected one of .*, got 'cobol'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of .*, got 'cobol'"):
         getattr(fastseq, kind)(4, 6, backend="cobol")(x)
     with pytest.raises(TypeError, match="backend: expected None, a name, or a tuple"):
         getattr(fastseq, kind)(4, 6, backend=3)(x)

@@ -61,8 +61,8 @@ def test_positional_order(kind, arguments):
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
 def test_same_seed_same_layer(kind, options):
     """Names, order, shapes, dtype, and the bits of every parameter; repr; the generator after."""
-    extra = [{}] + [{"proj_size": 2}] * (kind == "LSTM") + [{"nonlinearity": "relu"}] * (
-        kind == "RNN"
+    extra = (
+        [{}] + [{"proj_size": 2}] * (kind == "LSTM") + [{"nonlinearity": "relu"}] * (kind == "RNN")
     )
     for more in extra:
         torch.manual_seed(7)

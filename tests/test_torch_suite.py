@@ -1,4 +1,4 @@
-"""torch's own table of inputs for these modules: what torch.nn passes on the CPU, fastseq passes."""
+"""torch's own table of inputs for these modules: what torch.nn passes, fastseq passes."""
 
 import json
 import subprocess
@@ -21,11 +21,14 @@ def run(tmp_path, runs, every):
         for name in list(waiting)[:2]:
             out = tmp_path / f"{name}.json"
             command = [sys.executable, str(SUITE), str(out), "--every", str(every)]
-            started[name] = out, subprocess.Popen(
-                [*command, *waiting.pop(name)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+            started[name] = (
+                out,
+                subprocess.Popen(
+                    [*command, *waiting.pop(name)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                ),
             )
         for name, (out, process) in started.items():
             said, _ = process.communicate()
@@ -57,7 +60,7 @@ def check(tmp_path, backends, every):
 
 
 def test_torchs_own_suite(tmp_path):
-    check(tmp_path, [None], every=5)
+    check(tmp_path, [None], every=7)
 
 
 @pytest.mark.full

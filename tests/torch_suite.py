@@ -219,9 +219,10 @@ def build_tests(every):
                 if packed is not None:
                     args = (packed.data, *args[1:])
                 flat, spec = tree_flatten((args, kwargs))
+                count = len(flat)
 
                 def call(
-                    *tensors, module=module, spec=spec, count=len(flat), names=names, packed=packed
+                    *tensors, module=module, spec=spec, count=count, names=names, packed=packed
                 ):
                     given, named = tree_unflatten(tensors[:count], spec)
                     if packed is not None:

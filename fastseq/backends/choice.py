@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import BACKENDS, load
 from .contract import Problem
@@ -65,7 +64,7 @@ def judge(problem: Problem, backend: Backend) -> Verdict:
     return Verdict(None, declined)
 
 
-def select(problem: Problem, backend: Backend = None) -> tuple[str, ModuleType]:
+def select(problem: Problem, backend: Backend = None) -> str:
     """The backend that runs ``problem``.
 
     Raises ValueError for a name that does not exist, RuntimeError for a backend that is not
@@ -73,7 +72,7 @@ def select(problem: Problem, backend: Backend = None) -> tuple[str, ModuleType]:
     """
     verdict = judge(problem, backend)
     if verdict.chosen is not None:
-        return verdict.chosen, load(verdict.chosen)  # type: ignore[return-value]
+        return verdict.chosen
     reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.declined.items())
     error = (
         RuntimeError
@@ -81,6 +80,16 @@ def select(problem: Problem, backend: Backend = None) -> tuple[str, ModuleType]:
         else NotImplementedError
     )
     raise error(f"backend={backend!r} cannot run this: {reasons}. backend=None always runs.")
+
+
+def select_constant(backend: Backend, *problem: Any) -> str:
+    """:func:`select` for a graph that is traced, in arguments that Dynamo takes for constants."""
+    return select(Problem(*problem), backend)
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo for it: the choice
+# depends on no tensor, and a graph has nothing to record of it.
+select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Table(dict[str, str]):

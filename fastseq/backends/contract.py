@@ -40,8 +40,8 @@ Shape = tuple[int, ...]
 class Problem(NamedTuple):
     """What the choice of a backend may depend on. No tensors: it is hashable and testable.
 
-    ``T`` is the longest sequence and ``B`` the batch. While a graph is traced both are None,
-    so that no choice can depend on them.
+    ``T`` is the longest sequence and ``B`` the batch. While a graph is traced both are None, so
+    that no choice can depend on them; torch.compile knows no size at all.
     """
 
     cell: str
@@ -49,9 +49,9 @@ class Problem(NamedTuple):
     device: str
     T: int | None
     B: int | None
-    I: int  # noqa: E741  (the field's letter)
-    H: int
-    P: int
+    I: int | None  # noqa: E741  (the field's letter)
+    H: int | None
+    P: int | None
     R: int = 1
     layers: int = 1
     bias: bool = True

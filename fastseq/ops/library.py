@@ -147,7 +147,7 @@ def recurrence_fake(
     R, H, P = len(call.weights), call.H, call.P
     lead = tuple(x.shape[:-1])
     others = len(call.definition.states) - 1
-    B = call.states[0].shape[1]
+    B = call.B
     outputs = [x.new_empty((*lead, R * P))]
     outputs += [x.new_empty((R, B, size)) for size in [P, *[H] * others]]
     if trajectory:

@@ -96,20 +96,21 @@ def problem(stack: Stack) -> Problem:
     now = mode()
     ragged = stack.batch_sizes is not None or stack.lengths is not None
     traced = now in ("compile", "trace")
-    T = B = None
+    T = B = width = H = P = None
+    if now != "compile":
+        width, H, P = stack.weights[0].w_ih.shape[1], stack.H, stack.P
     if not traced:
         T = len(stack.batch_sizes) if stack.batch_sizes is not None else stack.x.shape[0]
         B = stack.batch
-    I, H, P = stack.x.shape[-1], stack.H, stack.P
-    if now == "trace":  # there a size is a tensor
-        I, H, P = int(I), int(H), int(P)
+    elif now == "trace":  # there a size is a tensor
+        width, H, P = int(width), int(H), int(P)
     return Problem(
         cell=stack.cell,
         dtype=stack.x.dtype,
         device=stack.x.device.type,
         T=T,
         B=B,
-        I=I,
+        I=width,
         H=H,
         P=P,
         R=stack.directions,
@@ -122,7 +123,7 @@ def problem(stack: Stack) -> Problem:
         trajectory=stack.trajectory,
         memory=stack.memory,
         training=stack.needs_grad(),
-        dropout=stack.training and stack.dropout > 0,
+        dropout=True if stack.training and stack.dropout > 0 else False,
         threads=1 if traced else torch.get_num_threads(),
         mode=now,
     )
@@ -156,7 +157,10 @@ def run(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
 
 def _run_as_given(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
     task = problem(stack)
-    name, module = choice.select(task, stack.backend)
+    if task.mode == "compile":
+        name = choice.select_constant(stack.backend, *task)
+    else:
+        name = choice.select(task, stack.backend)
     if stack.lengths is not None:
         padding = Padding(stack.lengths, stack.x.shape[0], stack.x.shape[1])
         stack.x = padding.pack(stack.x)
@@ -168,16 +172,16 @@ def _run_as_given(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
             stack.h_mask = padding.sort(stack.h_mask)
         if stack.reset is not None:
             stack.reset = stack.reset.index_select(1, padding.order)
-        y, states, along = _run(stack, task, name, module)
+        y, states, along = _run(stack, task, name)
         return (
             padding.unpack(y),
             [padding.unsort(s) for s in states],
             [padding.unpack(c) for c in along],
         )
-    return _run(stack, task, name, module)
+    return _run(stack, task, name)
 
 
-def _run(stack, task, name, module) -> tuple[Tensor, list[Tensor], Trajectory]:
+def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
     if name == "torch" and torch_backend.stacks(task):
         states = stack.states or _zeros(stack, stack.batch)
         flat = [w for ws in stack.weights for w in ws.flat() if w is not None]
@@ -249,7 +253,9 @@ def _layer(
             )
         return forward(x, states, flat)
 
-    layout = autograd.Layout(stack.cell, name, reverse, stack.memory, trajectory, len(states))
+    layout = autograd.Layout(
+        stack.cell, name, reverse, stack.memory, trajectory, len(states), len(flat)
+    )
     arguments = (layout, x, stack.batch_sizes, reset, h_mask, *states, *flat)
     if training:
         return autograd.differentiable_recurrence(*arguments)
