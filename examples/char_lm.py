@@ -27,7 +27,7 @@ from tqdm import tqdm
 import fastseq
 
 LAYERS = {"gru": "GRU", "lstm": "LSTM", "rnn": "RNN"}
-ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+ALPHABET = "\t\n" + "".join(map(chr, range(32, 127)))
 TURN = 10  # steps that one model takes before the other's turn
 VALID_STEPS = 20  # windows of validation text
 
@@ -64,11 +64,14 @@ class Run:
 
 
 def read_text(folder: Path) -> tuple[str, str]:
-    """The modules in a folder: nine files in ten to train on, the tenth to validate on."""
+    """The modules in a folder: nine files in ten to train on, the tenth to validate on.
+
+    Four blanks become a tab, so that indentation is one character a level.
+    """
     train, valid = [], []
     for k, path in enumerate(sorted(folder.glob("*.py"))):
         text = path.read_text(encoding="utf-8", errors="replace")
-        kept = "".join(c for c in text.replace("\t", "    ") if c in ALPHABET)
+        kept = "".join(c for c in text.replace("    ", "\t") if c in ALPHABET)
         (valid if k % 10 == 9 else train).append(kept)
     return "".join(train), "".join(valid)
 
@@ -318,9 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         f"at most {max(gaps[:early]):.1e} in the first {early} steps\nand {max(gaps):.1e} in all "
         "(training magnifies rounding)."
     )
-    print(
-        f"\nWritten by the model that fastseq trained:\n{'-' * 80}{pages[ours.label]}\n{'-' * 80}"
-    )
+    page, rule = pages[ours.label].expandtabs(4), "-" * 80
+    print(f"\nWritten by the model that fastseq trained:\n{rule}{page}\n{rule}")
     picture = options.out / f"char_lm_{options.cell}.png"
     plot(runs, title, picture)
     print(f"Loss against time: {picture}")

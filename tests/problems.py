@@ -29,7 +29,6 @@ DECLINES = {
     "torch": {
         "gru_reset_before",
         "indrnn",
-        "projection to H",
         "reset",
         "h_mask",
         "trajectory",
@@ -49,8 +48,6 @@ def features(task):
     """What of a problem a backend might decline, in the words of DECLINES."""
     named = {task.cell, task.mode}
     named |= {name for name in ("reset", "h_mask", "trajectory") if getattr(task, name)}
-    if task.projected and task.P >= task.H:
-        named.add("projection to H")
     if task.memory == "lean" and task.training:
         named.add("memory='lean' in training")
     if task.T == 0:

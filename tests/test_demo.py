@@ -65,10 +65,10 @@ def test_it_stops_when_its_time_is_up(demo, tmp_path, capsys):
 
 def test_the_split_is_by_file(demo, tmp_path):
     for k in range(10):
-        (tmp_path / f"m{k}.py").write_text(f"# file {k}\té\n")
+        (tmp_path / f"m{k}.py").write_text(f"    # file {k}é\n")
     train, valid = demo.read_text(tmp_path)
-    assert valid == "# file 9    \n"
-    assert train == "".join(f"# file {k}    \n" for k in range(9))
+    assert valid == "\t# file 9\n"
+    assert train == "".join(f"\t# file {k}\n" for k in range(9))
 
 
 def test_streams_and_windows(demo):

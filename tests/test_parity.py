@@ -231,7 +231,6 @@ def test_a_named_decline_is_real(backend):
     changed = {
         "gru_reset_before": {"cell": "gru_reset_before"},
         "indrnn": {"cell": "indrnn"},
-        "projection to H": {"projected": True},
         "reset": {"reset": True},
         "h_mask": {"h_mask": True},
         "trajectory": {"trajectory": True},

@@ -32,18 +32,25 @@ def cells_of(backend):
 
 
 def drawn(data, backend, **fixed):
-    """A layer of random kind and size."""
-    cell = data.draw(st.sampled_from(fixed.pop("cells", cells_of(backend))), "cell")
+    """A layer of random kind and size.
+
+    Short of float64 the rule compares two roundings, which takes more than a number or two; and in
+    16 bits the gradient of a ReLU next to its kink is whichever side the rounding falls.
+    """
+    dtype = fixed.pop("dtype", None) or data.draw(st.sampled_from(DTYPES), "dtype")
+    cells = fixed.pop("cells", cells_of(backend))
+    if dtype is torch.bfloat16:
+        cells = [cell for cell in cells if cell not in ("rnn_relu", "indrnn")]
+    cell = data.draw(st.sampled_from(cells), "cell")
     choices = {
         "T": st.integers(1, 6),
-        "B": st.integers(1, 4),
-        "I": st.integers(1, 4),
-        "H": st.sampled_from([1, 3, 8, 17]),
+        "B": st.integers(1 if dtype is torch.float64 else 3, 4),
+        "I": st.integers(1 if dtype is torch.float64 else 4, 5),
+        "H": st.sampled_from([1, 3, 8, 17] if dtype is torch.float64 else [8, 17]),
         "layers": st.integers(1, 2),
         "directions": st.integers(1, 2),
         "bias": st.booleans(),
         "state": st.booleans(),
-        "dtype": st.sampled_from(DTYPES),
         "seed": st.integers(0, 2**16),
     }
     options = {name: data.draw(choices[name], name) for name in choices if name not in fixed}
@@ -52,7 +59,7 @@ def drawn(data, backend, **fixed):
         options["P"] = data.draw(st.none() | st.integers(1, max(1, H - 1)), "P")
         if options["P"] == H:
             options["P"] = None
-    case = draw(cell, **options, **fixed)
+    case = draw(cell, dtype=dtype, **options, **fixed)
     case.settle(backend)
     return case
 

@@ -239,30 +239,29 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     task = _Task(call)
     lead = tuple(call.x.shape[:-1])
     full = save and call.memory == "full"
-    y = task.new(task.rows.capacity, task.R * task.P)
+    y = task.new(*lead, task.R * task.P)
+    flat = y.view(task.rows.capacity, task.R * task.P)
     if task.rows.capacity > task.rows.N:
-        y[task.rows.N :] = 0
+        flat[task.rows.N :] = 0
     finals = [s.clone() for s in task.states]
     others = len(task.cell.states) - 1
-    along = [task.new(task.rows.capacity, task.R * task.H) for _ in range(others)]
-    if not (full or trajectory):
-        along = []
+    along = [task.new(*lead, task.R * task.H) for _ in range(others if full or trajectory else 0)]
+    flat_along = [c.view(task.rows.capacity, task.R * task.H) for c in along]
     if task.rows.capacity > task.rows.N:
-        for c in along:
+        for c in flat_along:
             c[task.rows.N :] = 0
-    saved = _walk_forward(task, y, finals, along, full)
+    saved = _walk_forward(task, flat, finals, flat_along, full)
 
     dtype = call.x.dtype
-    shaped = [c.view(*lead, task.R * task.H) for c in along]
-    result = Result(y.view(*lead, task.R * task.P), finals, [], [])
+    result = Result(y, finals, [], [])
     if dtype is not task.dtype:
         result.y, result.states = result.y.to(dtype), [s.to(dtype) for s in finals]
     if full:
         result.saved = [t for ts in saved for t in ts]
     if trajectory:
-        result.trajectory = [c.to(dtype) for c in shaped]
+        result.trajectory = [c.to(dtype) for c in along]
     if full and not (trajectory and dtype is task.dtype):
-        result.saved += shaped
+        result.saved += along
     return result
 
 

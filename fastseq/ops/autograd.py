@@ -99,6 +99,8 @@ class RecurrenceFunction(torch.autograd.Function):
         used = grads[: n_outputs(layout)]
         if all(g is None for g in used):
             return (None,) * (1 + layout.n_inputs)
+        if not torch.compiler.is_compiling() and any(map(_is_batched, used)):
+            return (None, *batched_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
         need = ctx.needs_input_grad
         first_weight = 5 + layout.n_states
         wanted = (need[1], any(need[5:first_weight]), any(need[first_weight:]))
@@ -107,6 +109,54 @@ class RecurrenceFunction(torch.autograd.Function):
         differentiate = function.apply if torch.is_grad_enabled() else function.forward
         flat = differentiate(layout, wanted, *inputs, *used, *outputs)
         return (None, *spread(layout, wanted, inputs, flat))
+
+
+def eager_outputs(layout: Layout, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What :func:`recurrence` gives a caller, in the eager form. inputs: all but the layout."""
+    x, batch_sizes, reset, h_mask, *rest = inputs
+    n = layout.n_states
+    call = make_call(
+        layout.cell,
+        x,
+        batch_sizes,
+        rest[:n],
+        rest[n:],
+        layout.reverse,
+        reset,
+        h_mask,
+        layout.memory,
+    )
+    result = eager.forward(call, save=False, trajectory=layout.trajectory)
+    return (result.y, *result.states, *result.trajectory)
+
+
+def _is_batched(gradient: Tensor | None) -> bool:
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def batched_gradients(
+    layout: Layout,
+    inputs: Sequence[Any],
+    need: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """For ``is_grads_batched``, whose vmap knows torch's operations alone: the eager form's."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # a view of each, so that a tensor that serves as two inputs has two gradients
+        views = [t.view_as(t) if n else t for t, n in zip(inputs, need, strict=True)]
+        outputs = eager_outputs(layout, views)
+    live = [k for k, g in enumerate(grads) if g is not None]
+    found = list(
+        torch.autograd.grad(
+            [outputs[k] for k in live],
+            [t for t, n in zip(views, need, strict=True) if n],
+            [grads[k] for k in live],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
+    )
+    return [found.pop(0) if n else None for n in need]
 
 
 def spread(
@@ -178,21 +228,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
             full = list(inputs)
             for k, value in zip(live_inputs, primals, strict=True):
                 full[k] = value
-            x, batch_sizes, reset, h_mask, *rest = full
-            n = layout.n_states
-            call = make_call(
-                layout.cell,
-                x,
-                batch_sizes,
-                rest[:n],
-                rest[n:],
-                layout.reverse,
-                reset,
-                h_mask,
-                layout.memory,
-            )
-            result = eager.forward(call, save=False, trajectory=layout.trajectory)
-            outputs = (result.y, *result.states, *result.trajectory)
+            outputs = eager_outputs(layout, full)
             return tuple(outputs[k] for k in live_grads)
 
         def gradients_of(*arguments: Tensor) -> tuple[Tensor, ...]:

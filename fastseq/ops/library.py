@@ -7,6 +7,8 @@ and have no autograd formula: that is :mod:`.autograd`'s.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,13 @@ library.define(
     f"recurrence_backward({_LAYER}, Tensor[] outputs, Tensor? dy, Tensor?[] dstates, "
     "Tensor?[] dtrajectory, bool trajectory, bool[] wanted) -> Tensor[]"
 )
+
+
+def as_given() -> AbstractContextManager[Any]:
+    """Autocast off: a backward may be called under it, and kernels get raw addresses."""
+    if torch._C._is_any_autocast_enabled():
+        return torch._C._DisableAutocast()
+    return nullcontext()
 
 
 def make_call(
@@ -85,7 +94,8 @@ def recurrence(
     trajectory: bool,
 ) -> list[Tensor]:
     call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
-    result = load(backend).forward(call, save, trajectory)  # type: ignore[union-attr]
+    with as_given():
+        result = load(backend).forward(call, save, trajectory)  # type: ignore[union-attr]
     return [result.y, *result.states, *result.trajectory, *result.saved]
 
 
@@ -108,12 +118,13 @@ def recurrence_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
-    gradients = load(backend).backward(  # type: ignore[union-attr]
-        call,
-        split_outputs(cell, outputs, trajectory),
-        OutputGradients(dy, list(dstates), list(dtrajectory)),
-        Wanted(*wanted),
-    )
+    with as_given():
+        gradients = load(backend).backward(  # type: ignore[union-attr]
+            call,
+            split_outputs(cell, outputs, trajectory),
+            OutputGradients(dy, list(dstates), list(dtrajectory)),
+            Wanted(*wanted),
+        )
     flat: list[Tensor] = []
     if wanted[0]:
         flat.append(gradients.x)
