@@ -24,7 +24,7 @@ beyond it are empty, and keep their state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -78,7 +78,22 @@ class Weights(NamedTuple):
     units: tuple[Tensor, ...] = ()  # the cell's unit_parameters, (H,) each
 
     def flat(self) -> list[Tensor | None]:
-        return [*self[:5], *self.units]
+        return [self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr, *self.units]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
+        """The same of every tensor that is there."""
+
+        def part(w: Tensor | None) -> Tensor | None:
+            return None if w is None else function(w)
+
+        return Weights(
+            function(self.w_ih),
+            part(self.w_hh),
+            part(self.b_ih),
+            part(self.b_hh),
+            part(self.w_hr),
+            tuple(function(u) for u in self.units),
+        )
 
 
 def weights_per_recurrence(cell: Cell) -> int:

@@ -118,7 +118,9 @@ def _recurrence(
                 rows = slice(first * H, last * H)
                 bias = None if weights.b_hh is None else weights.b_hh[rows]
                 product = torch.nn.functional.linear(operand, weights.w_hh[rows], bias).to(wide)
-                for gate, value in zip(cell.product_gates(phase), product.split(H, -1), strict=True):
+                for gate, value in zip(
+                    cell.product_gates(phase), product.split(H, -1), strict=True
+                ):
                     now[f"s_{gate}"] = value
                     if f"a_{gate}" in arguments(phase.forward):
                         now[f"a_{gate}"] = now[f"x_{gate}"] + value

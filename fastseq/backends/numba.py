@@ -134,13 +134,7 @@ class _Task:
         self.rows = _Rows(call)
         self.R, self.H, self.P, self.B = len(call.weights), call.H, call.P, call.B
         self.x = _wide(call.x, self.dtype).reshape(-1, call.x.shape[-1])[: self.rows.N]
-        self.weights = [
-            Weights(
-                *(None if w is None else _wide(w, self.dtype) for w in ws[:5]),
-                tuple(_wide(u, self.dtype) for u in ws.units),
-            )
-            for ws in call.weights
-        ]
+        self.weights = [ws.map(lambda w: _wide(w, self.dtype)) for ws in call.weights]
         self.states = [_wide(s, self.dtype) for s in call.states] or [
             self.x.new_zeros((self.R, self.B, size))
             for size in [self.P, *[self.H] * (len(self.cell.states) - 1)]
@@ -405,9 +399,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     dproduct = [task.new(N, G_hh * H) if cell.apart_gates else dgates[r] for r in range(R)]
     dh_all = [None if w.w_hr is None else task.new(N, P) for w in task.weights]
     single = [_is_single_step(task, r) for r in range(R)]
-    packed = [
-        [None] * len(cell.phases) if single[r] else task.products(r, False) for r in range(R)
-    ]
+    packed = [[None] * len(cell.phases) if single[r] else task.products(r, False) for r in range(R)]
     projections = [
         None if w.w_hr is None else task.packed(w.w_hr, transposed=False) for w in task.weights
     ]
@@ -483,9 +475,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
             )
             for r in range(R)
         ]
-    return Gradients(
-        dx, [d.to(out) for d in dstates] if wanted.states else None, dweights
-    )
+    return Gradients(dx, [d.to(out) for d in dstates] if wanted.states else None, dweights)
 
 
 def _weight_gradients(
@@ -513,7 +503,8 @@ def _weight_gradients(
                 else:
                     parts.append(task.product(d.t(), saved[1][:N]))
         dw_hh = parts[0] if len(parts) == 1 else torch.cat(parts)
-    units = tuple(torch.stack(dunits).sum(0).to(dtype) for _ in w.units)
+    # one accumulator a task, summed in the order of the tasks; none where there was no step
+    units = tuple(sum(dunits, torch.zeros_like(u)).to(dtype) for u in w.units)
     db_ih = None if w.b_ih is None else dgates.sum(0).to(dtype)
     db_hh = None
     if w.b_hh is not None:

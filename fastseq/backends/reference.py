@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,8 +33,23 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _weights(weights: Weights) -> reference.Weights:
-    parts = [None if w is None else _array(w) for w in weights[:5]]
-    return reference.Weights(*parts, tuple(_array(u) for u in weights.units))
+    _, w_hh, b_ih, b_hh, w_hr = (None if w is None else _array(w) for w in weights.flat()[:5])
+    units = tuple(_array(u) for u in weights.units)
+    return reference.Weights(_array(weights.w_ih), w_hh, b_ih, b_hh, w_hr, units)
+
+
+def _tensors(weights: reference.Weights, dtype: torch.dtype) -> Weights:
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(dtype)
+
+    return Weights(
+        torch.from_numpy(weights.w_ih).to(dtype),
+        tensor(weights.w_hh),
+        tensor(weights.b_ih),
+        tensor(weights.b_hh),
+        tensor(weights.w_hr),
+        tuple(torch.from_numpy(u).to(dtype) for u in weights.units),
+    )
 
 
 def _rows(call: Call) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +65,7 @@ def _states(call: Call, r: int) -> tuple[np.ndarray, ...]:
     return tuple(_array(s[r]) for s in (call.states or call.zero_states()))
 
 
-def _options(call: Call, r: int, N: int) -> dict[str, np.ndarray | bool | None]:
+def _options(call: Call, r: int, N: int) -> dict[str, Any]:
     return {
         "reverse": call.reverse[r],
         "h_mask": None if call.h_mask is None else _array(call.h_mask[r]),
@@ -120,9 +137,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         )
         dx.view(-1, call.x.shape[-1])[:N] += torch.from_numpy(gradients.x)
         dstates.append([torch.from_numpy(s).to(dtype) for s in gradients.states])
-        parts = [None if w is None else torch.from_numpy(w).to(dtype) for w in gradients.weights[:5]]
-        units = tuple(torch.from_numpy(u).to(dtype) for u in gradients.weights.units)
-        dweights.append(Weights(*parts, units))
+        dweights.append(_tensors(gradients.weights, dtype))
     return Gradients(
         dx.to(dtype) if wanted.x else None,
         [torch.stack(s) for s in zip(*dstates, strict=True)] if wanted.states else None,

@@ -167,7 +167,9 @@ def stack(call: Stack) -> tuple[Tensor, list[Tensor]]:
     some = [s.narrow(1, 0, alive) for s in states]
     out = function(call.x, call.batch_sizes, some if is_lstm else some[0], call.weights, *tail)
     finals = [
-        new if alive == old.shape[1] else torch.cat([new, old.narrow(1, alive, old.shape[1] - alive)], 1)
+        new
+        if alive == old.shape[1]
+        else torch.cat([new, old.narrow(1, alive, old.shape[1] - alive)], 1)
         for new, old in zip(out[1:], states, strict=True)
     ]
     return out[0], finals
@@ -250,7 +252,9 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         biased = weights.b_ih is not None
         # torch returns one tensor for both biases' gradients
         dweights.append(
-            Weights(dw_ih, dw_hh, db_ih if biased else None, db_hh.clone() if biased else None, None)
+            Weights(
+                dw_ih, dw_hh, db_ih if biased else None, db_hh.clone() if biased else None, None
+            )
         )
         dh.append(dh_0)
         dc.append(dc_0)

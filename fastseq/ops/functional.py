@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -75,9 +74,7 @@ def lstm(
         c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
         h_t &= o_t \odot \tanh(c_t), \quad \text{or } W_{hr} (o_t \odot \tanh(c_t))
     """
-    return _layer(
-        "lstm", input, weights, hx, lengths, reset, h_mask, all_states, memory, backend
-    )
+    return _layer("lstm", input, weights, hx, lengths, reset, h_mask, all_states, memory, backend)
 
 
 def gru(
@@ -218,7 +215,14 @@ def _layer(
         if packed and input.sorted_indices is not None:
             states = [s.index_select(1, input.sorted_indices) for s in states]
     stack = Stack(
-        cell, x, states, ways, batch_sizes, directions=D, trajectory=all_states, memory=memory,
+        cell,
+        x,
+        states,
+        ways,
+        batch_sizes,
+        directions=D,
+        trajectory=all_states,
+        memory=memory,
         backend=backend,
     )
     check_layer(stack)
@@ -236,9 +240,7 @@ def _layer(
 
     def out(value: Tensor) -> Tensor | PackedSequence:
         if packed:
-            return PackedSequence(
-                value, batch_sizes, input.sorted_indices, input.unsorted_indices
-            )
+            return PackedSequence(value, batch_sizes, input.sorted_indices, input.unsorted_indices)
         return value if batched else value.squeeze(1)
 
     if packed and input.unsorted_indices is not None:

@@ -273,10 +273,4 @@ def _autocast(stack: Stack) -> None:
     dtype = torch.get_autocast_dtype(stack.x.device.type)
     stack.x = stack.x.to(dtype)
     stack.states = [s.to(dtype) for s in stack.states]
-    stack.weights = [
-        Weights(
-            *(None if w is None else w.to(dtype) for w in ws[:5]),
-            tuple(u.to(dtype) for u in ws.units),
-        )
-        for ws in stack.weights
-    ]
+    stack.weights = [ws.map(lambda w: w.to(dtype)) for ws in stack.weights]
