@@ -3,7 +3,8 @@ r"""Floor 1: the truth. Recurrences in NumPy float64, forward and backward throu
 A recurrence reads the input one step at a time and carries its states along (Elman 1990):
 
 .. math::
-    (h_t, c_t, ...) = \text{cell}(W_{ih} x_t + b_{ih},\; W_{hh} h_{t-1} + b_{hh},\; h_{t-1}, c_{t-1}, ...)
+    (h_t, c_t, ...) = \text{cell}(W_{ih} x_t + b_{ih},\; W_{hh} h_{t-1} + b_{hh},\;
+        h_{t-1}, c_{t-1}, ...)
 
 The cells are the LSTM (Hochreiter and Schmidhuber 1997), the GRU (Cho et al. 2014) and others from
 :mod:`fastseq.cells`; a hidden state may be projected to fewer features, :math:`h_t = W_{hr} m_t`
@@ -73,10 +74,10 @@ VOCABULARY = {
 
 @cache
 def texts(cell: Cell) -> list[tuple[Text, Text]]:
-    return [
-        tuple(bind(text, "reference", **VOCABULARY) for text in (phase.forward, phase.backward))
-        for phase in cell.phases
-    ]
+    def bound(text: Text) -> Text:
+        return bind(text, "reference", **VOCABULARY)
+
+    return [(bound(phase.forward), bound(phase.backward)) for phase in cell.phases]
 
 
 def steps(batch_sizes: NDArray[np.int64], reverse: bool) -> Iterator[slice]:
@@ -132,7 +133,7 @@ def forward(
 
             for phase, (text, _) in zip(cell.phases, texts(cell), strict=True):
                 first, last = cell.product_rows(phase)
-                if last:
+                if last and weights.w_hh is not None:
                     operand = now[phase.operand]
                     if h_mask is not None and phase.operand == "h_prev":
                         operand = operand * h_mask[:B_t]
@@ -202,7 +203,9 @@ def backward(
                 dw_hr += d["dh"].T @ tape.operands["m"][rows]
                 d["dh"] = d["dh"] @ weights.w_hr
 
-            dprevious = {f"d{s}_prev": 0.0 for s in cell.states}
+            dprevious = {
+                f"d{s}_prev": np.zeros_like(carried[k][:B_t]) for k, s in enumerate(cell.states)
+            }
             for phase, (_, text) in zip(reversed(cell.phases), reversed(texts(cell)), strict=True):
                 results = text(*((now | d)[name] for name in arguments(phase.backward)))
                 for name, value in zip(phase.gradients, results, strict=True):
@@ -218,7 +221,7 @@ def backward(
                     if f"d{name}" in phase.gradients:
                         dunits[k] = dunits[k] + d[f"d{name}"].sum(axis=0)
                 first, last = cell.product_rows(phase)
-                if last:
+                if last and weights.w_hh is not None:
                     parts = [
                         d[f"ds_{g}"] if f"ds_{g}" in phase.gradients else d[f"da_{g}"]
                         for g in cell.product_gates(phase)
@@ -242,8 +245,8 @@ def backward(
         for phase in cell.phases:
             first, last = cell.product_rows(phase)
             if last and dw_hh is not None and phase.operand in tape.operands:
-                part = slice(first * H, last * H)
-                dw_hh[part] = dproduct[:, part].T @ tape.operands[phase.operand]
+                block = slice(first * H, last * H)
+                dw_hh[block] = dproduct[:, block].T @ tape.operands[phase.operand]
         dweights = Weights(
             w_ih=dgates.T @ x,
             w_hh=dw_hh,

@@ -5,9 +5,10 @@ A *raw* backend is a module with
 - ``unavailable() -> str | None``: why it cannot run on this machine, and the remedy;
 - ``supports(problem) -> str | None``: why it declines this problem, in words a user can act on;
 - ``saved_layout(call, rows, trajectory) -> list[(shape, dtype)]``: what forward saves for backward;
-- ``forward(call, save, trajectory) -> Result`` and ``backward(call, result, grads, wanted) -> Gradients``,
-  which neither write to what they are given nor return views of it. ``backward`` may be called
-  twice with the same arguments and then gives the same bits.
+- ``forward(call, save, trajectory) -> Result`` and
+  ``backward(call, result, grads, wanted) -> Gradients``, which neither write to what they are given
+  nor return views of it. ``backward`` may be called twice with the same arguments and then gives
+  the same bits.
 
 A backend that is made of torch operations may offer a way that autograd sees through, and is then
 called without an autograd formula of ours:
@@ -34,6 +35,7 @@ from torch import Tensor
 from ..cells import CELLS, Cell
 
 Memory = Literal["full", "lean"]
+Mode = Literal["eager", "compile", "trace", "transform", "dual"]
 Shape = tuple[int, ...]
 
 
@@ -64,7 +66,7 @@ class Problem(NamedTuple):
     training: bool = False
     dropout: bool = False
     threads: int = 1
-    mode: Literal["eager", "compile", "trace", "transform", "dual"] = "eager"
+    mode: Mode = "eager"
 
 
 class Weights(NamedTuple):
@@ -104,7 +106,7 @@ def unflatten(cell: Cell, flat: Sequence[Tensor | None]) -> list[Weights]:
     """The weights of R recurrences from one flat list (ops carry flat lists)."""
     size = weights_per_recurrence(cell)
     return [
-        Weights(*flat[k : k + 5], tuple(flat[k + 5 : k + size]))  # type: ignore[arg-type]
+        Weights(*flat[k : k + 5], tuple(flat[k + 5 : k + size]))  # type: ignore[arg-type, call-arg]
         for k in range(0, len(flat), size)
     ]
 

@@ -93,15 +93,15 @@ def _recurrence(
     products = [cell.product_rows(phase) for phase in cell.phases]
     gates = torch.nn.functional.linear(x, weights.w_ih, weights.b_ih)
     inputs = gates.to(wide).split(list(sizes))
-    resets = [None] * len(sizes) if reset is None else list(reset.split(sizes))
-    outputs: list[Tensor | None] = [None] * len(sizes)
-    along: list[list[Tensor]] = [[] for _ in sizes]
+    resets = None if reset is None else reset.split(sizes)
+    outputs: list[Tensor] = []
+    along: list[list[Tensor]] = []
 
     order = range(len(sizes))
     for t in reversed(order) if reverse else order:
         B_t = sizes[t]
         now = {f"{s}_prev": states[k][:B_t] for k, s in enumerate(cell.states)}
-        if reset is not None:
+        if resets is not None:
             now = {name: value.masked_fill(resets[t][:, None], 0) for name, value in now.items()}
         h_prev = now["h_prev"]
         now["h_prev"] = h_prev.to(wide)
@@ -111,7 +111,7 @@ def _recurrence(
         for gate, value in zip(cell.gates, inputs[t].split(H, -1), strict=True):
             now[f"x_{gate}"] = value
         for phase, text, (first, last) in zip(cell.phases, texts(cell), products, strict=True):
-            if last:
+            if last and weights.w_hh is not None:
                 operand = h_prev if phase.operand == "h_prev" else now[phase.operand].to(x.dtype)
                 if h_mask is not None and phase.operand == "h_prev":
                     operand = operand * h_mask[:B_t]
@@ -130,8 +130,8 @@ def _recurrence(
         if weights.w_hr is not None:
             h = torch.nn.functional.linear(h, weights.w_hr)
         now["h"] = h
-        outputs[t] = h
-        along[t] = [now[state] for state in cell.states[1:]]
+        outputs.append(h)
+        along.append([now[state] for state in cell.states[1:]])
         states = [
             now[state] if B_t == len(carried) else torch.cat([now[state], carried[B_t:]])
             for state, carried in zip(cell.states, states, strict=True)
@@ -139,4 +139,7 @@ def _recurrence(
     if not sizes:
         empty = x.new_zeros((0, states[0].shape[-1]))
         return empty, states, [x.new_zeros((0, H)) for _ in cell.states[1:]]
+    if reverse:
+        outputs.reverse()
+        along.reverse()
     return torch.cat(outputs), states, [torch.cat(s) for s in zip(*along, strict=True)]

@@ -9,7 +9,6 @@ which the large GEMMs make the gradients of x and of the weights.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,13 @@ from .contract import (
     Wanted,
     Weights,
 )
-from .numba_loops import SLOTS, backward_kernel, forward_kernel
+from .numba_loops import SLOTS, Kernel, backward_kernel, forward_kernel
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
-from .numba_threads import row_ranges, run
+from .numba_threads import row_ranges
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NO_ROWS = np.zeros(0, np.int64)
-_NO_RESET = np.zeros(0, np.uint8)
 
 
 def unavailable() -> str | None:
@@ -73,9 +71,9 @@ def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape,
         return []
     cell, H = call.definition, call.H
     N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
-    one = [(N, cell.G * H)]
+    one: list[Shape] = [(N, cell.G * H)]
     one += [(N, H)] * (len(cell.extras) + (call.weights[0].w_hr is not None))
-    shapes: list[Shape] = one * len(call.weights)
+    shapes = one * len(call.weights)
     if not trajectory or call.x.dtype is not wide(call.x.dtype):
         shapes += [(*rows, len(call.weights) * H)] * (len(cell.states) - 1)
     return [(shape, wide(call.x.dtype)) for shape in shapes]
@@ -86,8 +84,8 @@ class _Rows:
 
     def __init__(self, call: Call) -> None:
         self.ragged = call.batch_sizes is not None
-        if self.ragged:
-            self.sizes = call.batch_sizes.numpy()
+        if call.batch_sizes is not None:
+            self.sizes = np.ascontiguousarray(call.batch_sizes.numpy(), np.int64)
             self.T = len(self.sizes)
             ends = np.cumsum(self.sizes)
             self.offsets = ends - self.sizes
@@ -177,38 +175,43 @@ class _Task:
 
     def products(self, r: int, forward: bool) -> list[Room | None]:
         """The packed rows of w_hh of each phase."""
+        w_hh = self.weights[r].w_hh
         packed: list[Room | None] = []
         for phase in self.cell.phases:
             first, last = self.cell.product_rows(phase)
-            part = self.weights[r].w_hh[first * self.H : last * self.H] if last else None
-            packed.append(None if part is None else self.packed(part, transposed=forward))
+            if last and w_hh is not None:
+                part = w_hh[first * self.H : last * self.H]
+                packed.append(self.packed(part, transposed=forward))
+            else:
+                packed.append(None)
         return packed
 
-    def run(self, kernel: Any, fill: Any) -> None:
+    def run(self, kernel: Kernel, fill: Any) -> None:
         """Run a kernel over all recurrences and rows. ``fill(r, first, last)`` gives its slots."""
-        T, rows = self.rows.T, self.rows.alive
-        if not T or not rows:
+        rows, T, B = self.rows, self.rows.T, self.rows.alive
+        if not T or not B:
             return
         G_hh = len(self.cell.recurrent_gates)
         flops = 2.0 * self.H * (G_hh * self.P + 30 * self.cell.G)
-        common = {"last_step": T, "T": T, "B": rows, "H": self.H, "P": self.P}
-        common |= {"ragged": self.rows.ragged, "has_reset": self.reset is not None}
-
-        def task(r: int, first: int, last: int) -> None:
+        common = [(SLOTS[name], value) for name, value in (("T", T), ("B", B), ("H", self.H))]
+        common.append((SLOTS["P"], self.P))
+        if rows.ragged:
+            common.append((SLOTS["sizes"], rows.sizes.ctypes.data))
+            common.append((SLOTS["offsets"], rows.offsets.ctypes.data))
+        tasks, keep = [], []
+        for r, first, last in row_ranges(self.R, B, T, flops, self.threads):
             slots, buffers = fill(r, first, last)
-            p = [0] * len(SLOTS)
-            for name, value in common.items():
-                p[SLOTS[name]] = value
+            keep.append(buffers)  # they live until the kernel is done
+            task = [0] * len(SLOTS)
+            for place, value in common:
+                task[place] = value
             for name, value in slots.items():
-                p[SLOTS[name]] = value
-            p[SLOTS["first_row"]], p[SLOTS["last_row"]] = first, last
-            p[SLOTS["reverse"]] = self.call.reverse[r]
-            reset = _NO_RESET if self.reset is None else self.reset[r].view(torch.uint8).numpy()
-            kernel(np.array(p, np.int64), self.rows.sizes, self.rows.offsets, reset)
-            del buffers  # they live until here
-
-        ranges = row_ranges(self.R, rows, T, flops, self.threads)
-        run([partial(task, *place) for place in ranges])
+                task[SLOTS[name]] = value
+            task[SLOTS["first_row"]], task[SLOTS["last_row"]] = first, last
+            task[SLOTS["reverse"]] = self.call.reverse[r]
+            task[SLOTS["reset"]] = 0 if self.reset is None else self.reset[r].data_ptr()
+            tasks.append(task)
+        kernel.run(tasks, self.threads)
 
     def previous_h(self, r: int, y: Tensor) -> Tensor:
         """The operand of the recurrent product at every row: h_{t-1}, reset and masked, (N, P)."""
@@ -338,20 +341,20 @@ def _walk_forward(
 
 def _given_product(task: _Task, r: int) -> Tensor | None:
     """h_0 W_hh^T of a single step: torch's product reads the weights once, packing them twice."""
-    if not _is_single_step(task, r):
-        return None
-    return torch.mm(task.states[0][r], task.weights[r].w_hh.t())
+    w_hh = _single_step_weight(task, r)
+    return None if w_hh is None else torch.mm(task.states[0][r], w_hh.t())
 
 
-def _is_single_step(task: _Task, r: int) -> bool:
-    return (
+def _single_step_weight(task: _Task, r: int) -> Tensor | None:
+    """W_hh where its only product is that of a single dense step, else None."""
+    single = (
         task.rows.T == 1
         and not task.rows.ragged
         and task.reset is None
         and task.h_mask is None
         and len(task.cell.phases) == 1
-        and task.weights[r].w_hh is not None
     )
+    return task.weights[r].w_hh if single else None
 
 
 def _rebuild(task: _Task, y: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -364,17 +367,17 @@ def _rebuild(task: _Task, y: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
     along = [task.new(task.rows.capacity, task.R * task.H) for _ in range(others)]
     again = task.new(task.rows.capacity, task.R * task.P)
     products: list[Tensor | None] = [None] * task.R
-    if len(task.cell.phases) == 1 and task.weights[0].w_hh is not None:
-        products = [
-            task.product(task.previous_h(r, y), task.weights[r].w_hh.t()) for r in range(task.R)
-        ]
+    if len(task.cell.phases) == 1:
+        for r, w in enumerate(task.weights):
+            if w.w_hh is not None:
+                products[r] = task.product(task.previous_h(r, y), w.w_hh.t())
     return _walk_forward(task, again, finals, along, True, products), along
 
 
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
     task = _Task(call)
     cell, N, H, P, R = task.cell, task.rows.N, task.H, task.P, task.R
-    T, B, dtype, capacity = task.rows.T, task.B, task.dtype, task.rows.capacity
+    B, dtype, capacity = task.B, task.dtype, task.rows.capacity
     G_hh = len(cell.recurrent_gates)
     others = len(cell.states) - 1
     y = _wide(result.y, dtype).reshape(capacity, R * P)
@@ -398,8 +401,11 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     dgates = [task.new(N, cell.G * H) for _ in range(R)]
     dproduct = [task.new(N, G_hh * H) if cell.apart_gates else dgates[r] for r in range(R)]
     dh_all = [None if w.w_hr is None else task.new(N, P) for w in task.weights]
-    single = [_is_single_step(task, r) for r in range(R)]
-    packed = [[None] * len(cell.phases) if single[r] else task.products(r, False) for r in range(R)]
+    single = [_single_step_weight(task, r) for r in range(R)]
+    packed = [
+        [None] * len(cell.phases) if single[r] is not None else task.products(r, False)
+        for r in range(R)
+    ]
     projections = [
         None if w.w_hr is None else task.packed(w.w_hr, transposed=False) for w in task.weights
     ]
@@ -452,9 +458,9 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         return slots, (dm, dq, operand)
 
     task.run(backward_kernel(cell, task.np_dtype), fill)
-    for r in range(R):
-        if single[r]:
-            dh = torch.mm(dproduct[r], task.weights[r].w_hh)
+    for r, w_hh in enumerate(single):
+        if w_hh is not None:
+            dh = torch.mm(dproduct[r], w_hh)
             adds = any("dh_prev" in phase.gradients for phase in cell.phases)
             dstates[0][r] = dstates[0][r] + dh if adds else dh
 

@@ -13,15 +13,18 @@ A time step of forward is, for each phase of the cell,
 A step of backward runs the phases in reverse: the pointwise text gives the gate gradients, and the
 product adds ``dgates @ w_hh`` to the carried gradient of h.
 
-The kernels take addresses and sizes in one array of integers, ``p``, whose places are named in
-:data:`SLOTS`. A buffer that is not wanted is one row of scratch with row stride 0.
+A kernel takes the address of a list of tasks; addresses and sizes stand in a row of integers each,
+whose places are named in :data:`SLOTS`. A buffer that is not wanted is one row of scratch with row
+stride 0.
 """
 
 from __future__ import annotations
 
 import hashlib
 import textwrap
+from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,11 @@ import numpy as np
 
 from ..cells import Cell, Phase, arguments, bind
 from .numba_simd import JIT, simd
+from .numba_threads import run
 
 _SIZES = (
-    # steps [first, last) of the walk, of T; rows [first, last) of the batch B; sizes
-    "first_step last_step T B first_row last_row H P reverse ragged has_reset"
+    # steps, batch, rows [first, last) of it; sizes and offsets of the steps (0: dense); reset or 0
+    "T B first_row last_row H P reverse sizes offsets reset"
 )
 _STRIDES = "y_stride c_stride"
 _FORWARD = (
@@ -50,25 +54,30 @@ SLOTS = {
 }
 
 _STEP = """\
-def {name}(p, sizes, offsets, reset):
+def {name}(data):
+    tasks = load_int(data, 1)
+    task = take(data)
+    while task < tasks:
+        p = data + (2 + task * {count}) * 8
 {slots}
-    for step in range(first_step, last_step):
-        t = {walk}
-        if ragged:
-            alive = sizes[t]
-            base = offsets[t]
-        else:
-            alive = B
-            base = t * B
-        rows = min(alive, last_row) - first_row
-        if rows > 0:
+        for step in range(T):
+            t = {walk}
+            if sizes:
+                alive = load_int(sizes, t)
+                base = load_int(offsets, t)
+            else:
+                alive = B
+                base = t * B
+            rows = min(alive, last_row) - first_row
+            if rows > 0:
 {body}
+        task = take(data)
 """
 
 _ZERO_WHERE_RESET = """\
-if has_reset:
+if reset:
     for b in range(first_row, first_row + rows):
-        if reset[base + b]:
+        if load_byte(reset, base + b):
 {zero}
 """
 
@@ -163,8 +172,9 @@ if w_{k}:
             )
         else:
             code.append(
-                f"gemm(extra_0 + (base + first_row) * extra_0_stride * ITEMSIZE, extra_0_stride, 1, "
-                f"w_{k}, s + {first} * H * ITEMSIZE, s_stride, rows, H, {last - first} * H, False)"
+                f"gemm(extra_0 + (base + first_row) * extra_0_stride * ITEMSIZE, extra_0_stride, "
+                f"1, w_{k}, s + {first} * H * ITEMSIZE, s_stride, "
+                f"rows, H, {last - first} * H, False)"
             )
     lines = []
     for name in arguments(phase.forward):
@@ -243,13 +253,14 @@ if w_hr:
             store1(y, (base + b) * y_stride + i, load1(h, b * P + i))"""
     )
     wanted = f"{_SIZES} {_STRIDES} {_FORWARD}".split()
-    slots = [f"{name} = p[{SLOTS[name]}]" for name in wanted]
+    slots = [f"{name} = load_int(p, {SLOTS[name]})" for name in wanted]
     slots += ["whole = H - H % LANES", "s_given = w_0 == 0"]
     return _STEP.format(
         name=f"{cell.name}_forward_loop",
-        slots=_indent("\n".join(slots), 1),
+        count=len(SLOTS),
+        slots=_indent("\n".join(slots), 2),
         walk="T - 1 - step if reverse else step",
-        body=_indent("\n".join(body), 3),
+        body=_indent("\n".join(body), 4),
     )
 
 
@@ -317,7 +328,7 @@ if w_hr:
 else:
     dh_row = dh + b * P * ITEMSIZE
     dy_row = dy + (base + b) * dy_stride * ITEMSIZE
-if has_reset and reset[base + b]:
+if reset and load_byte(reset, base + b):
     h_prev_row = zeros
     c_prev_row = zeros
 elif b < alive_before:
@@ -367,11 +378,11 @@ alive_before = 0
 before = 0
 if reverse:
     if t + 1 < T:
-        alive_before = sizes[t + 1] if ragged else B
-        before = offsets[t + 1] if ragged else base + B
+        alive_before = load_int(sizes, t + 1) if sizes else B
+        before = load_int(offsets, t + 1) if sizes else base + B
 elif t > 0:
     alive_before = alive
-    before = offsets[t - 1] if ragged else base - B
+    before = load_int(offsets, t - 1) if sizes else base - B
 if w_hr:
     for b in range(first_row, first_row + rows):
         for i in range(P):
@@ -383,13 +394,14 @@ if w_hr:
     body += [_backward_phase(cell, k, phase) for k, phase in reversed(phases)]
     body.append(_ZERO_WHERE_RESET.format(zero=_indent(zero, 3)))
     wanted = f"{_SIZES} {_STRIDES} {_FORWARD} {_BACKWARD}".split()
-    slots = [f"{name} = p[{SLOTS[name]}]" for name in wanted]
+    slots = [f"{name} = load_int(p, {SLOTS[name]})" for name in wanted]
     slots += ["whole = H - H % LANES"]
     return _STEP.format(
         name=f"{cell.name}_backward_loop",
-        slots=_indent("\n".join(slots), 1),
+        count=len(SLOTS),
+        slots=_indent("\n".join(slots), 2),
         walk="step if reverse else T - 1 - step",
-        body=_indent("\n".join(body), 3),
+        body=_indent("\n".join(body), 4),
     )
 
 
@@ -399,11 +411,26 @@ def _digest() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
-def compile_kernel(cell: Cell, source: str, backward: bool, dtype: Any) -> Any:
-    """A kernel's text, bound to its cell's texts and to vectors of ``dtype``, for Numba.
+class Kernel:
+    """Machine code that runs the tasks of a list: ``kernel(address of the list)``."""
+
+    def __init__(self, text: Any) -> None:
+        options = {k: v for k, v in JIT.items() if k != "nogil"}  # ctypes holds no lock anyway
+        self.compiled = numba.cfunc("void(int64)", cache=True, **options)(text)
+        self.address: int = self.compiled.address
+        self.call = self.compiled.ctypes
+
+    def run(self, tasks: Sequence[Sequence[int]], threads: int) -> None:
+        """Run tasks, each a row of integers as the text reads them."""
+        data = np.array([0, len(tasks), *chain.from_iterable(tasks)], np.int64)
+        run(self.call, self.address, data.ctypes.data, min(threads, len(tasks)))
+
+
+def compile_loop(cell: Cell, source: str, backward: bool, dtype: Any) -> Kernel:
+    """A loop's text, bound to its cell's texts and to vectors of ``dtype``, for Numba.
 
     Machine code is cached on disk under a name that hashes every text bound in, the code that
-    writes kernels, and the vector width; Numba itself adds the processor.
+    writes the loops, and the vector width; Numba itself adds the processor.
     """
     vocabulary = vars(simd(dtype))
     label = f"{vocabulary['fingerprint']}_{_digest()}"
@@ -417,16 +444,16 @@ def compile_kernel(cell: Cell, source: str, backward: bool, dtype: Any) -> Any:
     exec(compile(source, __file__, "exec"), scope)  # the file is where Numba keeps its cache
     (text,) = (value for name, value in scope.items() if name.endswith("_loop"))
     used = {n: names[n] for n in text.__code__.co_names if n in names}
-    kernel = bind(text, label, **used)
-    kernel.__module__ = __name__
-    return numba.njit(cache=True, **JIT)(kernel)
+    loop = bind(text, label, **used)
+    loop.__module__ = __name__
+    return Kernel(loop)
 
 
 @cache
-def forward_kernel(cell: Cell, dtype: Any) -> Any:
-    return compile_kernel(cell, forward_source(cell), False, dtype)
+def forward_kernel(cell: Cell, dtype: Any) -> Kernel:
+    return compile_loop(cell, forward_source(cell), False, dtype)
 
 
 @cache
-def backward_kernel(cell: Cell, dtype: Any) -> Any:
-    return compile_kernel(cell, backward_source(cell), True, dtype)
+def backward_kernel(cell: Cell, dtype: Any) -> Kernel:
+    return compile_loop(cell, backward_source(cell), True, dtype)

@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (the free names of the loop are bound by _kernel)
 """Matrix products around the loops, on the same packed kernel as the recurrent one.
 
 On this kernel a core of Zen 5 does 250 GFLOP/s in float32, torch's mm (MKL) 40 to 110.
@@ -5,17 +6,15 @@ On this kernel a core of Zen 5 does 250 GFLOP/s in float32, torch's mm (MKL) 40 
 
 from __future__ import annotations
 
-from functools import cache, partial
-from typing import Any
+from functools import cache
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..cells import bind
-from .numba_simd import JIT, simd
-from .numba_threads import run
+from .numba_loops import Kernel
+from .numba_simd import simd
 
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -23,28 +22,43 @@ NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _PIECE = 512
 #: fewer rows than this do not repay the packing of the right-hand side
 _FEW_ROWS = 8
-#: floating-point operations that take a core about 100 us: less is not worth handing out
-_SHARE = 2e7
+#: floating-point operations that take a core about 20 us: less is not worth handing out
+_SHARE = 4e6
 
 
-def _product_loop(
-    a, a_stride, a_step, b, b_stride, transposed, out, out_stride, rows, inner, columns, room
-):
-    """out = a b in pieces of k. b[k, j] is at k * b_stride + j, or j * b_stride + k (transposed)."""
-    for k in range(0, inner, PIECE):  # noqa: F821
-        n = min(PIECE, inner - k)  # noqa: F821
-        b_k = b + (k if transposed else k * b_stride) * ITEMSIZE  # noqa: F821
-        pack(b_k, b_stride, n, columns, transposed, room)  # noqa: F821
-        a_k = a + k * a_step * ITEMSIZE  # noqa: F821
-        gemm(a_k, a_stride, a_step, room, out, out_stride, rows, n, columns, k > 0)  # noqa: F821
+_SLOTS = "a a_stride a_step b b_stride transposed out out_stride rows inner columns room"
+
+
+def _product_loop(data):
+    """out = a b in pieces of k. b[k, j] is at k * b_stride + j, transposed at j * b_stride + k."""
+    tasks = load_int(data, 1)
+    task = take(data)
+    while task < tasks:
+        p = data + (2 + task * 12) * 8
+        a, a_stride, a_step = load_int(p, 0), load_int(p, 1), load_int(p, 2)
+        b, b_stride, transposed = load_int(p, 3), load_int(p, 4), load_int(p, 5) != 0
+        out, out_stride = load_int(p, 6), load_int(p, 7)
+        rows, inner, columns, room = (
+            load_int(p, 8),
+            load_int(p, 9),
+            load_int(p, 10),
+            load_int(p, 11),
+        )
+        for k in range(0, inner, PIECE):
+            n = min(PIECE, inner - k)
+            b_k = b + (k if transposed else k * b_stride) * ITEMSIZE
+            pack(b_k, b_stride, n, columns, transposed, room)
+            a_k = a + k * a_step * ITEMSIZE
+            gemm(a_k, a_stride, a_step, room, out, out_stride, rows, n, columns, k > 0)
+        task = take(data)
 
 
 @cache
-def _kernel(dtype: torch.dtype) -> Any:
-    s = simd(NUMPY[dtype])
-    names = {"pack": s.pack, "gemm": s.gemm, "ITEMSIZE": s.ITEMSIZE, "PIECE": _PIECE}
-    text = bind(_product_loop, s.fingerprint, min=min, range=range, **names)
-    return numba.njit(cache=True, **JIT)(text)
+def _kernel(dtype: torch.dtype) -> Kernel:
+    s = vars(simd(NUMPY[dtype]))
+    names = {name: s[name] for name in ("pack", "gemm", "ITEMSIZE", "load_int", "take")}
+    text = bind(_product_loop, s["fingerprint"], min=min, range=range, PIECE=_PIECE, **names)
+    return Kernel(text)
 
 
 class Room:
@@ -72,29 +86,26 @@ def product(a: Tensor, b: Tensor, threads: int) -> Tensor:
     a_stride, a_step = a.stride()
     size = s.packed_size(min(inner, _PIECE), columns)
     itemsize = s.ITEMSIZE
-
-    def share(first: int, last: int) -> None:
-        room = Room(size, a.dtype)
-        kernel(
-            a.data_ptr() + first * a_stride * itemsize,
-            a_stride,
-            a_step,
-            b.data_ptr(),
-            b_stride,
-            transposed,
-            out.data_ptr() + first * columns * itemsize,
-            columns,
-            last - first,
-            inner,
-            columns,
-            room.address,
+    parts = max(1, min(threads, int(2.0 * rows * inner * columns / _SHARE), rows // 6))
+    tasks, rooms = [], []
+    for part in range(parts):
+        first, last = rows * part // parts, rows * (part + 1) // parts
+        rooms.append(Room(size, a.dtype))
+        tasks.append(
+            (
+                a.data_ptr() + first * a_stride * itemsize,
+                a_stride,
+                a_step,
+                b.data_ptr(),
+                b_stride,
+                transposed,
+                out.data_ptr() + first * columns * itemsize,
+                columns,
+                last - first,
+                inner,
+                columns,
+                rooms[part].address,
+            )
         )
-
-    flops = 2.0 * rows * inner * columns
-    parts = max(1, min(threads, int(flops / _SHARE), rows // 6))
-    if parts == 1:
-        share(0, rows)
-    else:
-        edges = [rows * k // parts for k in range(parts + 1)]
-        run([partial(share, *pair) for pair in zip(edges, edges[1:], strict=False)])
+    kernel.run(tasks, threads)
     return out

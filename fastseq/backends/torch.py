@@ -9,7 +9,7 @@ derivatives from the eager form.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import _VF, Tensor
@@ -26,6 +26,7 @@ from .contract import (
 )
 
 _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_STEPS: dict[str, Any] = {cell: getattr(_VF, f"{cell}_cell") for cell in _CELLS}
 _LSTM_MODE = 2  # at::native's number for LSTM in mkldnn_rnn_layer
 
 
@@ -56,7 +57,8 @@ def supports(problem: Problem) -> str | None:
         return f"torch has no {problem.cell}; its cells are {', '.join(_CELLS)}"
     if problem.projected and problem.cell != "lstm":
         return "torch projects the hidden state of an LSTM only"
-    if problem.projected and problem.P >= problem.H:
+    P, H = problem.P, problem.H
+    if problem.projected and P is not None and H is not None and P >= H:
         return "torch projects to fewer features only; choose numba or eager"
     if problem.T == 0:
         return "torch takes no sequence of length 0"
@@ -92,7 +94,7 @@ def uses_onednn(problem: Problem) -> bool:
         and problem.dtype in dtypes
         and problem.B != 0
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and (problem.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
@@ -126,8 +128,8 @@ def cell_step(
         zeros = x.new_zeros((x.shape[0], weights[1].shape[1]))  # type: ignore[union-attr]
         states = (zeros, zeros)
     if cell == "lstm":
-        return list(_VF.lstm_cell(x, states, *weights))
-    return [getattr(_VF, f"{cell}_cell")(x, states[0], *weights)]
+        return list(_STEPS[cell](x, states, *weights))
+    return [_STEPS[cell](x, states[0], *weights)]
 
 
 def step(call: Stack) -> tuple[Tensor, list[Tensor]]:

@@ -88,9 +88,9 @@ class Cell:
             unknown = [name for name in arguments(phase.forward) if name not in known]
             if unknown or (phase.operand not in known):
                 raise ValueError(
-                    f"{self.name}: {phase.forward.__name__} takes {unknown or phase.operand}, which "
-                    "is no gate part (a_g, x_g, s_g), previous state, unit parameter or value of "
-                    "an earlier phase"
+                    f"{self.name}: {phase.forward.__name__} takes {unknown or phase.operand}, "
+                    "which is no gate part (a_g, x_g, s_g), previous state, unit parameter or "
+                    "value of an earlier phase"
                 )
             known |= set(phase.returns)
         missing = [name for name in (*self.states, *self.saved) if name not in known]

@@ -63,8 +63,9 @@ def _stack(
     all_states: bool,
 ) -> Stack:
     if isinstance(module, RecurrentCell):
-        x = input if input.dim() == 2 else input.unsqueeze(0)  # type: ignore[union-attr]
-        return module._stack(x, [])
+        if isinstance(input, PackedSequence):
+            raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
+        return module._stack(input if input.dim() == 2 else input.unsqueeze(0), [])
     if not isinstance(module, Recurrent):
         raise TypeError(
             f"module: expected a layer or cell of fastseq, got {type(module).__name__}; "

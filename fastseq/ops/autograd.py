@@ -69,14 +69,15 @@ def n_outputs(layout: Layout) -> int:
 
 
 def _takes_anything(function: Any) -> Any:
-    """Spare Function.apply the reading of a signature: 25 us a call, without defaults to fill in."""
+    """Spare Function.apply the reading of a signature: 25 us a call, and no defaults to fill in."""
     anything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
     function.__signature__ = inspect.Signature([anything])
     return function
 
 
 class RecurrenceFunction(torch.autograd.Function):
-    """(layout, x, batch_sizes, reset, h_mask, *states, *weights) -> (y, *states, *trajectory, *saved)"""
+    """(layout, x, batch_sizes, reset, h_mask, *states, *weights)
+    -> (y, *states, *trajectory, *saved)"""
 
     @staticmethod
     @_takes_anything
@@ -174,7 +175,7 @@ def spread(
 
 
 class RecurrenceBackwardFunction(torch.autograd.Function):
-    """The gradients that are wanted, as a differentiable function of inputs and output gradients."""
+    """The wanted gradients, as a differentiable function of inputs and output gradients."""
 
     @staticmethod
     @_takes_anything
@@ -233,7 +234,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
 
         def gradients_of(*arguments: Tensor) -> tuple[Tensor, ...]:
             """What forward computed, the flat gradients that are wanted, differentiably."""
-            _, pull = torch.func.vjp(outputs_of, *arguments[:n_live])
+            _, pull = torch.func.vjp(outputs_of, *arguments[:n_live])[:2]
             placed: list[Any] = [None] * len(inputs)
             for k, gradient in zip(live_inputs, pull(arguments[n_live:]), strict=True):
                 placed[k] = gradient
@@ -245,7 +246,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
             return tuple(flat)
 
         arguments = [inputs[k] for k in live_inputs] + [grads[k] for k in live_grads]
-        values, pull = torch.func.vjp(gradients_of, *arguments)
+        values, pull = torch.func.vjp(gradients_of, *arguments)[:2]
         results = list(
             pull(
                 tuple(

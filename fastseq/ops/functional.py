@@ -29,8 +29,8 @@ _ARGUMENTS = """
             the step before, in either direction.
         h_mask: (D, B, {hidden}) or None; multiplies h_{{t-1}} before its product with w_hh. Gets
             no gradient.
-{all_states}        memory: 'full' keeps the gates for backward; 'lean' keeps the output alone and computes
-            them again.
+{all_states}        memory: 'full' keeps the gates for backward; 'lean' keeps the output alone and
+            computes them again.
         backend: None chooses; else a name of :func:`fastseq.backends`, or several in order.
 
     Returns:
@@ -122,8 +122,8 @@ def rnn(
     return _layer(cell, input, weights, hx, lengths, reset, h_mask, False, memory, backend)
 
 
-_ALL_STATES = """        all_states: also return c at every step, as a third value shaped like the output with
-            D*H features; gradients flow through it.
+_ALL_STATES = """        all_states: also return c at every step, as a third value shaped like the
+            output with D*H features; gradients flow through it.
 """
 _PLAIN = {
     "projection": "",
@@ -197,9 +197,13 @@ def _layer(
 ):
     ways = layer_weights(cell, weights)
     D = len(ways)
-    packed = isinstance(input, PackedSequence)
-    x = input.data if packed else input
-    batch_sizes = input.batch_sizes if packed else None
+    batch_sizes = order = restore = None
+    if isinstance(input, PackedSequence):
+        x, batch_sizes = input.data, input.batch_sizes
+        order, restore = input.sorted_indices, input.unsorted_indices
+    else:
+        x = input
+    packed = batch_sizes is not None
     if not isinstance(x, Tensor):
         raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(x).__name__}")
     if not packed and x.dim() not in (2, 3):
@@ -212,8 +216,8 @@ def _layer(
         states = list(hx) if cell == "lstm" and not isinstance(hx, Tensor) else [hx]  # type: ignore
         if not batched:
             states = [s.unsqueeze(1) for s in states]
-        if packed and input.sorted_indices is not None:
-            states = [s.index_select(1, input.sorted_indices) for s in states]
+        if order is not None:
+            states = [s.index_select(1, order) for s in states]
     stack = Stack(
         cell,
         x,
@@ -227,24 +231,24 @@ def _layer(
     )
     check_layer(stack)
     check_states(stack, batched)
-    T = len(batch_sizes) if packed else x.shape[0]
+    T = x.shape[0] if batch_sizes is None else len(batch_sizes)
     stack.lengths = check_lengths(lengths, T, stack.batch, packed, batched)
     stack.reset = check_reset(reset, T, stack.batch, batched, x.device)
     stack.h_mask = check_mask(h_mask, stack)
-    if packed and input.sorted_indices is not None:
+    if order is not None:
         if stack.reset is not None:
-            stack.reset = stack.reset.index_select(1, input.sorted_indices)
+            stack.reset = stack.reset.index_select(1, order)
         if stack.h_mask is not None:
-            stack.h_mask = stack.h_mask.index_select(1, input.sorted_indices)
+            stack.h_mask = stack.h_mask.index_select(1, order)
     y, finals, along = run(stack)
 
     def out(value: Tensor) -> Tensor | PackedSequence:
         if packed:
-            return PackedSequence(value, batch_sizes, input.sorted_indices, input.unsorted_indices)
+            return PackedSequence(value, batch_sizes, order, restore)
         return value if batched else value.squeeze(1)
 
-    if packed and input.unsorted_indices is not None:
-        finals = [s.index_select(1, input.unsorted_indices) for s in finals]
+    if restore is not None:
+        finals = [s.index_select(1, restore) for s in finals]
     if not batched:
         finals = [s.squeeze(1) for s in finals]
     state = tuple(finals) if cell == "lstm" else finals[0]

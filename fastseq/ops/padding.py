@@ -62,7 +62,7 @@ def spread_reset(reset: Tensor, batch_sizes: Tensor | None, directions: int) -> 
     ``reset[t]`` says that step t begins a new sequence: forward in time the state before step t is
     zeroed, backward in time the one that leaves step t, that is, enters step t - 1.
     """
-    T, B = reset.shape
+    _, B = reset.shape
     if batch_sizes is not None:  # nothing begins behind the end of a sequence
         alive = torch.arange(B, device=reset.device) < batch_sizes.to(reset.device)[:, None]
         reset = reset & alive

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import choice, eager
 from ..backends import torch as torch_backend
-from ..backends.contract import Memory, Problem, Weights
+from ..backends.contract import Memory, Mode, Problem, Weights
 from ..cells import CELLS
 from . import autograd
 from .checks import autocasts
@@ -78,7 +78,7 @@ class Stack:
         return any(w is not None and w.requires_grad for ws in self.weights for w in ws.flat())
 
 
-def mode() -> str:
+def mode() -> Mode:
     """What runs us: plain eager code, a tracer, a functional transform, or forward-mode AD."""
     if torch.compiler.is_compiling():
         return "compile"
@@ -99,11 +99,11 @@ def problem(stack: Stack) -> Problem:
     T = B = width = H = P = None
     if now != "compile":
         width, H, P = stack.weights[0].w_ih.shape[1], stack.H, stack.P
+        if traced:  # there a size is a tensor
+            width, H, P = int(width), int(H), int(P)
     if not traced:
         T = len(stack.batch_sizes) if stack.batch_sizes is not None else stack.x.shape[0]
         B = stack.batch
-    elif now == "trace":  # there a size is a tensor
-        width, H, P = int(width), int(H), int(P)
     return Problem(
         cell=stack.cell,
         dtype=stack.x.dtype,
@@ -187,7 +187,7 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
         flat = [w for ws in stack.weights for w in ws.flat() if w is not None]
         dropout = stack.dropout if stack.training else 0.0
         whole = torch_backend.step if torch_backend.single_step(task) else torch_backend.stack
-        y, finals = whole(
+        y, last = whole(
             torch_backend.Stack(
                 stack.cell,
                 stack.x,
@@ -201,7 +201,7 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
                 stack.training,
             )
         )
-        return y, finals, []
+        return y, last, []
 
     D, n = stack.directions, len(CELLS[stack.cell].states)
     reset = None if stack.reset is None else spread_reset(stack.reset, stack.batch_sizes, D)
