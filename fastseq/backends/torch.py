@@ -83,20 +83,17 @@ def supports(problem: Problem) -> str | None:
 
 def uses_onednn(problem: Problem) -> bool:
     """Whether torch runs this on oneDNN, as at::native::use_mkldnn decides."""
-    dtypes = {torch.float32, torch.bfloat16}
-    if not problem.training:
-        dtypes.add(torch.float16)
-    return (
-        problem.cell == "lstm"
-        and problem.device == "cpu"
-        and not problem.projected
-        and not problem.ragged
-        and problem.dtype in dtypes
-        and problem.B != 0
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and (problem.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    if problem.cell != "lstm" or problem.device != "cpu" or problem.projected or problem.ragged:
+        return False
+    if problem.B == 0 or not torch.backends.mkldnn.is_available():
+        return False
+    if not torch.backends.mkldnn.enabled:
+        return False
+    if problem.dtype is torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if problem.dtype is torch.float16:
+        return not problem.training and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return problem.dtype is torch.float32
 
 
 def single_step(problem: Problem) -> bool:

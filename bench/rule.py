@@ -1,0 +1,93 @@
+"""The measurements behind the choice of a backend: ``python -m bench.rule``.
+
+torch.nn against the Numba kernels over a grid of sizes, interleaved, medians; a ratio above 1 says
+that Numba is faster. ``fastseq.backends.choice.preferred`` states the rule that follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastseq
+
+from .__main__ import commit
+from .measure import machine
+
+GRID = {
+    "LSTM": ((1, 2, 4, 8, 16, 32, 64, 256), (32, 64, 128, 256, 512, 1024)),
+    "GRU": ((1, 4, 16, 64, 256), (32, 64, 256, 512, 1024)),
+    "RNN": ((1, 4, 16, 64, 256), (32, 64, 256, 512, 1024)),
+}
+
+
+def steps(B: int, H: int) -> int:
+    """T such that a call is about 1 GFLOP, from 8 to 256 steps."""
+    return max(8, min(256, int(1e9 / (16 * B * H * H))))
+
+
+def ratio(name: str, dtype: torch.dtype, T: int, B: int, H: int, training: bool, seconds: float):
+    """Median time of torch.nn over that of the Numba kernels."""
+    torch.manual_seed(0)
+    theirs = getattr(nn, name)(H, H, dtype=dtype)
+    ours = getattr(fastseq, name)(H, H, dtype=dtype, backend="numba")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, H, dtype=dtype, requires_grad=training)
+    dy = torch.randn(T, B, H, dtype=dtype)
+
+    def call(module: nn.Module) -> None:
+        with torch.set_grad_enabled(training):
+            y, _ = module(x)
+            if training:
+                y.backward(dy)
+
+    samples: dict[nn.Module, list[float]] = {theirs: [], ours: []}
+    for module in samples:
+        call(module)
+        call(module)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(samples[ours]) < 5:
+        for module, times in samples.items():
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+            before = time.perf_counter()
+            call(module)
+            times.append(time.perf_counter() - before)
+    return statistics.median(samples[theirs]) / statistics.median(samples[ours])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=0.4)
+    parser.add_argument("--cells", default="LSTM GRU RNN")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
+    parser.add_argument("--out", type=Path, help="a JSON file of the same figures")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    rows = []
+    for name in options.cells.split():
+        for B, H in itertools.product(*GRID[name]):
+            T = steps(B, H)
+            found = [ratio(name, dtype, T, B, H, way, options.seconds) for way in (False, True)]
+            rows.append([name, options.dtype, T, B, H, *(round(r, 3) for r in found)])
+            forward, training = (f"{value:6.2f}" for value in found)
+            print(f"{name:4} T{T:<4} B{B:<4} H{H:<5} forward {forward}  training {training}")
+            sys.stdout.flush()
+    if options.out:
+        record = {"machine": machine(), "commit": commit(), "threads": options.threads}
+        options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Which backend runs: the rule, the caller's word, and what users are told."""
+
+import pytest
+import torch
+
+import fastseq
+from fastseq.backends import BACKENDS, choice, load
+from fastseq.backends.contract import Problem
+
+PLAIN = Problem("gru", torch.float32, "cpu", T=100, B=4, I=16, H=64, P=64)
+
+
+def first(**changes) -> str:
+    return choice.preferred(PLAIN._replace(**changes))[0]
+
+
+def test_the_rule_prefers_kernels_where_they_were_measured_to_be_faster():
+    assert first() == "numba"
+    assert first(T=1) == "torch"
+    assert first(T=4) == "torch"
+    assert first(T=6) == "torch"
+    assert first(T=6, training=True) == "numba"
+    assert first(cell="rnn_tanh", T=11) == "torch"
+    assert first(cell="rnn_tanh", T=12) == "numba"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_the_rule_against_onednn(monkeypatch):
+    lstm = {"cell": "lstm", "threads": 2}
+    assert first(**lstm) == "numba"
+    assert first(**lstm, T=16) == "torch"
+    assert first(**lstm, H=1024, P=1024) == "torch"
+    assert first(cell="lstm", threads=1, H=1024, P=1024) == "numba"
+    assert first(**lstm, H=1024, P=1024, training=True) == "numba"
+    assert first(**lstm, B=1, H=256, P=256) == "torch"
+    assert first(**lstm, H=1024, P=1024, ragged=True) == "numba"
+    assert first(**lstm, H=1024, P=1024, dtype=torch.float64) == "numba"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert first(**lstm, H=1024, P=1024) == "numba"
+
+
+def test_the_rule_off_the_cpu_and_under_tracers():
+    assert first(device="cuda") == "torch"
+    assert first(device="mps") == "torch"
+    assert first(mode="trace") == "torch"
+    assert first(mode="transform") == "eager"
+    assert first(mode="dual") == "eager"
+    assert first(mode="compile", T=None, B=None, I=None, H=None, P=None) == "numba"
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile", "trace", "transform", "dual"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "meta"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu", "indrnn", "gru_reset_before"])
+def test_left_to_us_something_always_runs(cell, device, mode):
+    for options in ({}, {"reset": True}, {"h_mask": True}, {"memory": "lean", "training": True}):
+        task = PLAIN._replace(cell=cell, device=device, mode=mode, **options)
+        assert choice.judge(task, None).chosen is not None
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(ValueError, match="backend: expected one of torch, numba.*, got 'cudnn'"):
+        fastseq.GRU(3, 4, backend="cudnn")(torch.randn(2, 1, 3))
+    with pytest.raises(TypeError, match="backend: expected None, a name, or a tuple"):
+        fastseq.GRU(3, 4, backend=7)(torch.randn(2, 1, 3))
+    with pytest.raises(TypeError, match="backend: expected None, a name, or a tuple"):
+        choice.select(PLAIN, ())
+
+
+def test_a_backend_that_declines_says_why_and_what_helps():
+    m = fastseq.GRU(3, 4, backend="torch")
+    reset = torch.zeros(2, 1, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match=r"torch cannot reset.*choose numba or eager"):
+        m(torch.randn(2, 1, 3), reset=reset)
+    m.backend = ("torch", "eager")
+    m(torch.randn(2, 1, 3), reset=reset)
+
+
+def test_a_backend_that_is_not_available(monkeypatch):
+    gone = "No module named 'numba'; pip install numba"
+
+    def fake(name):
+        return gone if name == "numba" else load(name)
+
+    monkeypatch.setattr(choice, "load", fake)
+    choice.judge.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"numba: not available: .*pip install numba"):
+            choice.select(PLAIN, "numba")
+        assert choice.select(PLAIN, None) == "torch"
+        assert fastseq.backends()["numba"] == f"not available: {gone}"
+    finally:
+        choice.judge.cache_clear()
+
+
+def test_backends_table():
+    table = fastseq.backends()
+    assert set(table) == set(BACKENDS)
+    assert table["reference"] == "available"
+    assert len(str(table).splitlines()) == len(BACKENDS)
+
+
+def test_explain(capsys):
+    m = fastseq.LSTM(8, 16, batch_first=True)
+    with torch.no_grad():
+        chosen = fastseq.explain(m, torch.randn(3, 50, 8), reset=torch.zeros(3, 50).bool())
+    printed = capsys.readouterr().out
+    assert chosen == "numba"
+    assert "LSTM T=50 B=3 I=8 H=16" in printed
+    assert "inference" in printed
+    assert "torch      declines: torch cannot reset" in printed
+    assert "numba      runs" in printed
+
+
+def test_explain_names_the_backend_that_runs():
+    for T in (1, 6, 50):
+        for cell in (fastseq.GRU(8, 16), fastseq.LSTM(8, 16), fastseq.RNN(8, 16)):
+            x = torch.randn(T, 2, 8)
+            name = fastseq.explain(cell, x)
+            y, _ = cell(x)
+            assert ("Recurrence" in y.grad_fn.name() or "Clone" in y.grad_fn.name()) == (
+                name == "numba" or (name == "torch" and isinstance(cell, fastseq.LSTM) and T > 1)
+            )
+    assert fastseq.explain(fastseq.GRUCell(8, 16), torch.randn(2, 8)) == "torch"
+
+
+def test_explain_of_what_is_not_ours():
+    with pytest.raises(TypeError, match=r"expected a layer or cell of fastseq, got GRU"):
+        fastseq.explain(torch.nn.GRU(3, 4), torch.randn(2, 1, 3))
