@@ -58,7 +58,7 @@ def test_left_to_us_something_always_runs(cell, device, mode):
 
 
 def test_a_name_that_does_not_exist():
-    with pytest.raises(ValueError, match="backend: expected one of torch, numba.*, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of torch, numba.*, got 'cudnn'"):
         fastseq.GRU(3, 4, backend="cudnn")(torch.randn(2, 1, 3))
     with pytest.raises(TypeError, match="backend: expected None, a name, or a tuple"):
         fastseq.GRU(3, 4, backend=7)(torch.randn(2, 1, 3))
