@@ -9,7 +9,7 @@ which the large GEMMs make the gradients of x and of the weights.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+class _Kept(NamedTuple):
+    """What one recurrence keeps for backward; a row for each of the input."""
+
+    gates: Tensor | None  # (N, G*H), the saved values written over the input product
+    extra: Tensor | None  # (N, H)
+    m: Tensor | None  # (N, H), the hidden state before its projection
+
+
+def _keeps_gates(cell: Cell, projected: bool) -> bool:
+    """Elman's cells need their output alone, and y holds it."""
+    return projected or cell.saved != cell.states[:1]
+
+
+def _has(cell: Cell, projected: bool) -> tuple[bool, bool, bool]:
+    """Which of a _Kept's tensors there are after a forward that saves."""
+    return _keeps_gates(cell, projected), bool(cell.extras), projected
+
+
 def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
     """Per recurrence the gates, the extras and the unprojected h; then the other states, unless
     the trajectory holds them in the same type."""
@@ -71,8 +89,9 @@ def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape,
         return []
     cell, H = call.definition, call.H
     N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
-    one: list[Shape] = [(N, cell.G * H)]
-    one += [(N, H)] * (len(cell.extras) + (call.weights[0].w_hr is not None))
+    projected = call.weights[0].w_hr is not None
+    one: list[Shape] = [(N, cell.G * H)] if _keeps_gates(cell, projected) else []
+    one += [(N, H)] * (len(cell.extras) + projected)
     shapes = one * len(call.weights)
     if not trajectory or call.x.dtype is not wide(call.x.dtype):
         shapes += [(*rows, len(call.weights) * H)] * (len(cell.states) - 1)
@@ -186,20 +205,34 @@ class _Task:
                 packed.append(None)
         return packed
 
+    def ranges(self) -> list[tuple[int, int, int]]:
+        G_hh = len(self.cell.recurrent_gates)
+        flops = 2.0 * self.H * (G_hh * self.P + 30 * self.cell.G)
+        return row_ranges(self.R, self.rows.alive, self.rows.T, flops, self.threads)
+
+    def input_in_loop(self) -> bool:
+        """Whether the loop makes the input product, step by step, and not one GEMM before it.
+
+        It saves a pass of the gates through memory (forward LSTM T100 B256 I10 H64: @@), and in
+        inference the memory itself, but wants rows enough for the product, and weights that stay in
+        cache beside the recurrent ones, or rows enough to pay for reading them at each step.
+        """
+        rows = min((last - first for _, first, last in self.ranges()), default=0)
+        size = self.cell.G * self.H * (self.x.shape[1] + self.P) * self.itemsize
+        return rows >= 6 and (size <= 2**20 or rows >= 64)
+
     def run(self, kernel: Kernel, fill: Any) -> None:
         """Run a kernel over all recurrences and rows. ``fill(r, first, last)`` gives its slots."""
         rows, T, B = self.rows, self.rows.T, self.rows.alive
         if not T or not B:
             return
-        G_hh = len(self.cell.recurrent_gates)
-        flops = 2.0 * self.H * (G_hh * self.P + 30 * self.cell.G)
         common = [(SLOTS[name], value) for name, value in (("T", T), ("B", B), ("H", self.H))]
         common.append((SLOTS["P"], self.P))
         if rows.ragged:
             common.append((SLOTS["sizes"], rows.sizes.ctypes.data))
             common.append((SLOTS["offsets"], rows.offsets.ctypes.data))
         tasks, keep = [], []
-        for r, first, last in row_ranges(self.R, B, T, flops, self.threads):
+        for r, first, last in self.ranges():
             slots, buffers = fill(r, first, last)
             keep.append(buffers)  # they live until the kernel is done
             task = [0] * len(SLOTS)
@@ -247,14 +280,14 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     if task.rows.capacity > task.rows.N:
         for c in flat_along:
             c[task.rows.N :] = 0
-    saved = _walk_forward(task, flat, finals, flat_along, full)
+    kept = _walk_forward(task, flat, finals, flat_along, full)
 
     dtype = call.x.dtype
     result = Result(y, finals, [], [])
     if dtype is not task.dtype:
         result.y, result.states = result.y.to(dtype), [s.to(dtype) for s in finals]
     if full:
-        result.saved = [t for ts in saved for t in ts]
+        result.saved = [tensor for each in kept for tensor in each if tensor is not None]
     if trajectory:
         result.trajectory = [c.to(dtype) for c in along]
     if full and not (trajectory and dtype is task.dtype):
@@ -269,30 +302,39 @@ def _walk_forward(
     along: list[Tensor],
     full: bool,
     products: list[Tensor | None] | None = None,
-) -> list[list[Tensor]]:
-    """Run all recurrences; y, finals and along are filled. Returns what each one saves.
+) -> list[_Kept]:
+    """Run all recurrences; y, finals and along are filled. Returns what each one keeps.
 
     products: h_{t-1} W_hh^T of all rows, where it is known already.
     """
     cell, N, H, P = task.cell, task.rows.N, task.H, task.P
-    capacity = task.rows.capacity
+    capacity, G_H = task.rows.capacity, task.cell.G * task.H
     G_hh = len(cell.recurrent_gates)
     needs_extra = full or any(phase.operand in cell.extras for phase in cell.phases)
-    saved, given = [], []
-    for r in range(task.R):
-        x = task.product(task.x, task.weights[r].w_ih.t())
-        if capacity > N:
-            x = torch.cat([x, x.new_zeros((capacity - N, x.shape[1]))])
-        saved.append([x])
-        if cell.extras:
-            saved[r].append(task.new(capacity if needs_extra else 0, H))
-        if task.weights[r].w_hr is not None:
-            saved[r].append(task.new(capacity, H))
+    in_loop = task.input_in_loop()
+    kept, inputs, given = [], [], []
+    for r, w in enumerate(task.weights):
+        projected = w.w_hr is not None
+        keeps = full and _keeps_gates(cell, projected)
+        gates = task.new(capacity, G_H) if in_loop and keeps else None
+        if not in_loop:
+            gates = task.product(task.x, w.w_ih.t())
+            if capacity > N:
+                gates = torch.cat([gates, gates.new_zeros((capacity - N, G_H))])
+        inputs.append(gates)
+        kept.append(
+            _Kept(
+                gates if keeps else None,
+                task.new(capacity, H) if cell.extras and needs_extra else None,
+                task.new(capacity, H) if projected else None,
+            )
+        )
         given.append(products[r] if products else _given_product(task, r))
     packed = [
         [None] * len(cell.phases) if given[r] is not None else task.products(r, True)
         for r in range(task.R)
     ]
+    w_in = [task.packed(w.w_ih, transposed=True) if in_loop else None for w in task.weights]
     projections = [
         None if w.w_hr is None else task.packed(w.w_hr, transposed=True) for w in task.weights
     ]
@@ -305,11 +347,15 @@ def _walk_forward(
         b_hh = w.b_hh if w.b_hh is not None else task.x.new_zeros(G_hh * H)
         operand = None if task.h_mask is None else task.new(task.B, P)
         bias = task.bias(r)
-        gates, *rest = saved[r]
-        extra = rest[0] if cell.extras and needs_extra else row
-        m = rest[-1] if w.w_hr is not None else None
+        gates = inputs[r]
+        x = task.new(rows, G_H) if gates is None else gates
+        extra, m = kept[r].extra, kept[r].m
         slots = {
-            "x": _address(gates),
+            "input": _address(task.x),
+            "I": task.x.shape[1],
+            "w_in": _address(w_in[r]),
+            "x": _address(x),
+            "x_kept": gates is not None,
             "bias": _address(bias),
             "s": _address(s),
             "s_stride": G_hh * H,
@@ -322,8 +368,8 @@ def _walk_forward(
             "h_mask": 0 if task.h_mask is None else _address(task.h_mask[r]),
             "operand": _address(operand),
             "b_hh": _address(b_hh),
-            "extra_0": _address(extra),
-            "extra_0_stride": H if extra is not row else 0,
+            "extra_0": _address(row if extra is None else extra),
+            "extra_0_stride": 0 if extra is None else H,
         }
         for k, weight in enumerate(packed[r]):
             slots[f"w_{k}"] = _address(weight)
@@ -333,10 +379,10 @@ def _walk_forward(
             slots["c"] = _address(finals[1][r])
             slots["c_all"] = _address(along[0]) + r * H * task.itemsize if along else _address(row)
             slots["c_stride"] = task.R * H if along else 0
-        return slots, (s, row, bias, b_hh, operand)
+        return slots, (s, x, row, bias, b_hh, operand)
 
     task.run(forward_kernel(cell, task.np_dtype), fill)
-    return saved
+    return kept
 
 
 def _given_product(task: _Task, r: int) -> Tensor | None:
@@ -357,7 +403,7 @@ def _single_step_weight(task: _Task, r: int) -> Tensor | None:
     return task.weights[r].w_hh if single else None
 
 
-def _rebuild(task: _Task, y: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
+def _rebuild(task: _Task, y: Tensor) -> tuple[list[_Kept], list[Tensor]]:
     """What 'full' would have saved, from y alone: all products in one GEMM, then a pointwise walk.
 
     A cell with a second product, which needs the result of the first, walks forward again.
@@ -382,11 +428,14 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     others = len(cell.states) - 1
     y = _wide(result.y, dtype).reshape(capacity, R * P)
     if call.memory == "lean":
-        saved, along = _rebuild(task, y)
+        kept, along = _rebuild(task, y)
     else:
-        size = 1 + len(cell.extras) + (task.weights[0].w_hr is not None)
-        saved = [list(result.saved[r * size : (r + 1) * size]) for r in range(R)]
-        along = [c.reshape(capacity, R * H) for c in result.saved[R * size :] or result.trajectory]
+        rest = list(result.saved)
+        kept = [
+            _Kept(*(rest.pop(0) if has else None for has in _has(cell, w.w_hr is not None)))
+            for w in task.weights
+        ]
+        along = [c.reshape(capacity, R * H) for c in rest or result.trajectory]
 
     dy = None if grads.y is None else _wide(grads.y, dtype).reshape(capacity, R * P)
     dalong = [
@@ -415,7 +464,6 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     def fill(r: int, first: int, last: int) -> tuple[dict[str, int], Any]:
         w = task.weights[r]
         rows = max(last - first, 1)
-        gates, *rest = saved[r]
         dunit = task.x.new_zeros(H) if cell.unit_parameters else None
         if dunit is not None:
             dunits[r].append(dunit)
@@ -423,13 +471,13 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         dq = task.new(rows, H)
         operand = None if task.h_mask is None else task.new(B, P)
         slots = {
-            "x": _address(gates),
+            "x": _address(kept[r].gates),
             "w_hr": _address(projections[r]),
             "y": _address(y) + r * P * task.itemsize,
             "y_stride": R * P,
             "h_mask": 0 if task.h_mask is None else _address(task.h_mask[r]),
             "operand": _address(operand),
-            "extra_0": _address(rest[0]) if cell.extras else 0,
+            "extra_0": _address(kept[r].extra),
             "extra_0_stride": H,
             "dgates": _address(dgates[r]),
             "dproduct": _address(dproduct[r]),
@@ -477,7 +525,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     if wanted.weights:
         dweights = [
             _weight_gradients(
-                task, r, y, saved[r], dgates[r], dproduct[r], dh_all[r], dunits[r], out
+                task, r, y, kept[r], dgates[r], dproduct[r], dh_all[r], dunits[r], out
             )
             for r in range(R)
         ]
@@ -488,7 +536,7 @@ def _weight_gradients(
     task: _Task,
     r: int,
     y: Tensor,
-    saved: list[Tensor],
+    kept: _Kept,
     dgates: Tensor,
     dproduct: Tensor,
     dh_all: Tensor | None,
@@ -507,7 +555,7 @@ def _weight_gradients(
                 if phase.operand == "h_prev":
                     parts.append(_recurrent_gradient(task, r, y, d))
                 else:
-                    parts.append(task.product(d.t(), saved[1][:N]))
+                    parts.append(task.product(d.t(), kept.extra[:N]))
         dw_hh = parts[0] if len(parts) == 1 else torch.cat(parts)
     # one accumulator a task, summed in the order of the tasks; none where there was no step
     units = tuple(sum(dunits, torch.zeros_like(u)).to(dtype) for u in w.units)
@@ -521,7 +569,7 @@ def _weight_gradients(
         None if dw_hh is None else dw_hh.to(dtype),
         db_ih,
         db_hh,
-        None if dh_all is None else task.product(dh_all.t(), saved[-1][:N]).to(dtype),
+        None if dh_all is None else task.product(dh_all.t(), kept.m[:N]).to(dtype),
         units,
     )
 

@@ -6,6 +6,8 @@ buffer, the states it carries (``h``, ``c``: at the end they are the final state
 
 A time step of forward is, for each phase of the cell,
 
+- the input product, where a task has rows enough to make it here, while its gates are in cache,
+  and not before for all steps at once;
 - the product: ``s[rows] = operand[rows] @ w_hh.T``, on packed weights (`numba_simd.gemm`), and
 - the pointwise text, a vector of hidden units at a time: it reads ``x`` (the input product) and
   ``s``, and writes the saved values over ``x``, the further ones into buffers of their own.
@@ -41,9 +43,11 @@ _SIZES = (
 )
 _STRIDES = "y_stride c_stride"
 _FORWARD = (
-    # addresses; w_k: the packed weights of phase k, 0: the product is in s already
-    "x bias s s_stride w_0 w_1 w_hr m m_stride y h h_mask operand b_hh unit_0 c c_all extra_0 "
-    "extra_0_stride"
+    # addresses; w_in: packed input weights, 0: the input product is in x already; x_kept: x has a
+    # row for each of the input, else for each of the task's; w_k: the packed weights of phase k, 0:
+    # the product is in s already
+    "input I w_in x x_kept bias s s_stride w_0 w_1 w_hr m m_stride y h h_mask operand b_hh unit_0 "
+    "c c_all extra_0 extra_0_stride"
 )
 _BACKWARD = (
     "dgates dproduct h_0 c_0 zeros dy dy_stride dh dc dc_all dc_all_stride dh_all dm dq dunit_0"
@@ -217,7 +221,7 @@ if w_{k}:
             lines.append(_store("c_row", "j", value))
             lines.append(_store("c_all_row", "j", value))
     rows = [
-        _row("x", "(base + b)", f"({cell.G} * H)"),
+        _row("x", "(x_base + b)", f"({cell.G} * H)"),
         "if s_given:",
         "    s_row = s + (base + b) * s_stride * ITEMSIZE",
         "else:",
@@ -242,6 +246,14 @@ def forward_source(cell: Cell) -> str:
     if len(cell.states) > 1:
         zero += "\nfor i in range(H):\n    store1(c, b * H + i, ZERO)"
     body = [_ZERO_WHERE_RESET.format(zero=_indent(zero, 3))]
+    body.append(
+        f"""\
+x_base = base if x_kept else -first_row
+if w_in:
+    gemm(input + (base + first_row) * I * ITEMSIZE, I, 1, w_in,
+         x + (x_base + first_row) * {cell.G} * H * ITEMSIZE, {cell.G} * H, rows, I, {cell.G} * H,
+         False)"""
+    )
     body += [_forward_phase(cell, k, phase) for k, phase in enumerate(cell.phases)]
     body.append(
         """\
@@ -279,6 +291,8 @@ def _backward_phase(cell: Cell, k: int, phase: Phase) -> str:
         elif name.startswith("d") and name[1:] in cell.saved:
             # the gradient of a value of this phase waits where its gate's gradient will be
             lines.append(f"v_{name} = {_load('dgates_row', _gate(cell.saved.index(name[1:])))}")
+        elif name == "h":  # y holds it, unless it is projected
+            lines.append(f"v_h = {_load('h_row')}")
         elif (saved := names.saved(name)) is not None:
             lines.append(f"v_{name} = {saved}")
         elif name in cell.unit_parameters:
@@ -323,9 +337,11 @@ def _backward_phase(cell: Cell, k: int, phase: Phase) -> str:
         _row("dq", "(b - first_row)", "H"),
         """\
 if w_hr:
+    h_row = x_row
     dh_row = dm + (b - first_row) * H * ITEMSIZE
     dy_row = zeros
 else:
+    h_row = y + (base + b) * y_stride * ITEMSIZE
     dh_row = dh + b * P * ITEMSIZE
     dy_row = dy + (base + b) * dy_stride * ITEMSIZE
 if reset and load_byte(reset, base + b):

@@ -22,8 +22,8 @@ NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _PIECE = 512
 #: fewer rows than this do not repay the packing of the right-hand side
 _FEW_ROWS = 8
-#: floating-point operations that take a core about 20 us: less is not worth handing out
-_SHARE = 4e6
+#: floating-point operations that take a core about 35 us: less is not worth handing out
+_SHARE = 8e6
 
 
 _SLOTS = "a a_stride a_step b b_stride transposed out out_stride rows inner columns room"

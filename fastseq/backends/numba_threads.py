@@ -90,11 +90,11 @@ def row_ranges(
 ) -> list[tuple[int, int, int]]:
     """The tasks of a call: (recurrence, first row, last row).
 
-    flops: of one row's step. Work of less than 40 us at 20 GFLOP/s stays whole: to wake a thread
-    that sleeps takes as long.
+    flops: of one row's step. Work of less than about 80 us stays whole: to wake a thread that sleeps
+    takes 50 us and more here.
     """
     parts = 1
-    if threads > 1 and flops * rows * steps * recurrences > 8e5:
+    if threads > 1 and flops * rows * steps * recurrences > 1.5e7:
         parts = max(1, min(rows, threads // recurrences))
     edges = [rows * k // parts for k in range(parts + 1)]
     return [(r, first, last) for r in range(recurrences) for first, last in pairwise(edges)]
