@@ -71,12 +71,13 @@ class Room:
         self.address = (self.tensor.data_ptr() + 63) & -64
 
 
-def product(a: Tensor, b: Tensor, threads: int) -> Tensor:
+def product(a: Tensor, b: Tensor, threads: int, out: Tensor | None = None) -> Tensor:
     """a b for two matrices, each of which may be a transposed view. Rows are shared by threads."""
     (rows, inner), columns = a.shape, b.shape[1]
     if rows < _FEW_ROWS or inner == 0 or columns == 0:
-        return torch.mm(a, b)
-    out = torch.empty((rows, columns), dtype=a.dtype)
+        return torch.mm(a, b, out=out)
+    if out is None:
+        out = torch.empty((rows, columns), dtype=a.dtype)
     s = simd(NUMPY[a.dtype])
     kernel = _kernel(a.dtype)
     transposed = b.stride(1) != 1
