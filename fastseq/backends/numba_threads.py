@@ -90,8 +90,8 @@ def row_ranges(
 ) -> list[tuple[int, int, int]]:
     """The tasks of a call: (recurrence, first row, last row).
 
-    flops: of one row's step. Work of less than about 80 us stays whole: to wake a thread that sleeps
-    takes 50 us and more here.
+    flops: of one row's step. Work of less than about 80 us stays whole: to wake a thread that
+    sleeps takes 50 us and more here.
     """
     parts = 1
     if threads > 1 and flops * rows * steps * recurrences > 1.5e7:
