@@ -844,3 +844,15 @@ def test_memory(kind, backend, memory):
             ours(torch.randn(5, 3, 4))
         return
     compare(ours, theirs, torch.randn(5, 3, 4))
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], [2, 2], [3, 1, -1], [2, 0, 1], [2]])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_packed_sequence_that_does_not_add_up(name, sizes):
+    """torch.nn raises RuntimeError for most of these; kernels would read beyond the input."""
+    m = getattr(fastseq, name)(3, 4)
+    packed = nn.utils.rnn.PackedSequence(torch.randn(3, 3), torch.tensor(sizes))
+    with pytest.raises(RuntimeError, match="batch_sizes: expected"):
+        m(packed)
+    with pytest.raises(RuntimeError, match="batch_sizes: expected a 1-D int64"):
+        m(nn.utils.rnn.PackedSequence(torch.randn(3, 3), torch.tensor([2.0, 1.0])))

@@ -82,8 +82,27 @@ def check_feature_size(x: Tensor, input_size: int) -> None:
 
 
 def check_steps(stack: Stack) -> None:
-    if stack.batch_sizes is None and stack.x.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    """There is a step, and packed rows are what ``batch_sizes`` says: kernels trust it."""
+    sizes = stack.batch_sizes
+    if sizes is None:
+        if stack.x.shape[0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        return
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if sizes.device.type != "cpu" or sizes.dtype is not torch.int64 or sizes.dim() != 1:
+        raise RuntimeError(
+            "batch_sizes: expected a 1-D int64 tensor on the CPU, as pack_padded_sequence makes it, "
+            f"got {sizes.dim()}-D {sizes.dtype} on {sizes.device}"
+        )
+    values = sizes.numpy()
+    if len(values) and ((values[1:] > values[:-1]).any() or values[-1] < 0):
+        raise RuntimeError(f"batch_sizes: expected sizes that do not increase, got {sizes.tolist()}")
+    if values.sum() != stack.x.shape[0]:
+        raise RuntimeError(
+            f"batch_sizes: expected a sum of {stack.x.shape[0]}, the rows of the packed input, got "
+            f"{values.sum()}"
+        )
 
 
 def check_states(stack: Stack, batched: bool = True) -> None:
@@ -97,6 +116,8 @@ def check_states(stack: Stack, batched: bool = True) -> None:
         )
     if stack.batch_sizes is None:
         batch = stack.x.shape[1]
+    elif torch.compiler.is_compiling():
+        batch = stack.batch  # what settle_batch found
     else:
         batch = int(stack.batch_sizes[0]) if len(stack.batch_sizes) else 0
     for k, state in enumerate(stack.states):
