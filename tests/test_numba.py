@@ -242,6 +242,19 @@ def test_disk_cache_tells_vocabularies_and_edited_texts_apart(tmp_path):
     assert fresh("") == ["0.9951", "1"]
 
 
+NOWHERE = """
+    import numba.core.caching, torch, fastseq
+    numba.core.caching.CacheImpl._locator_classes = []
+    y, _ = fastseq.GRU(3, 4, backend="numba")(torch.randn(5, 2, 3))
+    print(y.shape[0])
+"""
+
+
+def test_without_a_folder_for_the_cache():
+    """A read-only installation and no home: kernels are compiled in each process."""
+    assert python(NOWHERE) == "5"
+
+
 def test_every_cell_has_its_kernels():
     from fastseq.backends.numba_loops import backward_source, forward_source
 

@@ -432,7 +432,12 @@ class Kernel:
 
     def __init__(self, text: Any) -> None:
         options = {k: v for k, v in JIT.items() if k != "nogil"}  # ctypes holds no lock anyway
-        self.compiled = numba.cfunc("void(int64)", cache=True, **options)(text)
+        try:
+            self.compiled = numba.cfunc("void(int64)", cache=True, **options)(text)
+        except RuntimeError as error:  # neither the package's folder nor the user's can be written
+            if "cannot cache" not in str(error):
+                raise
+            self.compiled = numba.cfunc("void(int64)", **options)(text)
         self.address: int = self.compiled.address
         self.call = self.compiled.ctypes
 
