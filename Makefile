@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | table | lint | clean
+# make demo | test | test-all | integration | bench | table | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
 # installed, the package and its tools. An active environment is used, and its torch kept. PYTHON is
@@ -13,7 +13,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench table lint format clean
+.PHONY: help setup demo test test-all integration bench table lint format clean
 
 # Where .venv is, or will be, unless an environment is active.
 RUN = "$$($(PYTHON) tools/prepare.py --python)"
@@ -22,6 +22,7 @@ help:
 	@echo "make demo      train a small language model with torch.nn and with fastseq, side by side"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests in their long form, and a short run of the benchmarks"
+	@echo "make integration  Captum, Opacus and Lightning with fastseq's layers; installs them"
 	@echo "make bench     the benchmarks; WORKLOADS, THREADS, ROUNDS, SECONDS, BACKENDS narrow them"
 	@echo "make table     write the tables and the picture of the README and the docs from the results"
 	@echo "make lint      ruff and mypy"
@@ -43,6 +44,12 @@ test: setup
 test-all: setup
 	@$(RUN) -m pytest -n 2 -q --full tests $(ARGS)
 	@$(RUN) -m bench --workloads "tiny-*" --seconds 0.2 --results out/bench
+
+# The torch that is there is named, so that pip keeps it.
+integration: setup
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  -e ".[integration]" "torch==$$($(RUN) -c 'import torch; print(torch.__version__)')"
+	@$(RUN) -m pytest -q tests/test_integrations.py $(ARGS)
 
 bench: setup
 	@$(RUN) -m bench $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(if $(THREADS),--threads $(THREADS)) \

@@ -185,9 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     if not options.write:
         print(f"{full(results)}\n\n{note}")
         return 0
-    picture = "![Times faster than torch.nn, by workload](docs/speed.png)"
-    insert(ROOT / "README.md", f"\n{short(results)}\n\n{note}\n\n{picture}\n")
-    insert(ROOT / "docs" / "performance.md", f"\n{full(results)}\n\n{note}\n")
+    picture = "![Times faster than torch.nn, by workload](speed.png)"
+    insert(ROOT / "README.md", f"\n{short(results)}\n\n{note}\n")
+    insert(ROOT / "docs" / "performance.md", f"\n{picture}\n\n{full(results)}\n\n{note}\n")
     return 0
 
 

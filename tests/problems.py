@@ -38,7 +38,7 @@ DECLINES = {
         "dual",
         "projection to H",
     },
-    "numba": {"transform", "dual"},
+    "numba": {"dual"},
     "reference": {"transform", "dual"},
     None: set(),
 }

@@ -43,7 +43,9 @@ def test_the_rule_off_the_cpu_and_under_tracers():
     assert first(device="cuda") == "torch"
     assert first(device="mps") == "torch"
     assert first(mode="trace") == "torch"
-    assert first(mode="transform") == "eager"
+    assert first(mode="transform") == "numba"
+    assert first(mode="transform", T=4) == "eager"
+    assert first(mode="transform", device="cuda") == "eager"
     assert first(mode="dual") == "eager"
     assert first(mode="compile", T=None, B=None, I=None, H=None, P=None) == "numba"
 

@@ -6,12 +6,13 @@ It is also how the raw backends get their second derivatives.
 
 from __future__ import annotations
 
-from functools import cache
+import builtins
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..cells import Cell, arguments, bind
+from ..cells import CELLS, Cell, arguments, bind
 from ..cells.declaration import Text
 from .contract import Call, Problem, Result, Weights
 
@@ -34,9 +35,19 @@ VOCABULARY = {
 }
 
 
-@cache
-def texts(cell: Cell) -> list[Text]:
-    return [bind(phase.forward, "eager", **VOCABULARY) for phase in cell.phases]
+def _bound(cell: Cell) -> list[Text]:
+    """The cell's texts, in a form that torch.compile can trace."""
+    for name, value in vars(Cell).items():
+        if isinstance(value, cached_property):  # computing one takes a lock, before Python 3.12
+            getattr(cell, name)
+    found = [bind(phase.forward, "eager", **VOCABULARY) for phase in cell.phases]
+    for text in found:
+        text.__globals__["__builtins__"] = builtins  # Dynamo looks for it
+    return found
+
+
+#: By the cell's name. Made at import: torch.compile traces a look-up, and no binding.
+TEXTS = {name: _bound(cell) for name, cell in CELLS.items()}
 
 
 def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
@@ -110,7 +121,7 @@ def _recurrence(
         }
         for gate, value in zip(cell.gates, inputs[t].split(H, -1), strict=True):
             now[f"x_{gate}"] = value
-        for phase, text, (first, last) in zip(cell.phases, texts(cell), products, strict=True):
+        for phase, text, (first, last) in zip(cell.phases, TEXTS[cell.name], products, strict=True):
             if last and weights.w_hh is not None:
                 operand = h_prev if phase.operand == "h_prev" else now[phase.operand].to(x.dtype)
                 if h_mask is not None and phase.operand == "h_prev":

@@ -44,10 +44,11 @@ def supports(problem: Problem) -> str | None:
         return f"numba's kernels run on the CPU, not on {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"numba's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
-    if problem.mode == "transform":
-        return "numba's kernels have no rules for torch.func; choose eager"
     if problem.mode == "dual":
-        return "numba's kernels have no forward-mode derivative; choose eager"
+        return (
+            "numba's kernels have no forward-mode derivative, and run no transform that is "
+            "compiled; choose eager"
+        )
     if problem.mode == "trace":
         return "torch.jit.trace records no custom kernel; choose torch"
     if problem.projected and _reads_h(problem.cell):

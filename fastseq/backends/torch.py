@@ -73,7 +73,7 @@ def supports(problem: Problem) -> str | None:
     if problem.memory == "lean" and problem.training:
         return "torch keeps all gates for backward; memory='lean' needs numba or eager"
     if problem.mode == "transform":
-        return "torch's kernels have no rules for torch.func; choose eager"
+        return "torch's kernels have no rules for torch.func; choose numba or eager"
     if problem.mode == "dual":
         return "torch's kernels have no forward-mode derivative; choose eager"
     if problem.mode == "compile":

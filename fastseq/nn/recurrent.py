@@ -22,7 +22,7 @@ from ..ops.checks import (
     check_states,
     check_steps,
 )
-from ..ops.stack import Stack, run
+from ..ops.stack import Stack, run, settle_batch
 
 
 def check_memory(memory: Memory) -> None:
@@ -230,12 +230,14 @@ class Recurrent(nn.Module):
         states = self._states(hx, True)
         if sorted_indices is not None:
             states = [s.index_select(1, sorted_indices) for s in states]
-        stack = self._stack(x, batch_sizes, states, all_states)
-        check_states(stack)
-        T, B = len(batch_sizes), stack.batch
-        check_lengths(lengths, T, B, True, True)
         if self.batch_first:
             reset = self._time_major(reset)
+        stack = self._stack(x, batch_sizes, states, all_states)
+        if torch.compiler.is_compiling():
+            settle_batch(stack, sorted_indices, reset)
+        check_states(stack)
+        T, B = batch_sizes.shape[0], stack.batch
+        check_lengths(lengths, T, B, True, True)
         reset = check_reset(reset, T, B, True, x.device)
         if reset is not None and sorted_indices is not None:
             reset = reset.index_select(1, sorted_indices)
@@ -280,7 +282,8 @@ class Recurrent(nn.Module):
             weights,
             batch_sizes,
             directions=2 if self.bidirectional else 1,
-            dropout=self.dropout,
+            # a float that Dynamo reads makes it trace twice where dynamic=True
+            dropout=self.dropout if self.num_layers > 1 else 0.0,
             training=self.training,
             trajectory=all_states,
             memory=self.memory,

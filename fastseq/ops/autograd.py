@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends import eager
 from ..cells import CELLS
+from . import batching
 from .library import make_call
 
 
@@ -28,21 +29,52 @@ class Layout(NamedTuple):
     trajectory: bool
     n_states: int  # how many of the tensors are initial states
     n_weights: int  # and how many are weights
+    save: bool = True  # whether forward keeps what backward wants
 
     @property
     def n_inputs(self) -> int:
         """x, batch_sizes, reset, h_mask, states and weights."""
         return 4 + self.n_states + self.n_weights
 
+    @property
+    def n_outputs(self) -> int:
+        """How many outputs a caller sees: y, the states, the trajectory."""
+        n = len(CELLS[self.cell].states)
+        return 1 + n + (n - 1 if self.trajectory else 0)
 
-def recurrence(
+
+def in_transform() -> bool:
+    """Whether torch.func runs us: only a Function has rules for its tensors."""
+    if torch.compiler.is_compiling():
+        return _transform_is_traced()
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _transform_is_traced() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# for Dynamo a constant, as backends.choice.select_constant
+_transform_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tracked(tensor: Tensor) -> bool:
+    """Whether autograd or torch.func.grad follows a tensor, beneath any number of vmaps."""
+    while True:
+        if tensor.requires_grad:
+            return True
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def operator(
     layout: Layout,
     x: Tensor,
     batch_sizes: Tensor | None,
     reset: Tensor | None,
     h_mask: Tensor | None,
     *tensors: Tensor | None,
-    save: bool,
 ) -> list[Tensor]:
     """The operator: y, final states, trajectory and what it saves."""
     n = layout.n_states
@@ -57,15 +89,9 @@ def recurrence(
         reset,
         h_mask,
         layout.memory,
-        save,
+        layout.save,
         layout.trajectory,
     )
-
-
-def n_outputs(layout: Layout) -> int:
-    """How many outputs a caller sees: y, the states, the trajectory."""
-    n = len(CELLS[layout.cell].states)
-    return 1 + n + (n - 1 if layout.trajectory else 0)
 
 
 def _takes_anything(function: Any) -> Any:
@@ -82,14 +108,19 @@ class RecurrenceFunction(torch.autograd.Function):
     @staticmethod
     @_takes_anything
     def forward(layout, x, batch_sizes, reset, h_mask, *tensors):
-        return tuple(recurrence(layout, x, batch_sizes, reset, h_mask, *tensors, save=True))
+        return tuple(operator(layout, x, batch_sizes, reset, h_mask, *tensors))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, layout: Layout, *tensors: Any) -> Any:
+        run = _beneath(RecurrenceFunction, tensors)
+        return batching.forward(run, layout, info.batch_size, in_dims[1:], tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         layout = inputs[0]
         ctx.layout = layout
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[n_outputs(layout) :])
+        ctx.mark_non_differentiable(*output[layout.n_outputs :])
         ctx.save_for_backward(*inputs[1:], *output)
 
     @staticmethod
@@ -97,19 +128,31 @@ class RecurrenceFunction(torch.autograd.Function):
         layout = ctx.layout
         saved = ctx.saved_tensors
         inputs, outputs = saved[: layout.n_inputs], saved[layout.n_inputs :]
-        used = grads[: n_outputs(layout)]
+        used = grads[: layout.n_outputs]
         if all(g is None for g in used):
             return (None,) * (1 + layout.n_inputs)
-        if not torch.compiler.is_compiling() and any(map(_is_batched, used)):
-            return (None, *batched_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
+        if not torch.compiler.is_compiling():
+            if any(map(_is_batched, used)):
+                return (None, *batched_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
+            if torch.autograd.forward_ad._current_level >= 0:  # a kernel would lose the tangents
+                return (None, *eager_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
         need = ctx.needs_input_grad
         first_weight = 5 + layout.n_states
         wanted = (need[1], any(need[5:first_weight]), any(need[first_weight:]))
         # without create_graph nobody differentiates further: no second Function, 30 us less
         function = RecurrenceBackwardFunction
-        differentiate = function.apply if torch.is_grad_enabled() else function.forward
+        within = torch.is_grad_enabled() or in_transform()
+        differentiate = function.apply if within else function.forward
         flat = differentiate(layout, wanted, *inputs, *used, *outputs)
         return (None, *spread(layout, wanted, inputs, flat))
+
+
+def _beneath(function: Any, tensors: Sequence[Any]) -> Any:
+    """How a vmap rule calls its Function: without autograd's record where nobody follows."""
+    follows = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+    return function.apply if follows or in_transform() else function.forward
 
 
 def eager_outputs(layout: Layout, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -160,6 +203,28 @@ def batched_gradients(
     return [found.pop(0) if n else None for n in need]
 
 
+def eager_gradients(
+    layout: Layout,
+    inputs: Sequence[Any],
+    need: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """For a backward under forward-mode AD: the eager form's, which carries tangents."""
+    chosen = [k for k, n in enumerate(need) if n]
+    live = [k for k, g in enumerate(grads) if g is not None]
+
+    def outputs_of(*primals: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for k, value in zip(chosen, primals, strict=True):
+            full[k] = value
+        outputs = eager_outputs(layout, full)
+        return tuple(outputs[k] for k in live)
+
+    _, pull = torch.func.vjp(outputs_of, *(inputs[k] for k in chosen))[:2]
+    found = iter(pull(tuple(grads[k] for k in live)))
+    return [next(found) if n else None for n in need]
+
+
 def spread(
     layout: Layout, wanted: Sequence[bool], inputs: Sequence[Any], flat: Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -181,7 +246,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
     @_takes_anything
     def forward(layout, wanted, *tensors):
         x, batch_sizes, reset, h_mask, *rest = tensors[: layout.n_inputs]
-        end = layout.n_inputs + n_outputs(layout)
+        end = layout.n_inputs + layout.n_outputs
         dy, *others = tensors[layout.n_inputs : end]
         outputs = tensors[end:]
         n = len(CELLS[layout.cell].states)
@@ -207,10 +272,15 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, layout: Layout, wanted: Any, *tensors: Any) -> Any:
+        run = _beneath(RecurrenceBackwardFunction, tensors)
+        return batching.backward(run, layout, wanted, info.batch_size, in_dims[2:], tensors)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         layout, wanted, *tensors = inputs
         ctx.layout, ctx.wanted = layout, wanted
-        end = layout.n_inputs + n_outputs(layout)
+        end = layout.n_inputs + layout.n_outputs
         ctx.n_outputs = len(tensors) - end
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[:end])
@@ -273,4 +343,20 @@ def differentiable_recurrence(
 ) -> tuple[Tensor, ...]:
     """y, final states and trajectory, with gradients of every order."""
     outputs = RecurrenceFunction.apply(layout, x, batch_sizes, reset, h_mask, *tensors)
-    return outputs[: n_outputs(layout)]
+    return outputs[: layout.n_outputs]
+
+
+def recurrence(
+    layout: Layout,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    *tensors: Tensor | None,
+    save: bool = False,
+) -> Sequence[Tensor]:
+    """The same without gradients."""
+    layout = Layout(*layout[:-1], save)
+    # under torch.func too it is the Function that knows what to do
+    run = RecurrenceFunction.apply if in_transform() else operator
+    return run(layout, x, batch_sizes, reset, h_mask, *tensors)

@@ -92,12 +92,14 @@ def check_steps(stack: Stack) -> None:
         return
     if sizes.device.type != "cpu" or sizes.dtype is not torch.int64 or sizes.dim() != 1:
         raise RuntimeError(
-            "batch_sizes: expected a 1-D int64 tensor on the CPU, as pack_padded_sequence makes it, "
-            f"got {sizes.dim()}-D {sizes.dtype} on {sizes.device}"
+            "batch_sizes: expected a 1-D int64 tensor on the CPU, as pack_padded_sequence makes "
+            f"it, got {sizes.dim()}-D {sizes.dtype} on {sizes.device}"
         )
     values = sizes.numpy()
     if len(values) and ((values[1:] > values[:-1]).any() or values[-1] < 0):
-        raise RuntimeError(f"batch_sizes: expected sizes that do not increase, got {sizes.tolist()}")
+        raise RuntimeError(
+            f"batch_sizes: expected sizes that do not increase, got {sizes.tolist()}"
+        )
     if values.sum() != stack.x.shape[0]:
         raise RuntimeError(
             f"batch_sizes: expected a sum of {stack.x.shape[0]}, the rows of the packed input, got "
@@ -158,7 +160,10 @@ def check_lengths(
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"lengths: expected one a sequence, ({B},), got {tuple(lengths.shape)}")
-    if not torch.compiler.is_compiling() and B:
+    if torch.compiler.is_compiling():
+        within = ((lengths >= 0) & (lengths <= T)).all()
+        torch._assert_async(within, "lengths: expected values from 0 to T")
+    elif B:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low} to {high}")

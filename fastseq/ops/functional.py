@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -11,7 +12,7 @@ from ..backends.choice import Backend
 from ..backends.contract import Memory, Weights
 from ..cells import CELLS
 from .checks import check_layer, check_lengths, check_mask, check_reset, check_states
-from .stack import Stack, run
+from .stack import Stack, run, settle_batch
 
 LayerWeights = Sequence[Tensor] | Sequence[Sequence[Tensor]]
 
@@ -153,7 +154,7 @@ gru.__doc__ = (gru.__doc__ or "") + _ARGUMENTS.format(
     **_PLAIN, gates=3, order="r, z, n", kept="5", source=CELLS["gru"].source
 )
 rnn.__doc__ = (rnn.__doc__ or "") + _ARGUMENTS.format(
-    **_PLAIN, gates=1, order="h", kept="2", source=CELLS["rnn_tanh"].source
+    **_PLAIN, gates=1, order="h", kept="1", source=CELLS["rnn_tanh"].source
 )
 
 
@@ -230,8 +231,10 @@ def _layer(
         backend=backend,
     )
     check_layer(stack)
+    if packed and torch.compiler.is_compiling():
+        settle_batch(stack, order, reset, h_mask)
     check_states(stack, batched)
-    T = x.shape[0] if batch_sizes is None else len(batch_sizes)
+    T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     stack.lengths = check_lengths(lengths, T, stack.batch, packed, batched)
     stack.reset = check_reset(reset, T, stack.batch, batched, x.device)
     stack.h_mask = check_mask(h_mask, stack)

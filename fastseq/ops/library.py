@@ -43,6 +43,13 @@ def as_given() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def named_range(cell: str, backend: str, way: str = "") -> AbstractContextManager[Any]:
+    """A range of its own in a profile, as ``fastseq::lstm numba``; 0.3 us where none is made."""
+    if torch.autograd._profiler_enabled():
+        return torch.autograd.profiler.record_function(f"fastseq::{cell}{way} {backend}")
+    return nullcontext()
+
+
 def make_call(
     cell: str,
     x: Tensor,
@@ -94,7 +101,7 @@ def recurrence(
     trajectory: bool,
 ) -> list[Tensor]:
     call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
-    with as_given():
+    with as_given(), named_range(cell, backend):
         result = load(backend).forward(call, save, trajectory)  # type: ignore[union-attr]
     return [result.y, *result.states, *result.trajectory, *result.saved]
 
@@ -118,7 +125,7 @@ def recurrence_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
-    with as_given():
+    with as_given(), named_range(cell, backend, " backward"):
         gradients = load(backend).backward(  # type: ignore[union-attr]
             call,
             split_outputs(cell, outputs, trajectory),
@@ -158,7 +165,8 @@ def recurrence_fake(
     R, H, P = len(call.weights), call.H, call.P
     lead = tuple(x.shape[:-1])
     others = len(call.definition.states) - 1
-    B = call.B
+    # a fake batch_sizes holds no number
+    B = call.B if states or batch_sizes is None else torch.library.get_ctx().new_dynamic_size()
     outputs = [x.new_empty((*lead, R * P))]
     outputs += [x.new_empty((R, B, size)) for size in [P, *[H] * others]]
     if trajectory:

@@ -50,27 +50,33 @@ class Padding:
         return index.to(tensor.device)
 
 
-def packed_rows(batch_sizes: Tensor, B: int) -> Tensor:
-    """Index into (T*B) of each packed row, for sequences that are sorted already."""
-    valid = torch.arange(B)[None, :] < batch_sizes[:, None]
-    return valid.reshape(-1).nonzero().squeeze(1)
+def packed_places(batch_sizes: Tensor, rows: int, B: int) -> Tensor:
+    """Index into (T*B) of each packed row, for sequences that are sorted already.
+
+    Rows behind the last one get any index that there is. No shape depends on a value.
+    """
+    ends = batch_sizes.cumsum(0)
+    row = torch.arange(rows)
+    step = torch.searchsorted(ends, row, right=True).clamp(max=batch_sizes.shape[0] - 1)
+    sequence = row - (ends - batch_sizes).index_select(0, step)
+    return step * B + sequence.clamp(max=B - 1)
 
 
-def spread_reset(reset: Tensor, batch_sizes: Tensor | None, directions: int) -> Tensor:
+def spread_reset(reset: Tensor, batch_sizes: Tensor | None, directions: int, rows: int) -> Tensor:
     """(D, rows) bool from (T, B): where the state that enters a row is zeroed.
 
     ``reset[t]`` says that step t begins a new sequence: forward in time the state before step t is
     zeroed, backward in time the one that leaves step t, that is, enters step t - 1.
     """
-    _, B = reset.shape
+    T, B = reset.shape
     if batch_sizes is not None:  # nothing begins behind the end of a sequence
         alive = torch.arange(B, device=reset.device) < batch_sizes.to(reset.device)[:, None]
         reset = reset & alive
     ways = [reset]
     if directions == 2:
-        ways.append(torch.cat([reset[1:], torch.zeros_like(reset[:1])]))
+        last = torch.arange(T, device=reset.device) == T - 1
+        ways.append(reset.roll(-1, 0).masked_fill(last[:, None], False))
     if batch_sizes is None:
         return torch.stack([way.reshape(-1) for way in ways])
-    rows = packed_rows(batch_sizes, B).to(reset.device)
-    both = torch.stack([way.reshape(-1).index_select(0, rows) for way in ways])
-    return both
+    places = packed_places(batch_sizes, rows, B).to(reset.device)
+    return torch.stack([way.reshape(-1).index_select(0, places) for way in ways])

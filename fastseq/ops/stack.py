@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -71,8 +72,12 @@ class Stack:
         return int(self.batch_sizes[0]) if len(self.batch_sizes) else 0
 
     def needs_grad(self) -> bool:
-        if not torch.is_grad_enabled():
+        # an exported program records the operator alone, which has no autograd formula
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return False
+        if autograd.in_transform():  # the tensors' own word is that of the innermost transform
+            every = [self.x, *self.states, *(w for ws in self.weights for w in ws.flat())]
+            return any(w is not None and autograd.tracked(w) for w in every)
         if self.x.requires_grad or any(s.requires_grad for s in self.states):
             return True
         return any(w is not None and w.requires_grad for ws in self.weights for w in ws.flat())
@@ -81,7 +86,14 @@ class Stack:
 def mode() -> Mode:
     """What runs us: plain eager code, a tracer, a functional transform, or forward-mode AD."""
     if torch.compiler.is_compiling():
-        return "compile"
+        if not autograd.in_transform():
+            return "compile"
+        # In the graph our operators, which have no derivative, would give zeros.
+        torch._dynamo.graph_break(
+            msg="fastseq's layers run torch.func's transforms outside of a compiled graph; compile "
+            "the layer without the transform, or do without fullgraph=True"
+        )
+        return "dual"
     if torch.jit.is_tracing():
         return "trace"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -129,6 +141,26 @@ def problem(stack: Stack) -> Problem:
     )
 
 
+def settle_batch(stack: Stack, *known: Tensor | None) -> None:
+    """The batch of a packed input while a graph is traced, held by states from then on.
+
+    It is batch_sizes[0], which a graph does not know. ``known`` may: tensors with the batch in
+    their second dimension, or in their only one. What they say is checked when the graph runs.
+    """
+    sizes = stack.batch_sizes
+    if sizes is None or sizes.shape[0] == 0:  # len() would make it a constant of an export
+        return
+    shapes = [t.shape for t in (*known, *stack.states) if isinstance(t, Tensor) and t.dim()]
+    batch: Any = shapes[-1][min(len(shapes[-1]), 2) - 1] if shapes else sizes[0].item()
+    torch._assert_async(
+        (sizes.max() == batch) & (sizes.sum() == stack.x.shape[0]),
+        "batch_sizes: expected the batch of the states as their greatest, and the rows of the "
+        "packed input as their sum",
+    )
+    if not stack.states:
+        stack.states = _zeros(stack, batch)
+
+
 def step(
     cell: str,
     x: Tensor,
@@ -140,7 +172,7 @@ def step(
 
     None where it is not, and the long way is due. It saves a cell 15 us a call: more than it costs.
     """
-    if backend not in (None, "torch") or autocasts(x):
+    if backend not in (None, "torch") or autocasts(x) or autograd.in_transform():
         return None
     return torch_backend.cell_step(cell, x, states, weights)
 
@@ -204,7 +236,9 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
         return y, last, []
 
     D, n = stack.directions, len(CELLS[stack.cell].states)
-    reset = None if stack.reset is None else spread_reset(stack.reset, stack.batch_sizes, D)
+    reset = None
+    if stack.reset is not None:
+        reset = spread_reset(stack.reset, stack.batch_sizes, D, stack.x.shape[0])
     x = stack.x
     finals: list[list[Tensor]] = []
     along: Trajectory = []
@@ -227,6 +261,14 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
         x = outputs[0]
         finals.append(list(outputs[1 : 1 + n]))
         along = list(outputs[1 + n :])
+    if task.training and task.mode == "compile":
+        # Backward reads these, and in a graph nothing notices when they are edited in place. Where
+        # they are not, inductor takes the copies out.
+        x, finals[-1], along = (
+            x.clone(),
+            [s.clone() for s in finals[-1]],
+            [c.clone() for c in along],
+        )
     if stack.layers == 1:
         return x, finals[0], along
     return x, [torch.cat(s) for s in zip(*finals, strict=True)], along
