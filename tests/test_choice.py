@@ -33,6 +33,8 @@ def test_the_rule_against_onednn(monkeypatch):
     assert first(cell="lstm", threads=1, H=1024, P=1024) == "numba"
     assert first(**lstm, H=1024, P=1024, training=True) == "numba"
     assert first(**lstm, B=1, H=256, P=256) == "torch"
+    assert first(**lstm, B=1, H=256, P=256, training=True) == "torch"
+    assert first(cell="lstm", threads=1, B=1, H=256, P=256) == "numba"
     assert first(**lstm, H=1024, P=1024, ragged=True) == "numba"
     assert first(**lstm, H=1024, P=1024, dtype=torch.float64) == "numba"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

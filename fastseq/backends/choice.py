@@ -24,7 +24,7 @@ def preferred(problem: Problem) -> tuple[str, ...]:
       costs numba 60 us more than torch, which 8 (RNN: 12) steps forward repay, or 5 in training.
     - LSTM, which torch runs on oneDNN, from 32 steps on: 1.0 to 6 / 1.0 to 3 up to H = 256, and
       0.6 to 1.0 / 0.9 to 1.4 above. oneDNN shares the hidden units of one sequence among threads:
-      at B = 1 it is ahead from H = 256 on, but not on one thread.
+      at B = 1 it is ahead from H = 256 on (0.7 / 0.7 to 1.0), but not on one thread.
     - LSTM in bfloat16, for which oneDNN has the processor's dot product: 2.6 / 3.4 at B1 H64, 0.7 /
       0.9 at B16 H256. GRU in bfloat16: 14 / 18 at B1 H64, 0.9 / 0.8 at B64 H512.
     - Under torch.func, eager over numba at I32 H64, 10 members that share an input / 16 per-sample
@@ -51,8 +51,8 @@ def preferred(problem: Problem) -> tuple[str, ...]:
             return ours if B * H <= 256 and T >= 32 else theirs
         if T < 32 and T * B * H < 65536:
             return theirs
-        wide = H >= 512 or (H >= 256 and B == 1)
-        return theirs if wide and problem.threads > 1 and not problem.training else ours
+        shared = (B == 1 and H >= 256) or (H >= 512 and not problem.training)
+        return theirs if shared and problem.threads > 1 else ours
     if sixteen and H >= 512 and B >= 32:
         return theirs
     repaid = 12 if problem.cell.startswith("rnn") else 5 if problem.training else 8
