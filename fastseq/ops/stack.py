@@ -135,6 +135,7 @@ def problem(stack: Stack) -> Problem:
         trajectory=stack.trajectory,
         memory=stack.memory,
         training=stack.needs_grad(),
+        # spelled out: compared alone, Dynamo makes a symbol of it, which no choice can read
         dropout=True if stack.training and stack.dropout > 0 else False,
         threads=1 if traced else torch.get_num_threads(),
         mode=now,
