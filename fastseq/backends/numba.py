@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, Cell, arguments
+from ..cells import Cell
 from .contract import (
     Call,
     Gradients,
     OutputGradients,
     Problem,
     Result,
-    Shape,
     Wanted,
     Weights,
 )
+from .layout import keeps_gates, reads_h, saved_layout, wide
 from .numba_loops import SLOTS, Kernel, backward_kernel, forward_kernel
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
@@ -51,18 +51,9 @@ def supports(problem: Problem) -> str | None:
         )
     if problem.mode == "trace":
         return "torch.jit.trace records no custom kernel; choose torch"
-    if problem.projected and _reads_h(problem.cell):
+    if problem.projected and reads_h(problem.cell):
         return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
     return None
-
-
-def _reads_h(name: str) -> bool:
-    return any("h_prev" in arguments(phase.forward) for phase in CELLS[name].phases)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that the kernels compute in."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 class _Kept(NamedTuple):
@@ -73,30 +64,9 @@ class _Kept(NamedTuple):
     m: Tensor | None  # (N, H), the hidden state before its projection
 
 
-def _keeps_gates(cell: Cell, projected: bool) -> bool:
-    """Elman's cells need their output alone, and y holds it."""
-    return projected or cell.saved != cell.states[:1]
-
-
 def _has(cell: Cell, projected: bool) -> tuple[bool, bool, bool]:
     """Which of a _Kept's tensors there are after a forward that saves."""
-    return _keeps_gates(cell, projected), bool(cell.extras), projected
-
-
-def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
-    """Per recurrence the gates, the extras and the unprojected h; then the other states, unless
-    the trajectory holds them in the same type."""
-    if call.memory == "lean":
-        return []
-    cell, H = call.definition, call.H
-    N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
-    projected = call.weights[0].w_hr is not None
-    one: list[Shape] = [(N, cell.G * H)] if _keeps_gates(cell, projected) else []
-    one += [(N, H)] * (len(cell.extras) + projected)
-    shapes = one * len(call.weights)
-    if not trajectory or call.x.dtype is not wide(call.x.dtype):
-        shapes += [(*rows, len(call.weights) * H)] * (len(cell.states) - 1)
-    return [(shape, wide(call.x.dtype)) for shape in shapes]
+    return keeps_gates(cell, projected), bool(cell.extras), projected
 
 
 class _Rows:
@@ -316,9 +286,9 @@ def _walk_forward(
     kept, inputs, given = [], [], []
     for r, w in enumerate(task.weights):
         projected = w.w_hr is not None
-        keeps = full and _keeps_gates(cell, projected)
+        keeps = full and keeps_gates(cell, projected)
         gates = task.new(capacity, G_H) if in_loop and keeps else None
-        if task.R == 1 and not _keeps_gates(cell, projected) and capacity == N:
+        if task.R == 1 and not keeps_gates(cell, projected) and capacity == N:
             gates = y  # one gate, whose value is h: the product may stand where y will
         if not in_loop:
             gates = product(task.x, w.w_ih.t(), task.threads, out=gates)
@@ -430,7 +400,8 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     G_hh = len(cell.recurrent_gates)
     others = len(cell.states) - 1
     y = _wide(result.y, dtype).reshape(capacity, R * P)
-    if call.memory == "lean":
+    # an Elman cell keeps its output alone either way: nothing to make again
+    if call.memory == "lean" and (others or any(_has(cell, call.weights[0].w_hr is not None))):
         kept, along = _rebuild(task, y)
     else:
         rest = list(result.saved)

@@ -14,46 +14,28 @@ workqueue refuses two callers at once.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
-import torch
+from . import openmp
 
 Kernel = Callable[[int], None]
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _size = 0
-_forked = False
 
 
 def _after_fork() -> None:
-    global _lock, _pool, _size, _forked
-    _lock, _pool, _size, _forked = threading.Lock(), None, 0, True
+    global _lock, _pool, _size
+    _lock, _pool, _size = threading.Lock(), None, 0
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-@cache
-def _gomp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP runtime that torch uses."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        # looked up in that library and in what it depends on, so it is torch's and no other
-        function = ctypes.CDLL(str(library)).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    function.restype = None
-    return function
 
 
 def python_pool(threads: int) -> ThreadPoolExecutor:
@@ -75,7 +57,7 @@ def run(kernel: Kernel, address: int, data: int, threads: int) -> None:
     if threads <= 1:
         kernel(data)
         return
-    gomp_parallel = None if _forked else _gomp_parallel()
+    gomp_parallel = openmp.parallel()
     if gomp_parallel is not None:
         gomp_parallel(address, data, threads, 0)
         return

@@ -1,0 +1,168 @@
+// What a call of a kernel is made of: raw pointers, sizes, and who shares the work. No torch.
+//
+// Letters: T steps, B batch, N rows (sequences at steps) of the input, I input size, H hidden units,
+// P size of h (H, or what it is projected to), R recurrences over the same input. Rows are
+// time-major; `sizes` and `offsets` are null where all B sequences are alive at every step.
+// Offsets count elements, in 64 bits. Nothing is written but what is named an output.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace fastseq {
+
+enum Cell : int { LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU, INDRNN, CELLS };
+
+// The weights of one recurrence, each contiguous; null where there is none.
+template <class T>
+struct Weights {
+  const T* w_ih;  // (G*H, I)
+  const T* w_hh;  // (G_hh*H, P)
+  const T* b_ih;  // (G*H)
+  const T* b_hh;  // (G_hh*H)
+  const T* w_hr;  // (P, H)
+  const T* unit;  // (H)
+};
+
+// What forward has and leaves for one recurrence.
+template <class T>
+struct Recurrence {
+  Weights<T> weights;
+  bool reverse;
+  const T* h_0;          // (B, P), null: zeros
+  const T* c_0;          // (B, H), null: zeros
+  const uint8_t* reset;  // (N), null: nowhere
+  const T* h_mask;       // (B, P), null: none
+  T* h_n;                // (B, P), output
+  T* c_n;                // (B, H), output; carries c
+  T* gates;              // (N, G*H), output if not null: what backward wants
+  T* extra;              // (N, H), output if not null
+  T* m;                  // (N, H), output if not null: h before its projection
+};
+
+template <class T>
+struct Input {
+  int64_t steps, batch, rows, I, H, P;
+  const int64_t* sizes;
+  const int64_t* offsets;
+  const T* x;  // row (t, b) at t * x_step + b * x_row; packed: row n at n * x_row
+  int64_t x_step, x_row;
+
+  int64_t alive(int64_t t) const { return sizes ? sizes[t] : batch; }
+  int64_t base(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  const T* at(int64_t t, int64_t b) const {
+    return offsets ? x + (offsets[t] + b) * x_row : x + t * x_step + b * x_row;
+  }
+};
+
+// How the threads of a call share one recurrence: rows x units of them. `units` threads meet at
+// every step.
+struct Plan {
+  int rows, units;
+};
+
+// threads: those that one recurrence may have. blocks: smallest shares of hidden units there are; 1
+// where a step wants all units at once. flops: of one row's step. bytes: of the weights that a step
+// reads.
+Plan make_plan(int threads, int64_t batch, int64_t blocks, double flops, double bytes);
+
+// Where threads meet: a slot for each, all zero at first. A thread waits until all others have come
+// as often as itself. It spins for a while, since they are busy on other cores, then lets others run.
+struct alignas(64) Slot {
+  std::atomic<uint32_t> epoch;
+};
+void pause(int spins);
+
+inline __attribute__((always_inline)) void meet(Slot* slots, int id, int count) {
+  const uint32_t here = slots[id].epoch.load(std::memory_order_relaxed) + 1;
+  slots[id].epoch.store(here, std::memory_order_release);
+  for (int other = 0; other < count; ++other) {
+    int spins = 0;
+    while (static_cast<int32_t>(slots[other].epoch.load(std::memory_order_acquire) - here) < 0)
+      pause(++spins);
+  }
+}
+
+// Hands out pieces of one block of memory; with no block it only counts.
+class Arena {
+ public:
+  explicit Arena(void* block) : block_(static_cast<char*>(block)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = block_ ? reinterpret_cast<T*>(block_ + used_) : nullptr;
+    used_ += (static_cast<size_t>(count > 0 ? count : 0) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* block_;
+  size_t used_ = 0;
+};
+
+template <class T>
+struct ForwardCall {
+  using Element = T;
+  Cell cell;
+  int R;
+  Input<T> input;
+  Recurrence<T>* recurrence;  // R of them
+  T* y;                       // (N, R*P), output
+  T* c_all;                   // (N, R*H), output if not null
+  bool pack;                  // false: the weights are read as they are (few steps)
+  int threads;
+  char* scratch;              // scratch_each bytes for each thread
+  size_t scratch_each, scratch_shared;
+  Slot* slots;                // (R * threads, threads): for each recurrence and share of rows
+};
+
+// The gradients of one recurrence.
+template <class T>
+struct RecurrenceGradients {
+  T* dh;  // (B, P): gradient of h_n, becomes that of h_0
+  T* dc;  // (B, H)
+  Weights<T> out;  // gradients of the weights; const cast away. Null where not wanted.
+};
+
+template <class T>
+struct BackwardCall {
+  using Element = T;
+  Cell cell;
+  int R;
+  Input<T> input;
+  const Recurrence<T>* recurrence;
+  RecurrenceGradients<T>* gradients;
+  const T* y;       // (N, R*P)
+  const T* c_all;   // (N, R*H)
+  const T* dy;      // (N, R*P), or null
+  const T* dc_all;  // (N, R*H), or null
+  T* dx;            // (N, I), output if not null
+  bool weights;     // whether the gradients of weights are wanted
+  int threads;
+  char* scratch;    // scratch_each bytes for each thread, and scratch_shared behind them
+  size_t scratch_each, scratch_shared;
+  Slot* slots;      // (R * threads + 1, threads): the last row for all
+};
+
+// What the kernels of one instruction set offer. `id` of `count` threads; scratch: bytes for each
+// thread, and bytes for all.
+template <class T>
+struct Kernels {
+  void (*forward_scratch)(const ForwardCall<T>&, int threads, size_t* each, size_t* shared);
+  void (*forward)(const ForwardCall<T>&, int id, int count);
+  void (*backward_scratch)(const BackwardCall<T>&, int threads, size_t* each, size_t* shared);
+  void (*backward)(const BackwardCall<T>&, int id, int count);
+  void (*vocabulary)(int name, const T* x, T* y, int64_t n);
+};
+
+struct InstructionSet {
+  const char* name;
+  int vector_bytes;
+  bool (*runs_here)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+extern const InstructionSet* const instruction_sets[];  // the best first; null ends them
+
+}  // namespace fastseq

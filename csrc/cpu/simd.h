@@ -1,0 +1,197 @@
+// Vectors of one instruction set, on the vector extension of GCC and Clang: `a * b + c` on a
+// Vec<T> is lane by lane, in the widest registers that the file is compiled for.
+//
+// Each instruction set has its own namespace, FASTSEQ_ISA, for everything that is inline: two
+// functions of one name, compiled for two sets, would be merged by the linker.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FASTSEQ_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define FASTSEQ_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTSEQ_VECTOR_BYTES 32
+#else
+#define FASTSEQ_VECTOR_BYTES 16
+#endif
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+using index = int64_t;
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef T unaligned __attribute__((vector_size(FASTSEQ_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+
+template <class T>
+constexpr int LANES = FASTSEQ_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// How many rows by how many vectors of accumulators stay in registers.
+#if FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+
+template <class T>
+struct Integer;
+template <>
+struct Integer<float> {
+  using type = int32_t;
+};
+template <>
+struct Integer<double> {
+  using type = int64_t;
+};
+
+template <class T>
+FASTSEQ_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Vector<T>::unaligned*>(p);
+}
+
+template <class T>
+FASTSEQ_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Vector<T>::unaligned*>(p) = v;
+}
+
+template <class T>
+FASTSEQ_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+
+// The first n lanes alone; the others are zero, and no memory behind them is touched.
+#if defined(__AVX512F__)
+FASTSEQ_INLINE Vec<float> load_part(const float* p, int n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+FASTSEQ_INLINE Vec<double> load_part(const double* p, int n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+}
+FASTSEQ_INLINE void store_part(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+FASTSEQ_INLINE void store_part(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+}
+#else
+template <class T>
+FASTSEQ_INLINE Vec<T> load_part(const T* p, int n) {
+  T lanes[LANES<T>] = {};
+  std::memcpy(lanes, p, sizeof(T) * n);
+  return load(lanes);
+}
+template <class T>
+FASTSEQ_INLINE void store_part(T* p, Vec<T> v, int n) {
+  T lanes[LANES<T>];
+  store(lanes, v);
+  std::memcpy(p, lanes, sizeof(T) * n);
+}
+#endif
+
+// a * b + c, rounded once where the instruction set can.
+#if defined(__AVX512F__)
+FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FASTSEQ_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__)
+FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+FASTSEQ_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+FASTSEQ_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <class V>
+FASTSEQ_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
+// NaN stays NaN.
+template <class T>
+FASTSEQ_INLINE Vec<T> at_least(Vec<T> x, T low) {
+  return x < splat(low) ? splat(low) : x;
+}
+template <class T>
+FASTSEQ_INLINE Vec<T> at_most(Vec<T> x, T high) {
+  return x > splat(high) ? splat(high) : x;
+}
+
+template <class T>
+FASTSEQ_INLINE T sum(Vec<T> v) {
+  T total[LANES<T>];
+  store(total, v);
+  for (int width = LANES<T> / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) total[k] += total[k + width];
+  return total[0];
+}
+#if defined(__AVX512F__)
+template <>
+FASTSEQ_INLINE float sum<float>(Vec<float> v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+template <>
+FASTSEQ_INLINE double sum<double>(Vec<double> v) {
+  return _mm512_reduce_add_pd((__m512d)v);
+}
+#endif
+
+// A square of LANES vectors, transposed in place: vector i, lane j becomes vector j, lane i.
+template <class T, int WIDTH>
+FASTSEQ_INLINE void exchange(Vec<T>* v) {
+  using I = typename Integer<T>::type;
+  typedef I Index __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  Index low, high;
+  for (int l = 0; l < LANES<T>; ++l) {
+    const bool second = (l & WIDTH) != 0;
+    low[l] = second ? LANES<T> + l - WIDTH : l;
+    high[l] = second ? LANES<T> + l : l + WIDTH;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES<T>; ++i) {
+    if (i & WIDTH) continue;
+    const Vec<T> a = v[i], b = v[i + WIDTH];
+#if defined(__clang__)
+    Vec<T> x, y;
+    for (int l = 0; l < LANES<T>; ++l) {
+      x[l] = low[l] < LANES<T> ? a[low[l]] : b[low[l] - LANES<T>];
+      y[l] = high[l] < LANES<T> ? a[high[l]] : b[high[l] - LANES<T>];
+    }
+    v[i] = x, v[i + WIDTH] = y;
+#else
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + WIDTH] = __builtin_shuffle(a, b, high);
+#endif
+  }
+  if constexpr (WIDTH > 1) exchange<T, WIDTH / 2>(v);
+}
+template <class T>
+FASTSEQ_INLINE void transpose(Vec<T>* v) {
+  exchange<T, LANES<T> / 2>(v);
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

@@ -1,0 +1,188 @@
+"""Fused loops over time for the CPU in C++, from ``csrc/``: the extension module ``fastseq._cpu``.
+
+It knows no torch but through DLPack's exchange interface. What stands here is the contract: 16-bit
+types, which compute in float32, and layouts that the kernels do not read are copied at the door.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+from . import openmp
+from .contract import (
+    Call,
+    Gradients,
+    OutputGradients,
+    Problem,
+    Result,
+    Wanted,
+    Weights,
+    unflatten,
+)
+from .layout import reads_h, saved_layout, wide
+
+try:
+    from .. import _cpu  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(
+        f"fastseq was built without its C++ kernels ({error})"
+    ) from error
+
+__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
+
+
+def _connect() -> str | None:
+    """Ready the extension for this process; or why it cannot be."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return "torch >= 2.10 is needed, whose tensors can be read through DLPack's C interface"
+    try:
+        _cpu.connect(capsule)
+    except (ImportError, ValueError) as error:
+        return str(error)
+    _cpu.use_pool(*openmp.addresses())
+    if hasattr(os, "register_at_fork"):  # a forked child has torch's pool, but none of its threads
+        os.register_at_fork(after_in_child=lambda: _cpu.use_pool(0, 0, 0))
+    return None
+
+
+_reason = _connect()
+
+
+def unavailable() -> str | None:
+    return _reason
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.device not in ("cpu", "meta"):
+        return f"native's kernels run on the CPU, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"native's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
+    if problem.cell not in _NUMBER:
+        return f"native has no kernel of {problem.cell}"
+    if problem.mode == "dual":
+        return (
+            "native's kernels have no forward-mode derivative, and run no transform that is "
+            "compiled; choose eager"
+        )
+    if problem.mode == "trace":
+        return "torch.jit.trace records no custom kernel; choose torch"
+    if problem.projected and reads_h(problem.cell):
+        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
+    return None
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _arguments(call: Call) -> list[Any]:
+    """What the extension's functions are all given, as it is."""
+    return [
+        _NUMBER[call.cell],
+        call.x,
+        call.batch_sizes,
+        tuple(call.states),
+        tuple(w for weights in call.weights for w in weights.flat()),
+        call.reverse,
+        call.reset,
+        call.h_mask,
+        torch.get_num_threads(),
+    ]
+
+
+def _copied(arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """The same in the kernels' own type and layout: contiguous, batch_sizes in int64."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(plain, value))
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype is torch.bool:
+            return value.contiguous()
+        if not value.is_floating_point():
+            return value.to(torch.int64).contiguous()
+        return value.to(dtype).contiguous()
+
+    return list(map(plain, arguments))
+
+
+def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> list[Any]:
+    """Call the extension; where it declines the layout, with copies.
+
+    The copies of conjugate-like views and of 16-bit types are made before: it cannot see these.
+    """
+    if dtype is wide(dtype):
+        out = function(*arguments)
+        if out is not None:
+            return out
+    return function(*_copied(arguments, wide(dtype)))
+
+
+def forward(call: Call, save: bool, trajectory: bool) -> Result:
+    dtype = call.x.dtype
+    full = save and call.memory == "full"
+    out = _run(_cpu.forward, [*_arguments(call), full, trajectory], dtype)
+    n = len(call.definition.states)
+    m = n - 1 if trajectory else 0
+    result = Result(out[0], out[1 : 1 + n], out[1 + n : 1 + n + m], out[1 + n + m :])
+    if dtype is not wide(dtype):
+        if full and m:  # backward wants the cell states as they were carried
+            result.saved += result.trajectory
+        result.y = result.y.to(dtype)
+        result.states = [s.to(dtype) for s in result.states]
+        result.trajectory = [c.to(dtype) for c in result.trajectory]
+    return result
+
+
+def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    dtype = call.x.dtype
+    cell = call.definition
+    others = len(cell.states) - 1
+    saved, y = list(result.saved), result.y
+    if call.memory == "lean":
+        again = _run(_cpu.forward, [*_arguments(call), True, False], dtype)
+        y, saved = again[0], again[1 + len(cell.states) :]
+    c_all = None
+    if others:
+        has_own = call.memory == "lean" or not result.trajectory or dtype is not wide(dtype)
+        c_all = saved.pop() if has_own else result.trajectory[0]
+    arguments = [
+        *_arguments(call),
+        y,
+        tuple(saved),
+        c_all,
+        grads.y,
+        tuple(grads.states),
+        grads.trajectory[0] if grads.trajectory else None,
+        wanted.x,
+        wanted.weights,
+    ]
+    out = _run(_cpu.backward, arguments, dtype)
+    if dtype is not wide(dtype):
+        out = [None if g is None else g.to(dtype) for g in out]
+    dx, dstates, flat = out[0], out[1 : 2 + others], out[2 + others :]
+    dweights: list[Weights] | None = None
+    if wanted.weights:
+        given = [w for weights in call.weights for w in weights.flat()]
+        gradients = iter(flat)
+        dweights = unflatten(cell, [None if w is None else next(gradients) for w in given])
+    return Gradients(dx, dstates if wanted.states else None, dweights)
+
+
+def instruction_sets() -> list[str]:
+    """Those of the extension that this machine can run, the best first."""
+    return _cpu.instruction_sets()
+
+
+assert set(_NUMBER) <= set(CELLS)
