@@ -1,19 +1,24 @@
-# make demo | test | test-all | integration | bench | table | lint | clean
+# make demo | test | test-all | integration | bench | table | capabilities | build | wheel
+#      lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
-# installed, the package and its tools. An active environment is used, and its torch kept. PYTHON is
-# the Python that makes .venv, once; make clean removes it.
+# installed, the package and its tools, and the C++ kernels where there is a C++ compiler (CXX). An
+# active environment is used, and its torch kept. PYTHON is the Python that makes .venv, once; make
+# clean removes it.
 #
 #   make demo ARGS="--cell lstm --steps 200"
 #   make test ARGS="-k gru"
 #   make bench WORKLOADS="small* ptb-medium" THREADS=1 ROUNDS=20 SECONDS=4 BACKENDS="numba eager"
+#   make bench PEERS="onnxruntime openvino jax"
+#   make gpu STAGES="test bench" BUDGET=480 WORKLOADS="rl-* long-*" PYTHON=/path/to/python3
 #   make table RESULTS=bench/results/<machine>/<file>.json
 
 PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all integration bench table lint format clean
+.PHONY: help setup demo test test-all integration bench gpu table capabilities build wheel lint format \
+  clean
 
 # Where .venv is, or will be, unless an environment is active.
 RUN = "$$($(PYTHON) tools/prepare.py --python)"
@@ -23,8 +28,14 @@ help:
 	@echo "make test      the tests"
 	@echo "make test-all  the tests in their long form, and a short run of the benchmarks"
 	@echo "make integration  Captum, Opacus and Lightning with fastseq's layers; installs them"
-	@echo "make bench     the benchmarks; WORKLOADS, THREADS, ROUNDS, SECONDS, BACKENDS narrow them"
+	@echo "make bench     the benchmarks; WORKLOADS, THREADS, ROUNDS, SECONDS, BACKENDS narrow them;"
+	@echo "               PEERS=all, or names, installs other libraries and times them beside"
+	@echo "make gpu       on a GPU, with no network: builds, tests, checks memory, measures; STAGES, BUDGET"
+	@echo "               (seconds a stage) and WORKLOADS narrow it"
 	@echo "make table     write the tables and the picture of the README and the docs from the results"
+	@echo "make capabilities  ask torch.nn and fastseq what works, and write docs/capabilities.md"
+	@echo "make build     the C++ kernels, which every target builds where they are old"
+	@echo "make wheel     one wheel for every Python from 3.10 and every torch from 2.10, in dist"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter and its fixes"
 	@echo "make clean     remove what the others made, .venv too"
@@ -52,13 +63,33 @@ integration: setup
 	@$(RUN) -m pytest -q tests/test_integrations.py $(ARGS)
 
 bench: setup
+	@$(if $(PEERS),$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  -e ".[peers]" "torch==$$($(RUN) -c 'import torch; print(torch.__version__)')")
 	@$(RUN) -m bench $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(if $(THREADS),--threads $(THREADS)) \
 	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
-	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(BACKENDS),--backends "$(BACKENDS)") $(ARGS)
+	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(BACKENDS),--backends "$(BACKENDS)") \
+	  $(if $(PEERS),--peers "$(PEERS)") $(ARGS)
+
+# With the Python that is there, which has torch and Triton: a machine with a GPU may have no network.
+gpu:
+	@$(PYTHON) -m bench.gpu $(if $(STAGES),--stages "$(STAGES)") $(if $(BUDGET),--budget $(BUDGET)) \
+	  $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(ARGS)
 
 table: setup
 	@$(RUN) -m bench.table --write $(RESULTS)
 	@$(RUN) -m bench.plot --out docs/speed.png $(RESULTS)
+
+capabilities: setup
+	@$(RUN) -m bench.capabilities --write $(ARGS)
+
+build: setup
+
+# What an earlier build left in build/lib would get into the wheel.
+wheel: setup
+	@rm -rf build/lib* build/bdist* dist
+	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist .
+	@$(RUN) tools/one_binary.py dist/*.whl
 
 lint: setup
 	@$(RUN) -m ruff check .
@@ -71,4 +102,5 @@ format: setup
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f fastseq/_cpu.abi3.so fastseq/_cpu.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

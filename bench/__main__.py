@@ -1,7 +1,8 @@
 """The benchmarks: ``python -m bench``, or ``make bench``, which sets up all it needs.
 
 Each case times torch.nn, fastseq as it chooses, and each other backend, in turn and round by
-round. The results are printed as a table and kept as pytest-benchmark's JSON,
+round, and with ``--peers`` other libraries on the same weights (`bench.peers`). The results are
+printed as a table and kept as pytest-benchmark's JSON, one file for each count of threads:
 bench/results/<machine>/<date>-<commit>.json.
 """
 
@@ -18,18 +19,29 @@ import pytest
 import torch
 
 from . import measure, table
-from .workloads import matching
+from .peers import named
+from .workloads import PEER_WORKLOADS, matching
 
 HERE = Path(__file__).parent
+SHARED = ("workloads", "backends", "peers", "rounds", "seconds", "limit")  # by a run's parts
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Time fastseq against torch.nn on named workloads."
     )
-    parser.add_argument("--workloads", help="patterns of names: 'small* ptb-medium'; default all")
+    parser.add_argument(
+        "--workloads",
+        help=f"patterns of names: 'small* ptb-medium'; default all, with peers '{PEER_WORKLOADS}'",
+    )
     parser.add_argument("--backends", help="backends beside the chosen one; default all there are")
-    parser.add_argument("--threads", type=int, help="threads of torch; default torch's own")
+    parser.add_argument("--peers", help="other libraries: 'onnxruntime jax', or all; default none")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        help="counts of threads, one run each; default torch's own, with peers 1 and torch's own",
+    )
     parser.add_argument("--rounds", type=int, default=40, help="rounds of a case at most")
     parser.add_argument("--seconds", type=float, default=1.5, help="what a case may take in rounds")
     parser.add_argument(
@@ -42,14 +54,31 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for name in ("threads", "rounds", "seconds", "limit"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name}: expected more than 0, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number <= 0:
+                parser.error(f"--{name}: expected more than 0, got {number}")
     try:
+        peers = named(options.peers)
+        if peers and options.workloads is None:
+            options.workloads = PEER_WORKLOADS
+        if peers and options.backends is None:  # one that is many times slower costs rounds
+            fast = [name for name in measure.available_backends(None) if name != "eager"]
+            options.backends = " ".join(fast)
         options.found = matching(options.workloads)
         measure.available_backends(options.backends)
     except ValueError as error:
         parser.error(str(error))
+    if options.threads is None:
+        own = torch.get_num_threads()
+        options.threads = sorted({1, own}) if peers else [own]
+    options.results = options.results.absolute()
     return options
+
+
+def as_arguments(options: argparse.Namespace, *names: str) -> list[str]:
+    """Those that are set, as they were given."""
+    values = ((name, getattr(options, name)) for name in names)
+    return [f"--{name}={value}" for name, value in values if value is not None]
 
 
 def commit() -> str:
@@ -67,10 +96,10 @@ def commit() -> str:
     return name or "unversioned"
 
 
-def result_path(folder: Path) -> Path:
+def result_path(folder: Path, peers: bool = False) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", measure.cpu_name().lower()).strip("-")
     moment = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M")
-    name = f"{moment}-{commit()}.json"
+    name = f"{moment}-{commit()}{'-peers' if peers else ''}.json"
     return folder / f"{slug}-{torch.get_num_threads()}-threads" / name
 
 
@@ -80,9 +109,20 @@ def main(argv: list[str] | None = None) -> int:
         for workload in options.found:
             print(f"{workload.name:24} {workload.shape:40} {workload.source}")
         return 0
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    path = result_path(options.results)
+    if len(options.threads) > 1:  # XLA and OpenMP take a count once in a process
+        return max(
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "bench", f"--threads={threads}"),
+                    *as_arguments(options, *SHARED, "results"),
+                ],
+                cwd=HERE.parent,
+            ).returncode
+            for threads in options.threads
+        )
+    (threads,) = options.threads
+    torch.set_num_threads(threads)
+    path = result_path(options.results, bool(options.peers))
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [
         str(HERE / "bench_layers.py"),
@@ -91,10 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         *("-p", "no:xdist", "-p", "no:cacheprovider", "-q", "-rs"),
         *("--benchmark-only", "--benchmark-quiet", f"--benchmark-json={path}"),
     ]
-    for name in ("workloads", "backends", "threads", "rounds", "seconds", "limit"):
-        value = getattr(options, name)
-        if value is not None:
-            command.append(f"--{name}={value}")
+    command += [f"--threads={threads}", *as_arguments(options, *SHARED)]
     code = pytest.main(command)
     if path.exists() and path.stat().st_size:
         results = table.read(path)

@@ -1,15 +1,18 @@
-"""Every workload, forward and in training, by torch.nn and by fastseq."""
+"""Every workload, forward and in training, by torch.nn, by fastseq, and by other libraries."""
 
 from __future__ import annotations
 
 from statistics import median
 
 import pytest
+import torch
 
+from bench.limit import limit as least_seconds
+from bench.limit import possible
 from bench.measure import OURS, Race, available_backends, quiet_collector, reason_to_skip
 
 
-def test_speed(workload, way, benchmark, request):
+def test_speed(workload, way, benchmark, request, peers):
     """pytest-benchmark times fastseq; before each of its rounds all others are timed in turn."""
     option = request.config.getoption
     backends, limit = available_backends(option("--backends")), option("--limit")
@@ -17,14 +20,16 @@ def test_speed(workload, way, benchmark, request):
     if reason is not None:
         benchmark.skipped = True
         pytest.skip(reason)
-    race = Race(workload, way, backends, limit)
+    race = Race(workload, way, backends, limit, peers)
     ours = next(c for c in race.contenders if c.label == OURS)
     others = [c for c in race.contenders if c is not ours]
 
     def the_others() -> None:
         for contender in others:
             contender.samples.append(race.sample(contender))
-        race.clear(ours)
+        for peer, seconds in zip(race.peers, race.sample_peers(), strict=True):
+            peer.samples.append(seconds)
+        race.ready(ours)
 
     with quiet_collector():
         seconds = race.warm_up()
@@ -32,7 +37,9 @@ def test_speed(workload, way, benchmark, request):
         benchmark.pedantic(race.step, args=(ours,), setup=the_others, rounds=rounds)
     if benchmark.enabled:
         ours.samples = list(benchmark.stats.stats.data)
-    timed = [c for c in race.contenders if c.samples]
+    timed = {c.label: c.samples for c in race.contenders if c.samples}
+    timed |= {peer.name: peer.samples for peer in race.peers if peer.samples}
+    least = least_seconds(workload, way == "training", possible(torch.get_num_threads()))
     benchmark.group = way
     benchmark.extra_info.update(
         workload=workload.name,
@@ -42,8 +49,9 @@ def test_speed(workload, way, benchmark, request):
         rounds=rounds,
         flops=workload.flops(way == "training"),
         chosen=ours.backend,
-        median_ms={c.label: milliseconds(median(c.samples)) for c in timed},
-        fastest_ms={c.label: milliseconds(min(c.samples)) for c in timed},
+        limit_ms=milliseconds(least),
+        median_ms={label: milliseconds(median(samples)) for label, samples in timed.items()},
+        fastest_ms={label: milliseconds(min(samples)) for label, samples in timed.items()},
         declined=race.declined,
     )
     if way == "training":

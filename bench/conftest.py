@@ -8,16 +8,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bench import measure  # noqa: E402
+from bench import limit, measure  # noqa: E402
+from bench.peers import PEERS, named  # noqa: E402
+from bench.remote import Remote  # noqa: E402
 from bench.workloads import matching  # noqa: E402
 
 SKIPPED: dict[str, str] = {}
+VERSIONS: dict[str, str] = {}
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastseq")
     group.addoption("--workloads", default=None, help="patterns of names, separated by blanks")
     group.addoption("--backends", default=None, help="backends to time beside the chosen one")
+    group.addoption("--peers", default=None, help="other libraries to time on the same workloads")
     group.addoption("--threads", type=int, default=None, help="threads of torch")
     group.addoption("--rounds", type=int, default=40, help="rounds of a case at most")
     group.addoption("--seconds", type=float, default=1.5, help="what a case may take in rounds")
@@ -40,6 +44,23 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("workload", "way"), cases)
 
 
+@pytest.fixture(scope="session")
+def peers(request):
+    """The processes of the peers that are installed."""
+    limit.possible(torch.get_num_threads())  # before there are any
+    found = []
+    for name in named(request.config.getoption("--peers")):
+        reason = PEERS[name].available()
+        if reason is None:
+            found.append(Remote(name, torch.get_num_threads()))
+            VERSIONS[name] = found[-1].version
+        else:
+            VERSIONS[name] = f"not available: {reason}"
+    yield found
+    for peer in found:
+        peer.close()
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
@@ -56,6 +77,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["datetime"] = datetime.datetime.now(datetime.timezone.utc).isoformat()
     output_json["skipped"] = dict(SKIPPED)
+    output_json["peers"] = dict(VERSIONS)
     output_json["settings"] = {
         name: config.getoption(f"--{name}") for name in ("rounds", "seconds", "limit")
     }

@@ -7,7 +7,7 @@ import io
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -21,6 +21,9 @@ from torch.nn.utils.rnn import PackedSequence
 import fastseq
 from fastseq.backends import BACKENDS
 
+from .limit import as_record, possible
+from .peers import output_gradient
+from .remote import QUIET, Remote
 from .workloads import Workload
 
 Way = Literal["forward", "training"]
@@ -47,9 +50,19 @@ class Race:
     A round times each of them once, in turn, so that whatever else the machine does slows all
     alike. What is timed is forward without autograd, or forward and backward together; gradients
     are cleared before the clock starts.
+
+    peers: other libraries, in processes of their own. Where there are some, each contender's timed
+    call follows an untimed one, since all threads have slept while the others ran.
     """
 
-    def __init__(self, workload: Workload, way: Way, backends: list[str], limit: float) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        way: Way,
+        backends: list[str],
+        limit: float,
+        peers: Sequence[Remote] = (),
+    ) -> None:
         self.workload, self.way = workload, way
         self.declined: dict[str, str] = {}
         training = way == "training"
@@ -61,9 +74,7 @@ class Race:
         self.leaf = data
         self.contenders = [Contender(TORCH, theirs)]
         self.expected = self._call(theirs).detach()
-        self.dy = torch.randn(
-            self.expected.shape, generator=torch.Generator().manual_seed(2), dtype=data.dtype
-        )
+        self.dy = output_gradient(workload)
         ours = self._ours(None)
         self._enter(Contender(OURS, ours, self._chosen(ours)))
         for name in backends:
@@ -83,6 +94,13 @@ class Race:
                     )
             if reason is not None:
                 self.declined[name] = reason
+        self.peers = []
+        for peer in peers:
+            reason = peer.prepare(workload, way)
+            if reason is None:
+                self.peers.append(peer)
+            else:
+                self.declined[peer.name] = reason
 
     def _ours(self, backend: str | None) -> nn.Module:
         module = self.workload.module(fastseq, backend=backend)
@@ -124,17 +142,36 @@ class Race:
         if self.way == "training":
             y.backward(self.dy)
 
-    def sample(self, contender: Contender) -> float:
+    def ready(self, contender: Contender) -> None:
+        """What comes before the clock starts."""
+        if self.peers:
+            self.clear(contender)
+            self.step(contender)
         self.clear(contender)
+
+    def sample(self, contender: Contender) -> float:
+        self.ready(contender)
         start = time.perf_counter()
         self.step(contender)
         return time.perf_counter() - start
 
+    def sample_peers(self) -> list[float]:
+        """One call of each, after the threads of this process have gone to sleep."""
+        if self.peers:
+            time.sleep(QUIET)
+        return [peer.sample() for peer in self.peers]
+
     def warm_up(self) -> float:
-        """One call of each, another where that is cheap; the seconds that a round takes."""
-        seconds = sum(self.sample(contender) for contender in self.contenders)
-        if seconds < 2:
-            seconds = sum(self.sample(contender) for contender in self.contenders)
+        """A round, another where that is cheap; the seconds that it takes."""
+        seconds = 0.0
+        for _ in range(2):
+            start = time.perf_counter()
+            for contender in self.contenders:
+                self.sample(contender)
+            self.sample_peers()
+            seconds = time.perf_counter() - start
+            if seconds > 1:
+                break
         return seconds
 
     def saved_bytes(self) -> dict[str, int]:
@@ -241,6 +278,7 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "fastseq": fastseq.__version__,
         "sgemm_gflops": round(sgemm_gflops(), 1),
+        "limit": as_record(possible(torch.get_num_threads())),
     }
 
 

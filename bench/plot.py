@@ -1,6 +1,6 @@
 """One picture of benchmark results: ``python -m bench.plot [--all] [--out PNG] [FILE]``.
 
-The grid of small shapes is left out, unless ``--all`` asks for it or nothing else was measured.
+The grids of shapes are left out, unless ``--all`` asks for them or nothing else was measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def draw(results: Results, path: Path, everything: bool = False) -> None:
         factor = speedup(info)
         if factor is not None:
             factors.setdefault(info["workload"], {})[info["way"]] = factor
-    named = [name for name in factors if not name.startswith("small-")]
+    named = [name for name in factors if not name.startswith(("small-", "peers-", "streaming-"))]
     names = list(factors) if everything or not named else named
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="results; the newest if left out")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.png")
-    parser.add_argument("--all", action="store_true", help="the grid of small shapes too")
+    parser.add_argument("--all", action="store_true", help="the grids of shapes too")
     options = parser.parse_args(argv)
     try:
         draw(read(options.file or newest()), options.out, options.all)

@@ -1,7 +1,8 @@
 """Tables of benchmark results, in Markdown: ``python -m bench.table [--write] [FILE]``.
 
 Without FILE it takes the newest under bench/results. ``--write`` puts the short table between the
-marks of README.md and the full one between those of docs/performance.md.
+marks of README.md and the full one between those of docs/performance.md, and there, between marks
+of their own, the newest comparison with other libraries for each count of threads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .workloads import WORKLOADS
 ROOT = Path(__file__).parent.parent
 TORCH, OURS = "torch.nn", "fastseq"
 BEGIN, END = "<!-- speed: begin (make table) -->", "<!-- speed: end -->"
+PEERS_BEGIN, PEERS_END = "<!-- peers: begin (make table) -->", "<!-- peers: end -->"
 
 # The rows of README.md: what people run, the shapes where torch.nn is hard to beat among them.
 HEADLINES = (
@@ -33,15 +35,22 @@ HEADLINES = (
     "long-gru",
 )
 
+RESULTS = ROOT / "bench" / "results"
 Results = dict[str, Any]
 
 
-def newest(folder: Path = ROOT / "bench" / "results") -> Path:
-    """The newest results: file names begin with the date."""
-    found = sorted(folder.glob("*/*.json"), key=lambda path: path.name)
+def newest(folder: Path = RESULTS) -> Path:
+    """The newest results without peers: file names begin with the date."""
+    found = [path for path in folder.glob("*/*.json") if not path.stem.endswith("-peers")]
     if not found:
         raise FileNotFoundError(f"no results under {folder}; make bench measures some")
-    return found[-1]
+    return max(found, key=lambda path: path.name)
+
+
+def newest_with_peers(folder: Path = RESULTS) -> list[Path]:
+    """The newest comparison with other libraries of each machine and count of threads."""
+    found = {path.parent: path for path in sorted(folder.glob("*/*-peers.json"))}
+    return list(found.values())
 
 
 def read(path: Path) -> Results:
@@ -100,10 +109,17 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def full(results: Results) -> str:
-    """Every case and every contender, then what was skipped and why."""
+    """Every case and every contender, then what was skipped and why.
+
+    Beside each time stand the factor over torch.nn and, where the results hold it, the fraction of
+    the limit (bench/limit.py).
+    """
     infos = [b["extra_info"] for b in results["benchmarks"]]
+    peers = results.get("peers", {})
     labels = [TORCH, OURS]
-    labels += sorted({label for info in infos for label in info["median_ms"]} - set(labels))
+    others = {label for info in infos for label in info["median_ms"]} - set(labels)
+    labels += sorted(others, key=lambda label: (label in peers, label))
+    limited = any("limit_ms" in info for info in infos)
     peak = results["machine_info"]["sgemm_gflops"]
     parts = []
     for way in ("forward", "training"):
@@ -112,26 +128,47 @@ def full(results: Results) -> str:
             if info["way"] != way:
                 continue
             times = info["median_ms"]
-            row = [info["workload"], info["shape"], milliseconds(times.get(TORCH))]
-            for label in labels[1:]:  # a backend that declined or was chosen has none of its own
-                factor = _times(speedup(info, label))
-                row.append(f"{milliseconds(times.get(label))} ({factor})" if factor else "")
+            row = [info["workload"], info["shape"]]
+            # a backend that declined or was chosen has no time of its own
+            row += [_cell(info, label) if label in times else "" for label in labels]
             row[3] += f" {info['chosen']}"
-            row.append(f"{info['flops'] / times[OURS] / 1e6 / peak:.0%}")
+            if limited:
+                row.append(milliseconds(info.get("limit_ms")))
+            else:
+                row.append(f"{info['flops'] / times[OURS] / 1e6 / peak:.0%}")
             if way == "training":
                 saved = info["saved_bytes"]
                 row.append(f"{saved[OURS] / 2**20:.3g} / {saved[TORCH] / 2**20:.3g}")
             rows.append(row)
         if rows:
-            header = [way, "shape", "torch.nn ms"]
-            header += [f"{label} ms" for label in labels[1:]] + ["of sgemm"]
+            header = [way, "shape"]
+            header += [f"{label} ms" for label in labels]
+            header.append("limit ms" if limited else "of sgemm")
             if way == "training":
                 header.append("kept MiB / torch.nn")
             parts.append(markdown(header, rows))
     if results.get("skipped"):
         lines = [f"- {name}: {reason}" for name, reason in results["skipped"].items()]
         parts.append("Skipped:\n\n" + "\n".join(lines))
+    if peers:
+        lines = [f"- {name}: {version}" for name, version in peers.items()]
+        parts.append("Peers:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def fraction(info: dict[str, Any], label: str) -> float | None:
+    """Of the limit: 1 is as fast as the machine allows."""
+    limit = info.get("limit_ms")
+    return None if limit is None else limit / info["median_ms"][label]
+
+
+def _cell(info: dict[str, Any], label: str) -> str:
+    notes = [] if label == TORCH else [_times(speedup(info, label))]
+    share = fraction(info, label)
+    if share is not None:
+        notes.append(f"{share:.0%}")
+    text = milliseconds(info["median_ms"][label])
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
@@ -159,14 +196,21 @@ def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
     )
 
 
-def insert(path: Path, text: str) -> None:
+def insert(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put ``text`` between the marks of a file."""
     page = path.read_text()
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"{path}: expected one line {BEGIN} and after it one line {END}")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"{path}: expected one line {begin} and after it one line {end}")
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def note(results: Results, path: Path) -> str:
+    """How and where the figures were measured, and the file that holds them."""
+    source = path.resolve()
+    shown = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
+    return f"Median of interleaved rounds, float32. {provenance(results)} From `{shown}`."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,19 +219,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="into README.md and the docs")
     options = parser.parse_args(argv)
     try:
-        path = options.file or newest()
+        path = options.file or newest(RESULTS)
         results = read(path)
     except (OSError, KeyError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    source = path.resolve()
-    shown = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
-    note = f"Median of interleaved rounds, float32. {provenance(results)} From `{shown}`."
+    table = f"{full(results)}\n\n{note(results, path)}"
     if not options.write:
-        print(f"{full(results)}\n\n{note}")
+        print(table)
         return 0
     picture = "![Times faster than torch.nn, by workload](speed.png)"
-    insert(ROOT / "README.md", f"\n{short(results)}\n\n{note}\n")
-    insert(ROOT / "docs" / "performance.md", f"\n{picture}\n\n{full(results)}\n\n{note}\n")
+    insert(ROOT / "README.md", f"\n{short(results)}\n\n{note(results, path)}\n")
+    page = ROOT / "docs" / "performance.md"
+    insert(page, f"\n{picture}\n\n{table}\n")
+    others = [(read(found), found) for found in newest_with_peers(RESULTS)]
+    if others:
+        tables = (f"{full(results)}\n\n{note(results, found)}\n" for results, found in others)
+        insert(page, "\n" + "\n".join(tables), PEERS_BEGIN, PEERS_END)
     return 0
 
 

@@ -20,6 +20,7 @@ Rule = Literal["equal", "spread"]
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 LAYERS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+TEXTS = {"rnn": "rnn_tanh"}  # where fastseq.cells has another name
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,19 @@ SALINAS = "After Salinas et al. 2017, DeepAR, arXiv:1704.04110; the sizes are ou
 POEPPEL = "Poeppel et al. 2024, FlashRNN, arXiv:2412.07752: batch 16, 1024 steps, 768 units"
 OURS = "fastseq: "
 
+PEER_SHAPES = (  # T, B, I, H
+    (64, 1, 128, 128),
+    (256, 1, 256, 256),
+    (100, 32, 128, 256),
+    (50, 64, 512, 512),
+    (35, 20, 650, 650),
+    (200, 16, 64, 64),
+    (1000, 1, 64, 64),
+    (500, 128, 32, 32),
+)
+#: what is timed beside other libraries, where nothing else is asked for
+PEER_WORKLOADS = "peers-* streaming-*"
+
 WORKLOADS: tuple[Workload, ...] = (
     # Language
     Workload("ptb-medium", "lstm", T=35, B=20, I=650, H=650, layers=2, source=ZAREMBA),
@@ -259,6 +273,35 @@ WORKLOADS: tuple[Workload, ...] = (
             I=H,
             H=H,
             source=OURS + "a grid of small shapes",
+        )
+    ),
+    # Beside other libraries (bench/peers.py)
+    *(
+        workload
+        for T, B, I, H in PEER_SHAPES  # noqa: E741
+        for workload in _each(
+            ("lstm", "gru"),
+            f"peers-t{T}-b{B}-i{I}-h{H}",
+            T=T,
+            B=B,
+            I=I,
+            H=H,
+            source=OURS + "a spread of shapes for the comparison with other libraries",
+        )
+    ),
+    *(
+        workload
+        for T, H in ((64, 128), (16, 1024))
+        for workload in _each(
+            ("lstm", "gru"),
+            f"streaming-h{H}",
+            T=T,
+            B=1,
+            I=H,
+            H=H,
+            training=False,
+            mode="streaming",
+            source=OURS + f"one step a call, {T} calls",
         )
     ),
     # For the tests of the benchmarks themselves

@@ -4,24 +4,27 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import measure, table
-from bench.__main__ import arguments, commit, result_path
-from bench.workloads import Workload, by_name
+from bench import limit, measure, overhead, table
+from bench.__main__ import arguments, as_arguments, commit, result_path
+from bench.limit import Rates
+from bench.workloads import PEER_WORKLOADS, Workload, by_name, matching
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A real run of two tiny workloads in a process of its own."""
+    """A real run of the tiny workloads, and of the peer that is always there."""
     folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "bench", "--workloads", "tiny-*", "--seconds", "0.05"]
     command += ["--rounds", "3", "--threads", "1", "--results", str(folder)]
+    command += ["--peers", "numpy"]
     # pytest-benchmark declines to measure inside a worker of pytest-xdist, by these
     outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=outside)
@@ -37,6 +40,9 @@ def test_a_run_leaves_its_record(results):
     assert machine["threads"] == 1
     assert machine["torch"] == torch.__version__
     assert machine["cpu_model"] and machine["cores"] and machine["sgemm_gflops"] > 0
+    (rates,) = machine["limit"]
+    assert rates["threads"] == 1 and rates["flops"] > 1e9
+    assert record["peers"].keys() == {"numpy"}
     assert "node" not in machine, "the name of the machine is nobody's business"
     assert {"id", "dirty"} <= record["commit_info"].keys()
     assert record["datetime"]
@@ -58,12 +64,14 @@ def test_every_contender_ran_in_every_round(results):
         assert {"torch.nn", "fastseq"} <= info["median_ms"].keys()
         others = set(info["median_ms"]) - {"torch.nn", "fastseq"}
         assert info["chosen"] not in others, "the chosen backend is not timed twice"
+        numpy_runs = info["way"] == "forward" and info["workload"] != "tiny-ragged"
+        assert ("numpy" in others) == numpy_runs == ("numpy" not in info["declined"])
         assert all(0 < info["fastest_ms"][k] <= v for k, v in info["median_ms"].items())
         assert info["median_ms"]["fastseq"] == pytest.approx(
             case["stats"]["median"] * 1e3, abs=1e-4
         )
         if info["way"] == "training":
-            assert info["saved_bytes"].keys() == info["median_ms"].keys()
+            assert info["saved_bytes"].keys() == info["median_ms"].keys() - {"numpy"}
             assert info["saved_bytes"]["torch.nn"] > 0
 
 
@@ -73,6 +81,8 @@ def test_the_tables_and_the_picture(results, tmp_path):
     full = table.full(record)
     assert full in printed
     assert "tiny-streaming" in full
+    assert "numpy ms" in full and "limit ms" in full and "of sgemm" not in full
+    assert "- numpy: " in full
     short = table.short(record, ["tiny-layer", "not-there"])
     assert short.count("\n") == 2 and "→" in short
     assert "None of the rows" in table.short(record, ["not-there"])
@@ -91,10 +101,31 @@ def test_the_tables_and_the_picture(results, tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_tables_are_written_into_the_pages(results, tmp_path, monkeypatch):
+    with_peers = results[0]
+    kept = tmp_path / "kept" / "machine"
+    kept.mkdir(parents=True)
+    (kept / with_peers.name).write_bytes(with_peers.read_bytes())
+    (kept / "2020-01-01-0000-abc.json").write_bytes(with_peers.read_bytes())
+    (tmp_path / "docs").mkdir()
+    marks = [(table.BEGIN, table.END), (table.PEERS_BEGIN, table.PEERS_END)]
+    (tmp_path / "README.md").write_text(f"{table.BEGIN}\n{table.END}")
+    page = tmp_path / "docs" / "performance.md"
+    page.write_text("".join(f"{begin}\n{end}\n" for begin, end in marks))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "kept")
+    assert table.main(["--write"]) == 0
+    (_, plain), (_, beside) = (page.read_text().split(begin) for begin, _ in marks)
+    assert "speed.png" in plain and "2020-01-01-0000-abc.json" in plain.split(table.END)[0]
+    assert f"kept/machine/{with_peers.name}" in beside and "numpy ms" in beside
+    assert "None of the rows" in (tmp_path / "README.md").read_text()
+
+
 def test_the_pages_have_their_marks():
     for page in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
         text = page.read_text()
         assert text.count(table.BEGIN) == text.count(table.END) == 1
+    assert text.count(table.PEERS_BEGIN) == text.count(table.PEERS_END) == 1
 
 
 def test_rows_of_the_readme_are_workloads():
@@ -124,7 +155,9 @@ def test_what_is_too_large_is_skipped_with_a_reason(monkeypatch):
     [
         (["--workloads", "nothing"], "no workload matches 'nothing'"),
         (["--backends", "nothing"], "no backend is named 'nothing'"),
+        (["--peers", "nothing"], "no peer is named 'nothing'"),
         (["--threads", "0"], "--threads: expected more than 0, got 0"),
+        (["--threads", "1", "0"], "--threads: expected more than 0, got 0"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, message, capsys):
@@ -137,3 +170,122 @@ def test_the_name_of_a_result_says_machine_and_commit(tmp_path):
     path = result_path(tmp_path)
     assert path.parent.name.endswith("-threads")
     assert commit() in path.name
+
+
+def test_what_runs_where_nothing_is_asked_for():
+    plain, with_peers = arguments([]), arguments(["--peers", "numpy"])
+    own = torch.get_num_threads()
+    assert plain.threads == [own] and with_peers.threads == sorted({1, own})
+    assert plain.workloads is plain.backends is None
+    assert with_peers.workloads == PEER_WORKLOADS
+    assert "eager" not in with_peers.backends.split() and "torch" in with_peers.backends.split()
+    assert as_arguments(with_peers, "peers", "limit") == ["--peers=numpy", "--limit=60.0"]
+    assert as_arguments(plain, "peers") == []
+
+
+def test_results_from_before_there_were_limits_and_peers(results):
+    old = json.loads(results[0].read_text())
+    del old["peers"], old["machine_info"]["limit"]
+    for case in old["benchmarks"]:
+        del case["extra_info"]["limit_ms"]
+        case["extra_info"]["median_ms"] = {"torch.nn": 31.4, "fastseq": 15.7}
+    full = table.full(old)
+    assert "of sgemm" in full and "limit" not in full and "Peers" not in full
+    assert " 31.4 | 15.7 (2x) " in full
+
+
+@pytest.mark.parametrize("path", sorted(table.RESULTS.glob("*/*.json")), ids=lambda p: p.name)
+def test_results_that_are_kept_can_be_read(path):
+    record = table.read(path)
+    assert table.full(record).startswith("| forward") and table.note(record, path)
+
+
+def test_a_comparison_with_peers_is_not_the_newest_run(tmp_path):
+    names = ["a/2026-01-01-x.json", "a/2026-01-03-x-peers.json", "b/2026-01-02-x.json"]
+    names += ["a/2026-01-02-x-peers.json", "b/2026-01-01-x-peers.json"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert table.newest(tmp_path) == tmp_path / "b/2026-01-02-x.json"
+    assert set(table.newest_with_peers(tmp_path)) == {
+        tmp_path / "a/2026-01-03-x-peers.json",
+        tmp_path / "b/2026-01-01-x-peers.json",
+    }
+    assert result_path(tmp_path, peers=True).name.endswith("-peers.json")
+
+
+# Rates that make the sums plain: 1 GFLOP/s, 1 GB/s, gates and barriers for nothing.
+FREE = {"lstm": (0.0, 0.0), "gru": (0.0, 0.0), "rnn": (0.0, 0.0)}
+ONE = Rates(1, 1e9, ((1, 1e9),), FREE, 0.0)
+T, B, I, H = 10, 8, 30, 20  # noqa: E741
+LAYER = Workload("w", "gru", T=T, B=B, I=I, H=H, source="")
+ALL, RECURRENT = 3 * H * (I + H), 3 * H * H  # weights
+
+
+def test_where_products_decide_training_is_three_times_forward():
+    fast_memory = replace(ONE, bandwidth=((1, 1e15),))
+    forward = limit.limit(LAYER, False, [fast_memory])
+    assert forward == pytest.approx(2 * T * B * ALL / 1e9)
+    assert limit.limit(LAYER, True, [fast_memory]) == pytest.approx(3 * forward)
+    no_dx = limit.limit(LAYER, True, [fast_memory], input_gradient=False)
+    assert no_dx == pytest.approx((3 - I / (I + H)) * forward)
+
+
+def test_where_reading_decides_each_step_reads_the_recurrent_weights():
+    fast_products = replace(ONE, flops=1e15)
+    read = 4 * (T * RECURRENT + 3 * H * I) / 1e9
+    assert limit.limit(LAYER, False, [fast_products]) == pytest.approx(read)
+    # backward's walk reads them again; the weights' gradients are products over all steps
+    again = 4 * T * RECURRENT / 1e9
+    assert limit.limit(LAYER, True, [fast_products]) == pytest.approx(read + again, rel=1e-3)
+    streaming = replace(LAYER, mode="streaming")
+    assert limit.limit(streaming, False, [fast_products]) == pytest.approx(4 * T * ALL / 1e9)
+
+
+def test_gates_and_layers_and_directions_add_up():
+    gates = replace(ONE, flops=1e18, bandwidth=((1, 1e18),), gates={**FREE, "gru": (1e-9, 3e-9)})
+    assert limit.limit(LAYER, False, [gates]) == pytest.approx(T * B * H * 1e-9, rel=1e-3)
+    assert limit.limit(LAYER, True, [gates]) == pytest.approx(T * B * H * 4e-9, rel=1e-3)
+    twice = replace(LAYER, layers=2, bidirectional=True)
+    assert limit.limit(twice, False, [gates]) == pytest.approx(4 * T * B * H * 1e-9, rel=1e-3)
+    projected = replace(LAYER, cell="lstm", proj=5)
+    products = 4 * H * (I + 5) + 5 * H
+    compute = replace(ONE, bandwidth=((1, 1e15),))
+    assert limit.limit(projected, False, [compute]) == pytest.approx(2 * T * B * products / 1e9)
+
+
+def test_threads_share_rows_or_units_or_nothing():
+    reading = replace(ONE, flops=1e18)
+    alone = limit.limit(LAYER, False, [reading])
+    two = replace(reading, threads=2, barrier=1e-6)
+    # by rows each reads all, which is no gain; by units each reads half and waits at every step
+    assert limit.limit(LAYER, False, [reading, two]) == pytest.approx(alone / 2 + T * 1e-6)
+    late = replace(two, barrier=1.0)
+    assert limit.limit(LAYER, False, [reading, late]) == pytest.approx(alone)
+    single = replace(LAYER, B=1)  # no rows to share: with two threads alone they have to wait
+    assert limit.limit(single, False, [late]) > T * 1.0
+
+
+def test_weights_are_read_from_the_cache_that_holds_them():
+    steps = replace(ONE, bandwidth=((1, 9.0), (1000, 5.0), (2000, 2.0)))
+    assert [steps.reads(size) for size in (0.5, 999, 1000, 1999, 5000)] == [9, 9, 5, 5, 2]
+    assert limit._falling([(1, 3.0), (2, 4.0), (3, 1.0)]) == ((1, 4.0), (2, 4.0), (3, 1.0))
+
+
+def test_rates_are_measured():
+    found = limit.rates(1)
+    assert found.threads == 1 and found.barrier == 0
+    assert found.flops > 1e9 and found.reads(2**14) >= found.reads(2**26) > 1e8
+    assert all(0 < seconds < 1e-7 for both in found.gates.values() for seconds in both)
+    assert limit._barrier(2) > 0
+
+
+def test_overhead_counts_calls(capsys):
+    command = ["--workloads", "tiny-streaming", "--peers", "", "--seconds", "0.01"]
+    assert overhead.main([*command, "--backends", "eager"]) == 0
+    printed = capsys.readouterr().out
+    assert "| LSTM H4 " in printed and "eager" in printed and "numba" not in printed
+    with pytest.raises(SystemExit):
+        overhead.main(["--workloads", "tiny-layer"])
+    assert "names of streaming workloads" in capsys.readouterr().err
+    assert all(w.mode == "streaming" and not w.training for w in matching("streaming-*"))

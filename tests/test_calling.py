@@ -565,6 +565,67 @@ def test_autocast_of_cells(kind, backend, state):
 
 
 @kinds
+@pytest.mark.parametrize("backend", [None, "eager", "numba"])
+@pytest.mark.parametrize("form", ["autocast", "weights"])
+def test_float16_on_the_cpu(kind, backend, form):
+    """Forward and backward, near float32's."""
+    needs(backend)
+    ours = getattr(fastseq, kind)(4, 6, backend=backend)
+    x = torch.randn(40, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    tensors(ours(x))[0].square().sum().backward()
+    exact = [p.grad for p in ours.parameters()]
+    ours.zero_grad()
+    if form == "weights":
+        ours, x = ours.half(), x.half()
+    with torch.autocast("cpu", torch.float16, enabled=form == "autocast"):
+        out = tensors(ours(x))
+    assert {t.dtype for t in out} == {torch.float16}
+    out[0].float().square().sum().backward()
+    for p, truth in zip(ours.parameters(), exact, strict=True):
+        assert p.grad.dtype is p.dtype
+        assert (p.grad.float() - truth).norm() <= 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "numba"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["autocast", "weights"])
+def test_the_cell_state_is_carried_in_float32(form, dtype, backend):
+    """Steps of 0.0005 add up, where a sum of 16 bits would stand still."""
+    needs(backend)
+    ours = fastseq.LSTM(1, 1, backend=backend)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.zero_()
+        ours.bias_ih_l0.copy_(torch.tensor([0.0, 20.0, 0.001, 0.0]))  # i = 1/2, f = 1, g = 0.001
+        x = torch.zeros(3000, 1, 1)
+        if form == "weights":
+            ours, x = ours.to(dtype), x.to(dtype)
+        with torch.autocast("cpu", dtype, enabled=form == "autocast"):
+            _, (_, c_n) = ours(x)
+    assert c_n.dtype is dtype
+    assert abs(float(c_n) - 1.5) < 0.02
+
+
+@layers
+@pytest.mark.parametrize("backend", [None, "numba"])
+def test_more_steps_than_cudnn_takes(kind, backend):
+    """65,536 and more; in one call as in two."""
+    needs(backend)
+    ours = getattr(fastseq, kind)(2, 3, backend=backend)
+    x = torch.randn(70_000, 1, 2)
+    whole, last = ours(x)
+    first, state = ours(x[:100])
+    rest, again = ours(x[100:], state)
+    assert_same([whole, last], [torch.cat([first, rest]), again], 1e-5)
+    whole[-1].sum().backward()
+    short, _ = ours(x[-200:], tuple(s.detach() for s in state) if kind == "LSTM" else state)
+    found = [p.grad.clone() for p in ours.parameters()]
+    ours.zero_grad()
+    short[-1].sum().backward()  # what lies further back has decayed
+    assert_same(found, [p.grad for p in ours.parameters()], 1e-4)
+
+
+@kinds
 @backends
 def test_backward_under_autocast(kind, backend):
     """Not advised, and done: the kernels' own types stay what they are."""

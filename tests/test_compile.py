@@ -10,6 +10,7 @@ from pairwise import covering
 from problems import draw
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from twins import CELLS, LAYERS, assert_same, detached, state_for, tensors
@@ -452,6 +453,30 @@ def test_second_derivatives_are_refused():
         dx.sum().backward()
 
 
+@pytest.mark.filterwarnings(  # Dynamo's, of the code behind a break
+    "ignore:Dynamo detected a call to a `functools.lru_cache`",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dual_numbers(kind):
+    """They break the graph at the layer: in it, tangents would be zero without a word."""
+    module = getattr(fastseq, kind)(I, H)
+    x = torch.randn(40, 3, I)
+
+    def tangent(function):
+        with forward_ad.dual_level():
+            y = function(forward_ad.make_dual(x, x.cos()))[0]
+            return forward_ad.unpack_dual(y).tangent
+
+    compiled = torch.compile(module, backend="eager")
+    compiled(x)  # the graph that is there already is not taken
+    torch.testing.assert_close(tangent(compiled), tangent(module))
+    assert tangent(module).any()
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"run torch\.func's transforms"):
+        tangent(torch.compile(module, backend="eager", fullgraph=True))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_eager_form(kind):
     """Where no kernel of ours runs: it is unrolled, a graph for each T."""
@@ -542,6 +567,16 @@ def test_exported_program_has_no_gradient():
     assert not y.requires_grad
 
 
+def test_exported_program_has_no_tangent():
+    """An error, never a tangent of zero."""
+    x = torch.randn(5, 3, I)
+    program = torch.export.export(layer(plain("GRU")).requires_grad_(False), (x,)).module()
+    with pytest.raises(NotImplementedError, match="the operator has no forward-mode derivative"):
+        torch.func.jvp(lambda x: program(x)[0], (x,), (x.cos(),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="call the layer itself"):
+        program(forward_ad.make_dual(x, x.cos()))
+
+
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 @pytest.mark.parametrize("kind", CELLS)
 def test_export_of_cells(kind, strict):
@@ -609,6 +644,16 @@ def test_opcheck(sample, memory, packed):
         [True, True, True],
     )
     torch.library.opcheck(operators.recurrence_backward.default, backward, test_utils=CHECKS)
+
+
+def test_every_operator_is_checked():
+    """Those of the masks: keep in tests/test_masks.py, and the one that draws, here."""
+    torch.library.opcheck(
+        torch.ops.fastseq.draw_seed.default, (torch.ones(2),), test_utils=CHECKS[:2]
+    )
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
+    checked = {"recurrence", "recurrence_backward", "keep", "draw_seed"}
+    assert names == {f"fastseq::{name}" for name in checked}
 
 
 def test_fake_of_packed_rows_without_states():

@@ -36,7 +36,8 @@ def test_own_options_are_keyword_only_and_last(kind):
     else:
         expected += ["bias"] + ["nonlinearity"] * (kind == "RNNCell")
     assert plain == [*expected, "device", "dtype"]
-    assert own == (["backend", "memory"] if kind in LAYERS else ["backend"])
+    masks = ["recurrent_dropout", "input_dropout", "weight_dropout", "zoneout"]
+    assert own == (["backend", "memory", *masks] if kind in LAYERS else ["backend"])
 
 
 @pytest.mark.parametrize(

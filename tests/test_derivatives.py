@@ -72,6 +72,19 @@ def test_gradgradcheck(backend, cell, variant, request):
     assert gradgradcheck(function, leaves, fast_mode=not request.config.getoption("--full"))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", [None, pytest.param("eager", marks=pytest.mark.full)], ids=str)
+def test_gradcheck_in_forward_mode(backend, cell, variant, request):
+    """Tangents of the outputs, and of the gradients; the other backends decline them."""
+    function, leaves = setup(cell, variant, backend)
+    fast = not request.config.getoption("--full")
+    forward = {"check_forward_ad": True, "check_backward_ad": False}
+    assert gradcheck(function, leaves, **forward, fast_mode=fast)
+    both = {"check_fwd_over_rev": True, "check_rev_over_rev": False, "check_undefined_grad": False}
+    assert gradgradcheck(function, leaves, **both, fast_mode=fast)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", CHOICES, ids=str)
 def test_third_derivative(backend, cell):
@@ -187,6 +200,32 @@ def declined(backend, function):
     except (NotImplementedError, RuntimeError) as error:
         assert len(str(error).split()) > 5, error
         return None
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("backend", CHOICES, ids=str)
+def test_many_cotangents_at_once(backend, kind):
+    """is_grads_batched, and once more where the gradients are differentiated again."""
+    ours, theirs = pair(kind, backend)
+    data = torch.randn(4, 2, 3, dtype=torch.float64)
+    found = []
+    for module in (ours, theirs):
+        x = data.clone().requires_grad_()
+        y, _ = module(x)
+        many = torch.linspace(-1, 1, 3 * y.numel(), dtype=y.dtype).view(3, *y.shape)
+        leaves = [x, *module.parameters()]
+        if module is ours:
+            batched = {"create_graph": True, "is_grads_batched": True}
+            slopes = declined(backend, lambda: torch.autograd.grad(y, leaves, many, **batched))  # noqa: B023
+            if slopes is None:
+                return
+        else:
+            each = [torch.autograd.grad(y, leaves, one, create_graph=True) for one in many]
+            slopes = [torch.stack(parts) for parts in zip(*each, strict=True)]
+        curves = torch.autograd.grad(sum(s.square().sum() for s in slopes), leaves)
+        found.append([*slopes, *curves])
+    for k, (got, truth) in enumerate(zip(*found, strict=True)):
+        check_close(got, None, truth, torch.float64, f"gradient {k}")
 
 
 def relative(a, b):
