@@ -13,7 +13,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "cpu/run.h"
@@ -282,11 +284,15 @@ bool run_released(Call& call, int threads) {
   return done;
 }
 
-// (..., save, trajectory) -> [y, *states, *trajectory, *saved]
+// Packing a weight costs about as much as its use for this many rows (H = 128 and 512, B = 1 and 4).
+bool worth_packing(int64_t rows) { return rows > 8; }
+
+// (..., save, trajectory, deterministic) -> [y, *states, *trajectory, *saved]
 template <class T>
 PyObject* forward(PyObject* const* a) {
   Common<T> c(a);
   const bool save = truth(a[COMMON]), trajectory = truth(a[COMMON + 1]);
+  const bool deterministic = truth(a[COMMON + 2]);
   const int R = c.R;
   const int64_t B = c.in.batch, H = c.in.H, P = c.in.P, G = c.shape.G;
   New<T> y(c.with(R * P)), h_n({R, B, P}), c_n, c_all;
@@ -316,6 +322,7 @@ PyObject* forward(PyObject* const* a) {
   ForwardCall<T> call{};
   call.cell = c.cell, call.R = R, call.input = c.in, call.recurrence = c.recurrence.data();
   call.y = y.data(), call.c_all = c_all.data();
+  call.pack = deterministic || worth_packing(c.in.rows);
   if (!run_released(call, c.threads)) return PyErr_NoMemory();
   List out;
   out.add(y.give());
@@ -399,6 +406,126 @@ PyObject* backward(PyObject* const* a) {
   return list.give();
 }
 
+// The plain case of inference in one call: all layers, dense input, nothing but tensors of one type
+// that are laid out as they are made. Whatever else a module may be given is declined, and goes the
+// long way, where every mistake is told.
+//
+// (cell, x, hx, weights, layers, directions, biased, projected, batch_first, threads, deterministic)
+// -> (y, h_n) or (y, (h_n, c_n)); y (T, B, ...), with batch_first too
+enum { L_CELL, L_X, L_HX, L_WEIGHTS, L_LAYERS, L_DIRECTIONS, L_BIASED, L_PROJECTED, L_BATCH_FIRST,
+       L_THREADS, L_DETERMINISTIC, L_COUNT };
+
+PyObject *tensor_type = nullptr, *parameter_type = nullptr;
+
+// A tensor of this very type: a subclass may mean something else by its data.
+DLTensor plain(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != tensor_type && type != parameter_type) throw Declined();
+  return view(object);
+}
+
+template <class T>
+const T* shaped(PyObject* object, std::initializer_list<int64_t> shape) {
+  const DLTensor t = plain(object);
+  if (t.ndim != static_cast<int>(shape.size()) || !contiguous(t)) throw Declined();
+  int k = 0;
+  for (int64_t size : shape)
+    if (t.shape[k++] != size) throw Declined();
+  return floats<T>(t);
+}
+
+template <class T>
+PyObject* layers(PyObject* const* a) {
+  const Cell cell = static_cast<Cell>(integer(a[L_CELL]));
+  const Shape& shape = shapes[cell];
+  const int layers = static_cast<int>(integer(a[L_LAYERS]));
+  const int D = static_cast<int>(integer(a[L_DIRECTIONS]));
+  const bool biased = truth(a[L_BIASED]), projected = truth(a[L_PROJECTED]);
+  const bool deterministic = truth(a[L_DETERMINISTIC]);
+  const int each = 2 + 2 * biased + projected;
+  const DLTensor given = plain(a[L_X]);
+  if (given.ndim != 2 && given.ndim != 3) throw Declined();
+  const bool batched = given.ndim == 3, swapped = batched && truth(a[L_BATCH_FIRST]);
+  const int step = swapped ? 1 : 0, row = swapped ? 0 : 1;
+  Input<T> in{};
+  in.x = floats<T>(given);
+  in.steps = given.shape[step], in.x_step = given.strides[step];
+  in.batch = batched ? given.shape[row] : 1, in.x_row = batched ? given.strides[row] : 0;
+  if (in.batch == 1) in.x_row = in.x_step;
+  in.rows = in.steps * in.batch;
+  in.I = given.shape[given.ndim - 1];
+  if (!in.rows || (in.I > 1 && given.strides[given.ndim - 1] != 1)) throw Declined();
+  const DLTensor w_hh = plain(item(a[L_WEIGHTS], 1));
+  if (w_hh.ndim != 2) throw Declined();
+  const int64_t B = in.batch, H = in.H = w_hh.shape[0] / shape.G, P = in.P = w_hh.shape[1];
+  const int64_t G_H = shape.G * H;
+  const int threads = static_cast<int>(integer(a[L_THREADS]));
+
+  auto state = [&](PyObject* object, int64_t size) {
+    return batched ? shaped<T>(object, {layers * D, B, size}) : shaped<T>(object, {layers * D, size});
+  };
+  const T *h_0 = nullptr, *c_0 = nullptr;
+  PyObject* hx = a[L_HX];
+  if (!is_none(hx)) {
+    if (shape.has_c) {
+      if (!PyTuple_Check(hx) || PyTuple_Size(hx) != 2) throw Declined();
+      h_0 = state(item(hx, 0), P), c_0 = state(item(hx, 1), H);
+    } else {
+      h_0 = state(hx, P);
+    }
+  }
+  auto states = [&](int64_t size) {
+    return batched ? New<T>({layers * D, B, size}) : New<T>({layers * D, size});
+  };
+  New<T> h_n = states(P), c_n, y;
+  if (shape.has_c) c_n = states(H);
+  std::vector<Recurrence<T>> recurrence(D);
+  for (int layer = 0; layer < layers; ++layer) {
+    for (int d = 0; d < D; ++d) {
+      Recurrence<T>& r = recurrence[d];
+      r = {};
+      const int k = layer * D + d;
+      auto weight = [&](int place) { return item(a[L_WEIGHTS], k * each + place); };
+      r.weights.w_ih = shaped<T>(weight(0), {G_H, in.I});
+      r.weights.w_hh = shaped<T>(weight(1), {G_H, P});
+      if (biased) {
+        r.weights.b_ih = shaped<T>(weight(2), {G_H});
+        r.weights.b_hh = shaped<T>(weight(3), {G_H});
+      }
+      if (projected) r.weights.w_hr = shaped<T>(weight(2 + 2 * biased), {P, H});
+      r.reverse = d == 1;
+      if (h_0) r.h_0 = h_0 + k * B * P;
+      if (c_0) r.c_0 = c_0 + k * B * H;
+      r.h_n = h_n.data() + k * B * P;
+      if (shape.has_c) r.c_n = c_n.data() + k * B * H;
+    }
+    New<T> out = batched ? New<T>({in.steps, B, D * P}) : New<T>({in.steps, D * P});
+    ForwardCall<T> call{};
+    call.cell = cell, call.R = D, call.input = in, call.recurrence = recurrence.data();
+    call.y = out.data();
+    call.pack = deterministic || worth_packing(in.rows);
+    const double flops =
+        2.0 * D * in.rows * G_H * (static_cast<double>(in.I) + static_cast<double>(P) + 30);
+    if (!run_released(call, useful_threads(threads, flops))) return PyErr_NoMemory();
+    y = std::move(out);
+    in.x = y.data(), in.I = D * P, in.x_row = D * P, in.x_step = B * D * P;
+  }
+  PyObject* state_n = shape.has_c ? PyTuple_New(2) : h_n.give();
+  if (!state_n) return nullptr;
+  if (shape.has_c) {
+    PyTuple_SetItem(state_n, 0, h_n.give());
+    PyTuple_SetItem(state_n, 1, c_n.give());
+  }
+  PyObject* result = PyTuple_New(2);
+  if (!result) {
+    Py_DECREF(state_n);
+    return nullptr;
+  }
+  PyTuple_SetItem(result, 0, y.give());
+  PyTuple_SetItem(result, 1, state_n);
+  return result;
+}
+
 template <PyObject* (*F32)(PyObject* const*), PyObject* (*F64)(PyObject* const*), int COUNT>
 PyObject* dispatch(PyObject*, PyObject* const* a, Py_ssize_t count) {
   if (count != COUNT) {
@@ -406,6 +533,7 @@ PyObject* dispatch(PyObject*, PyObject* const* a, Py_ssize_t count) {
     return nullptr;
   }
   try {
+    if (!tensor_type || !PyObject_IsInstance(a[X], tensor_type)) throw Declined();
     const DLTensor x = view(a[X]);
     if (x.dtype.code == 2 && x.dtype.bits == 32) return F32(a);
     if (x.dtype.code == 2 && x.dtype.bits == 64) return F64(a);
@@ -419,8 +547,168 @@ PyObject* dispatch(PyObject*, PyObject* const* a, Py_ssize_t count) {
   }
 }
 
-// (the capsule of torch.Tensor.__dlpack_c_exchange_api__)
-PyObject* connect(PyObject*, PyObject* capsule) {
+// Step by step with packed weights and the state at hand. The state lives in two buffers that take
+// turns: a step reads one and writes the other, whose last layer is its output.
+struct StreamBase {
+  virtual ~StreamBase() = default;
+  virtual PyObject* step(PyObject* x, int threads) = 0;
+};
+
+template <class T>
+class Stream : public StreamBase {
+ public:
+  // (cell, weights, layers, biased, projected, h (2, layers, B, P), c (layers, B, H) or None,
+  //  outputs: h[0][-1] and h[1][-1])
+  enum { CELL_, WEIGHTS_, LAYERS_, BIASED_, PROJECTED_, H_, C_, OUTPUTS_, COUNT };
+
+  explicit Stream(PyObject* const* a) {
+    for (int k : {int(WEIGHTS_), int(H_), int(C_), int(OUTPUTS_)}) {
+      Py_INCREF(a[k]);
+      kept_.push_back(a[k]);
+    }
+    const Cell cell = static_cast<Cell>(integer(a[CELL_]));
+    const Shape& shape = shapes[cell];
+    const int layers = static_cast<int>(integer(a[LAYERS_]));
+    const bool biased = truth(a[BIASED_]), projected = truth(a[PROJECTED_]);
+    const int each = 2 + 2 * biased + projected;
+    const DLTensor h = view(a[H_]);
+    const int64_t B = h.shape[2], P = h.shape[3];
+    const T* states = floats<T>(h);
+    const T* c = is_none(a[C_]) ? nullptr : floats<T>(view(a[C_]));
+    outputs_[0] = item(a[OUTPUTS_], 0), outputs_[1] = item(a[OUTPUTS_], 1);
+    for (int layer = 0; layer < layers; ++layer) {
+      auto weight = [&](int k) { return item(a[WEIGHTS_], layer * each + k); };
+      const DLTensor w_ih = view(weight(0));
+      Layer one{};
+      one.r.weights.w_ih = dense<T>(weight(0));
+      one.r.weights.w_hh = dense<T>(weight(1));
+      if (biased) one.r.weights.b_ih = dense<T>(weight(2)), one.r.weights.b_hh = dense<T>(weight(3));
+      if (projected) one.r.weights.w_hr = dense<T>(weight(2 + 2 * biased));
+      Input<T>& in = one.in;
+      in.steps = 1, in.batch = in.rows = B;
+      in.I = in.x_row = w_ih.shape[1], in.H = w_ih.shape[0] / shape.G, in.P = P;
+      for (int turn = 0; turn < 2; ++turn)
+        one.h[turn] = const_cast<T*>(states) + (turn * layers + layer) * B * P;
+      if (c) one.r.c_0 = one.r.c_n = const_cast<T*>(c) + layer * B * in.H;
+      one.call.cell = cell, one.call.R = 1, one.call.pack = true;
+      one.flops = 2.0 * B * shape.G * in.H * (in.I + P + 30.0);
+      layers_.push_back(one);
+    }
+    pack();
+  }
+  ~Stream() override {
+    for (PyObject* object : kept_) Py_DECREF(object);
+    for (Layer& layer : layers_) free(layer.packed);
+  }
+
+  void pack() {
+    for (Layer& layer : layers_) {
+      settle(layer, 0);
+      const Kernels<T>& k = kernels();
+      const size_t size = k.pack(layer.call, 0, nullptr);
+      if (!layer.packed &&
+          posix_memalign(reinterpret_cast<void**>(&layer.packed), 64, size ? size : 64))
+        throw std::bad_alloc();
+      k.pack(layer.call, 0, layer.packed);
+      layer.r.packed = layer.packed;
+    }
+  }
+
+  PyObject* step(PyObject* object, int threads) override {
+    const DLTensor x = view(object);
+    const Input<T>& first = layers_[0].in;
+    if (x.ndim != 2 || x.shape[0] != first.batch || x.shape[1] != first.I ||
+        (first.I > 1 && x.strides[1] != 1))
+      throw Declined();
+    const T* from = floats<T>(x);
+    int64_t row = x.strides[0];
+    const int turn = turn_;
+    for (Layer& layer : layers_) {
+      settle(layer, turn);
+      layer.call.input.x = from, layer.call.input.x_row = row;
+      if (!run(layer.call, useful_threads(threads, layer.flops))) return PyErr_NoMemory();
+      from = layer.call.y, row = layer.in.P;
+    }
+    turn_ = 1 - turn;
+    Py_INCREF(outputs_[turn_]);
+    return outputs_[turn_];
+  }
+
+ private:
+  struct Layer {
+    Input<T> in;
+    Recurrence<T> r;
+    ForwardCall<T> call;
+    T* h[2];
+    T* packed;
+    double flops;
+  };
+  static const Kernels<T>& kernels() {
+    if constexpr (sizeof(T) == 4) return instruction_set().f32;
+    else return instruction_set().f64;
+  }
+  static void settle(Layer& layer, int turn) {
+    layer.r.h_0 = layer.h[turn];
+    layer.call.y = layer.r.h_n = layer.h[1 - turn];
+    layer.call.input = layer.in;
+    layer.call.recurrence = &layer.r;
+  }
+
+  std::vector<Layer> layers_;
+  std::vector<PyObject*> kept_;
+  PyObject* outputs_[2];
+  int turn_ = 0;
+};
+
+void delete_stream(PyObject* capsule) {
+  delete static_cast<StreamBase*>(PyCapsule_GetPointer(capsule, "fastseq.stream"));
+}
+
+PyObject* stream(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  try {
+    if (count != Stream<float>::COUNT) {
+      PyErr_SetString(PyExc_TypeError, "stream: wrong number of arguments");
+      return nullptr;
+    }
+    const DLTensor h = view(a[Stream<float>::H_]);
+    StreamBase* made = h.dtype.bits == 32 ? static_cast<StreamBase*>(new Stream<float>(a))
+                                          : new Stream<double>(a);
+    PyObject* capsule = PyCapsule_New(made, "fastseq.stream", delete_stream);
+    if (!capsule) delete made;
+    return capsule;
+  } catch (const Declined&) {
+    Py_RETURN_NONE;
+  } catch (const PythonError&) {
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
+
+// (stream, x, threads) -> y, or None where x is not laid out as it must be
+PyObject* stream_step(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  try {
+    if (count != 3) throw Declined();
+    auto* stream = static_cast<StreamBase*>(PyCapsule_GetPointer(a[0], "fastseq.stream"));
+    if (!stream) return nullptr;
+    if (!PyObject_IsInstance(a[1], tensor_type)) throw Declined();
+    return stream->step(a[1], static_cast<int>(integer(a[2])));
+  } catch (const Declined&) {
+    Py_RETURN_NONE;
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+}
+
+// (the capsule of torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
+PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "expected a capsule and two types");
+    return nullptr;
+  }
+  PyObject* capsule = a[0];
+  Py_INCREF(a[1]), Py_INCREF(a[2]);
+  tensor_type = a[1], parameter_type = a[2];
   api = static_cast<const DLExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (!api) return nullptr;
   while (api && api->major > 1) api = api->previous;
@@ -507,15 +795,18 @@ PyCFunction fast(Function function) {
 }
 
 PyMethodDef methods[] = {
-    {"connect", connect, METH_O, nullptr},
+    {"connect", fast(connect), METH_FASTCALL, nullptr},
     {"use_pool", fast(use_pool), METH_FASTCALL, nullptr},
     {"instruction_sets", sets, METH_NOARGS, nullptr},
     {"use_instruction_set", use_set, METH_O, nullptr},
     {"vocabulary", fast(vocabulary), METH_FASTCALL, nullptr},
     {"plan", plan, METH_VARARGS, nullptr},
-    {"forward", fast(dispatch<forward<float>, forward<double>, COMMON + 2>), METH_FASTCALL, nullptr},
+    {"forward", fast(dispatch<forward<float>, forward<double>, COMMON + 3>), METH_FASTCALL, nullptr},
     {"backward", fast(dispatch<backward<float>, backward<double>, COMMON + 8>), METH_FASTCALL,
      nullptr},
+    {"layers", fast(dispatch<layers<float>, layers<double>, L_COUNT>), METH_FASTCALL, nullptr},
+    {"stream", fast(stream), METH_FASTCALL, nullptr},
+    {"stream_step", fast(stream_step), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,7 +1,7 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
 from .backends.choice import backends
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain, replace, restore
+from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain, replace, restore, streaming
 from .ops.functional import gru, lstm, rnn
 
 __version__ = "0.1.0"
@@ -20,4 +20,5 @@ __all__ = [
     "replace",
     "restore",
     "rnn",
+    "streaming",
 ]

@@ -11,7 +11,7 @@ from fastseq.backends.contract import Weights
 from fastseq.cells import CELLS
 from fastseq.ops.stack import Stack, problem, run
 
-NAMED = ("eager", "torch", "numba", "reference")
+NAMED = ("eager", "torch", "native", "numba", "reference")
 CHOICES = (*NAMED, None)
 
 full = pytest.mark.full
@@ -38,6 +38,7 @@ DECLINES = {
         "dual",
         "projection to H",
     },
+    "native": {"dual"},
     "numba": {"dual"},
     "reference": {"transform", "dual"},
     None: set(),

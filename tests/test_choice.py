@@ -10,8 +10,22 @@ from fastseq.backends.contract import Problem
 PLAIN = Problem("gru", torch.float32, "cpu", T=100, B=4, I=16, H=64, P=64)
 
 
-def first(**changes) -> str:
-    return choice.preferred(PLAIN._replace(**changes))[0]
+def first(native=False, **changes) -> str:
+    return choice.preferred(PLAIN._replace(**changes), native)[0]
+
+
+def test_the_rule_with_native_kernels():
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        for T in (1, 6, 100):
+            assert first(native=True, cell=cell, T=T) == "native"
+            assert first(native=True, cell=cell, T=T, H=1024, P=1024, threads=2) == "native"
+    assert first(native=True, training=True, T=1) == "torch"
+    assert first(native=True, training=True, T=2) == "native"
+    assert first(native=True, cell="rnn_tanh", training=True, T=2) == "torch"
+    assert first(native=True, cell="rnn_tanh", training=True, T=3) == "native"
+    assert first(native=True, dtype=torch.bfloat16, B=64, H=512) == "torch"
+    assert first(native=True, dtype=torch.bfloat16) == "native"
+    assert first(native=True, device="cuda") == "torch"
 
 
 def test_the_rule_prefers_kernels_where_they_were_measured_to_be_faster():
@@ -45,6 +59,7 @@ def test_the_rule_off_the_cpu_and_under_tracers():
     assert first(device="cuda") == "torch"
     assert first(device="mps") == "torch"
     assert first(mode="trace") == "torch"
+    assert first(mode="transform", native=True) == "native"
     assert first(mode="transform") == "numba"
     assert first(mode="transform", T=4) == "eager"
     assert first(mode="transform", device="cuda") == "eager"
@@ -62,7 +77,7 @@ def test_left_to_us_something_always_runs(cell, device, mode):
 
 
 def test_a_name_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"backend: expected one of torch, numba.*, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of torch, native, numba.*, got 'cudnn'"):
         fastseq.GRU(3, 4, backend="cudnn")(torch.randn(2, 1, 3))
     with pytest.raises(TypeError, match="backend: expected None, a name, or a tuple"):
         fastseq.GRU(3, 4, backend=7)(torch.randn(2, 1, 3))
@@ -83,7 +98,7 @@ def test_a_backend_that_is_not_available(monkeypatch):
     gone = "No module named 'numba'; pip install numba"
 
     def fake(name):
-        return gone if name == "numba" else load(name)
+        return gone if name in ("numba", "native") else load(name)
 
     monkeypatch.setattr(choice, "load", fake)
     choice.judge.cache_clear()
@@ -108,11 +123,12 @@ def test_explain(capsys):
     with torch.no_grad():
         chosen = fastseq.explain(m, torch.randn(3, 50, 8), reset=torch.zeros(3, 50).bool())
     printed = capsys.readouterr().out
-    assert chosen == "numba"
+    kernels = "numba" if isinstance(load("native"), str) else "native"
+    assert chosen == kernels
     assert "LSTM T=50 B=3 I=8 H=16" in printed
     assert "inference" in printed
     assert "torch      declines: torch cannot reset" in printed
-    assert "numba      runs" in printed
+    assert f"{kernels:<10} runs" in printed
 
 
 def test_explain_names_the_backend_that_runs():
@@ -122,7 +138,7 @@ def test_explain_names_the_backend_that_runs():
             name = fastseq.explain(cell, x)
             y, _ = cell(x)
             assert ("Recurrence" in y.grad_fn.name() or "Clone" in y.grad_fn.name()) == (
-                name == "numba" or (name == "torch" and isinstance(cell, fastseq.LSTM) and T > 1)
+                name in ("native", "numba") or (name == "torch" and isinstance(cell, fastseq.LSTM) and T > 1)
             )
     assert fastseq.explain(fastseq.GRUCell(8, 16), torch.randn(2, 8)) == "torch"
 

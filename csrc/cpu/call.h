@@ -33,6 +33,7 @@ struct Recurrence {
   const T* c_0;          // (B, H), null: zeros
   const uint8_t* reset;  // (N), null: nowhere
   const T* h_mask;       // (B, P), null: none
+  const T* packed;       // the weights as `pack` left them, null: pack them in the call
   T* h_n;                // (B, P), output
   T* c_n;                // (B, H), output; carries c
   T* gates;              // (N, G*H), output if not null: what backward wants
@@ -109,7 +110,7 @@ struct ForwardCall {
   Recurrence<T>* recurrence;  // R of them
   T* y;                       // (N, R*P), output
   T* c_all;                   // (N, R*H), output if not null
-  bool pack;                  // false: the weights are read as they are (few steps)
+  bool pack;                  // false: so few rows that the weights are read as they are
   int threads;
   char* scratch;              // scratch_each bytes for each thread
   size_t scratch_each, scratch_shared;
@@ -150,6 +151,8 @@ template <class T>
 struct Kernels {
   void (*forward_scratch)(const ForwardCall<T>&, int threads, size_t* each, size_t* shared);
   void (*forward)(const ForwardCall<T>&, int id, int count);
+  // Packs the weights of recurrence r for calls to come, into so many bytes; with null counts them.
+  size_t (*pack)(const ForwardCall<T>&, int r, void* out);
   void (*backward_scratch)(const BackwardCall<T>&, int threads, size_t* each, size_t* shared);
   void (*backward)(const BackwardCall<T>&, int id, int count);
   void (*vocabulary)(int name, const T* x, T* y, int64_t n);

@@ -93,6 +93,19 @@ void forward(const ForwardCall<T>& call, int id, int count) {
   });
 }
 
+template <class T>
+size_t pack(const ForwardCall<T>& call, int r, void* out) {
+  return with_cell(call.cell, [&](auto cell) {
+    using Cell = decltype(cell);
+    const Place place{r, 0, 0, 0, forward_panels<Cell>(call), 0, 1, nullptr, 0, 1};
+    Arena nothing(nullptr), arena(out);
+    ForwardShare<Cell, T> share(call, place, nothing);
+    share.take_packed(arena);
+    if (out) share.pack();
+    return arena.used();
+  });
+}
+
 // ------------------------------------------------------- the large products, after the walk back
 
 struct Range {
@@ -370,7 +383,7 @@ void vocabulary(int name, const T* x, T* y, int64_t n) {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {forward_scratch<T>, forward<T>, backward_scratch<T>, backward<T>, vocabulary<T>};
+  return {forward_scratch<T>, forward<T>, pack<T>, backward_scratch<T>, backward<T>, vocabulary<T>};
 }
 
 static bool runs_here() {

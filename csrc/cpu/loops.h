@@ -137,7 +137,8 @@ struct ForwardShare {
   const bool projected, two_phases = Cell::PHASES > 1;
   index chunk_rows;  // rows of the input product that are made at once
 
-  T *w_in, *w_hh[2], *w_hr, *bias_x, *bias_s, *x, *tiles, *zeros, *gates, *extra, *m, *masked;
+  T *w_in, *w_hh[2], *w_hr, *bias_x, *bias_s, *zeros;  // the packed weights
+  T *x, *tiles, *gates, *extra, *m, *masked;
   const T** x_row;
   const T** h_row;  // what the product multiplies
   const T** h_prev;
@@ -158,15 +159,14 @@ struct ForwardShare {
     chunk_rows = rows;
     if (chunk_rows < 24) chunk_rows = 24 / (rows > 0 ? rows : 1) * rows;
     if (chunk_rows > rows * in.steps) chunk_rows = rows * in.steps;
-    w_in = arena.take<T>(wx.size());
-    for (int k = 0; k < Cell::PHASES; ++k)
-      w_hh[k] = arena.take<T>(phase_panels<Cell, T>(k, H, P).size());
-    w_hr = arena.take<T>(projected ? projection_panels(P, H).size() : 0);
-    bias_x = arena.take<T>(width);
-    bias_s = arena.take<T>(width);
+    if (r.packed) {
+      Arena kept(const_cast<T*>(r.packed));
+      take_packed(kept);
+    } else {
+      take_packed(arena);
+    }
     x = arena.take<T>(chunk_rows * width);
     tiles = arena.take<T>(tile_size<T>());
-    zeros = arena.take<T>(H > P ? H : P);
     gates = arena.take<T>(two_phases ? rows * Cell::G * H : 0);
     extra = arena.take<T>(two_phases ? rows * H : 0);
     m = arena.take<T>(projected ? rows * H : 0);
@@ -176,28 +176,48 @@ struct ForwardShare {
     h_prev = arena.take<const T*>(rows);
   }
 
+  void take_packed(Arena& arena) {
+    const index width = wx.total_blocks() * Cell::G * L;
+    w_in = arena.take<T>(call.pack ? wx.size() : 0);
+    for (int k = 0; k < Cell::PHASES; ++k)
+      w_hh[k] = arena.take<T>(call.pack ? phase_panels<Cell, T>(k, H, P).size() : 0);
+    w_hr = arena.take<T>(projected && call.pack ? projection_panels(P, H).size() : 0);
+    bias_x = arena.take<T>(width);
+    bias_s = arena.take<T>(width);
+    zeros = arena.take<T>(H > P ? H : P);
+  }
+
   void pack() {
     const Weights<T>& w = r.weights;
-    pack_transposed(wx, w.w_ih, in.I, place.p0, place.p1, w_in);
-    for (int k = 0; k < Cell::PHASES; ++k)
-      if (Cell::FIRST[k + 1] > Cell::FIRST[k])
-        pack_transposed(phase_panels<Cell, T>(k, H, P), w.w_hh + Cell::FIRST[k] * H * P, P,
-                        place.p0, place.p1, w_hh[k]);
-    if (projected) {
-      const Panels<T> panels = projection_panels(P, H);
-      pack_transposed(panels, w.w_hr, H, 0, panels.count(), w_hr);
+    if (call.pack) {
+      pack_transposed(wx, w.w_ih, in.I, place.p0, place.p1, w_in);
+      for (int k = 0; k < Cell::PHASES; ++k)
+        if (Cell::FIRST[k + 1] > Cell::FIRST[k])
+          pack_transposed(phase_panels<Cell, T>(k, H, P), w.w_hh + Cell::FIRST[k] * H * P, P,
+                          place.p0, place.p1, w_hh[k]);
+      if (projected) {
+        const Panels<T> panels = projection_panels(P, H);
+        pack_transposed(panels, w.w_hr, H, 0, panels.count(), w_hr);
+      }
     }
     // b_hh of the gates that take x and s apart belongs to s, all other biases to x
     constexpr int TOGETHER = Cell::G - Cell::APART;
-    pack_bias(wx, w.b_ih, Cell::FIRST[Cell::PHASES] ? w.b_hh : nullptr, bias_x);
-    if (Cell::APART && w.b_hh) {
-      const index vectors = wx.total_blocks() * Cell::G;
-      pack_bias(wx, w.b_ih, static_cast<const T*>(nullptr), bias_s);  // b_ih alone, for a moment
-      for (index v = 0; v < vectors; ++v)
-        if (v % Cell::G >= TOGETHER) std::memcpy(bias_x + v * L, bias_s + v * L, L * sizeof(T));
-      pack_bias(wx, static_cast<const T*>(nullptr), w.b_hh, bias_s);
-      for (index v = 0; v < vectors; ++v)
-        if (v % Cell::G < TOGETHER) std::memset(bias_s + v * L, 0, L * sizeof(T));
+    const T *none = nullptr, *b_hh = Cell::FIRST[Cell::PHASES] ? w.b_hh : nullptr;
+    if (Cell::APART && b_hh) {
+      pack_bias(wx, none, b_hh, TOGETHER, Cell::G, bias_s);
+      pack_bias(wx, w.b_ih, b_hh, 0, TOGETHER, bias_x);
+      if (w.b_ih) {
+        const index vectors = wx.total_blocks() * Cell::G;
+        for (index v = 0; v < vectors; ++v) {
+          const int g = static_cast<int>(v % Cell::G);
+          const index unit = v / Cell::G * L, rest = H - unit;
+          const T* from = w.b_ih + g * H + unit;
+          if (g >= TOGETHER)
+            store(bias_x + v * L, rest >= L ? load(from) : load_part(from, int(rest)));
+        }
+      }
+    } else {
+      pack_bias(wx, w.b_ih, b_hh, 0, Cell::G, bias_x);
     }
     std::memset(zeros, 0, (H > P ? H : P) * sizeof(T));
   }
@@ -219,8 +239,11 @@ struct ForwardShare {
       T* out = const_cast<T*>(x_panel(p, n));
       for (index i = 0; i < n;) {
         const int R = rows_of_tile(n - i, tallest(W));
-        run_tile(R, W, x_row + i, w_in + wx.offset(p), in.I, bias_x + wx.vector(p) * L,
-                 out + i * W * L);
+        const T* bias = bias_x + wx.vector(p) * L;
+        if (call.pack)
+          run_tile(R, W, x_row + i, w_in + wx.offset(p), in.I, bias, out + i * W * L);
+        else
+          dot_panel(wx, p, R, x_row + i, r.weights.w_ih, bias, out + i * W * L);
         i += R;
       }
     }
@@ -287,7 +310,7 @@ struct ForwardShare {
       const T* w = w_hh[PHASE] + ws.offset(p);
       if constexpr (GATES > 0) {
         constexpr int FULL = GATES * (WIDEST / Cell::G);
-        if (alive == 1 && W == FULL) {
+        if (alive == 1 && W == FULL && call.pack) {
           const index whole = wx.total_blocks() / wx.blocks;  // panels with all their blocks
           const index end = place.p1 < whole ? place.p1 : whole;
           const int done = run_row<T, FULL>(end - p, operand[0], w, K, bias, s);
@@ -300,7 +323,10 @@ struct ForwardShare {
       const int most = GATES ? tallest(W) : TALLEST;
       for (index b = 0; b < alive;) {
         const int R = rows_of_tile(alive - b, most);
-        if (GATES) run_tile(R, W, operand + b, w, K, bias, s);
+        if (GATES && call.pack)
+          run_tile(R, W, operand + b, w, K, bias, s);
+        else if (GATES)
+          dot_panel(ws, p, R, operand + b, r.weights.w_hh + Cell::FIRST[PHASE] * H * K, bias, s);
         panel<PHASE>(t, b, R, p, x_tile + b * WX * L, s);
         b += R;
       }
@@ -343,7 +369,11 @@ struct ForwardShare {
       const int W = panels.vectors_of(p);
       for (index b = 0; b < alive;) {
         const int R = rows_of_tile(alive - b, tallest(W));
-        run_tile(R, W, h_row + b, w_hr + panels.offset(p), H, static_cast<const T*>(nullptr), tiles);
+        const T* no_bias = nullptr;
+        if (call.pack)
+          run_tile(R, W, h_row + b, w_hr + panels.offset(p), H, no_bias, tiles);
+        else
+          dot_panel(panels, p, R, h_row + b, r.weights.w_hr, no_bias, tiles);
         T* to[TALLEST];
         for (int i = 0; i < R; ++i)
           to[i] = call.y + ((base + b + i) * call.R + place.recurrence) * P + p * WIDEST * L;
@@ -361,9 +391,9 @@ struct ForwardShare {
   }
 
   void run() {
-    pack();
+    if (!r.packed) pack();
     const index u0 = first_unit(), units = last_unit() - u0;
-    if (Cell::HAS_C)
+    if (Cell::HAS_C && r.c_0 != r.c_n)
       for (index b = place.first; b < place.last; ++b)
         copy(r.c_0 ? r.c_0 + b * H + u0 : nullptr, units, r.c_n + b * H + u0);
     for (index s = 0; s < in.steps;) {
@@ -398,7 +428,7 @@ struct ForwardShare {
       const T* h = length > 0 ? call.y + ((in.base(t) + b) * call.R + place.recurrence) * P
                    : r.h_0    ? r.h_0 + b * P
                               : nullptr;
-      copy(h ? h + from : nullptr, size, r.h_n + b * P + from);
+      if (h != r.h_n + b * P) copy(h ? h + from : nullptr, size, r.h_n + b * P + from);
     }
   }
 };

@@ -179,6 +179,73 @@ void run_tile(int R, int W, const T* const* row, const T* w, index K, const T* b
   }
 }
 
+// The same numbers up to rounding, from weights as they are: column j is row j of w, `stride` apart.
+// Each output is lanes of chains over k, added up as a tree. For so few rows that packing the weights
+// would cost more than the product: every weight is read once for up to DOT_ROWS rows.
+constexpr int DOT_ROWS = 4;
+
+template <class T, int R>
+__attribute__((noinline)) void dot_block(const T* const* row, const T* w, index stride, index K,
+                                         int columns, const T* bias, T* out, index out_step) {
+  constexpr int L = LANES<T>;
+  constexpr int C = R == 1 ? 8 : REGISTERS == 32 ? 4 : 2;  // columns at once
+  Vec<T> square[R][L];
+  for (int first = 0; first < L; first += C) {
+    Vec<T> total[R][C] = {};
+    if (first < columns) {
+      const T* column[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c)  // behind the last column it is read again, and not used
+        column[c] = w + (first + c < columns ? first + c : columns - 1) * stride;
+      index k = 0;
+      for (; k + L <= K; k += L) {
+        Vec<T> a[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) a[r] = load(row[r] + k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+          const Vec<T> value = load(column[c] + k);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) total[r][c] = fma(a[r], value, total[r][c]);
+        }
+      }
+      if (k < K) {
+        const int n = static_cast<int>(K - k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+          const Vec<T> value = load_part(column[c] + k, n);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+            total[r][c] = fma(load_part(row[r] + k, n), value, total[r][c]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) square[r][first + c] = total[r][c];
+  }
+  for (int r = 0; r < R; ++r) {
+    transpose<T>(square[r]);
+#pragma GCC unroll 16
+    for (int width = L / 2; width > 0; width /= 2)
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) square[r][i] = square[r][i] + square[r][i + width];
+    store(out + r * out_step, bias ? square[r][0] + load(bias) : square[r][0]);
+  }
+}
+
+template <class T>
+void dot_rows(int R, const T* const* row, const T* w, index stride, index K, int columns,
+              const T* bias, T* out, index out_step) {
+  switch (R) {
+    case 1: return dot_block<T, 1>(row, w, stride, K, columns, bias, out, out_step);
+    case 2: return dot_block<T, 2>(row, w, stride, K, columns, bias, out, out_step);
+    case 3: return dot_block<T, 3>(row, w, stride, K, columns, bias, out, out_step);
+    case 4: return dot_block<T, 4>(row, w, stride, K, columns, bias, out, out_step);
+  }
+}
+
 // How the columns of a product are packed into panels. A column is a hidden unit of one of `gates`
 // gates; a panel holds `blocks` blocks of LANES units of all gates, in the order (block, gate).
 template <class T>
@@ -202,6 +269,23 @@ struct Panels {
   index offset(index p) const { return vector(p) * K * LANES<T>; }
   index size() const { return total_blocks() * gates * K * LANES<T>; }
 };
+
+// A tile of R rows by panel p, of weights that are not packed: gate g's unit u is row
+// (g * units + u) of w.
+template <class T>
+void dot_panel(const Panels<T>& panels, index p, int R, const T* const* row, const T* w,
+               const T* bias, T* out) {
+  constexpr int L = LANES<T>;
+  const int W = panels.vectors_of(p);
+  for (int v = 0; v < W; ++v) {
+    const index unit = (p * panels.blocks + v / panels.gates) * L;
+    const T* first = w + ((v % panels.gates) * panels.units + unit) * panels.K;
+    const int columns = panels.units - unit < L ? static_cast<int>(panels.units - unit) : L;
+    for (int r = 0; r < R; r += DOT_ROWS)
+      dot_rows(R - r < DOT_ROWS ? R - r : DOT_ROWS, row + r, first, panels.K, panels.K, columns,
+               bias ? bias + v * L : nullptr, out + (r * W + v) * L, index(W) * L);
+  }
+}
 
 // Packs columns that are rows of `w`: gate g's unit u is row (g * units + u), k runs along it.
 template <class T>
@@ -258,19 +342,24 @@ void pack_columns(const Panels<T>& panels, const T* w, index stride, index k0, i
   }
 }
 
-// A vector per unit of each gate, in the order of the panels' columns; zeros behind the end.
+// first + second, a vector per unit of each gate in the order of the panels' columns; a null counts
+// as zeros, and so does what is behind the end. Of `gates` from `from` on only; zeros elsewhere.
 template <class T>
-void pack_bias(const Panels<T>& panels, const T* first, const T* second, T* out) {
+void pack_bias(const Panels<T>& panels, const T* first, const T* second, int from, int to, T* out) {
   constexpr int L = LANES<T>;
   for (index p = 0; p < panels.count(); ++p)
-    for (int v = 0; v < panels.vectors_of(p); ++v)
-      for (int l = 0; l < L; ++l) {
-        const index unit = (p * panels.blocks + v / panels.gates) * L + l;
-        const index at = (v % panels.gates) * panels.units + unit;
-        T value = 0;
-        if (unit < panels.units) value = (first ? first[at] : 0) + (second ? second[at] : 0);
-        out[(panels.vector(p) + v) * L + l] = value;
+    for (int v = 0; v < panels.vectors_of(p); ++v) {
+      const int g = v % panels.gates;
+      const index unit = (p * panels.blocks + v / panels.gates) * L;
+      const index at = g * panels.units + unit;
+      const int n = panels.units - unit < L ? static_cast<int>(panels.units - unit) : L;
+      Vec<T> value{};
+      if (g >= from && g < to) {
+        if (first) value = n == L ? load(first + at) : load_part(first + at, n);
+        if (second) value = value + (n == L ? load(second + at) : load_part(second + at, n));
       }
+      store(out + (panels.vector(p) + v) * L, value);
+    }
 }
 
 // Room for the result of one tile.

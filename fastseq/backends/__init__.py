@@ -13,7 +13,12 @@ from types import ModuleType
 #: name -> (what it is, how to get what it needs)
 BACKENDS: dict[str, tuple[str, str]] = {
     "torch": ("torch's own: oneDNN, cuDNN, composite loops", "pip install torch"),
+    "native": (
+        "fused loops over time for CPU, in C++",
+        "install a C++ compiler, such as g++, and then fastseq again: pip install .",
+    ),
     "numba": ("fused loops over time for CPU, no compiler needed", "pip install numba"),
+    "triton": ("fused loops over time for GPUs", "pip install triton"),
     "eager": ("torch operations step by step, every device and transform", "pip install torch"),
     "reference": ("NumPy float64, the truth of the tests", "pip install numpy"),
 }

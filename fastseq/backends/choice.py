@@ -14,24 +14,38 @@ from .torch import uses_onednn
 Backend = str | tuple[str, ...] | None
 
 
-def preferred(problem: Problem) -> tuple[str, ...]:
+def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     """The order in which backends are tried when the caller leaves the choice to us.
 
+    native: whether the C++ kernels were built.
+
     Measured on two cores of an AMD EPYC (Zen 5, AVX-512) with torch 2.13, 2026-11-20, by
-    ``python -m bench.rule``; times of torch.nn over times of numba, forward / training:
+    ``python -m bench.rule``; times of torch.nn over ours, forward / training.
+
+    native:
+
+    - float32 and float64: 1.0 to 40 / 1.0 to 40, for all cells, T, B and H, on one thread and two;
+      below 1 only for the training of one or two steps of an RNN (0.7 to 0.9), and for that of one
+      step against torch's cell functions.
+    - 16-bit types compute in float32: LSTM in bfloat16, for which oneDNN has the processor's dot
+      product, 1.1 / 1.3 at B1 H64, 0.6 / 0.6 at B16 H256; GRU in bfloat16 13 / 14 at B1 H64, 1.2 /
+      1.5 at B16 H256, 0.7 / 0.7 at B64 H512. float16 8 to 11.
+
+    numba, where native was not built:
 
     - GRU and RNN: 1.3 to 16 / 1.9 to 18 from 12 steps on, for all B and H to 256 and 1024. A call
       costs numba 60 us more than torch, which 8 (RNN: 12) steps forward repay, or 5 in training.
     - LSTM, which torch runs on oneDNN, from 32 steps on: 1.0 to 6 / 1.0 to 3 up to H = 256, and
       0.6 to 1.0 / 0.9 to 1.4 above. oneDNN shares the hidden units of one sequence among threads:
       at B = 1 it is ahead from H = 256 on (0.7 / 0.7 to 1.0), but not on one thread.
-    - LSTM in bfloat16, for which oneDNN has the processor's dot product: 2.6 / 3.4 at B1 H64, 0.7 /
-      0.9 at B16 H256. GRU in bfloat16: 14 / 18 at B1 H64, 0.9 / 0.8 at B64 H512.
+    - LSTM in bfloat16: 2.6 / 3.4 at B1 H64, 0.7 / 0.9 at B16 H256. GRU in bfloat16: 14 / 18 at B1
+      H64, 0.9 / 0.8 at B64 H512.
     - Under torch.func, eager over numba at I32 H64, 10 members that share an input / 16 per-sample
       gradients: GRU 0.9 / 0.5 at T4, 1.5 / 0.8 at T8; RNN 1.0 / 0.5 at T8. GRU T100, 10 members of
       B1 / 32 per-sample gradients: 6.6 / 5. Our way there costs 0.4 ms a call.
     """
-    ours, theirs = ("numba", "torch", "eager"), ("torch", "numba", "eager")
+    kernels = ("native", "numba") if native else ("numba",)
+    ours, theirs = (*kernels, "torch", "eager"), ("torch", *kernels, "eager")
     if problem.mode == "trace":
         return ("torch", "eager")
     if problem.mode == "dual":
@@ -40,12 +54,15 @@ def preferred(problem: Problem) -> tuple[str, ...]:
     if problem.mode == "transform":
         repaid = 12 if problem.cell.startswith("rnn") else 8
         pays = problem.device == "cpu" and T is not None and T >= repaid
-        return ("numba", "eager") if pays else ("eager",)
+        return (*kernels, "eager") if pays else ("eager",)
     if problem.device != "cpu":
         return ("torch", "eager")
     if T is None or B is None or H is None:
         return ours
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
+    if native and not sixteen:
+        least = 3 if problem.cell.startswith("rnn") else 2
+        return theirs if problem.training and T < least else ours
     if uses_onednn(problem):
         if sixteen:
             return ours if B * H <= 256 and T >= 32 else theirs
@@ -57,6 +74,11 @@ def preferred(problem: Problem) -> tuple[str, ...]:
         return theirs
     repaid = 12 if problem.cell.startswith("rnn") else 5 if problem.training else 8
     return ours if T >= repaid else theirs
+
+
+def left_to_us(problem: Problem) -> tuple[str, ...]:
+    """:func:`preferred` on this machine."""
+    return preferred(problem, native=not isinstance(load("native"), str))
 
 
 class Verdict(NamedTuple):
@@ -85,13 +107,15 @@ def reason_against(name: str, problem: Problem) -> str | None:
     module = load(name)
     if isinstance(module, str):
         return f"not available: {module}"
+    if problem.zoneout and name != "eager":
+        return "its loop hands the states on by itself, and zoneout blends them; choose eager"
     return module.supports(problem)
 
 
 @lru_cache(maxsize=4096)
 def judge(problem: Problem, backend: Backend) -> Verdict:
     declined: dict[str, str] = {}
-    for name in preferred(problem) if backend is None else names(backend):
+    for name in left_to_us(problem) if backend is None else names(backend):
         reason = reason_against(name, problem)
         if reason is None:
             return Verdict(name, declined)

@@ -61,6 +61,7 @@ class Problem(NamedTuple):
     ragged: bool = False
     reset: bool = False
     h_mask: bool = False
+    zoneout: bool = False
     trajectory: bool = False
     memory: Memory = "full"
     training: bool = False
@@ -119,6 +120,8 @@ class Call:
     reverse: for each recurrence, whether time runs backwards.
     reset: (R, N') bool or None; where it holds, the states that enter the row are zeroed.
     h_mask: (R, B, P) or None; multiplies h_{t-1} before its product with w_hh.
+    deterministic: the bits of y, of the states and of their gradients and that of x depend on nothing
+        but a sequence and the weights: not on the batch around it, nor on the number of threads.
     """
 
     cell: str
@@ -130,6 +133,7 @@ class Call:
     reset: Tensor | None = None
     h_mask: Tensor | None = None
     memory: Memory = "full"
+    deterministic: bool = False
 
     @property
     def definition(self) -> Cell:

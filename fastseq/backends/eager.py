@@ -7,6 +7,7 @@ It is also how the raw backends get their second derivatives.
 from __future__ import annotations
 
 import builtins
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -50,8 +51,17 @@ def _bound(cell: Cell) -> list[Text]:
 TEXTS = {name: _bound(cell) for name, cell in CELLS.items()}
 
 
-def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
-    """One layer. 16-bit types compute gates and carry states other than h in float32."""
+Stay = Sequence[Sequence[Tensor | float]]
+
+
+def forward(
+    call: Call, save: bool = False, trajectory: bool = False, stay: Stay | None = None
+) -> Result:
+    """One layer. 16-bit types compute gates and carry states other than h in float32.
+
+    stay: zoneout, for each recurrence and state: (rows, size) bool, where it stays as it was before
+        the step; or the part of it that stays.
+    """
     x = call.x
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     states = call.states or call.zero_states()
@@ -68,7 +78,16 @@ def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
         mask = None if call.h_mask is None else call.h_mask[r]
         start = [s[r] if k == 0 else s[r].to(wide) for k, s in enumerate(states)]
         outputs, final, along = _recurrence(
-            call.definition, rows, sizes, start, weights, call.reverse[r], reset, mask, wide
+            call.definition,
+            rows,
+            sizes,
+            start,
+            weights,
+            call.reverse[r],
+            reset,
+            mask,
+            wide,
+            None if stay is None else stay[r],
         )
         ys.append(outputs)
         finals.append(final)
@@ -99,12 +118,16 @@ def _recurrence(
     reset: Tensor | None,
     h_mask: Tensor | None,
     wide: torch.dtype,
+    stay: Sequence[Tensor | float] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     H = weights.w_ih.shape[0] // cell.G
     products = [cell.product_rows(phase) for phase in cell.phases]
     gates = torch.nn.functional.linear(x, weights.w_ih, weights.b_ih)
     inputs = gates.to(wide).split(list(sizes))
     resets = None if reset is None else reset.split(sizes)
+    stays = None
+    if stay is not None:
+        stays = [s.split(sizes) if isinstance(s, Tensor) else [s] * len(sizes) for s in stay]
     outputs: list[Tensor] = []
     along: list[list[Tensor]] = []
 
@@ -141,7 +164,11 @@ def _recurrence(
         if weights.w_hr is not None:
             h = torch.nn.functional.linear(h, weights.w_hr)
         now["h"] = h
-        outputs.append(h)
+        if stays is not None:
+            before = (h_prev, *(now[f"{state}_prev"] for state in cell.states[1:]))
+            for state, old, part in zip(cell.states, before, stays, strict=True):
+                now[state] = _zoned(now[state], old, part[t])
+        outputs.append(now["h"])
         along.append([now[state] for state in cell.states[1:]])
         states = [
             now[state] if B_t == len(carried) else torch.cat([now[state], carried[B_t:]])
@@ -154,3 +181,8 @@ def _recurrence(
         outputs.reverse()
         along.reverse()
     return torch.cat(outputs), states, [torch.cat(s) for s in zip(*along, strict=True)]
+
+
+def _zoned(new: Tensor, old: Tensor, stay: Tensor | float) -> Tensor:
+    """Zoneout (Krueger et al. 2017): a unit's state, or in expectation a part of it, stays."""
+    return torch.where(stay, old, new) if isinstance(stay, Tensor) else new + stay * (old - new)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +31,14 @@ from .layout import reads_h, saved_layout, wide
 try:
     from .. import _cpu  # type: ignore[attr-defined]
 except ImportError as error:
-    raise ImportError(
-        f"fastseq was built without its C++ kernels ({error})"
-    ) from error
+    note = Path(__file__).parents[1] / "_cpu.txt"  # setup.py's
+    why = note.read_text().strip() if note.exists() else error
+    raise ImportError(f"fastseq was built without its C++ kernels: {why}") from error
 
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
+NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
 
 
 def _connect() -> str | None:
@@ -46,7 +47,7 @@ def _connect() -> str | None:
     if capsule is None:
         return "torch >= 2.10 is needed, whose tensors can be read through DLPack's C interface"
     try:
-        _cpu.connect(capsule)
+        _cpu.connect(capsule, Tensor, torch.nn.Parameter)
     except (ImportError, ValueError) as error:
         return str(error)
     _cpu.use_pool(*openmp.addresses())
@@ -67,7 +68,7 @@ def supports(problem: Problem) -> str | None:
         return f"native's kernels run on the CPU, not on {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"native's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
-    if problem.cell not in _NUMBER:
+    if problem.cell not in NUMBER:
         return f"native has no kernel of {problem.cell}"
     if problem.mode == "dual":
         return (
@@ -88,7 +89,7 @@ def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _arguments(call: Call) -> list[Any]:
     """What the extension's functions are all given, as it is."""
     return [
-        _NUMBER[call.cell],
+        NUMBER[call.cell],
         call.x,
         call.batch_sizes,
         tuple(call.states),
@@ -132,7 +133,7 @@ def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> list[Any]:
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
     dtype = call.x.dtype
     full = save and call.memory == "full"
-    out = _run(_cpu.forward, [*_arguments(call), full, trajectory], dtype)
+    out = _run(_cpu.forward, [*_arguments(call), full, trajectory, call.deterministic], dtype)
     n = len(call.definition.states)
     m = n - 1 if trajectory else 0
     result = Result(out[0], out[1 : 1 + n], out[1 + n : 1 + n + m], out[1 + n + m :])
@@ -151,7 +152,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     others = len(cell.states) - 1
     saved, y = list(result.saved), result.y
     if call.memory == "lean":
-        again = _run(_cpu.forward, [*_arguments(call), True, False], dtype)
+        again = _run(_cpu.forward, [*_arguments(call), True, False, call.deterministic], dtype)
         y, saved = again[0], again[1 + len(cell.states) :]
     c_all = None
     if others:
@@ -180,9 +181,18 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     return Gradients(dx, dstates if wanted.states else None, dweights)
 
 
+def stream(cell: str, *arguments: Any) -> Any:
+    """A handle for steps with packed weights: see :mod:`fastseq.nn.streaming`."""
+    return _cpu.stream(NUMBER[cell], *arguments)
+
+
+stream_step = _cpu.stream_step
+layers = _cpu.layers
+
+
 def instruction_sets() -> list[str]:
     """Those of the extension that this machine can run, the best first."""
     return _cpu.instruction_sets()
 
 
-assert set(_NUMBER) <= set(CELLS)
+assert set(NUMBER) <= set(CELLS)

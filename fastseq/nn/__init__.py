@@ -5,6 +5,7 @@ from .convert import Report, replace, restore, to_torch
 from .explain import explain
 from .layers import GRU, LSTM, RNN
 from .recurrent import Recurrent
+from .streaming import Streaming, streaming
 
 __all__ = [
     "GRU",
@@ -15,8 +16,10 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "Report",
+    "Streaming",
     "explain",
     "replace",
     "restore",
+    "streaming",
     "to_torch",
 ]

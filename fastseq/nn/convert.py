@@ -25,7 +25,7 @@ COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: GRUCell,
 }
 _NAMES = {theirs.__name__ for theirs in COUNTERPARTS}
-_OPTIONS = ("backend", "memory")
+_OPTIONS = ("backend", "memory", "_rates")
 
 
 @dataclass
@@ -172,6 +172,9 @@ def _counterpart(module: nn.Module) -> type[nn.Module] | str:
         if isinstance(module, ours):
             if type(module).forward is not ours.forward:
                 return f"{type(module).__qualname__} has a forward of its own"
+            if rates := getattr(module, "_rates", None):
+                masked = [name for name, rate in rates._asdict().items() if rate]
+                return f"torch.nn has no {', '.join(masked)}; set it to 0 first"
             return theirs
     return f"it has no {type(module).__name__}"
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import BACKENDS, choice
+from ..ops.padding import Jagged
 from ..ops.stack import Stack, problem
 from .cells import RecurrentCell
 from .recurrent import Recurrent
@@ -38,12 +39,14 @@ def explain(
     stack = _stack(module, input, lengths, reset, all_states)
     task = problem(stack)
     backend = stack.backend
+    if backend is None and isinstance(module, RecurrentCell):
+        backend = ("torch", *choice.left_to_us(task))  # ops.stack.step
     verdict = choice.judge(task, backend)
     size = f"T={task.T} B={task.B} I={task.I} H={task.H} layers={task.layers} directions={task.R}"
     purpose = "training" if task.training else "inference"
     print(f"{type(module).__name__} {size}, {task.dtype} on {task.device}, {purpose}")
-    tried = ", ".join(choice.preferred(task) if backend is None else choice.names(backend))
-    print(f"backend={backend!r}: tries {tried}")
+    tried = choice.left_to_us(task) if backend is None else choice.names(backend)
+    print(f"backend={stack.backend!r}: tries {', '.join(dict.fromkeys(tried))}")
     for name in BACKENDS:
         reason = choice.reason_against(name, task)
         if name == verdict.chosen:
@@ -73,10 +76,17 @@ def _stack(
         )
     if isinstance(input, PackedSequence):
         stack = module._stack(input.data, input.batch_sizes, [], all_states)
+    elif input.is_nested:
+        module._check_nested(input)
+        nested: Any = input  # offsets is no method of Tensor
+        values = nested.values()
+        jagged = Jagged(nested.offsets(), values.shape[0])
+        stack = module._stack(values, jagged.batch_sizes, [], all_states)
     else:
         x = input if input.dim() == 3 else input.unsqueeze(1)
         if module.batch_first and input.dim() == 3:
             x = x.transpose(0, 1)
         stack = module._stack(x, None, [], all_states)
     stack.lengths, stack.reset = lengths, reset
+    module._mask(stack, stack.batch, None, 0)  # a seed, so that none is drawn
     return stack

@@ -107,8 +107,11 @@ def check_steps(stack: Stack) -> None:
         )
 
 
-def check_states(stack: Stack, batched: bool = True) -> None:
-    """Given states have the right number, rank, size, dtype and device."""
+def check_states(stack: Stack, batched: bool = True, batch: int | None = None) -> None:
+    """Given states have the right number, rank, size, dtype and device.
+
+    batch: where some sequences of a packed input may be empty, so that its rows do not tell it.
+    """
     names = CELLS[stack.cell].states
     if not stack.states:
         return
@@ -116,7 +119,9 @@ def check_states(stack: Stack, batched: bool = True) -> None:
         raise ValueError(
             f"hx: expected {len(names)} states ({', '.join(names)}), got {len(stack.states)}"
         )
-    if stack.batch_sizes is None:
+    if batch is not None:
+        pass
+    elif stack.batch_sizes is None:
         batch = stack.x.shape[1]
     elif torch.compiler.is_compiling():
         batch = stack.batch  # what settle_batch found
@@ -187,6 +192,30 @@ def check_reset(
     if reset.device != device:
         raise RuntimeError(f"reset: expected it on the input's device {device}, got {reset.device}")
     return reset
+
+
+def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
+    """As an int64 tensor (B,)."""
+    if not isinstance(row_ids, Tensor):
+        row_ids = torch.as_tensor(row_ids, dtype=None if len(row_ids) else torch.int64)
+    if row_ids.is_floating_point() or row_ids.dtype in (torch.bool, torch.complex64):
+        raise TypeError(f"row_ids: expected integers, got {row_ids.dtype}")
+    if tuple(row_ids.shape) != (B,):
+        raise ValueError(f"row_ids: expected one a sequence, ({B},), got {tuple(row_ids.shape)}")
+    return row_ids.to(torch.int64)
+
+
+def check_seed(seed: Tensor | int) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dim() or seed.dtype is not torch.int64:
+            raise TypeError(
+                f"seed: expected an int or an int64 tensor of no dimension, got {seed.dim()}-D "
+                f"{seed.dtype}"
+            )
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or a tensor, got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected 64 bits, from -2**63 to 2**63 - 1, got {seed}")
 
 
 def check_mask(h_mask: Tensor | None, stack: Stack) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from ..cells import CELLS
 from . import library  # noqa: F401  (defines the operators)
 
 
@@ -54,7 +55,8 @@ def recurrence_backward_flops(
     wanted,
     **unused,
 ) -> int:
-    """Twice the forward's if all is wanted; 'lean' makes the gates' products once more."""
+    """Twice the forward's if all is wanted; 'lean' makes the gates' products once more, but for a
+    cell whose backward reads its output alone."""
     per = len(weights) // len(reverse)
     w_ih, w_hh, w_hr = (_multiplies(weights[k::per]) for k in (0, 1, 4))
     total = w_hh + w_hr  # through time, for any gradient
@@ -62,7 +64,8 @@ def recurrence_backward_flops(
         total += w_ih
     if wanted[2]:
         total += w_ih + w_hh + w_hr
-    if memory == "lean":
+    definition = CELLS[cell]
+    if memory == "lean" and (w_hr or definition.saved != definition.states[:1]):
         total += w_ih + w_hh
     return 2 * _rows(x, batch_sizes) * total
 

@@ -207,6 +207,11 @@ def _layer(
     packed = batch_sizes is not None
     if not isinstance(x, Tensor):
         raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            "input: expected a dense tensor or a PackedSequence, got a NestedTensor, which the "
+            "layers take; pass torch.nested.to_padded_tensor(input, 0.0) and lengths"
+        )
     if not packed and x.dim() not in (2, 3):
         raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {x.dim()}D instead")
     batched = packed or x.dim() == 3

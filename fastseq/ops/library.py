@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import load
 from ..backends.contract import (
@@ -41,6 +42,17 @@ def as_given() -> AbstractContextManager[Any]:
     if torch._C._is_any_autocast_enabled():
         return torch._C._DisableAutocast()
     return nullcontext()
+
+
+def refuse_tangents() -> None:
+    """Under forward-mode AD our own layers take the eager form. What calls the operator as it is,
+    as an exported program does, would get tangents of zero: a kernel does not see that there are
+    any."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "fastseq::recurrence: the operator has no forward-mode derivative; "
+            "call the layer itself, not a program that was exported from it"
+        )
 
 
 def named_range(cell: str, backend: str, way: str = "") -> AbstractContextManager[Any]:
@@ -100,6 +112,7 @@ def recurrence(
     save: bool,
     trajectory: bool,
 ) -> list[Tensor]:
+    refuse_tangents()
     call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
     with as_given(), named_range(cell, backend):
         result = load(backend).forward(call, save, trajectory)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Between padded sequences with their lengths, and packed rows."""
+"""Between padded sequences with their lengths, jagged ones, and packed rows."""
 
 from __future__ import annotations
 
@@ -50,16 +50,51 @@ class Padding:
         return index.to(tensor.device)
 
 
-def packed_places(batch_sizes: Tensor, rows: int, B: int) -> Tensor:
-    """Index into (T*B) of each packed row, for sequences that are sorted already.
+class Jagged(Padding):
+    """The way from a jagged tensor's rows, sequence behind sequence, to packed rows, and back.
 
-    Rows behind the last one get any index that there is. No shape depends on a value.
+    While a graph is traced nobody knows the longest sequence: there are as many steps as rows, of
+    which those behind its end hold no sequence.
+    """
+
+    def __init__(self, offsets: Tensor, rows: int) -> None:
+        traced = torch.compiler.is_compiling()
+        offsets = offsets if traced else offsets.cpu()
+        sorted_lengths, self.order = torch.sort(offsets.diff(), descending=True, stable=True)
+        self.restore = torch.argsort(self.order)
+        self.B = self.order.shape[0]
+        longest = rows if traced or self.B == 0 else int(sorted_lengths[0])
+        steps = torch.arange(max(longest, 1), device=offsets.device)
+        ended = torch.searchsorted(sorted_lengths.flip(0), steps, right=True)
+        self.batch_sizes = (self.B - ended).cpu()
+        step, sequence = packed_positions(self.batch_sizes, rows, self.B)
+        starts = offsets[:-1].index_select(0, self.order)
+        on = self._on(offsets, sequence)
+        self.rows = starts.index_select(0, on) + self._on(offsets, step)
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self._on(x, self.rows))
+
+    def unpack(self, y: Tensor) -> Tensor:
+        return torch.empty_like(y).index_copy(0, self._on(y, self.rows), y)
+
+
+def packed_positions(batch_sizes: Tensor, rows: int, B: int) -> tuple[Tensor, Tensor]:
+    """Step and sequence of each packed row, for sequences that are sorted already.
+
+    Rows behind the last one get any that there are. No shape depends on a value.
     """
     ends = batch_sizes.cumsum(0)
     row = torch.arange(rows)
     step = torch.searchsorted(ends, row, right=True).clamp(max=batch_sizes.shape[0] - 1)
     sequence = row - (ends - batch_sizes).index_select(0, step)
-    return step * B + sequence.clamp(max=B - 1)
+    return step, sequence.clamp(max=B - 1)
+
+
+def packed_places(batch_sizes: Tensor, rows: int, B: int) -> Tensor:
+    """Index into (T*B) of each packed row."""
+    step, sequence = packed_positions(batch_sizes, rows, B)
+    return step * B + sequence
 
 
 def spread_reset(reset: Tensor, batch_sizes: Tensor | None, directions: int, rows: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..backends import choice, eager
 from ..backends import torch as torch_backend
 from ..backends.contract import Memory, Mode, Problem, Weights
 from ..cells import CELLS
-from . import autograd
+from . import autograd, masks, onnx
 from .checks import autocasts
 from .library import make_call
 from .padding import Padding, spread_reset
@@ -32,6 +32,9 @@ class Stack:
     lengths: (B,) or None: x is padded, and so is y, with zeros.
     reset: (T, B) bool or None; where it holds a new sequence begins, in either direction.
     h_mask: (layers * D, B, P) or None; multiplies h_{t-1} before its product with w_hh.
+    input_masks: one a layer, (B, its input size), or None; multiplies its input at every step.
+    zoneout: which states stay as they were, or None.
+    first_layer: which layer of a deeper stack the first one is, for the masks of its zoneout.
     trajectory: whether the states other than h are returned at every step (of the last layer).
     """
 
@@ -46,6 +49,9 @@ class Stack:
     training: bool = False
     reset: Tensor | None = None
     h_mask: Tensor | None = None
+    input_masks: Sequence[Tensor] | None = None
+    zoneout: masks.Zoneout | None = None
+    first_layer: int = 0
     trajectory: bool = False
     memory: Memory = "full"
     backend: choice.Backend = None
@@ -86,7 +92,7 @@ class Stack:
 def mode() -> Mode:
     """What runs us: plain eager code, a tracer, a functional transform, or forward-mode AD."""
     if torch.compiler.is_compiling():
-        if not autograd.in_transform():
+        if not autograd.in_transform() and torch.autograd.forward_ad._current_level < 0:
             return "compile"
         # In the graph our operators, which have no derivative, would give zeros.
         torch._dynamo.graph_break(
@@ -132,6 +138,7 @@ def problem(stack: Stack) -> Problem:
         ragged=ragged,
         reset=stack.reset is not None,
         h_mask=stack.h_mask is not None,
+        zoneout=stack.zoneout is not None,
         trajectory=stack.trajectory,
         memory=stack.memory,
         training=stack.needs_grad(),
@@ -159,7 +166,7 @@ def settle_batch(stack: Stack, *known: Tensor | None) -> None:
         "packed input as their sum",
     )
     if not stack.states:
-        stack.states = _zeros(stack, batch)
+        stack.states = zero_states(stack, batch)
 
 
 def step(
@@ -180,6 +187,8 @@ def step(
 
 def run(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
     """y, final states (layers * D, B, ...), and the trajectory of the last layer."""
+    if stack.input_masks is not None:
+        return _run_masked(stack, stack.input_masks)
     if not autocasts(stack.x):
         return _run_as_given(stack)
     _autocast(stack)
@@ -188,7 +197,42 @@ def run(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
         return _run_as_given(stack)
 
 
+def _run_masked(
+    stack: Stack, input_masks: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], Trajectory]:
+    """Each layer as a stack of its own, on its masked input."""
+    D, x = stack.directions, stack.x
+    finals: list[list[Tensor]] = []
+    along: Trajectory = []
+    for layer, mask in enumerate(input_masks):
+        part = slice(layer * D, (layer + 1) * D)
+        if layer and stack.training and stack.dropout > 0:
+            x = torch.dropout(x, stack.dropout, True)
+        one = replace(
+            stack,
+            x=masks.mask_input(x, mask, stack.batch_sizes),
+            states=[s[part] for s in stack.states],
+            weights=stack.weights[part],
+            h_mask=None if stack.h_mask is None else stack.h_mask[part],
+            input_masks=None,
+            first_layer=layer,
+            trajectory=stack.trajectory and layer == stack.layers - 1,
+        )
+        x, last, along = run(one)
+        finals.append(last)
+    return x, [torch.cat(s) for s in zip(*finals, strict=True)], along
+
+
 def _run_as_given(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
+    if torch.compiler.is_exporting() and onnx.is_exporting():
+        reason = onnx.reason_against(stack)
+        if reason is None:
+            return onnx.run(stack)
+        if stack.backend != "eager":
+            raise NotImplementedError(
+                f"torch.onnx.export: {reason}. With backend='eager' the layer is exported step by "
+                "step, for one number of steps."
+            )
     task = problem(stack)
     if task.mode == "compile":
         name = choice.select_constant(stack.backend, *task)
@@ -200,9 +244,11 @@ def _run_as_given(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
         stack.batch_sizes = padding.batch_sizes
         stack.states = [padding.sort(s) for s in stack.states]
         if not stack.states:  # the longest sequence may not tell the batch: lengths may be zero
-            stack.states = _zeros(stack, padding.B)
+            stack.states = zero_states(stack, padding.B)
         if stack.h_mask is not None:
             stack.h_mask = padding.sort(stack.h_mask)
+        if stack.zoneout is not None:
+            stack.zoneout = stack.zoneout.sorted(padding.order)
         if stack.reset is not None:
             stack.reset = stack.reset.index_select(1, padding.order)
         y, states, along = _run(stack, task, name)
@@ -216,7 +262,7 @@ def _run_as_given(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
 
 def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
     if name == "torch" and torch_backend.stacks(task):
-        states = stack.states or _zeros(stack, stack.batch)
+        states = stack.states or zero_states(stack, stack.batch)
         flat = [w for ws in stack.weights for w in ws.flat() if w is not None]
         dropout = stack.dropout if stack.training else 0.0
         whole = torch_backend.step if torch_backend.single_step(task) else torch_backend.stack
@@ -240,6 +286,7 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
     reset = None
     if stack.reset is not None:
         reset = spread_reset(stack.reset, stack.batch_sizes, D, stack.x.shape[0])
+    sizes = [stack.P, *[stack.H] * (n - 1)]
     x = stack.x
     finals: list[list[Tensor]] = []
     along: Trajectory = []
@@ -248,6 +295,10 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
         if layer and stack.training and stack.dropout > 0:
             x = torch.dropout(x, stack.dropout, True)
         h_mask = None if stack.h_mask is None else stack.h_mask[part]
+        stay = None
+        if stack.zoneout is not None:
+            place = stack.first_layer + layer
+            stay = stack.zoneout.of_layer(place, D, x, stack.batch_sizes, sizes)
         outputs = _layer(
             stack,
             name,
@@ -257,6 +308,7 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
             stack.weights[part],
             reset,
             h_mask,
+            stay,
             stack.trajectory and layer == stack.layers - 1,
         )
         x = outputs[0]
@@ -276,7 +328,7 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
 
 
 def _layer(
-    stack, name, training, x, states, weights, reset, h_mask, trajectory
+    stack, name, training, x, states, weights, reset, h_mask, stay, trajectory
 ) -> Sequence[Tensor]:
     """y, final states and trajectory of one layer by a backend of our own."""
     reverse = (False, True)[: stack.directions]
@@ -287,7 +339,7 @@ def _layer(
             call = make_call(
                 stack.cell, x, stack.batch_sizes, states, flat, reverse, reset, h_mask, stack.memory
             )
-            result = eager.forward(call, trajectory=trajectory)
+            result = eager.forward(call, trajectory=trajectory, stay=stay)
             return (result.y, *result.states, *result.trajectory)
 
         if training and stack.memory == "lean":
@@ -305,7 +357,8 @@ def _layer(
     return autograd.recurrence(*arguments, save=False)
 
 
-def _zeros(stack: Stack, batch: int) -> list[Tensor]:
+def zero_states(stack: Stack, batch: int) -> list[Tensor]:
+    """The initial states where none were given, as the stack takes them."""
     others = len(CELLS[stack.cell].states) - 1
     count = stack.layers * stack.directions
     return [stack.x.new_zeros((count, batch, size)) for size in (stack.P, *[stack.H] * others)]
@@ -316,4 +369,6 @@ def _autocast(stack: Stack) -> None:
     dtype = torch.get_autocast_dtype(stack.x.device.type)
     stack.x = stack.x.to(dtype)
     stack.states = [s.to(dtype) for s in stack.states]
+    if stack.h_mask is not None:
+        stack.h_mask = stack.h_mask.to(dtype)
     stack.weights = [ws.map(lambda w: w.to(dtype)) for ws in stack.weights]
