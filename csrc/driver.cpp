@@ -2,7 +2,7 @@
 // thread, on three, and on three that turn out to be one. Buffers are of the exact size on the heap,
 // so that AddressSanitizer sees a step beyond them. What more threads give is compared with what one
 // gives: outputs and the gradients of inputs and states bit for bit, those of weights closely, since
-// they are added up in other pieces.
+// they are added up in other pieces; so are outputs where the weights are not packed.
 //
 //   driver base | avx2 | avx512
 //
@@ -32,6 +32,9 @@ FASTSEQ_ABSENT(avx512)
 using namespace fastseq;
 
 namespace {
+
+const Kernels<float>& kernels(float) { return instruction_set().f32; }
+const Kernels<double>& kernels(double) { return instruction_set().f64; }
 
 thread_local int own_id = 0, own_count = 1;
 
@@ -114,6 +117,9 @@ struct Random {
   }
 };
 
+// The weights are packed in the call, read as they are, or were packed before it.
+enum Weighing { PACKED, PLAIN, AHEAD };
+
 template <class T>
 struct Outputs {
   Array<T> y, h_n, c_n, c_all, dx, dh, dc;
@@ -170,7 +176,7 @@ struct Problem {
     return {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data(), w[5].data()};
   }
 
-  bool run(int threads, bool save, Outputs<T>* out) const {
+  bool run(int threads, bool save, Weighing how, Outputs<T>* out) const {
     const int64_t B = shape.B, H = shape.H, R = shape.R, G = form.gates;
     Input<T> in{};
     in.steps = shape.T, in.batch = B, in.rows = N, in.I = shape.I, in.H = H, in.P = P;
@@ -199,7 +205,14 @@ struct Problem {
     ForwardCall<T> forward{};
     forward.cell = cell, forward.R = shape.R, forward.input = in;
     forward.recurrence = recurrence.data(), forward.y = out->y.data();
-    forward.c_all = save ? out->c_all.data() : nullptr, forward.pack = true;
+    forward.c_all = save ? out->c_all.data() : nullptr, forward.pack = how != PLAIN;
+    if (how == AHEAD)
+      for (int r = 0; r < R; ++r) {
+        const auto pack = kernels(T()).pack;
+        kept.push_back(Array<T>((pack(forward, r, nullptr) + sizeof(T) - 1) / sizeof(T)));
+        pack(forward, r, kept.back().data());
+        recurrence[r].packed = kept.back().data();
+      }
     if (!fastseq::run(forward, threads)) return false;
     if (!save) return true;
 
@@ -237,33 +250,36 @@ void compare(const char* what, const Array<T>& a, const Array<T>& b, double allo
 template <class T>
 void check(Cell cell, const Shape& shape) {
   const Problem<T> problem(cell, shape);
-  Outputs<T> one, other, unsaved;
-  const auto differ = [&](const Outputs<T>& b, const char* how) {
+  const auto run = [&](int threads, bool save, Weighing how) {
+    Outputs<T> out;
+    if (!problem.run(threads, save, how, &out)) ++failures, std::printf("out of memory\n");
+    return out;
+  };
+  const auto same = [&](const Outputs<T>& a, const Outputs<T>& b, const char* what, double allowed) {
     const int before = failures;
-    compare("y", one.y, b.y, 0), compare("h_n", one.h_n, b.h_n, 0);
-    compare("c_n", one.c_n, b.c_n, 0);
-    if (b.dh.size() || !b.weights.empty()) {
-      compare("dx", one.dx, b.dx, 0), compare("dh_0", one.dh, b.dh, 0);
-      compare("dc_0", one.dc, b.dc, 0);
-      for (size_t k = 0; k < one.weights.size(); ++k)
-        compare("dw", one.weights[k], b.weights[k], sizeof(T) == 4 ? 1e-3 : 1e-10);
+    compare("y", a.y, b.y, allowed), compare("h_n", a.h_n, b.h_n, allowed);
+    compare("c_n", a.c_n, b.c_n, allowed);
+    if (!b.weights.empty()) {
+      compare("dx", a.dx, b.dx, allowed), compare("dh_0", a.dh, b.dh, allowed);
+      compare("dc_0", a.dc, b.dc, allowed);
+      for (size_t k = 0; k < a.weights.size(); ++k)
+        compare("dw", a.weights[k], b.weights[k], sizeof(T) == 4 ? 1e-3 : 1e-10);
     }
     if (failures > before)
-      std::printf("  %s, float%d, T=%d B=%d H=%d: %s against one thread\n", forms[cell].name,
-                  int(8 * sizeof(T)), int(shape.T), int(shape.B), int(shape.H), how);
+      std::printf("  %s, float%d, T=%d B=%d H=%d: %s\n", forms[cell].name, int(8 * sizeof(T)),
+                  int(shape.T), int(shape.B), int(shape.H), what);
   };
   pool.parallel = parallel;
-  bool done = problem.run(1, true, &one) && problem.run(3, false, &unsaved);
-  differ(unsaved, "three threads that save nothing");
-  done = problem.run(3, true, &other) && done;
-  differ(other, "three threads");
-  Outputs<T> two, single;
-  done = problem.run(2, true, &two) && done;
-  differ(two, "two threads");
+  const Outputs<T> one = run(1, true, PACKED), plain = run(1, false, PLAIN);
+  same(one, run(2, true, PACKED), "two threads", 0);
+  same(one, run(3, true, PACKED), "three threads", 0);
+  same(one, run(3, false, PACKED), "three threads that save nothing", 0);
+  same(one, run(1, false, AHEAD), "weights packed before", 0);
+  same(one, run(3, false, AHEAD), "weights packed before, three threads", 0);
+  same(one, plain, "weights not packed", sizeof(T) == 4 ? 1e-4 : 1e-11);
+  same(plain, run(3, true, PLAIN), "weights not packed, three threads", 0);
   pool.parallel = alone;
-  done = problem.run(3, true, &single) && done;
-  differ(single, "one thread instead of three");
-  if (!done) ++failures, std::printf("out of memory\n");
+  same(one, run(3, true, PACKED), "one thread where three were asked for", 0);
 }
 
 }  // namespace

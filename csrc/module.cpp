@@ -287,15 +287,18 @@ bool run_released(Call& call, int threads) {
 // Packing a weight costs about as much as its use for this many rows (H = 128 and 512, B = 1 and 4).
 bool worth_packing(int64_t rows) { return rows > 8; }
 
-// (..., save, trajectory, deterministic) -> [y, *states, *trajectory, *saved]
+// (..., save, trajectory, deterministic, y or None) -> [y, *states, *trajectory, *saved]; with y, what
+// was known before, only what is saved is made again: [*saved]
 template <class T>
 PyObject* forward(PyObject* const* a) {
   Common<T> c(a);
   const bool save = truth(a[COMMON]), trajectory = truth(a[COMMON + 1]);
   const bool deterministic = truth(a[COMMON + 2]);
+  const T* known = dense<T>(a[COMMON + 3]);
   const int R = c.R;
   const int64_t B = c.in.batch, H = c.in.H, P = c.in.P, G = c.shape.G;
-  New<T> y(c.with(R * P)), h_n({R, B, P}), c_n, c_all;
+  New<T> y, h_n({R, B, P}), c_n, c_all;
+  if (!known) y = New<T>(c.with(R * P));
   if (c.shape.has_c) c_n = New<T>({R, B, H});
   if (c.shape.has_c && (save || trajectory)) c_all = New<T>(c.with(R * H));
   std::vector<New<T>> saved;
@@ -317,17 +320,19 @@ PyObject* forward(PyObject* const* a) {
       at.m = saved.back().data();
     }
   }
-  zero_padding(y.data(), c.in.rows, c.capacity, R * P);
+  if (!known) zero_padding(y.data(), c.in.rows, c.capacity, R * P);
   if (c_all.data()) zero_padding(c_all.data(), c.in.rows, c.capacity, R * H);
   ForwardCall<T> call{};
   call.cell = c.cell, call.R = R, call.input = c.in, call.recurrence = c.recurrence.data();
-  call.y = y.data(), call.c_all = c_all.data();
-  call.pack = deterministic || worth_packing(c.in.rows);
+  call.y = y.data(), call.known = known, call.c_all = c_all.data();
+  call.pack = deterministic || known || worth_packing(c.in.rows);
   if (!run_released(call, c.threads)) return PyErr_NoMemory();
   List out;
-  out.add(y.give());
-  out.add(h_n.give());
-  if (c.shape.has_c) out.add(c_n.give());
+  if (!known) {
+    out.add(y.give());
+    out.add(h_n.give());
+    if (c.shape.has_c) out.add(c_n.give());
+  }
   if (trajectory && c.shape.has_c) out.add(c_all.give());
   for (New<T>& tensor : saved) out.add(tensor.give());
   if (save && !trajectory && c.shape.has_c) out.add(c_all.give());
@@ -801,7 +806,7 @@ PyMethodDef methods[] = {
     {"use_instruction_set", use_set, METH_O, nullptr},
     {"vocabulary", fast(vocabulary), METH_FASTCALL, nullptr},
     {"plan", plan, METH_VARARGS, nullptr},
-    {"forward", fast(dispatch<forward<float>, forward<double>, COMMON + 3>), METH_FASTCALL, nullptr},
+    {"forward", fast(dispatch<forward<float>, forward<double>, COMMON + 4>), METH_FASTCALL, nullptr},
     {"backward", fast(dispatch<backward<float>, backward<double>, COMMON + 8>), METH_FASTCALL,
      nullptr},
     {"layers", fast(dispatch<layers<float>, layers<double>, L_COUNT>), METH_FASTCALL, nullptr},

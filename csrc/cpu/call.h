@@ -109,6 +109,7 @@ struct ForwardCall {
   Input<T> input;
   Recurrence<T>* recurrence;  // R of them
   T* y;                       // (N, R*P), output
+  const T* known;             // y as it was, (N, R*P): the gates alone are made again; or null
   T* c_all;                   // (N, R*H), output if not null
   bool pack;                  // false: so few rows that the weights are read as they are
   int threads;

@@ -26,6 +26,23 @@ struct Place {
   int parts;
 };
 
+// Where the part-th of `parts` shares of the batch begins: all get about as many rows of the input.
+template <class T>
+index share_of_rows(const Input<T>& in, int part, int parts) {
+  if (!in.sizes || part == 0 || part == parts) return in.batch * part / parts;
+  index low = 0, high = in.batch;
+  while (low < high) {  // the first sequence before which there are rows enough
+    const index b = (low + high) / 2;
+    index before = 0;
+    for (index t = 0; t < in.steps; ++t) before += in.sizes[t] < b ? in.sizes[t] : b;
+    if (before * parts < in.rows * part)
+      low = b + 1;
+    else
+      high = b;
+  }
+  return low;
+}
+
 // The share of thread `id`, or the next one of a thread that has several; false when there is none.
 template <class CallT>
 FASTSEQ_INLINE bool place_of(const CallT& call, int id, int count, int turn, index panels,
@@ -45,8 +62,8 @@ FASTSEQ_INLINE bool place_of(const CallT& call, int id, int count, int turn, ind
   if (k >= plan.rows * plan.units) return false;
   const int part = k / plan.units, unit = k % plan.units;
   *place = {r,
-            in.batch * part / plan.rows,
-            in.batch * (part + 1) / plan.rows,
+            share_of_rows(in, part, plan.rows),
+            share_of_rows(in, part + 1, plan.rows),
             panels * unit / plan.units,
             panels * (unit + 1) / plan.units,
             unit,
@@ -138,7 +155,7 @@ struct ForwardShare {
   index chunk_rows;  // rows of the input product that are made at once
 
   T *w_in, *w_hh[2], *w_hr, *bias_x, *bias_s, *zeros;  // the packed weights
-  T *x, *tiles, *gates, *extra, *m, *masked;
+  T *x, *s, *tiles, *gates, *extra, *m, *masked;  // x, s: the products of a chunk
   const T** x_row;
   const T** h_row;  // what the product multiplies
   const T** h_prev;
@@ -157,7 +174,8 @@ struct ForwardShare {
         projected(r.weights.w_hr != nullptr) {
     const index width = wx.total_blocks() * Cell::G * L;
     chunk_rows = rows;
-    if (chunk_rows < 24) chunk_rows = 24 / (rows > 0 ? rows : 1) * rows;
+    const index least = call.known ? 96 : 24;
+    if (chunk_rows < least) chunk_rows = least / (rows > 0 ? rows : 1) * rows;
     if (chunk_rows > rows * in.steps) chunk_rows = rows * in.steps;
     if (r.packed) {
       Arena kept(const_cast<T*>(r.packed));
@@ -166,13 +184,14 @@ struct ForwardShare {
       take_packed(arena);
     }
     x = arena.take<T>(chunk_rows * width);
+    s = arena.take<T>(call.known ? chunk_rows * width : 0);
     tiles = arena.take<T>(tile_size<T>());
     gates = arena.take<T>(two_phases ? rows * Cell::G * H : 0);
     extra = arena.take<T>(two_phases ? rows * H : 0);
-    m = arena.take<T>(projected ? rows * H : 0);
-    masked = arena.take<T>(r.h_mask ? rows * P : 0);
+    m = arena.take<T>(projected || call.known ? rows * H : 0);
+    masked = arena.take<T>(r.h_mask ? (call.known ? chunk_rows : rows) * P : 0);
     x_row = arena.take<const T*>(chunk_rows);
-    h_row = arena.take<const T*>(rows);
+    h_row = arena.take<const T*>(call.known ? chunk_rows : rows);
     h_prev = arena.take<const T*>(rows);
   }
 
@@ -225,6 +244,54 @@ struct ForwardShare {
   const T* x_panel(index p, index n) const {
     return x + (wx.vector(p) - wx.vector(place.p0)) * n * L;
   }
+  const T* s_panel(const Panels<T>& ws, index p, index n) const {
+    return s + (ws.vector(p) - ws.vector(place.p0)) * n * L;
+  }
+
+  // Where h is known, the product with it is made as that with the input is: for a chunk of steps.
+  void recurrent_product(index step, index end, index n) {
+    const Panels<T> ws = phase_panels<Cell, T>(0, H, P);
+    index at = 0;
+    for (index k = step; k < end; ++k) at += previous(k, h_row + at, masked + at * P);
+    const bool apart = Cell::APART && r.weights.b_hh;
+    for (index p = place.p0; p < place.p1; ++p) {
+      const int W = ws.vectors_of(p);
+      T* out = const_cast<T*>(s_panel(ws, p, n));
+      for (index i = 0; i < n;) {
+        const int R = rows_of_tile(n - i, tallest(W));
+        run_tile(R, W, h_row + i, w_hh[0] + ws.offset(p), P,
+                 apart ? bias_s + wx.vector(p) * L : nullptr, out + i * W * L);
+        i += R;
+      }
+    }
+  }
+  bool product_is_known() const { return call.known && Cell::PHASES == 1 && Cell::FIRST[1] > 0; }
+
+  // Where the h_{t-1} of the rows of the s-th step stand, and what of them is multiplied: `masked`
+  // takes it where there is a mask. How many rows there are.
+  index previous(index s, const T** operand, T* masked) {
+    const index t = r.reverse ? in.steps - 1 - s : s;
+    const index before = r.reverse ? t + 1 : t - 1;
+    const index alive_all = in.alive(t), base = in.base(t);
+    const index alive = (alive_all < place.last ? alive_all : place.last) - place.first;
+    const index known = s > 0 ? in.alive(before) : 0, base_before = s > 0 ? in.base(before) : 0;
+    const T* y = call.known ? call.known : call.y;
+    for (index b = 0; b < alive; ++b) {
+      const index own = place.first + b;
+      const T* h = own < known ? y + ((base_before + own) * call.R + place.recurrence) * P
+                   : r.h_0     ? r.h_0 + own * P
+                               : zeros;
+      if (r.reset && r.reset[base + own]) h = zeros;
+      h_prev[b] = h;
+      operand[b] = h;
+      if (r.h_mask) {
+        T* product = masked + b * P;
+        for (index i = 0; i < P; ++i) product[i] = h[i] * r.h_mask[own * P + i];
+        operand[b] = product;
+      }
+    }
+    return alive > 0 ? alive : 0;
+  }
 
   // The input product of steps [step, end): x (panel, row, W, LANES), rows in the order walked.
   index input_product(index step, index end) {
@@ -274,9 +341,9 @@ struct ForwardShare {
       row.unit = r.weights.unit;
       row.gates = r.gates ? r.gates + n * Cell::G * H : two_phases ? gates + (b + i) * Cell::G * H : nullptr;
       row.extra = r.extra ? r.extra + n * H : two_phases ? extra + (b + i) * H : nullptr;
-      row.h = !projected ? call.y + (n * call.R + place.recurrence) * P
-              : r.m      ? r.m + n * H
-                         : m + (b + i) * H;
+      row.h = projected ? (r.m ? r.m + n * H : m + (b + i) * H)
+              : call.known ? m + (b + i) * H
+                           : call.y + (n * call.R + place.recurrence) * P;
       for (int j = 0; j < blocks; ++j) {
         const index u = (p * wx.blocks + j) * L;
         const T* x = x_tile + (i * blocks + j) * Cell::G * L;
@@ -287,6 +354,14 @@ struct ForwardShare {
           text<PHASE, false>(row, x, s, u, static_cast<int>(H - u));
       }
     }
+  }
+
+  template <int PHASE>
+  FASTSEQ_INLINE void panel_rows(index t, index alive, index p, const T* x_tile, const T* s_tile) {
+    constexpr int GATES = Cell::FIRST[PHASE + 1] - Cell::FIRST[PHASE];
+    const int blocks = wx.blocks_of(p);
+    for (index b = 0; b < alive; ++b)
+      panel<PHASE>(t, b, 1, p, x_tile + b * blocks * Cell::G * L, s_tile + b * blocks * GATES * L);
   }
 
   // x_at: the row of the chunk at which this step begins, of n.
@@ -302,20 +377,24 @@ struct ForwardShare {
         x_row[b] = r.extra ? r.extra + (in.base(t) + place.first + b) * H : extra + b * H;
       operand = x_row;
     }
-    T* s = tiles;
+    T* tile = tiles;
     for (index p = place.p0; p < place.p1; ++p) {
       const int W = ws.vectors_of(p), WX = wx.vectors_of(p);
       const T* x_tile = x_panel(p, n) + x_at * WX * L;
       const T* bias = apart ? bias_s + wx.vector(p) * L : nullptr;
       const T* w = w_hh[PHASE] + ws.offset(p);
+      if (product_is_known()) {
+        panel_rows<PHASE>(t, alive, p, x_tile, s_panel(ws, p, n) + x_at * W * L);
+        continue;
+      }
       if constexpr (GATES > 0) {
         constexpr int FULL = GATES * (WIDEST / Cell::G);
         if (alive == 1 && W == FULL && call.pack) {
           const index whole = wx.total_blocks() / wx.blocks;  // panels with all their blocks
           const index end = place.p1 < whole ? place.p1 : whole;
-          const int done = run_row<T, FULL>(end - p, operand[0], w, K, bias, s);
+          const int done = run_row<T, FULL>(end - p, operand[0], w, K, bias, tile);
           for (int i = 0; i < done; ++i)
-            panel<PHASE>(t, 0, 1, p + i, x_panel(p + i, n) + x_at * WX * L, s + i * FULL * L);
+            panel<PHASE>(t, 0, 1, p + i, x_panel(p + i, n) + x_at * WX * L, tile + i * FULL * L);
           p += done - 1;
           continue;
         }
@@ -324,10 +403,10 @@ struct ForwardShare {
       for (index b = 0; b < alive;) {
         const int R = rows_of_tile(alive - b, most);
         if (GATES && call.pack)
-          run_tile(R, W, operand + b, w, K, bias, s);
+          run_tile(R, W, operand + b, w, K, bias, tile);
         else if (GATES)
-          dot_panel(ws, p, R, operand + b, r.weights.w_hh + Cell::FIRST[PHASE] * H * K, bias, s);
-        panel<PHASE>(t, b, R, p, x_tile + b * WX * L, s);
+          dot_panel(ws, p, R, operand + b, r.weights.w_hh + Cell::FIRST[PHASE] * H * K, bias, tile);
+        panel<PHASE>(t, b, R, p, x_tile + b * WX * L, tile);
         b += R;
       }
     }
@@ -335,28 +414,11 @@ struct ForwardShare {
 
   void step(index s, index x_at, index n) {
     const index t = r.reverse ? in.steps - 1 - s : s;
-    const index before = r.reverse ? t + 1 : t - 1;
-    const index alive_all = in.alive(t), base = in.base(t);
-    const index alive = (alive_all < place.last ? alive_all : place.last) - place.first;
-    const index known = s > 0 ? in.alive(before) : 0, base_before = s > 0 ? in.base(before) : 0;
-    for (index b = 0; b < alive; ++b) {
-      const index own = place.first + b;
-      const T* h = own < known ? call.y + ((base_before + own) * call.R + place.recurrence) * P
-                   : r.h_0     ? r.h_0 + own * P
-                               : zeros;
-      if (r.reset && r.reset[base + own]) h = zeros;
-      h_prev[b] = h;
-      h_row[b] = h;
-      if (r.h_mask) {
-        T* product = masked + b * P;
-        for (index i = 0; i < P; ++i) product[i] = h[i] * r.h_mask[own * P + i];
-        h_row[b] = product;
-      }
-    }
+    const index alive = previous(s, h_row, masked);
     if (alive > 0) {
       phase<0>(t, alive, x_at, n);
       if constexpr (Cell::PHASES > 1) phase<1>(t, alive, x_at, n);
-      if (projected) project(t, alive);
+      if (projected && !call.known) project(t, alive);
     }
     if (place.count > 1) meet(place.slots, place.id, place.count);
   }
@@ -407,6 +469,7 @@ struct ForwardShare {
         ++end;
       }
       const index n = input_product(s, end);
+      if (product_is_known()) recurrent_product(s, end, n);
       index at = 0;
       for (; s < end; ++s) {
         const index t = r.reverse ? in.steps - 1 - s : s;
@@ -415,7 +478,7 @@ struct ForwardShare {
         if (alive > 0) at += alive;
       }
     }
-    finals(u0, units);
+    if (!call.known) finals(u0, units);
   }
 
   // h_n: the last step of each sequence, in the direction walked.

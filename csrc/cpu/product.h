@@ -188,7 +188,8 @@ template <class T, int R>
 __attribute__((noinline)) void dot_block(const T* const* row, const T* w, index stride, index K,
                                          int columns, const T* bias, T* out, index out_step) {
   constexpr int L = LANES<T>;
-  constexpr int C = R == 1 ? 8 : REGISTERS == 32 ? 4 : 2;  // columns at once
+  constexpr int MOST = R == 1 ? 8 : REGISTERS == 32 ? 4 : 2;
+  constexpr int C = MOST < L ? MOST : L;  // columns at once
   Vec<T> square[R][L];
   for (int first = 0; first < L; first += C) {
     Vec<T> total[R][C] = {};

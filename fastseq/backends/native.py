@@ -133,7 +133,7 @@ def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> list[Any]:
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
     dtype = call.x.dtype
     full = save and call.memory == "full"
-    out = _run(_cpu.forward, [*_arguments(call), full, trajectory, call.deterministic], dtype)
+    out = _run(_cpu.forward, [*_arguments(call), full, trajectory, call.deterministic, None], dtype)
     n = len(call.definition.states)
     m = n - 1 if trajectory else 0
     result = Result(out[0], out[1 : 1 + n], out[1 + n : 1 + n + m], out[1 + n + m :])
@@ -152,8 +152,8 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     others = len(cell.states) - 1
     saved, y = list(result.saved), result.y
     if call.memory == "lean":
-        again = _run(_cpu.forward, [*_arguments(call), True, False, call.deterministic], dtype)
-        y, saved = again[0], again[1 + len(cell.states) :]
+        arguments = [*_arguments(call), True, False, call.deterministic, y]
+        saved = _run(_cpu.forward, arguments, dtype)
     c_all = None
     if others:
         has_own = call.memory == "lean" or not result.trajectory or dtype is not wide(dtype)
