@@ -270,7 +270,7 @@ void check(Cell cell, const Shape& shape) {
                   int(shape.T), int(shape.B), int(shape.H), what);
   };
   pool.parallel = parallel;
-  const Outputs<T> one = run(1, true, PACKED), plain = run(1, false, PLAIN);
+  const Outputs<T> one = run(1, true, PACKED), plain = run(1, true, PLAIN);
   same(one, run(2, true, PACKED), "two threads", 0);
   same(one, run(3, true, PACKED), "three threads", 0);
   same(one, run(3, false, PACKED), "three threads that save nothing", 0);

@@ -1,5 +1,6 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
+from . import compat
 from .backends.choice import backends
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain, replace, restore, streaming
 from .ops.functional import gru, lstm, rnn
@@ -14,6 +15,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "backends",
+    "compat",
     "explain",
     "gru",
     "lstm",

@@ -77,7 +77,8 @@ def test_left_to_us_something_always_runs(cell, device, mode):
 
 
 def test_a_name_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"backend: expected one of torch, native, numba.*, got 'cudnn'"):
+    words = r"backend: expected one of torch, native, numba.*, got 'cudnn'"
+    with pytest.raises(ValueError, match=words):
         fastseq.GRU(3, 4, backend="cudnn")(torch.randn(2, 1, 3))
     with pytest.raises(TypeError, match="backend: expected None, a name, or a tuple"):
         fastseq.GRU(3, 4, backend=7)(torch.randn(2, 1, 3))
@@ -138,7 +139,8 @@ def test_explain_names_the_backend_that_runs():
             name = fastseq.explain(cell, x)
             y, _ = cell(x)
             assert ("Recurrence" in y.grad_fn.name() or "Clone" in y.grad_fn.name()) == (
-                name in ("native", "numba") or (name == "torch" and isinstance(cell, fastseq.LSTM) and T > 1)
+                name in ("native", "numba")
+                or (name == "torch" and isinstance(cell, fastseq.LSTM) and T > 1)
             )
     assert fastseq.explain(fastseq.GRUCell(8, 16), torch.randn(2, 8)) == "torch"
 

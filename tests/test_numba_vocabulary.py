@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
 numba = pytest.importorskip("numba")
 from fastseq.backends.numba_simd import JIT, simd  # noqa: E402
 
-F32, F64 = np.float32, np.float64
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,20 +43,8 @@ def apply(name: str, x: np.ndarray, lanes: int | None = None) -> np.ndarray:
     return out
 
 
-TRUTH = {
-    "exp": np.exp,
-    "tanh": np.tanh,
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "dsigmoid": lambda y: y * (1 - y),
-    "dtanh": lambda y: (1 - y) * (1 + y),
-    "relu": lambda x: np.maximum(x, 0),
-    "drelu": lambda y: (y > 0).astype(y.dtype),
-}
-
-# Greatest error in ULP of the result's type. float32 is tried on 2^21 random bit patterns of the
-# domain and on as many values spread evenly over its curved part, float64 on a quarter as many.
-# Below its domain sigmoid's result would be denormal (x < -87.3, -708.4): it may be 0, see
-# test_limits.
+# Greatest error in ULP of the result's type. Below its domain sigmoid's result would be denormal
+# (x < -87.3, -708.4): it may be 0, see test_limits.
 ERRORS = [
     ("exp", F32, (-np.inf, np.inf), (-104.0, 89.0), 1.3),
     ("sigmoid", F32, (-87.3, np.inf), (-87.3, 20.0), 2.6),
@@ -71,30 +59,6 @@ ERRORS = [
     ("dsigmoid", F64, (0.0, 1.0), (0.0, 1.0), 1.5),
     ("dtanh", F64, (-1.0, 1.0), (-1.0, 1.0), 1.6),
 ]
-
-
-def samples(dtype: type, domain: tuple[float, float], curved: tuple[float, float]) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    n = 2**21 if dtype is F32 else 2**19
-    word = np.uint32 if dtype is F32 else np.uint64
-    random = rng.integers(0, np.iinfo(word).max, n, word).view(dtype)
-    low, high = domain
-    random = random[(random >= low) & (random <= high)]
-    # Denormals, the least and the greatest values, and the ends of the domain.
-    tiny, most = np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max
-    edges = np.array([0.0, -0.0, tiny, -tiny, 9 * tiny, most, -most, low, high], dtype)
-    edges = edges[(edges >= low) & (edges <= high)]
-    return np.concatenate([random, rng.uniform(*curved, n).astype(dtype), edges])
-
-
-def ulp_error(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """|got - truth| in units of the last place of the truth rounded to got's type."""
-    rounded = truth.astype(got.dtype)
-    exact = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
-    finite = np.where(np.isfinite(rounded), rounded, np.finfo(got.dtype).max)
-    unit = np.spacing(np.abs(finite)).astype(truth.dtype)
-    error = np.abs(got.astype(truth.dtype) - truth) / unit
-    return np.where(exact, np.minimum(np.nan_to_num(error), 0.5), error)
 
 
 @pytest.mark.parametrize(("name", "dtype", "domain", "curved", "limit"), ERRORS)

@@ -4,7 +4,8 @@
 
 An active virtual environment is used (VIRTUAL_ENV, or a conda environment other than base), else
 .venv is made. A torch that is there is kept, else constraints.txt says which one is installed; then
-fastseq itself, editable, with its extras. A stamp in the environment remembers what was done.
+fastseq itself, editable, with its extras. A stamp in the environment remembers what was done. The
+C++ kernels are built where they are missing or older than their sources.
 ``--python`` prints the interpreter that is used and does nothing else.
 
 This file parses on every Python, so that one that is too old is told so.
@@ -19,6 +20,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EXTRAS = "test,bench,demo,dev"
 OLDEST = (3, 10)
 OLDEST_TORCH = (2, 10)
+LIBRARY = os.path.join(ROOT, "fastseq", "_cpu.abi3.so")
+NOTE = os.path.join(ROOT, "fastseq", "_cpu.txt")  # setup.py's: why there is no library
 NEEDED = ("torch", "numpy", "numba", "pytest", "pytest_benchmark", "xdist", "matplotlib", "tqdm")
 
 # Runs in the environment's own interpreter: version, prefix, whether it has pip, its torch, and
@@ -115,6 +118,30 @@ def run(command):
         stop("this command failed with status %d: %s" % (code, " ".join(command)))
 
 
+def sources():
+    """Of the C++ kernels, and how they are built."""
+    yield os.path.join(ROOT, "setup.py")
+    for folder, _, names in os.walk(os.path.join(ROOT, "csrc")):
+        for name in names:
+            yield os.path.join(folder, name)
+
+
+def build_kernels(python):
+    """Again where a source is newer. Where that cannot be, fastseq works without and says so."""
+    newest = max(os.path.getmtime(path) for path in sources())
+    if os.path.exists(LIBRARY) and os.path.getmtime(LIBRARY) >= newest:
+        return
+    say("building the C++ kernels, which takes up to a minute")
+    command = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+    with open(os.devnull, "w") as nowhere:
+        code = subprocess.call(command, cwd=ROOT, stdout=nowhere)
+    if code:
+        stop("this command failed with status %d: %s" % (code, " ".join(command)))
+    if os.path.exists(NOTE):
+        with open(NOTE) as file:
+            say("going on without the C++ kernels: " + file.read().strip())
+
+
 def wanted():
     """What the stamp holds when nothing is to be done."""
     digest = hashlib.sha256()
@@ -154,6 +181,7 @@ def main():
     if not missing and os.path.exists(stamp):
         with open(stamp) as file:
             if file.read() == stamp_text:
+                build_kernels(python)
                 return
     if not pip:
         run([python, "-m", "ensurepip", "--default-pip"])
@@ -165,8 +193,10 @@ def main():
         torch = probe(python)[3]
     keep = [] if torch == "unknown" else ["torch==" + torch]
     run(install + ["--no-build-isolation", "-e", "%s[%s]" % (ROOT, EXTRAS)] + keep)
+    build_kernels(python)
     with open(stamp, "w") as file:
         file.write(stamp_text)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -46,6 +46,8 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     """
     kernels = ("native", "numba") if native else ("numba",)
     ours, theirs = (*kernels, "torch", "eager"), ("torch", *kernels, "eager")
+    if problem.deterministic:
+        return ("native",)
     if problem.mode == "trace":
         return ("torch", "eager")
     if problem.mode == "dual":
@@ -109,6 +111,10 @@ def reason_against(name: str, problem: Problem) -> str | None:
         return f"not available: {module}"
     if problem.zoneout and name != "eager":
         return "its loop hands the states on by itself, and zoneout blends them; choose eager"
+    if problem.deterministic and name != "native":
+        return (
+            "its bits may depend on the batch or the threads; deterministic=True takes native alone"
+        )
     return module.supports(problem)
 
 
@@ -138,7 +144,8 @@ def select(problem: Problem, backend: Backend = None) -> str:
         if all(reason.startswith("not available") for reason in verdict.declined.values())
         else NotImplementedError
     )
-    raise error(f"backend={backend!r} cannot run this: {reasons}. backend=None always runs.")
+    always = "" if backend is None else " backend=None always runs."
+    raise error(f"backend={backend!r} cannot run this: {reasons}.{always}")
 
 
 def select_constant(backend: Backend, *problem: Any) -> str:

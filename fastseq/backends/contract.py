@@ -64,6 +64,7 @@ class Problem(NamedTuple):
     zoneout: bool = False
     trajectory: bool = False
     memory: Memory = "full"
+    deterministic: bool = False
     training: bool = False
     dropout: bool = False
     threads: int = 1
@@ -120,8 +121,8 @@ class Call:
     reverse: for each recurrence, whether time runs backwards.
     reset: (R, N') bool or None; where it holds, the states that enter the row are zeroed.
     h_mask: (R, B, P) or None; multiplies h_{t-1} before its product with w_hh.
-    deterministic: the bits of y, of the states and of their gradients and that of x depend on nothing
-        but a sequence and the weights: not on the batch around it, nor on the number of threads.
+    deterministic: the bits of y, of the states and of their gradients and that of x depend on
+        nothing but a sequence and the weights: not on the batch around it, nor on the threads.
     """
 
     cell: str

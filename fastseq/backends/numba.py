@@ -31,6 +31,8 @@ from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
 
+__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NO_ROWS = np.zeros(0, np.int64)
 

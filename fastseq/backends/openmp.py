@@ -1,4 +1,4 @@
-"""The OpenMP runtime that torch uses, so that our kernels run on its threads and not beside them."""
+"""The OpenMP runtime that torch uses, so that our kernels run on its threads."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: GRUCell,
 }
 _NAMES = {theirs.__name__ for theirs in COUNTERPARTS}
-_OPTIONS = ("backend", "memory", "_rates")
+_OPTIONS = ("backend", "memory", "deterministic", "_rates")
 
 
 @dataclass

@@ -26,7 +26,7 @@ def _load() -> None:
 
 
 def _is_plain() -> bool:
-    """Whether nothing but the kernels has to know of a call: no tracer, transform, mode or range."""
+    """Whether nobody but the kernels has to see a call: no tracer, transform, mode, profile."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_any_autocast_enabled()
@@ -46,7 +46,7 @@ def run(module: Any, input: Any, hx: Any) -> Any | None:
     number = _numbers.get(module.cell)  # type: ignore[union-attr]
     if number is None or module.backend not in (None, "native") or module._rates is not None:
         return None
-    if type(input) is not torch.Tensor:  # a NestedTensor would fail at its first stride
+    if type(input) is not torch.Tensor or input.is_neg():  # else its data are its numbers
         return None
     layers = module.num_layers
     if (layers > 1 and module.dropout and module.training) or not _is_plain():

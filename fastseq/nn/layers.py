@@ -16,8 +16,8 @@ class RNN(Recurrent, nn.RNNBase):
         h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
     Arguments, parameters, initial values, state_dict, shapes and errors are torch.nn.RNN's.
-    ``backend`` and ``memory`` are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so are
-    the keywords ``lengths`` and ``reset`` of a call.
+    The options from ``backend`` on are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so
+    are the keywords of a call.
     """
 
     def __init__(
@@ -35,6 +35,11 @@ class RNN(Recurrent, nn.RNNBase):
         *,
         backend: Backend = None,
         memory: Memory = "full",
+        deterministic: bool = False,
+        recurrent_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
         **unknown,
     ) -> None:
         _refuse_unknown("RNN", unknown)
@@ -56,7 +61,15 @@ class RNN(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._set_options(backend, memory)
+        self._set_options(
+            backend,
+            memory,
+            deterministic,
+            recurrent_dropout,
+            input_dropout,
+            weight_dropout,
+            zoneout,
+        )
 
     @property
     def cell(self) -> str:
@@ -75,9 +88,9 @@ class LSTM(Recurrent, nn.RNNBase):
         h_t &= o_t \odot \tanh(c_t)
 
     With ``proj_size`` the hidden state is :math:`W_{hr} h_t` (Sak et al. 2014). Arguments,
-    parameters, initial values, state_dict, shapes and errors are torch.nn.LSTM's. ``backend`` and
-    ``memory`` are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so are the keywords
-    ``lengths``, ``reset`` and ``all_states`` of a call.
+    parameters, initial values, state_dict, shapes and errors are torch.nn.LSTM's. The options from
+    ``backend`` on are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so are the keywords
+    of a call.
     """
 
     def __init__(
@@ -95,6 +108,11 @@ class LSTM(Recurrent, nn.RNNBase):
         *,
         backend: Backend = None,
         memory: Memory = "full",
+        deterministic: bool = False,
+        recurrent_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
     ) -> None:
         nn.RNNBase.__init__(
             self,
@@ -110,7 +128,15 @@ class LSTM(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._set_options(backend, memory)
+        self._set_options(
+            backend,
+            memory,
+            deterministic,
+            recurrent_dropout,
+            input_dropout,
+            weight_dropout,
+            zoneout,
+        )
 
     cell = "lstm"
 
@@ -125,8 +151,8 @@ class GRU(Recurrent, nn.RNNBase):
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
 
     Arguments, parameters, initial values, state_dict, shapes and errors are torch.nn.GRU's.
-    ``backend`` and ``memory`` are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so are
-    the keywords ``lengths`` and ``reset`` of a call.
+    The options from ``backend`` on are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so
+    are the keywords of a call.
     """
 
     def __init__(
@@ -143,6 +169,11 @@ class GRU(Recurrent, nn.RNNBase):
         *,
         backend: Backend = None,
         memory: Memory = "full",
+        deterministic: bool = False,
+        recurrent_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
         **unknown,
     ) -> None:
         _refuse_unknown("GRU", unknown)
@@ -159,7 +190,15 @@ class GRU(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._set_options(backend, memory)
+        self._set_options(
+            backend,
+            memory,
+            deterministic,
+            recurrent_dropout,
+            input_dropout,
+            weight_dropout,
+            zoneout,
+        )
 
     cell = "gru"
 

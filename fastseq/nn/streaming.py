@@ -143,7 +143,7 @@ class Streaming:
                 self._c.copy_(c)
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
-        """Begin new sequences: zero the state of ``rows``, indices or a boolean mask; of all if None."""
+        """Zero the state of ``rows``, indices or a boolean mask, or of all: new sequences begin."""
         where: Any = slice(None) if rows is None else torch.as_tensor(rows)
         with torch.no_grad():
             self._h[:, :, where] = 0

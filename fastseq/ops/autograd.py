@@ -26,6 +26,7 @@ class Layout(NamedTuple):
     backend: str
     reverse: tuple[bool, ...]
     memory: str
+    deterministic: bool
     trajectory: bool
     n_states: int  # how many of the tensors are initial states
     n_weights: int  # and how many are weights
@@ -71,10 +72,11 @@ def tracked(tensor: Tensor) -> bool:
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nobody but the kernels has to see a call: then the operator, 15 us, is left out.
 
-    No tracer, transform or mode is active, and no tensor stands for something else.
+    No tracer, profile, transform or mode is active, and no tensor stands for something else.
     """
     return not (
         torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     ) and _PLAIN.issuperset(map(type, tensors))
@@ -107,6 +109,7 @@ def operator(
         reset,
         h_mask,
         layout.memory,
+        layout.deterministic,
         layout.save,
         layout.trajectory,
     )
@@ -283,6 +286,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
                 reset,
                 h_mask,
                 layout.memory,
+                layout.deterministic,
                 outputs,
                 dy,
                 others[:n],

@@ -47,6 +47,7 @@ def recurrence_backward_flops(
     reset,
     h_mask,
     memory,
+    deterministic,
     outputs,
     dy,
     dstates,

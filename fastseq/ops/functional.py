@@ -32,6 +32,8 @@ _ARGUMENTS = """
             no gradient.
 {all_states}        memory: 'full' keeps the gates for backward; 'lean' keeps the output alone and
             computes them again.
+        deterministic: True takes the C++ kernels alone, whose bits depend neither on the batch
+            around a sequence nor on the number of threads.
         backend: None chooses; else a name of :func:`fastseq.backends`, or several in order.
 
     Returns:
@@ -63,6 +65,7 @@ def lstm(
     h_mask: Tensor | None = None,
     all_states: bool = False,
     memory: Memory = "full",
+    deterministic: bool = False,
     backend: Backend = None,
 ):
     r"""One long short-term memory layer, in one or two directions.
@@ -75,7 +78,8 @@ def lstm(
         c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
         h_t &= o_t \odot \tanh(c_t), \quad \text{or } W_{hr} (o_t \odot \tanh(c_t))
     """
-    return _layer("lstm", input, weights, hx, lengths, reset, h_mask, all_states, memory, backend)
+    options = (all_states, memory, deterministic, backend)
+    return _layer("lstm", input, weights, hx, lengths, reset, h_mask, *options)
 
 
 def gru(
@@ -87,6 +91,7 @@ def gru(
     reset: Tensor | None = None,
     h_mask: Tensor | None = None,
     memory: Memory = "full",
+    deterministic: bool = False,
     backend: Backend = None,
 ):
     r"""One gated recurrent unit layer, in one or two directions.
@@ -97,7 +102,8 @@ def gru(
         n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
     """
-    return _layer("gru", input, weights, hx, lengths, reset, h_mask, False, memory, backend)
+    options = (False, memory, deterministic, backend)
+    return _layer("gru", input, weights, hx, lengths, reset, h_mask, *options)
 
 
 def rnn(
@@ -110,6 +116,7 @@ def rnn(
     reset: Tensor | None = None,
     h_mask: Tensor | None = None,
     memory: Memory = "full",
+    deterministic: bool = False,
     backend: Backend = None,
 ):
     r"""One Elman layer, in one or two directions; ``nonlinearity`` is 'tanh' or 'relu'.
@@ -120,7 +127,8 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     cell = f"rnn_{nonlinearity}"
-    return _layer(cell, input, weights, hx, lengths, reset, h_mask, False, memory, backend)
+    options = (False, memory, deterministic, backend)
+    return _layer(cell, input, weights, hx, lengths, reset, h_mask, *options)
 
 
 _ALL_STATES = """        all_states: also return c at every step, as a third value shaped like the
@@ -194,6 +202,7 @@ def _layer(
     h_mask: Tensor | None,
     all_states: bool,
     memory: Memory,
+    deterministic: bool,
     backend: Backend,
 ):
     ways = layer_weights(cell, weights)
@@ -233,6 +242,7 @@ def _layer(
         directions=D,
         trajectory=all_states,
         memory=memory,
+        deterministic=deterministic,
         backend=backend,
     )
     check_layer(stack)

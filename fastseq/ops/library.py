@@ -26,7 +26,7 @@ from ..cells import CELLS
 
 _LAYER = (
     "str cell, str backend, Tensor x, Tensor? batch_sizes, Tensor[] states, Tensor?[] weights, "
-    "bool[] reverse, Tensor? reset, Tensor? h_mask, str memory"
+    "bool[] reverse, Tensor? reset, Tensor? h_mask, str memory, bool deterministic"
 )
 
 library = torch.library.Library("fastseq", "DEF")
@@ -72,6 +72,7 @@ def make_call(
     reset: Tensor | None,
     h_mask: Tensor | None,
     memory: str,
+    deterministic: bool = False,
 ) -> Call:
     return Call(
         cell,
@@ -83,6 +84,7 @@ def make_call(
         reset,
         h_mask,
         memory,  # type: ignore[arg-type]
+        deterministic,
     )
 
 
@@ -109,11 +111,14 @@ def recurrence(
     reset: Tensor | None,
     h_mask: Tensor | None,
     memory: str,
+    deterministic: bool,
     save: bool,
     trajectory: bool,
 ) -> list[Tensor]:
     refuse_tangents()
-    call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
+    call = make_call(
+        cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
+    )
     with as_given(), named_range(cell, backend):
         result = load(backend).forward(call, save, trajectory)  # type: ignore[union-attr]
     return [result.y, *result.states, *result.trajectory, *result.saved]
@@ -130,6 +135,7 @@ def recurrence_backward(
     reset: Tensor | None,
     h_mask: Tensor | None,
     memory: str,
+    deterministic: bool,
     outputs: Sequence[Tensor],
     dy: Tensor | None,
     dstates: Sequence[Tensor | None],
@@ -137,7 +143,9 @@ def recurrence_backward(
     trajectory: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
+    call = make_call(
+        cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
+    )
     with as_given(), named_range(cell, backend, " backward"):
         gradients = load(backend).backward(  # type: ignore[union-attr]
             call,
@@ -171,10 +179,13 @@ def recurrence_fake(
     reset,
     h_mask,
     memory,
+    deterministic,
     save,
     trajectory,
 ):
-    call = make_call(cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory)
+    call = make_call(
+        cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
+    )
     R, H, P = len(call.weights), call.H, call.P
     lead = tuple(x.shape[:-1])
     others = len(call.definition.states) - 1
@@ -202,6 +213,7 @@ def recurrence_backward_fake(
     reset,
     h_mask,
     memory,
+    deterministic,
     outputs,
     dy,
     dstates,

@@ -54,6 +54,7 @@ class Stack:
     first_layer: int = 0
     trajectory: bool = False
     memory: Memory = "full"
+    deterministic: bool = False
     backend: choice.Backend = None
 
     @property
@@ -141,6 +142,7 @@ def problem(stack: Stack) -> Problem:
         zoneout=stack.zoneout is not None,
         trajectory=stack.trajectory,
         memory=stack.memory,
+        deterministic=stack.deterministic,
         training=stack.needs_grad(),
         # spelled out: compared alone, Dynamo makes a symbol of it, which no choice can read
         dropout=True if stack.training and stack.dropout > 0 else False,
@@ -349,7 +351,14 @@ def _layer(
         return forward(x, states, flat)
 
     layout = autograd.Layout(
-        stack.cell, name, reverse, stack.memory, trajectory, len(states), len(flat)
+        stack.cell,
+        name,
+        reverse,
+        stack.memory,
+        stack.deterministic,
+        trajectory,
+        len(states),
+        len(flat),
     )
     arguments = (layout, x, stack.batch_sizes, reset, h_mask, *states, *flat)
     if training:

@@ -1,0 +1,550 @@
+"""Fused loops over time for GPUs, in Triton.
+
+One GEMM (torch's) makes the input product of all steps. Kernels of :mod:`.triton_kernels` then walk
+time and write the gates over it: in one launch where a recurrence's weights fit on the chip beside
+a tile of the batch, else in a launch for each step (:mod:`.triton_tiling`). Backward walks once
+more and leaves the gate gradients, from which large GEMMs make the gradients of x and of the
+weights.
+
+Numerics. float16 and bfloat16: y, the states at the ends, saved gates and gate gradients in that
+type; gate arithmetic, and the carried and saved states other than h, in float32. float32 obeys
+``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it. No atomics:
+two identical calls agree bit for bit.
+
+Memory. Training keeps, per row and recurrence, G*H gates (Elman's cells none), each further saved
+value and each state other than h; with ``memory="lean"`` y alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..cells import CELLS, Cell, arguments
+from .contract import Call, Gradients, OutputGradients, Problem, Result, Shape, Wanted, Weights
+from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel
+from .triton_tiling import LEAST, Device, Precision, Tiling, pointwise_tiling, tiling
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_TL = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def unavailable() -> str | None:
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return (
+        "torch sees no CUDA or ROCm device; TRITON_INTERPRET=1 runs the kernels in NumPy on the "
+        "CPU, for tests alone"
+    )
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.device == "cpu" and not INTERPRETED:
+        return (
+            "triton's kernels run on a GPU, not on cpu; TRITON_INTERPRET=1 in the environment runs "
+            "them there in NumPy, for tests alone"
+        )
+    if problem.device not in ("cpu", "cuda", "meta"):
+        return f"triton's kernels run on CUDA and ROCm devices, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"triton's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
+    if problem.mode == "dual":
+        return (
+            "triton's kernels have no forward-mode derivative, and run no transform that is "
+            "compiled; choose eager"
+        )
+    if problem.mode == "trace":
+        return "torch.jit.trace records no custom kernel; choose torch"
+    if problem.projected and any(
+        "h_prev" in arguments(phase.forward) for phase in CELLS[problem.cell].phases
+    ):
+        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
+    return None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of gate arithmetic."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _keeps_gates(cell: Cell, projected: bool) -> bool:
+    """Elman's cells need their output alone, and y holds it."""
+    return projected or cell.saved != cell.states[:1]
+
+
+def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
+    """Gates, extras and the unprojected h, all recurrences side by side in columns; then the other
+    states, unless the trajectory holds them in the same type."""
+    if call.memory == "lean":
+        return []
+    cell, dtype, width = call.definition, call.x.dtype, len(call.weights) * call.H
+    projected = call.weights[0].w_hr is not None
+    layout: list[tuple[Shape, torch.dtype]] = []
+    if _keeps_gates(cell, projected):
+        layout.append(((*rows, cell.G * width), dtype))
+    if cell.extras:
+        layout.append(((*rows, len(cell.extras) * width), dtype))
+    if projected:
+        layout.append(((*rows, width), dtype))
+    if not trajectory or dtype is not wide(dtype):
+        layout += [((*rows, width), wide(dtype))] * (len(cell.states) - 1)
+    return layout
+
+
+@lru_cache(maxsize=64)
+def _flags(reverse: tuple[bool, ...], device: torch.device) -> Tensor:
+    return torch.tensor(reverse, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _properties(device: torch.device) -> Device:
+    if device.type != "cuda":  # the interpreter: as the smallest
+        return Device(65536)
+    if torch.version.hip is not None:
+        return Device(65536, 64)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> Precision:
+    """How float32 products are made: as torch.nn's layers make them on a GPU.
+
+    "ieee" on tensor cores is three products of parts in TF32, right to 2^-22 of each product.
+    """
+    if dtype is not torch.float32:
+        return "ieee"
+    if torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return "tf32x3" if nvidia and torch.cuda.get_device_capability(device) >= (8, 0) else "ieee"
+
+
+@contextmanager
+def _products_as(precision: Precision, device: torch.device) -> Iterator[None]:
+    """torch's own products in the precision of the loop's, as in cuDNN.
+
+    The setting is the process's: products that another thread makes meanwhile follow it too.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if device.type != "cuda" or precision != "tf32" or before == "tf32":
+        yield
+        return
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class _Task:
+    """One call as the kernels take it."""
+
+    def __init__(self, call: Call, backward: bool) -> None:
+        self.call = call
+        self.cell: Cell = call.definition
+        self.dtype, self.device = call.x.dtype, call.x.device
+        self.wide = wide(self.dtype)
+        self.R, self.H, self.P, self.B = len(call.weights), call.H, call.P, call.B
+        self.projected = call.weights[0].w_hr is not None
+        self.capacity = call.x.shape[0] * (call.x.shape[1] if call.batch_sizes is None else 1)
+        self.lead = tuple(call.x.shape[:-1])
+        lengths = offsets = None
+        if call.batch_sizes is None:
+            self.T, B = call.x.shape[:2]
+            self.N = self.T * B
+            self.sizes = [B] * self.T
+        else:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "sequences of different lengths: batch_sizes lives on the CPU, so a CUDA graph "
+                    "cannot record the call; pad to one length, or call outside of the capture"
+                )
+            sizes = call.batch_sizes
+            self.T, self.N, self.sizes = len(sizes), int(sizes.sum()), sizes.tolist()
+            # sequence b is as long as there are steps with more than b sequences
+            counts = torch.searchsorted(-sizes, -torch.arange(self.B, device=sizes.device))
+            tables = torch.cat([sizes.cumsum(0) - sizes, counts]).to(self.device)
+            offsets, lengths = tables[: self.T], tables[self.T :]
+        self.x = call.x.reshape(self.capacity, call.x.shape[-1])[: self.N]
+        self.precision: Precision = _precision(self.dtype, self.device)
+        self.tiling: Tiling = tiling(
+            self.cell,
+            self.H,
+            self.P if self.projected else None,
+            self.dtype,
+            self.precision,
+            self.B,
+            _properties(self.device),
+            backward,
+        )
+        self.values: dict[str, Any] = {
+            "T": self.T,
+            "B": self.B,
+            "R": self.R,
+            "H": self.H,
+            "P": self.P,
+            "capacity": self.capacity,
+            "WIDE": _TL[self.wide],
+            "PRECISION": self.precision,
+            "SAVE": False,
+            **self.tiling.blocks(),
+            "reverse_ptr": _flags(tuple(call.reverse), self.device),
+            "lengths_ptr": lengths,
+            "offsets_ptr": offsets,
+            "h_mask_ptr": None if call.h_mask is None else call.h_mask.contiguous(),
+            "reset_ptr": None if call.reset is None else call.reset.contiguous().view(torch.uint8),
+            "w_hh_ptr": self.recurrent_weights(),
+            "w_hr_ptr": self.projection_weights(),
+            "b_hh_ptr": self.stacked([w.b_hh for w in call.weights]),
+            "unit_ptr": self.stacked(
+                [torch.stack(w.units) if w.units else None for w in call.weights]
+            ),
+        }
+        for k, state in enumerate(self.cell.states):
+            self.values[f"{state}_0_ptr"] = call.states[k].contiguous() if call.states else None
+
+    @staticmethod
+    def stacked(parts: list[Tensor | None]) -> Tensor | None:
+        """(R, ...); of one recurrence the tensor itself."""
+        if parts[0] is None:
+            return None
+        if len(parts) == 1:
+            return parts[0].contiguous()
+        return torch.stack(parts)  # type: ignore[arg-type]
+
+    def recurrent_weights(self) -> Tensor | None:
+        """(R, G_hh, H, P); for a walk (R, G_hh, BLOCK_H, BLOCK_P), with zeros around.
+
+        Masks, and loads of single elements where H is odd, took more registers than there are.
+        """
+        t, w_hh = self.tiling, self.stacked([w.w_hh for w in self.call.weights])
+        if w_hh is None or t.form == "step":
+            return w_hh
+        w_hh = w_hh.view(self.R, -1, self.H, self.P)
+        return pad(w_hh, (0, t.block_p - self.P, 0, t.block_h - self.H))
+
+    def projection_weights(self) -> Tensor | None:
+        """(R, P, H); for a walk (R, BLOCK_P, BLOCK_H)."""
+        t, w_hr = self.tiling, self.stacked([w.w_hr for w in self.call.weights])
+        if w_hr is None or t.form == "step":
+            return w_hr
+        w_hr = w_hr.view(self.R, self.P, self.H)
+        return pad(w_hr, (0, t.block_h - self.H, 0, t.block_p - self.P))
+
+    def rows(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer with a row of ``width`` for each of the input."""
+        return torch.empty((*self.lead, width), dtype=dtype or self.dtype, device=self.device)
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """The same tensor; its rows of padding are zero from now on."""
+        if self.capacity > self.N:
+            tensor.view(self.capacity, -1)[self.N :] = 0
+        return tensor
+
+    def state(self, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((self.R, self.B, width), dtype=dtype, device=self.device)
+
+    def w_ih(self) -> Tensor:
+        """(R*G*H, I)"""
+        weights = [w.w_ih for w in self.call.weights]
+        return weights[0] if self.R == 1 else torch.cat(weights)
+
+    def input_product(self) -> Tensor:
+        """x W_ih^T + bias of all recurrences, (..., R*G*H); a row for each of the input."""
+        gates = self.rows(self.R * self.cell.G * self.H)
+        flat = gates.view(self.capacity, gates.shape[-1])[: self.N]
+        biases = [self.bias(w) for w in self.call.weights]
+        with _products_as(self.precision, self.device):
+            if biases[0] is None:
+                torch.mm(self.x, self.w_ih().t(), out=flat)
+            else:
+                bias = biases[0] if self.R == 1 else torch.cat(biases)  # type: ignore[arg-type]
+                torch.addmm(bias, self.x, self.w_ih().t(), out=flat)
+        return gates
+
+    def bias(self, w: Weights) -> Tensor | None:
+        """What adds to the input product, (G*H): b_ih, and b_hh of the gates not apart."""
+        cell, H = self.cell, self.H
+        if w.b_hh is None:
+            return w.b_ih
+        if cell.recurrent_gates == cell.gates and not cell.apart_gates:
+            return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
+        bias = w.b_hh.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
+        for place, gate in enumerate(cell.recurrent_gates):
+            if gate not in cell.apart_gates:
+                at = cell.gates.index(gate) * H
+                bias[at : at + H] += w.b_hh[place * H : (place + 1) * H]
+        return bias
+
+    def launch(self, kind: str, grid: tuple[int, int, int], k: int = 0, **values: Any) -> None:
+        if min(grid) == 0:
+            return
+        run = kernel(self.cell.name, kind, self.projected, k)
+        run(grid, self.values | values, self.tiling.num_warps, self.tiling.num_stages)
+
+    def tiles(self, B: int, width: int) -> tuple[int, int, int]:
+        t = self.tiling
+        return triton.cdiv(B, t.block_b), self.R, triton.cdiv(width, t.block_h)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                yield
+        else:
+            yield
+
+    def walk_forward(self) -> None:
+        if self.tiling.form == "walk":
+            self.launch("forward_walk", self.tiles(self.B, self.H))
+            return
+        for step in range(self.T):
+            rows = self.sizes[step]
+            if any(self.call.reverse):
+                rows = max(rows, self.sizes[self.T - 1 - step])
+            for k in range(len(self.cell.phases)):
+                self.launch("forward_step", self.tiles(rows, self.H), k, step=step)
+            if self.projected:
+                self.launch("forward_projection", self.tiles(rows, self.P), step=step)
+
+    def walk_backward(self) -> None:
+        if self.tiling.form == "walk":
+            self.launch("backward_walk", self.tiles(self.B, self.H))
+            return
+        last = len(self.cell.phases) - 1
+        for step in range(self.T + 1):  # the last gives the gradient of h_0
+            around = self.sizes[max(step - 1, 0) : step + 1] if any(self.call.reverse) else []
+            around = around + self.sizes[max(self.T - 1 - step, 0) : self.T + 1 - step]
+            rows = max(around, default=0)
+            if self.projected:
+                self.launch("backward_projection", self.tiles(rows, self.P), step=step)
+                if step == self.T:
+                    return
+            for k in range(last, -1, -1):
+                self.launch("backward_step", self.tiles(rows, self.H), k, step=step)
+                if step == self.T:
+                    return
+
+    def previous_h(self, y: Tensor) -> Tensor:
+        """What w_hh multiplied at every row, (N, R, P)."""
+        out = torch.empty((self.N, self.R, self.P), dtype=self.dtype, device=self.device)
+        tiles = triton.cdiv(max(self.sizes, default=0), LEAST)
+        if tiles and self.P:
+            values = {"out_ptr": out, "y_ptr": y, "tiles": tiles, "BLOCK_B": LEAST, "BLOCK_P": 64}
+            PREVIOUS_H((self.T * tiles, self.R), self.values | values, 4, 1)
+        return out
+
+
+def _is_kept(task: _Task, full: bool) -> dict[str, int]:
+    """Buffers beside the gates: name -> width. The step form hands values on through them."""
+    cell, width = task.cell, task.R * task.H
+    stepwise = task.tiling.form == "step"
+    kept = {}
+    if cell.extras and (full or (stepwise and len(cell.phases) > 1)):
+        kept["extra"] = len(cell.extras) * width
+    if task.projected and (full or stepwise):
+        kept["m"] = width
+    return kept
+
+
+def forward(call: Call, save: bool, trajectory: bool) -> Result:
+    task = _Task(call, backward=False)
+    full = save and call.memory == "full"
+    others = task.cell.states[1:]
+    with task.on_device():
+        y = task.padded(task.rows(task.R * task.P))
+        stepwise = task.tiling.form == "step"  # which carries the other states in memory
+        finals = [task.state(task.P, task.dtype)]
+        finals += [task.state(task.H, task.wide if stepwise else task.dtype) for _ in others]
+        if stepwise:
+            for final, state in zip(finals, task.cell.states, strict=True):
+                start = task.values[f"{state}_0_ptr"]
+                final.copy_(start) if start is not None else final.zero_()
+        along = []
+        if full or trajectory:
+            along = [task.rows(task.R * task.H, task.wide if full else task.dtype) for _ in others]
+        kept = _walk_forward(task, y, finals, [task.padded(a) for a in along], full)
+
+    result = Result(y, [final.to(task.dtype) for final in finals], [], [])
+    if full:
+        result.saved = [*kept, *along]
+    if trajectory:
+        result.trajectory = [a.to(task.dtype) for a in along]
+        if full and task.dtype is task.wide:  # one tensor serves both
+            result.saved = kept
+    return result
+
+
+def _walk_forward(
+    task: _Task, y: Tensor, finals: list[Tensor], along: list[Tensor], full: bool
+) -> list[Tensor]:
+    """Fill y, the final states and those along the way; what backward wants beside them."""
+    cell = task.cell
+    gates = task.input_product()
+    kept = {name: task.rows(width) for name, width in _is_kept(task, full).items()}
+    keeps_gates = _keeps_gates(cell, task.projected)
+    task.values |= {"gates_ptr": gates, "y_ptr": y, "SAVE": full and keeps_gates}
+    task.values |= {f"{name}_ptr": kept.get(name) for name in ("extra", "m")}
+    for k, (state, final) in enumerate(zip(cell.states, finals, strict=True)):
+        task.values[f"{state}_n_ptr"] = final
+        if k:
+            task.values[f"{state}_all_ptr"] = along[k - 1] if along else None
+    task.walk_forward()
+    if not full:
+        return []
+    return [gates, *kept.values()] if keeps_gates else list(kept.values())
+
+
+def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What 'full' would have saved, from y alone: all products in one GEMM, then a pointwise walk.
+
+    A cell with a second product, which needs the result of the first, walks forward again.
+    """
+    task = _Task(call, backward=False)
+    cell, R, H = task.cell, task.R, task.H
+    along = [task.rows(R * H, task.wide) for _ in cell.states[1:]]
+    if not along and not cell.extras and not _keeps_gates(cell, task.projected):
+        return [], []
+    if len(cell.phases) > 1:
+        finals = [task.state(task.P, task.dtype)]
+        finals += [task.state(H, task.wide) for _ in cell.states[1:]]
+        for final, state in zip(finals, cell.states, strict=True):
+            start = task.values[f"{state}_0_ptr"]
+            final.copy_(start) if start is not None else final.zero_()
+        return _walk_forward(task, task.rows(R * task.P), finals, along, True), along
+    task.tiling = pointwise_tiling(H)
+    task.values |= task.tiling.blocks()
+    kept = {name: task.rows(width) for name, width in _is_kept(task, True).items()}
+    gates = task.input_product()
+    if cell.recurrent_gates:
+        h = task.previous_h(y)
+        with _products_as(task.precision, task.device):
+            parts = [
+                torch.mm(h[:, r], w.w_hh.t())
+                for r, w in enumerate(call.weights)
+                if w.w_hh is not None
+            ]
+        task.values["s_ptr"] = parts[0] if R == 1 else torch.stack(parts, 1)
+    task.values |= {"gates_ptr": gates, "SAVE": True}
+    task.values |= {f"{name}_ptr": kept.get(name) for name in ("extra", "m")}
+    for state, every in zip(cell.states[1:], along, strict=True):
+        task.values[f"{state}_all_ptr"] = every
+    task.launch("forward_given", task.tiles(task.B, H))
+    keeps = [gates] if _keeps_gates(cell, task.projected) else []
+    return [*keeps, *kept.values()], along
+
+
+def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    task = _Task(call, backward=True)
+    with task.on_device():
+        return _backward(task, result, grads, wanted)
+
+
+def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    call, cell, R, H, N = task.call, task.cell, task.R, task.H, task.N
+    G, G_hh, U = cell.G, len(cell.recurrent_gates), len(cell.unit_parameters)
+    y = result.y.contiguous()
+    if call.memory == "lean":
+        rest, along = _rebuild(call, y)
+    else:
+        rest = [t.contiguous() for t in result.saved]
+        others = len(cell.states) - 1
+        count = len(rest) - (others if not result.trajectory or task.dtype is not task.wide else 0)
+        along = rest[count:] or [t.contiguous() for t in result.trajectory]
+        rest = rest[:count]
+    gates = rest.pop(0) if _keeps_gates(cell, task.projected) else None
+    extra = rest.pop(0) if cell.extras else None
+    m = rest.pop(0) if task.projected else None
+
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=task.device)
+
+    dgates = new(N, R, G * H, dtype=task.dtype)
+    dproduct = new(N, R, G_hh * H, dtype=task.dtype) if cell.apart_gates else dgates
+    dh_all = new(N, R, task.P, dtype=task.dtype) if task.projected else None
+    tiles = triton.cdiv(task.B, task.tiling.block_b)
+    dunit = new(tiles, R, U, H, dtype=task.wide).zero_() if U else None
+    task.values |= {
+        "y_ptr": y,
+        "gates_ptr": gates,
+        "extra_ptr": extra,
+        "dgates_ptr": dgates,
+        "dproduct_ptr": dproduct,
+        "dh_all_ptr": dh_all,
+        "dunit_ptr": dunit,
+        "dy_ptr": None if grads.y is None else grads.y.contiguous(),
+    }
+    dstates = []
+    for k, (state, given) in enumerate(zip(cell.states, grads.states, strict=True)):
+        # what the kernels carry: the gradient of the final state first, that of the initial last
+        carried = new(R, task.B, H if k else task.P, dtype=task.wide)
+        dstates.append(carried.copy_(given) if given is not None else carried.zero_())
+        task.values[f"d{state}_ptr"] = dstates[-1]
+        if k:
+            d = grads.trajectory[k - 1] if grads.trajectory else None
+            task.values[f"{state}_all_ptr"] = along[k - 1]
+            task.values[f"d{state}_all_ptr"] = None if d is None else d.contiguous()
+    task.walk_backward()
+
+    dx = dweights = None
+    with _products_as(task.precision, task.device):
+        if wanted.x:
+            dx = task.padded(torch.empty_like(call.x, memory_format=torch.contiguous_format))
+            flat = dx.view(task.capacity, call.x.shape[-1])[:N]
+            torch.mm(dgates.view(N, R * G * H), task.w_ih(), out=flat)
+        if wanted.weights:
+            h = None
+            if any(cell.product_gates(p) and p.operand == "h_prev" for p in cell.phases):
+                h = task.previous_h(y)
+            operands = _operands(task, h, gates, extra)
+            dunits = None if dunit is None else dunit.sum(0).to(task.dtype)
+            dweights = []
+            for r, w in enumerate(call.weights):
+                d, x, product = dgates[:, r], task.x, dproduct[:, r]
+                dw_hh = [
+                    torch.mm(product[:, first * H : last * H].t(), operands[phase.operand][:, r])
+                    for phase, (first, last) in ((p, cell.product_rows(p)) for p in cell.phases)
+                    if last and w.w_hh is not None
+                ]
+                dw_hr = None
+                if dh_all is not None and m is not None:
+                    rows = m.view(task.capacity, R, H)[:N, r]
+                    dw_hr = torch.mm(dh_all.view(N, R, task.P)[:, r].t(), rows)
+                dweights.append(
+                    Weights(
+                        torch.mm(d.t(), x),
+                        torch.cat(dw_hh) if len(dw_hh) > 1 else dw_hh[0] if dw_hh else None,
+                        None if w.b_ih is None else d.sum(0),
+                        None if w.b_hh is None else product.sum(0),
+                        dw_hr,
+                        () if dunits is None else tuple(u.clone() for u in dunits[r]),
+                    )
+                )
+    states = [d.to(task.dtype) for d in dstates] if wanted.states else None
+    return Gradients(dx, states, dweights)
+
+
+def _operands(
+    task: _Task, h: Tensor | None, gates: Tensor | None, extra: Tensor | None
+) -> dict[str, Tensor]:
+    """What each phase's product multiplied, (N, R, ...)."""
+    cell, lead = task.cell, (task.capacity, task.R)
+    found = {} if h is None else {"h_prev": h}
+    for phase in cell.phases:
+        name = phase.operand
+        if name in cell.extras and extra is not None:
+            values = extra.view(*lead, len(cell.extras), task.H)
+            found[name] = values[: task.N, :, cell.extras.index(name)]
+        elif name in cell.saved and gates is not None:
+            values = gates.view(*lead, cell.G, task.H)
+            found[name] = values[: task.N, :, cell.saved.index(name)]
+    return found

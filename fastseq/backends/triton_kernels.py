@@ -1,0 +1,248 @@
+"""Triton kernels for any cell: the vocabulary of the texts, and loops bound to them.
+
+Gate arithmetic is in float32, for float64 in float64.
+"""
+
+from __future__ import annotations
+
+import linecache
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..cells import CELLS, bind
+from . import triton_source as source
+
+#: Under TRITON_INTERPRET=1 kernels run in NumPy, on the CPU. It is read when a kernel is made.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# The vocabulary
+
+
+@triton.jit
+def sigmoid(x):
+    # exp of a negative number alone: no overflow, full relative accuracy at both ends
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def tanh(x):
+    """Cephes' series for |x| < 0.625, where 1 - exp(-2|x|) would cancel."""
+    z = tl.minimum(tl.abs(x), 1.0)
+    z = z * z
+    if x.dtype == tl.float64:
+        p = -9.64399179425052238628e-1 * z - 9.92877231001918586564e1
+        p = p * z - 1.61468768441708447952e3
+        q = (z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3
+        q = q * z + 4.84406305325125486048e3
+        near = p / q
+    else:
+        near = -5.70498872745e-3 * z + 2.06390887954e-2
+        near = near * z - 5.37397155531e-2
+        near = near * z + 1.33314422036e-1
+        near = near * z - 3.33332819422e-1
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, x + x * z * near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def relu(x):
+    return tl.where(x <= 0, 0.0, x)  # NaN passes, as in torch
+
+
+@triton.jit
+def dsigmoid(y):
+    return y * (1.0 - y)
+
+
+@triton.jit
+def dtanh(y):
+    return 1.0 - y * y
+
+
+@triton.jit
+def drelu(y):
+    return tl.where(y <= 0, 0.0, 1.0)
+
+
+VOCABULARY = {
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+    "relu": relu,
+    "dsigmoid": dsigmoid,
+    "dtanh": dtanh,
+    "drelu": drelu,
+}
+
+# What the loops are made of
+
+
+@triton.jit
+def load(ptr, place, mask, WIDE: tl.constexpr):
+    return tl.load(ptr + place, mask=mask, other=0.0).to(WIDE)
+
+
+@triton.jit
+def load_or_zero(ptr, place, mask, WIDE: tl.constexpr):
+    """Zeros for a buffer that is not there."""
+    if ptr is None:
+        value = tl.zeros_like(mask).to(WIDE)
+    else:
+        value = tl.load(ptr + place, mask=mask, other=0.0).to(WIDE)
+    return value
+
+
+@triton.jit
+def previous(along_ptr, start_ptr, place, start, known, fresh, WIDE: tl.constexpr):
+    """A state before a step: where ``known`` from all steps, where ``fresh`` the initial one."""
+    value = tl.load(along_ptr + place, mask=known, other=0.0).to(WIDE)
+    if start_ptr is not None:
+        value += tl.load(start_ptr + start, mask=fresh, other=0.0).to(WIDE)
+    return value
+
+
+@triton.jit
+def masked(value, mask_ptr, place, exists):
+    """value * h_mask, where there is one."""
+    if mask_ptr is not None:
+        value = value * tl.load(mask_ptr + place, mask=exists, other=0.0).to(value.dtype)
+    return value
+
+
+@triton.jit
+def lengths_of(lengths_ptr, batch, B, T):
+    """How long each sequence is; 0 behind the batch."""
+    if lengths_ptr is None:
+        length = tl.where(batch < B, T, 0)
+    else:
+        length = tl.load(lengths_ptr + batch, mask=batch < B, other=0)
+    return length
+
+
+@triton.jit
+def within(time, length):
+    """Whether a step is one of a sequence's."""
+    time += tl.zeros_like(length)  # the interpreter makes integers of a scalar truth it spreads
+    return (time >= 0) & (time < length)
+
+
+@triton.jit
+def first_row(offsets_ptr, time, T, B):
+    """The packed row of a step's first sequence; of some step for a time that is none."""
+    time = tl.minimum(tl.maximum(time, 0), T - 1)
+    if offsets_ptr is None:
+        row = time.to(tl.int64) * B
+    else:
+        row = tl.load(offsets_ptr + time)
+    return row
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE == tl.float64:  # of which Triton 3.6 compiles no tl.dot for Hopper
+        product = tl.sum(a[:, :, None] * b[None, :, :], 1)
+    elif _INTERPRETED:  # NumPy has no bfloat16
+        product = tl.dot(a.to(WIDE), b.to(WIDE), input_precision=PRECISION, out_dtype=WIDE)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=WIDE)
+    return product
+
+
+_HELPERS = {
+    f.__name__: f
+    for f in (load, load_or_zero, previous, masked, lengths_of, within, first_row, dot)
+}
+
+# Kernels
+
+
+#: Nothing is compiled again for another number of steps, sequences or recurrences.
+_NOT_SPECIALIZED = ("step", "T", "B", "R", "capacity")
+
+
+#: How all are compiled. Products and sums may join: said, since the default changes; the same bits in
+#: every run. ptxas may use all registers: left alone it spills a few to fit more programs on a
+#: multiprocessor, whose shared memory holds one (AMD's compiler has no such option).
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+if torch.version.hip is None:
+    OPTIONS["maxnreg"] = 255
+
+
+class Kernel:
+    """A function that Triton compiles, and what it takes."""
+
+    def __init__(self, function: Any, arguments: tuple[str, ...]) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __call__(
+        self, grid: tuple[int, ...], values: dict[str, Any], num_warps: int, num_stages: int
+    ) -> None:
+        """Launch it, on those of the values that it names."""
+        given = {name: values[name] for name in self.arguments}
+        self.function[grid](**given, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
+
+
+@cache
+def kernel(cell: str, kind: str, projected: bool, phase: int = 0) -> Kernel:
+    """A loop of :mod:`.triton_source`, bound to the texts of its cell."""
+    definition = CELLS[cell]
+    text = source.TEXTS[kind](definition, projected, phase)
+    names: dict[str, Any] = {"tl": tl, "__name__": __name__, **_HELPERS}
+    for p in definition.phases:
+        for equations in (p.forward, p.backward):
+            names[equations.__name__] = _jit_text(equations)
+    name = text[4 : text.index("(")]
+    # inspect, by which Triton finds a function's text, asks linecache
+    file = f"<fastseq {name}{' projected' if projected else ''}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    exec(compile(text, file, "exec"), names)
+    loop: FunctionType = names[name]
+    arguments = loop.__code__.co_varnames[: loop.__code__.co_argcount]
+    fixed = [a for a in _NOT_SPECIALIZED if a in arguments]
+    return Kernel(triton.jit(loop, do_not_specialize=fixed), arguments)
+
+
+@triton.jit(do_not_specialize=["T", "B", "R", "tiles", "capacity"])
+def previous_h_kernel(
+    y_ptr, h_0_ptr, h_mask_ptr, reset_ptr, reverse_ptr, lengths_ptr, offsets_ptr, out_ptr,
+    T, B, R, P, tiles, capacity, WIDE: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """out (N, R, P): what w_hh multiplied at every row, h_{t-1}, reset and masked.
+
+    A program owns one step's tile of the batch in one recurrence.
+    """
+    recurrence = tl.program_id(1).to(tl.int64)
+    time = tl.program_id(0) // tiles
+    batch = (tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    reverse = tl.load(reverse_ptr + recurrence) != 0
+    length = lengths_of(lengths_ptr, batch, B, T)
+    live = within(time, length)
+    rows = first_row(offsets_ptr, time, T, B) + batch
+    earlier = tl.where(reverse, time + 1, time - 1)
+    kept = live
+    if reset_ptr is not None:
+        kept = live & (tl.load(reset_ptr + recurrence * capacity + rows, mask=live, other=0) == 0)
+    known = kept & within(earlier, length)
+    fresh = kept & (known == 0)
+    at_earlier = (first_row(offsets_ptr, earlier, T, B) + batch) * R + recurrence
+    state = recurrence * B + batch
+    at = rows * R + recurrence
+    for first in range(0, P, BLOCK_P):
+        hidden = (first + tl.arange(0, BLOCK_P))[None, :]
+        value = previous(
+            y_ptr, h_0_ptr, at_earlier * P + hidden, state * P + hidden, known & (hidden < P),
+            fresh & (hidden < P), WIDE
+        )  # fmt: skip
+        value = masked(value, h_mask_ptr, state * P + hidden, live & (hidden < P))
+        tl.store(out_ptr + at * P + hidden, value, mask=live & (hidden < P))
+
+
+PREVIOUS_H = Kernel(previous_h_kernel, tuple(previous_h_kernel.arg_names))

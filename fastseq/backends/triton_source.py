@@ -1,0 +1,638 @@
+"""The text of the Triton kernels, written from a cell's declaration.
+
+Tiles carry the names of the maths: ``a_i``, ``h_prev``, ``da_i``. Two forms of a loop over time:
+
+- *walk*: one program owns a tile of the batch in one recurrence and walks all of time. The weights
+  stand on the chip and the states are carried in registers: nothing that a step writes is read by a
+  later step. A tile holds all hidden units, or, in a walk without products, some of them.
+- *step*: one launch for each step (and phase of the cell) over tiles of the batch and of the hidden
+  units. The product is made in the kernel, on operands that earlier launches have written.
+
+Indices, as tiles: ``batch`` (BLOCK_B, 1) sequences, ``units`` (1, BLOCK_H) hidden units, ``hidden``
+(1, BLOCK_P) components of h, ``rows`` and ``at`` (BLOCK_B, 1) packed rows and rows times
+recurrences. Masks: ``live`` sequences that this step belongs to, ``is_unit``, ``is_hidden``.
+
+Buffers, a row for each of the input: gates, dgates (N, R, G, H); dproduct, s (N, R, G_hh, H);
+extra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). Weights: w_hh
+(R, G_hh, H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+
+from ..cells import Cell, Phase, arguments
+
+#: In the order of a kernel's arguments; a kernel has those that its text names.
+POINTERS = (
+    "gates s w_hh w_hr b_hh unit h_0 h_mask reset reverse lengths offsets y extra m h_n "
+    "dgates dproduct dh_all dy dh dunit"
+).split()
+SIZES = ("step", "T", "B", "R", "H", "P", "capacity")
+CONSTANTS = ("SAVE", "WIDE", "PRECISION", "BLOCK_B", "BLOCK_H", "BLOCK_P", "BLOCK_K")
+
+
+def state_pointers(cell: Cell) -> list[str]:
+    """Of the states other than h: first, at every step, last; and their gradients."""
+    return [
+        name
+        for state in cell.states[1:]
+        for name in (f"{state}_0", f"{state}_all", f"{state}_n", f"d{state}", f"d{state}_all")
+    ]
+
+
+def _indent(text: str, levels: int) -> str:
+    return textwrap.indent(text, "    " * levels)
+
+
+def _kernel(cell: Cell, name: str, body: str) -> str:
+    pointers = [f"{pointer}_ptr" for pointer in (*POINTERS, *state_pointers(cell))]
+
+    def used(names: list[str] | tuple[str, ...]) -> list[str]:
+        return [n for n in names if re.search(rf"\b{n}\b", body)]
+
+    signature = [*used(pointers), *used(SIZES)]
+    signature += [f"{constant}: tl.constexpr" for constant in used(CONSTANTS)]
+    lines = textwrap.fill(", ".join(signature), 96, break_long_words=False)
+    return f"def {name}(\n{_indent(lines, 1)}\n):\n{_indent(body, 1)}\n"
+
+
+_PLACE = """\
+recurrence = tl.program_id(1).to(tl.int64)
+batch = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+units = (tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+is_unit = units < H
+reverse = tl.load(reverse_ptr + recurrence) != 0
+length = lengths_of(lengths_ptr, batch, B, T)
+state = recurrence * B + batch"""
+
+_HIDDEN = """\
+hidden = tl.arange(0, BLOCK_P)[None, :]
+is_hidden = hidden < P"""
+
+_HIDDEN_ARE_UNITS = """\
+hidden = units
+is_hidden = is_unit"""
+
+_ROWS = """\
+live = within(time, length)
+rows = first_row(offsets_ptr, time, T, B) + batch
+at = rows * R + recurrence"""
+
+#: The row before this one in the recurrence's own direction, and whether there is one.
+_EARLIER = """\
+earlier = tl.where(reverse, time + 1, time - 1)
+known = live & within(earlier, length)
+at_earlier = (first_row(offsets_ptr, earlier, T, B) + batch) * R + recurrence
+fresh = live & (known == 0)"""
+
+#: Sequences whose state goes on from the step before.
+_KEPT = """\
+if reset_ptr is not None:
+    kept = (tl.load(reset_ptr + recurrence * capacity + rows, mask=live, other=0) == 0)"""
+
+
+def _hidden(projected: bool) -> str:
+    return _HIDDEN if projected else _HIDDEN_ARE_UNITS
+
+
+def _load(pointer: str, place: str, mask: str = "live & is_unit") -> str:
+    return f"load({pointer}_ptr, {place}, {mask}, WIDE)"
+
+
+def _store(pointer: str, place: str, value: str, mask: str = "live & is_unit") -> str:
+    return f"tl.store({pointer}_ptr + {place}, {value}, mask={mask})"
+
+
+def _gate(count: int, k: int) -> str:
+    return f"(at * {count} + {k}) * H + units"
+
+
+class _Names:
+    """Where the values of a cell live in memory."""
+
+    def __init__(self, cell: Cell, projected: bool) -> None:
+        self.cell, self.projected = cell, projected
+        self.G_hh = len(cell.recurrent_gates)
+        self.keeps_gates = projected or cell.saved != cell.states[:1]
+
+    def place(self, name: str) -> tuple[str, str]:
+        """Buffer and place of a value that forward saves, or of h and the other states."""
+        cell = self.cell
+        if name == "h" and not self.projected:
+            return "y", "at * P + units"
+        if name in cell.saved[: cell.G]:
+            return "gates", _gate(cell.G, cell.saved.index(name))
+        if name in cell.extras:
+            return "extra", _gate(len(cell.extras), cell.extras.index(name))
+        if name in cell.states[1:]:
+            return f"{name}_all", "at * H + units"
+        raise NotImplementedError(f"{cell.name}: {name} is used in another phase and not saved")
+
+    def weight(self, gate: str) -> int:
+        return self.cell.recurrent_gates.index(gate)
+
+
+def _comma(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(names) + ("," if len(names) == 1 else "")
+
+
+# Forward
+
+
+def _apart_biases(cell: Cell) -> list[str]:
+    """b_hh of the gates whose recurrent part stands apart; the others' is in the input product."""
+    G_hh = len(cell.recurrent_gates)
+    return [
+        f"b_{g} = load_or_zero(b_hh_ptr, (recurrence * {G_hh} + {cell.recurrent_gates.index(g)}) "
+        "* H + units, is_unit, WIDE)"
+        for g in cell.apart_gates
+    ]
+
+
+def _units(cell: Cell) -> list[str]:
+    U = len(cell.unit_parameters)
+    return [
+        f"{u} = {_load('unit', f'(recurrence * {U} + {k}) * H + units', 'is_unit')}"
+        for k, u in enumerate(cell.unit_parameters)
+    ]
+
+
+def _text(cell: Cell, phase: Phase) -> list[str]:
+    """The arguments from the input product and the recurrent one, and the text."""
+    lines, given = [], []
+    for name in arguments(phase.forward):
+        kind, _, gate = name.partition("_")
+        given.append("h_prev.to(WIDE)" if name == "h_prev" else name)
+        if gate in cell.gates and kind in ("a", "x", "s"):
+            x = _load("gates", _gate(cell.G, cell.gates.index(gate)))
+            if kind == "a":
+                lines.append(f"a_{gate} = {x} + s_{gate}")
+            elif kind == "x":
+                lines.append(f"x_{gate} = {x}")
+            else:
+                lines.append(f"s_{gate} = s_{gate} + b_{gate}")
+    lines.append(f"{_comma(phase.returns)} = {phase.forward.__name__}({', '.join(given)})")
+    return lines
+
+
+def _keep(names: _Names, phase: Phase, always: set[str]) -> list[str]:
+    """Stores of what backward wants, and of what later phases read (``always``)."""
+    cell = names.cell
+    lines = []
+    for name in dict.fromkeys((*phase.returns, *arguments(phase.forward))):
+        if name not in cell.saved or not (name in phase.returns or name in cell.extras):
+            continue
+        if name == "h" and not names.keeps_gates:
+            continue
+        k = cell.saved.index(name)
+        if k < cell.G:
+            store = _store("gates", _gate(cell.G, k), name)
+        else:
+            store = _store("extra", _gate(len(cell.extras), k - cell.G), name)
+        lines.append(store if name in always else f"if SAVE:\n    {store}")
+    for name in phase.returns:
+        if name in cell.states[1:]:
+            store = _store(f"{name}_all", "at * H + units", name)
+            lines.append(f"if {name}_all_ptr is not None:\n    {store}")
+    return lines
+
+
+def _resident(names: _Names, backward: bool) -> list[str]:
+    """Loads of all weights, one tile a gate, that stay on the chip: padded to tiles by the host.
+
+    Forward: (inner, units), what a product of the operand's rows multiplies. Backward: (units,
+    inner), what the gates' gradients multiply.
+    """
+    lines = ["units_down = tl.trans(units)", "hidden_down = tl.trans(hidden)"]
+    for phase in names.cell.phases:
+        unit, inner = ("units_down", "{}") if backward else ("units", "{}_down")
+        inner = inner.format("hidden" if phase.operand == "h_prev" else "units")
+        lines += [
+            f"w_{g} = tl.load(w_hh_ptr + ((recurrence * {names.G_hh} + {names.weight(g)}) "
+            f"* BLOCK_H + {unit}) * BLOCK_P + {inner})"
+            for g in names.cell.product_gates(phase)
+        ]
+    if names.projected:
+        place = f"(recurrence * BLOCK_P + {'hidden_down' if backward else 'hidden'}) * BLOCK_H"
+        lines.append(
+            f"w_hr = tl.load(w_hr_ptr + {place} + {'units' if backward else 'units_down'})"
+        )
+    return lines
+
+
+def _reset(carried: list[str]) -> str:
+    zeros = [f"{name} = tl.where(kept, {name}, 0.0).to({name}.dtype)" for name in carried]
+    return _KEPT + "\n" + _indent("\n".join(zeros), 1)
+
+
+def forward_walk(cell: Cell, projected: bool, given: bool) -> str:
+    """All steps in one launch.
+
+    On the chip over time: w_hh and w_hr, the states. A step reads the gates' G*H input products and
+    writes y and what is saved.
+
+    given: the products of h with w_hh are known, in s, and so is y; what forward would have saved
+        is made again, over any tile of the units.
+    """
+    names = _Names(cell, projected)
+    others = cell.states[1:]
+    carries_h = not (given and projected)
+    start = [_PLACE, _hidden(projected), *_apart_biases(cell), *_units(cell)]
+    if not given:
+        start += _resident(names, backward=False)
+    if carries_h:
+        start.append(
+            "h_prev = load_or_zero(h_0_ptr, state * P + hidden, (batch < B) & is_hidden, WIDE)"
+            ".to(gates_ptr.dtype.element_ty)"
+        )
+    start += [
+        f"{s}_prev = load_or_zero({s}_0_ptr, state * H + units, (batch < B) & is_unit, WIDE)"
+        for s in others
+    ]
+
+    carried = [f"{s}_prev" for s in others] + (["h_prev"] if carries_h else [])
+    body = ["time = tl.where(reverse, steps - 1 - done, done)", _ROWS]
+    if carried:
+        body.append(_reset(carried))
+    for phase in cell.phases:
+        gates = cell.product_gates(phase)
+        if gates and given:
+            body += [f"s_{g} = {_load('s', _gate(names.G_hh, names.weight(g)))}" for g in gates]
+        elif gates:
+            operand = phase.operand
+            if operand == "h_prev":
+                mask = "h_mask_ptr, state * P + hidden, live & is_hidden"
+                operand = f"masked(h_prev.to(WIDE), {mask})"
+            body.append(f"operand = {operand}.to(gates_ptr.dtype.element_ty)")
+            body += [f"s_{g} = dot(operand, w_{g}, PRECISION, WIDE)" for g in gates]
+        body += _text(cell, phase)
+        body += _keep(names, phase, set())
+    body += [f"{s}_prev = tl.where(live, {s}, {s}_prev)" for s in others]
+    if projected:
+        body.append(f"if m_ptr is not None:\n    {_store('m', 'at * H + units', 'h')}")
+        if not given:
+            body.append("h = dot(h.to(h_prev.dtype), w_hr, PRECISION, WIDE)")
+    if carries_h:
+        body.append("h_prev = tl.where(live, h.to(h_prev.dtype), h_prev)")
+    end = []
+    if not given:
+        body.append(_store("y", "at * P + hidden", "h_prev", "live & is_hidden"))
+        end.append(_store("h_n", "state * P + hidden", "h_prev", "(batch < B) & is_hidden"))
+        end += [
+            _store(f"{s}_n", "state * H + units", f"{s}_prev", "(batch < B) & is_unit")
+            for s in others
+        ]
+    text = [*start, "steps = tl.max(length)", "for done in range(steps):"]
+    text += [_indent("\n".join(body), 1), *end]
+    return _kernel(cell, f"{cell.name}_forward_{'given' if given else 'walk'}", "\n".join(text))
+
+
+def _product_loop(results: dict[str, str], operand: str, width: str) -> str:
+    """``name += operand @ weight``, BLOCK_K of ``width`` at a time, of an operand in memory.
+
+    results: name -> place in its weights at ``down`` (BLOCK_K, 1) and ``units``.
+    operand: at ``inner`` (1, BLOCK_K).
+    """
+    loop = ["inner = (first + tl.arange(0, BLOCK_K))[None, :]"]
+    loop.append("down = (first + tl.arange(0, BLOCK_K))[:, None]")
+    loop.append(f"operand = ({operand}).to(y_ptr.dtype.element_ty)")
+    for name, weight in results.items():
+        w = f"tl.load({weight}, mask=(down < {width}) & is_unit, other=0.0)"
+        loop.append(f"{name} += dot(operand, {w}, PRECISION, WIDE)")
+    lines = [f"{name} = tl.zeros((BLOCK_B, BLOCK_H), WIDE)" for name in results]
+    lines += [f"for first in range(0, {width}, BLOCK_K):", _indent("\n".join(loop), 1)]
+    return "\n".join(lines)
+
+
+def _previous(state: str, width: str, columns: str, exists: str) -> str:
+    """A state before the step: from the row before, or the initial one; zero where reset."""
+    along = "y" if state == "h" else f"{state}_all"
+    return (
+        f"previous({along}_ptr, {state}_0_ptr, at_earlier * {width} + {columns}, "
+        f"state * {width} + {columns}, known & kept & {exists}, fresh & kept & {exists}, WIDE)"
+    )
+
+
+def _one_step(cell: Cell, time: str) -> list[str]:
+    return [
+        _PLACE,
+        f"time = {time}",
+        _ROWS,
+        "kept = live",
+        _KEPT.replace("kept =", "kept = live &"),
+    ]
+
+
+def forward_step(cell: Cell, projected: bool, k: int) -> str:
+    """One step of one phase: its product over tiles of batch and units, and its text."""
+    names = _Names(cell, projected)
+    phase = cell.phases[k]
+    gates = cell.product_gates(phase)
+    others = cell.states[1:]
+    if others and len(cell.phases) > 1:
+        raise NotImplementedError(
+            f"{cell.name}: the step kernels hold a second state in cells of one phase alone"
+        )
+    later = {n for p in cell.phases[k + 1 :] for n in (*arguments(p.forward), p.operand)}
+    body = _one_step(cell, "tl.where(reverse, T - 1 - step, step)")
+    body += [_EARLIER, *_apart_biases(cell), *_units(cell)]
+    if gates:
+        if phase.operand == "h_prev":
+            width = "P"
+            operand = _previous("h", "P", "inner", "(inner < P)")
+            operand = f"masked({operand}, h_mask_ptr, state * P + inner, live & (inner < P))"
+        else:
+            width = "H"
+            buffer, place = names.place(phase.operand)
+            operand = _load(buffer, place.replace("units", "inner"), "live & (inner < H)")
+        weights = {
+            f"s_{g}": f"w_hh_ptr + ((recurrence * {names.G_hh} + {names.weight(g)}) * H + units) "
+            f"* {width} + down"
+            for g in gates
+        }
+        body.append(_product_loop(weights, operand, width))
+    for name in arguments(phase.forward):
+        if name == "h_prev":
+            body.append(f"h_prev = {_previous('h', 'P', 'units', 'is_unit')}")
+        elif name.endswith("_prev"):
+            state = name.removesuffix("_prev")
+            body.append(f"{name} = {_load(f'{state}_n', 'state * H + units', 'kept & is_unit')}")
+        elif name in cell.saved and name[2:] not in gates:  # an earlier phase's
+            body.append(f"{name} = {_load(*names.place(name))}")
+    body += _text(cell, phase)
+    body += _keep(names, phase, later)
+    body += [_store(f"{s}_n", "state * H + units", s) for s in others if s in phase.returns]
+    if "h" in phase.returns:
+        if projected:
+            body.append(_store("m", "at * H + units", "h"))
+        else:
+            body.append(_store("y", "at * P + units", "h"))
+            body.append(_store("h_n", "state * P + units", "h"))
+    return _kernel(cell, f"{cell.name}_forward_step_{k}", "\n".join(body))
+
+
+def forward_projection(cell: Cell) -> str:
+    """h = w_hr m for one step, over tiles of the batch and of h."""
+    place = _PLACE.replace("is_unit = units < H", "is_unit = units < P")
+    body = [place, "time = tl.where(reverse, T - 1 - step, step)", _ROWS]
+    weight = {"h": "w_hr_ptr + (recurrence * P + units) * H + down"}
+    operand = _load("m", "at * H + inner", "live & (inner < H)")
+    body.append(_product_loop(weight, operand, "H"))
+    body.append(_store("y", "at * P + units", "h"))
+    body.append(_store("h_n", "state * P + units", "h"))
+    return _kernel(cell, f"{cell.name}_forward_projection", "\n".join(body))
+
+
+# Backward
+
+
+def _received(names: _Names, phase: Phase) -> list[str]:
+    """The arguments of a backward text but for gradients, from what forward left."""
+    cell, lines = names.cell, []
+    for name in arguments(phase.backward):
+        if name == "h_prev":
+            lines.append(f"h_prev = {_previous('h', 'P', 'units', 'is_unit')}")
+        elif name.endswith("_prev"):
+            state = name.removesuffix("_prev")
+            lines.append(f"{name} = {_previous(state, 'H', 'units', 'is_unit')}")
+        elif name in (*cell.saved, *cell.states):
+            lines.append(f"{name} = {_load(*names.place(name))}")
+    return lines
+
+
+def _gradients(names: _Names, k: int) -> list[str]:
+    """The backward text and the stores of the gates' gradients."""
+    cell, phase = names.cell, names.cell.phases[k]
+    results = [f"dh_prev_{k}" if n == "dh_prev" else n for n in phase.gradients]
+    lines = [
+        f"{_comma(results)} = {phase.backward.__name__}({', '.join(arguments(phase.backward))})"
+    ]
+    for name in phase.gradients:
+        kind, _, gate = name.partition("_")
+        if kind not in ("da", "dx", "ds") or gate not in cell.gates:
+            continue
+        if kind != "ds":
+            lines.append(_store("dgates", _gate(cell.G, cell.gates.index(gate)), name))
+        if kind != "dx" and cell.apart_gates:
+            lines.append(_store("dproduct", _gate(names.G_hh, names.weight(gate)), name))
+    return lines
+
+
+def _product_gradients(cell: Cell, phase: Phase) -> list[str]:
+    """The gradient of each gate's recurrent part."""
+    return [
+        f"ds_{g}" if f"ds_{g}" in phase.gradients else f"da_{g}" for g in cell.product_gates(phase)
+    ]
+
+
+def _sum_of_direct(cell: Cell) -> str:
+    parts = [f"dh_prev_{k}" for k, p in enumerate(cell.phases) if "dh_prev" in p.gradients]
+    return " + ".join(parts)
+
+
+def _state_gradients(cell: Cell) -> list[str]:
+    return [
+        f"d{s} = d{s}_next + load_or_zero(d{s}_all_ptr, at * H + units, live & is_unit, WIDE)"
+        for s in cell.states[1:]
+    ]
+
+
+def backward_walk(cell: Cell, projected: bool) -> str:
+    """All steps in one launch, last to first.
+
+    On the chip over time: w_hh and w_hr, the gradients of the states. A step reads dy and what was
+    saved, and writes the gates' gradients.
+    """
+    names = _Names(cell, projected)
+    others, U = cell.states[1:], len(cell.unit_parameters)
+    start = [_PLACE, _hidden(projected), *_units(cell), *_resident(names, backward=True)]
+    start.append(f"dh_next = {_load('dh', 'state * P + hidden', '(batch < B) & is_hidden')}")
+    start += [
+        f"d{s}_next = {_load(f'd{s}', 'state * H + units', '(batch < B) & is_unit')}"
+        for s in others
+    ]
+    start += [f"total_{u} = tl.zeros((BLOCK_B, BLOCK_H), WIDE)" for u in cell.unit_parameters]
+
+    body = ["time = tl.where(reverse, done, steps - 1 - done)", _ROWS, "kept = live"]
+    body += [_KEPT.replace("kept =", "kept = live &"), _EARLIER]
+    body.append("dh = dh_next + load_or_zero(dy_ptr, at * P + hidden, live & is_hidden, WIDE)")
+    if projected:
+        body.append(_store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
+        body.append("dh = dot(dh.to(y_ptr.dtype.element_ty), w_hr, PRECISION, WIDE)")
+    body += _state_gradients(cell)
+    products = []
+    for k, phase in reversed(list(enumerate(cell.phases))):
+        body += _received(names, phase)
+        body += _gradients(names, k)
+        parts = _product_gradients(cell, phase)
+        if not parts:
+            continue
+        product = " + ".join(
+            f"dot({d}.to(y_ptr.dtype.element_ty), w_{g}, PRECISION, WIDE)"
+            for d, g in zip(parts, cell.product_gates(phase), strict=True)
+        )
+        if phase.operand == "h_prev":
+            products.append(product)
+        else:
+            body.append(f"d{phase.operand} = {product}")
+    direct = _sum_of_direct(cell)
+    if products:
+        mask = "h_mask_ptr, state * P + hidden, live & is_hidden"
+        body.append(f"dh_prev = masked({' + '.join(products)}, {mask})")
+    if direct:
+        body.append(f"dh_prev {'+' if products else ''}= {direct}")
+    elif not products:
+        body.append("dh_prev = tl.zeros_like(dh_next)")
+    body += [
+        f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
+        for s in cell.states
+    ]
+    body += [f"total_{u} += tl.where(live, d{u}, 0.0)" for u in cell.unit_parameters]
+    end = [_store("dh", "state * P + hidden", "dh_next", "(batch < B) & is_hidden")]
+    end += [
+        _store(f"d{s}", "state * H + units", f"d{s}_next", "(batch < B) & is_unit") for s in others
+    ]
+    end += [
+        f"tl.store(dunit_ptr + ((tl.program_id(0) * R + recurrence) * {U} + {k}) * H + units, "
+        f"tl.sum(total_{u}, 0)[None, :], mask=is_unit)"
+        for k, u in enumerate(cell.unit_parameters)
+    ]
+    text = [*start, "steps = tl.max(length)", "for done in range(steps):"]
+    text += [_indent("\n".join(body), 1), *end]
+    return _kernel(cell, f"{cell.name}_backward_walk", "\n".join(text))
+
+
+def _from_later(names: _Names, is_column: str) -> list[str]:
+    """dh_next: what the step after this one hands back, or the gradient of the final state.
+
+    The carried dh holds the gradient of the final state until a sequence's last step has run, and
+    the part that the text itself hands back (dh_prev) from then on; at a sequence's first step's
+    predecessor it receives the whole sum, the gradient of h_0.
+    """
+    cell = names.cell
+    lines = [
+        """\
+later = tl.where(reverse, time - 1, time + 1)
+comes = within(later, length)
+rows_later = first_row(offsets_ptr, later, T, B) + batch
+at_later = rows_later * R + recurrence
+passes = comes
+if reset_ptr is not None:
+    reset = tl.load(reset_ptr + recurrence * capacity + rows_later, mask=comes, other=0)
+    passes = comes & (reset == 0)"""
+    ]
+    parts = []
+    for k, phase in enumerate(cell.phases):
+        first, last = cell.product_rows(phase)
+        if last and phase.operand == "h_prev":
+            width = f"{last - first} * H"
+            start = f"{first} * H"
+            weight = f"w_hh_ptr + (recurrence * {names.G_hh} * H + {start} + down) * P + units"
+            place = f"at_later * {names.G_hh} * H + {start} + inner"
+            operand = _load("dproduct", place, f"passes & (inner < {width})")
+            lines.append(_product_loop({f"dh_{k}": weight}, operand, width))
+            parts.append(f"dh_{k}")
+    if parts:
+        mask = f"(batch < B) & {is_column}"
+        lines.append(
+            f"dh_next = masked({' + '.join(parts)}, h_mask_ptr, state * P + units, {mask})"
+            f" + {_load('dh', 'state * P + units', mask)}"
+        )
+    else:
+        lines.append(f"dh_next = {_load('dh', 'state * P + units', f'(batch < B) & {is_column}')}")
+    lines.append(_store("dh", "state * P + units", "dh_next", f"comes & (live == 0) & {is_column}"))
+    lines.append(f"dh = dh_next + load_or_zero(dy_ptr, at * P + units, live & {is_column}, WIDE)")
+    return lines
+
+
+def backward_projection(cell: Cell) -> str:
+    """The gradient of a step's projected h, over tiles of the batch and of h."""
+    names = _Names(cell, True)
+    place = _PLACE.replace("is_unit = units < H", "is_unit = units < P")
+    body = [place, "time = tl.where(reverse, step, T - 1 - step)", _ROWS]
+    body += _from_later(names, "is_unit")
+    body.append(_store("dh_all", "at * P + units", "dh"))
+    body.append(_store("dh", "state * P + units", "tl.zeros_like(dh)"))
+    return _kernel(cell, f"{cell.name}_backward_projection", "\n".join(body))
+
+
+def backward_step(cell: Cell, projected: bool, k: int) -> str:
+    """One step of one phase: the product that its incoming gradient is, and its backward text.
+
+    The last phase's is of the gate gradients of the step that ran before, an earlier phase's of the
+    gate gradients of the phase that multiplied its result.
+    """
+    names = _Names(cell, projected)
+    phase, last = cell.phases[k], k == len(cell.phases) - 1
+    body = _one_step(cell, "tl.where(reverse, step, T - 1 - step)")
+    body += [_EARLIER, *_units(cell)]
+    if "dh" in arguments(phase.backward):
+        if projected:
+            weight = {"dh": "w_hr_ptr + (recurrence * P + down) * H + units"}
+            operand = _load("dh_all", "at * P + inner", "live & (inner < P)")
+            body.append(_product_loop(weight, operand, "P"))
+        else:
+            body += _from_later(names, "is_unit")
+    for p in cell.phases[k + 1 :]:
+        if p.operand in phase.returns:
+            first, end = cell.product_rows(p)
+            width, start = f"{end - first} * H", f"{first} * H"
+            weight = {
+                f"d{p.operand}": f"w_hh_ptr + (recurrence * {names.G_hh} * H + {start} + down) * H "
+                "+ units"
+            }
+            place = f"at * {names.G_hh} * H + {start} + inner"
+            operand = _load("dproduct", place, f"live & (inner < {width})")
+            body.append(_product_loop(weight, operand, width))
+    operands = {p.operand for p in cell.phases}
+    for name in arguments(phase.backward):
+        # the gradient of a value of this phase waits where its gate's gradient will be
+        if name[0] == "d" and name[1:] in cell.saved[: cell.G] and name[1:] not in operands:
+            if name != "dh":
+                body.append(
+                    f"{name} = {_load('dgates', _gate(cell.G, cell.saved.index(name[1:])))}"
+                )
+    if last:
+        body += [f"d{s}_next = {_load(f'd{s}', 'state * H + units')}" for s in cell.states[1:]]
+        body += _state_gradients(cell)
+    body += _received(names, phase)
+    body += _gradients(names, k)
+    for name in phase.gradients:
+        if name[1:] in cell.saved[: cell.G] and name[1:] not in operands:
+            body.append(_store("dgates", _gate(cell.G, cell.saved.index(name[1:])), name))
+        elif name.removesuffix("_prev")[1:] in cell.states[1:] and name.endswith("_prev"):
+            value = f"tl.where(kept, {name}, 0.0)"
+            body.append(_store(name.removesuffix("_prev"), "state * H + units", value))
+    if not projected:
+        value = f"tl.where(kept, dh_prev_{k}, 0.0)" if "dh_prev" in phase.gradients else "0.0"
+        if last:
+            body.append(_store("dh", "state * P + units", value))
+        elif "dh_prev" in phase.gradients:
+            body.append(
+                _store("dh", "state * P + units", f"{_load('dh', 'state * P + units')} + {value}")
+            )
+    U = len(cell.unit_parameters)
+    for i, u in enumerate(cell.unit_parameters):
+        if f"d{u}" in phase.gradients:
+            place = f"((tl.program_id(0) * R + recurrence) * {U} + {i}) * H + units"
+            total = f"tl.sum(tl.where(live, d{u}, 0.0), 0)[None, :]"
+            body.append(
+                f"total = tl.load(dunit_ptr + {place}, mask=is_unit, other=0.0) + {total}\n"
+                f"tl.store(dunit_ptr + {place}, total, mask=is_unit)"
+            )
+    return _kernel(cell, f"{cell.name}_backward_step_{k}", "\n".join(body))
+
+
+#: The kinds of loop: text of (cell, projected, phase).
+TEXTS: dict[str, Callable[[Cell, bool, int], str]] = {
+    "forward_walk": lambda cell, projected, k: forward_walk(cell, projected, given=False),
+    "forward_given": lambda cell, projected, k: forward_walk(cell, projected, given=True),
+    "forward_step": forward_step,
+    "forward_projection": lambda cell, projected, k: forward_projection(cell),
+    "backward_walk": lambda cell, projected, k: backward_walk(cell, projected),
+    "backward_step": backward_step,
+    "backward_projection": lambda cell, projected, k: backward_projection(cell),
+}

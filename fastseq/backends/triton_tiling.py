@@ -1,0 +1,132 @@
+"""How a problem is cut into programs: a pure function of sizes, types and the device.
+
+Nothing here depends on T, and on B only in whether its rows are few, so one compiled kernel serves
+every length and batch of a cell, type and class of H (the power of two that holds it, and whether
+16 divides it).
+
+Registers and shared memory are what the compiler reports for sm_90 (tests/test_triton_compile.py
+asserts that nothing spills). No time stands behind any number here: none was measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..cells import Cell
+
+Form = Literal["walk", "step"]
+Precision = Literal["ieee", "tf32", "tf32x3"]
+
+
+class Device(NamedTuple):
+    """shared_memory: bytes that one program may have. warp_size: 64 on AMD's."""
+
+    shared_memory: int
+    warp_size: int = 32
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """form: one launch that walks all of time, or one for each step.
+
+    A program has block_b sequences and block_h hidden units. block_p is the width of h, where it is
+    projected, in a walk; block_k how much of a product's inner length is on the chip at once in a
+    step.
+    """
+
+    form: Form
+    block_b: int
+    block_h: int
+    block_p: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def blocks(self) -> dict[str, int]:
+        """What the kernels take as constants."""
+        return {
+            "BLOCK_B": self.block_b,
+            "BLOCK_H": self.block_h,
+            "BLOCK_P": self.block_p,
+            "BLOCK_K": self.block_k,
+        }
+
+
+#: tl.dot wants at least 16 in every dimension. A walk takes no more rows than that: more programs
+#: run side by side, and the weights' registers are not shared with a larger tile of gates.
+LEAST = 16
+#: up to this batch a step's programs have 16 rows as well
+FEW_ROWS = 32
+#: what a walk needs in shared memory beside the weights, for exchanging h between warps
+_SLACK = 10240
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is a tile and holds n."""
+    return max(LEAST, 1 << max(n - 1, 0).bit_length())
+
+
+def resident_bytes(cell: Cell, H: int, P: int | None, itemsize: int) -> int:
+    """What the weights of all products take on the chip, padded to tiles. P: None or projected."""
+    block_h = power_of_two(H)
+    block_p = block_h if P is None else power_of_two(P)
+    inner = sum(
+        len(cell.product_gates(phase)) * (block_p if phase.operand == "h_prev" else block_h)
+        for phase in cell.phases
+    )
+    return itemsize * block_h * (inner + (0 if P is None else block_p))
+
+
+def pointwise_tiling(H: int) -> Tiling:
+    """A walk without products: units see nobody, so any tile of them walks alone."""
+    block_h = min(power_of_two(H), 64)
+    return Tiling("walk", LEAST, block_h, block_h, LEAST, 4, 1)
+
+
+def tiling(
+    cell: Cell,
+    H: int,
+    P: int | None,
+    dtype: torch.dtype,
+    precision: Precision,
+    B: int,
+    device: Device,
+    backward: bool,
+) -> Tiling:
+    """How one layer's loop over time runs.
+
+    P: the projected size, or None. precision: of float32's products.
+    """
+    if not cell.recurrent_gates and P is None:
+        return pointwise_tiling(H)
+    block_h = power_of_two(H)
+    block_p = block_h if P is None else power_of_two(P)
+    widest = max(block_h, block_p)
+    # Without tensor cores a product keeps whole rows and columns in registers: at H = 32 they fit,
+    # but Triton 3.9's compiler crashes on the backward walk.
+    cores = dtype.itemsize == 2 or precision != "ieee"
+    amd = device.warp_size == 64
+    resident = resident_bytes(cell, H, P, dtype.itemsize)
+    if precision == "tf32x3":
+        resident *= 2  # both parts of every weight
+    # The widest tiles leave no registers for the addresses of rows that start anywhere.
+    crowded = 64 if amd or precision == "tf32x3" else 128
+    aligned = H % 16 == 0 and (P is None or P % 16 == 0)
+    if (
+        cores
+        and resident + _SLACK <= device.shared_memory
+        and widest <= (128 if aligned else crowded // 2)
+    ):
+        # 16 x 64 gates: with 4 warps (of 32) a thread holds 8 of each, and spills
+        num_warps = 4 if widest <= 32 or amd else 8
+        return Tiling("walk", LEAST, block_h, block_p, LEAST, num_warps, 1)
+    if dtype is torch.float64:  # sums of outer products, in registers
+        return Tiling("step", LEAST, 32, 32, 4, 4, 1)
+    if not cores:
+        return Tiling("step", LEAST, 32, 32, 16, 4, 2)
+    if B <= FEW_ROWS:
+        return Tiling("step", LEAST, 32, 32, 32, 4, 3)
+    return Tiling("step", 64, 32, 32, 32, 8, 3)

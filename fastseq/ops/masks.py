@@ -1,0 +1,211 @@
+"""Masks that are a pure function of a seed and of the place that they mask.
+
+Whether a unit is kept is one word of Philox4x32-10 (Salmon et al. 2011, Parallel Random Numbers: As
+Easy as 1, 2, 3), whose key is the seed and whose counter names the unit: what is masked, in which
+layer and direction, of which sequence, at which step. No state goes from one number to the next, so
+a mask depends on no backend, no order of the batch and no split of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .library import library
+from .padding import packed_positions
+
+if TYPE_CHECKING:
+    from .stack import Stack
+
+_WORD = 0xFFFFFFFF
+#: Less 2^32: the product of a word with one of these fits into 64 bits with a sign.
+_MULTIPLIERS = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
+_WEYL = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+#: Counters at a time on the CPU. The 2^20 of a 4096 x 1024 mask take 145 ms all at once, which are
+#: fresh pages for each of 120 operations, and 35 ms in parts of 2^16 or 2^17 (one core, AVX-512).
+_AT_ONCE = 2**16
+
+#: What is masked, a field of the counter. The states are zoned out by ZONEOUT, ZONEOUT + 1, ...
+RECURRENT, INPUT, WEIGHT, ZONEOUT = range(4)
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Four words from a counter of four and a key of two, int64 tensors of 32-bit values.
+
+    With c (M - 2^32) in place of c M the low word is the same and the high word c less.
+    """
+    c_0, c_1, c_2, c_3 = counter
+    k_0, k_1 = key
+    for _ in range(_ROUNDS):
+        p_0, p_1 = c_0 * _MULTIPLIERS[0], c_2 * _MULTIPLIERS[1]
+        c_0, c_2 = (p_1 >> 32) + c_2 ^ c_1 ^ k_0, (p_0 >> 32) + c_0 ^ c_3 ^ k_1
+        c_1, c_3 = p_1 & _WORD, p_0 & _WORD
+        k_0, k_1 = (k_0 + _WEYL[0]) & _WORD, (k_1 + _WEYL[1]) & _WORD
+    return c_0, c_1, c_2, c_3
+
+
+def keep(
+    seed: Tensor,
+    sites: Sequence[int],
+    ids: Tensor,
+    steps: Tensor | None,
+    units: int,
+    p: float,
+) -> Tensor:
+    """(sites, rows, units) bool, each true with probability 1 - p.
+
+    seed: int64, its 64 bits are the key. ids, steps: (rows,) int64. The counter of unit u is
+    (u // 4, id, site + 2^16 (id // 2^32), step), and u % 4 chooses among its four words.
+    """
+    on, blocks = ids.device, (units + 3) // 4
+    at_once = max(1, _AT_ONCE // (len(sites) * max(blocks, 1)))
+    if on.type == "cpu" and ids.shape[0] > at_once:
+        parts = ids.split(at_once)
+        when = [None] * len(parts) if steps is None else steps.split(at_once)
+        return torch.cat(
+            [keep(seed, sites, *part, units, p) for part in zip(parts, when, strict=True)], 1
+        )
+    seed, ids = seed.to(on), ids[:, None]
+    site = torch.tensor(sites, dtype=torch.int64, device=on)[:, None, None]
+    step = torch.zeros_like(ids) if steps is None else steps[:, None]
+    block = torch.arange(blocks, device=on)
+    counter = block, ids & _WORD, site | (ids >> 32 & 0xFFFF) << 16, step
+    words = torch.stack(philox(counter, (seed & _WORD, seed >> 32 & _WORD)), -1)
+    return words.flatten(-2)[..., :units] >= int(p * 2.0**32)
+
+
+def draw_seed(like: Tensor) -> Tensor:
+    """63 bits from torch's default generator; ``like`` is any tensor, for the dispatcher."""
+    return torch.randint(2**63 - 1, ())
+
+
+# A graph holds both as they are: inductor would draw another seed, and write out the ten rounds.
+library.define(
+    "keep(Tensor seed, int[] sites, Tensor ids, Tensor? steps, SymInt units, float p) -> Tensor"
+)
+library.impl("keep", keep, "CompositeExplicitAutograd")
+library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+library.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastseq::keep", lib=library)
+def _keep_fake(seed, sites, ids, steps, units, p):
+    return ids.new_empty((len(sites), ids.shape[0], units), dtype=torch.bool)
+
+
+@torch.library.register_fake("fastseq::draw_seed", lib=library)
+def _draw_seed_fake(like):
+    return torch.empty((), dtype=torch.int64)
+
+
+class Rates(NamedTuple):
+    """The probabilities with which a layer masks; of ``zoneout`` one for each state of the cell."""
+
+    recurrent_dropout: float = 0.0
+    input_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    zoneout: tuple[float, ...] = ()
+
+
+@dataclass
+class Zoneout:
+    """Which states stay as they were: random in training, else blended by their expectation.
+
+    rates: one for each state. seed: None outside of training. ids: (B,), the rows' of the batch.
+    """
+
+    rates: tuple[float, ...]
+    seed: Tensor | None
+    ids: Tensor
+
+    def sorted(self, order: Tensor) -> Zoneout:
+        return replace(self, ids=self.ids.index_select(0, order.to(self.ids.device)))
+
+    def of_layer(
+        self, layer: int, directions: int, x: Tensor, batch_sizes: Tensor | None, sizes: list[int]
+    ) -> list[list[Tensor | float]]:
+        """For each direction and state: where it stays, (rows, size) bool, or the expectation."""
+        if self.seed is None:
+            return [list(self.rates)] * directions
+        B = self.ids.shape[0]
+        if batch_sizes is None:
+            step = torch.arange(x.shape[0], device=x.device).repeat_interleave(B)
+            ids = self.ids.repeat(x.shape[0])
+        else:
+            step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
+            ids = self.ids.index_select(0, sequence)
+        found: list[list[Tensor | float]] = [[] for _ in range(directions)]
+        for k, (rate, size) in enumerate(zip(self.rates, sizes, strict=True)):
+            sites = [site(ZONEOUT + k, layer, d) for d in range(directions)]
+            for way, kept in zip(
+                found, _keep(self.seed, sites, ids, step, size, rate), strict=True
+            ):
+                way.append(~kept)
+        return found
+
+
+def site(kind: int, layer: int, direction: int = 0) -> int:
+    """The counter's word for what is masked, 16 bits."""
+    return kind | direction << 3 | layer << 4
+
+
+def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) -> None:
+    """Give a stack its masks. ids: (B,), in the order of its batch."""
+    if not stack.training:
+        seed = None
+    elif seed is None:
+        seed = _draw_seed(ids)
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor(seed)
+    if rates.zoneout:
+        stack.zoneout = Zoneout(rates.zoneout, seed, ids)
+    if seed is None:
+        return
+    D, layers = stack.directions, range(stack.layers)
+    ways = [(layer, d) for layer in layers for d in range(D)]
+    if p := rates.recurrent_dropout:
+        sites = [site(RECURRENT, *way) for way in ways]
+        stack.h_mask = _scaled(_keep(seed, sites, ids, None, stack.P, p), p, stack.x.dtype)
+    if p := rates.input_dropout:
+        widths = [stack.weights[layer * D].w_ih.shape[1] for layer in layers]
+        stack.input_masks = [
+            _scaled(_keep(seed, [site(INPUT, layer)], ids, None, width, p), p, stack.x.dtype)[0]
+            for layer, width in enumerate(widths)
+        ]
+    if p := rates.weight_dropout:
+        sites = [site(WEIGHT, *way) for way in ways]
+        w_hh = [ws.w_hh for ws in stack.weights]
+        rows = torch.arange(w_hh[0].shape[0], device=ids.device)  # type: ignore[union-attr]
+        masks = _scaled(_keep(seed, sites, rows, None, stack.P, p), p, w_hh[0].dtype)  # type: ignore
+        stack.weights = [
+            ws._replace(w_hh=w * mask)
+            for ws, w, mask in zip(stack.weights, w_hh, masks, strict=True)
+        ]
+
+
+def mask_input(x: Tensor, mask: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """x with the same units of a sequence dropped at every step. mask: (B, I)."""
+    mask = mask.to(x.dtype)
+    if batch_sizes is None:
+        return x * mask
+    _, sequence = packed_positions(batch_sizes, x.shape[0], mask.shape[0])
+    return x * mask.index_select(0, sequence.to(x.device))
+
+
+def _keep(seed, sites, ids, steps, units, p) -> Tensor:
+    function = torch.ops.fastseq.keep if torch.compiler.is_compiling() else keep
+    return function(seed, sites, ids, steps, units, p)
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    return (torch.ops.fastseq.draw_seed if torch.compiler.is_compiling() else draw_seed)(like)
+
+
+def _scaled(kept: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """What is kept, times 1 / (1 - p)."""
+    return kept.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)

@@ -1,0 +1,318 @@
+"""How the C++ kernels are built: with a compiler, without one, and as one binary for all."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+INPLACE = ["setup.py", "-q", "build_ext", "--inplace"]
+#: Takes its options down, and makes an empty file of what is asked for.
+FAKE = """#!/bin/sh
+echo "$@" >> {log}
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+BROKEN = """#!/bin/sh
+echo "vocabulary.h:1: note: not this line" >&2
+echo "vocabulary.h:2: error: no such thing" >&2
+exit 1
+"""
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF with binutils")
+
+
+def tool(root, name):
+    """tools/<name>.py of a tree, as a module."""
+    spec = importlib.util.spec_from_file_location(name, root / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def copy_to(root):
+    """The sources, and nothing that was built of them."""
+    files = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
+    files += [*(ROOT / "tools").glob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    files += [path for path in (ROOT / "fastseq").rglob("*") if path.suffix in (".py", ".typed")]
+    for path in files:
+        copy = root / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return copy_to(tmp_path / "tree")
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def run(*command, cwd, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def note(tree):
+    return (tree / "fastseq" / "_cpu.txt").read_text()
+
+
+def library(tree):
+    return tree / "fastseq" / "_cpu.abi3.so"
+
+
+def test_without_a_compiler_the_package_works_and_says_why(tree):
+    run(*INPLACE, cwd=tree, CXX="/nonexistent/c++ -pipe")
+    why = "CXX names the C++ compiler /nonexistent/c++, which is not there"
+    assert note(tree) == f"{why}\n"
+    code = "import fastseq; print(fastseq.backends()['native'])"
+    said = run("-c", code, cwd=tree, PYTHONPATH=tree)
+    assert said.startswith(f"not available: fastseq was built without its C++ kernels: {why}; ")
+    assert "install a C++ compiler" in said and "pip install ." in said
+
+
+def test_the_compiler_is_looked_for_on_the_path(tree, tmp_path):
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    run(*INPLACE, cwd=tree, CXX="", PATH=empty)
+    assert note(tree) == "no C++ compiler was found, neither c++ nor g++ nor clang++\n"
+    script(empty / "clang++", BROKEN)
+    run(*INPLACE, cwd=tree, CXX="", PATH=empty)
+    assert note(tree).startswith("clang++ could not compile csrc/")
+
+
+def test_without_headers_it_says_where_they_were_looked_for(tree):
+    code = (
+        "import runpy, sys, sysconfig; real = sysconfig.get_path; "
+        "sysconfig.get_path = lambda name, *rest, **more: "
+        "'/nowhere' if 'include' in name else real(name, *rest, **more); "
+        f"sys.argv = {INPLACE}; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    run("-c", code, cwd=tree, CXX=script(tree / "fake", FAKE.format(log=tree / "log")))
+    assert note(tree).startswith("Python's headers are not in /nowhere (")
+
+
+def test_a_compiler_that_fails_is_quoted_and_an_old_library_goes_away(tree):
+    library(tree).touch()
+    compiler = script(tree / "broken", BROKEN)
+    run(*INPLACE, cwd=tree, CXX=compiler)
+    quoted = re.fullmatch(r"(\S+) could not compile csrc/\S+: (.*)\n", note(tree))
+    assert quoted.groups() == (str(compiler), "vocabulary.h:2: error: no such thing")
+    assert not library(tree).exists()
+
+
+def test_the_kernels_are_compiled_once_for_each_instruction_set(tree):
+    log = tree / "log"
+    run(*INPLACE, cwd=tree, CXX=script(tree / "fake", FAKE.format(log=log)))
+    lines = log.read_text().splitlines()
+    kernels = [line for line in lines if "kernels.cpp" in line]
+    sets = {re.search(r"FASTSEQ_ISA=(\w+)", line)[1]: line for line in kernels}
+    assert len(kernels) == len(sets)
+    assert " -m" not in sets.pop("base")  # runs on every machine of its kind
+    assert all(f"-m{name}" in line for name, line in sets.items())
+    assert len(lines) == len(kernels) + 3  # the module, the loop, and the link
+    objects = set(re.findall(r"-o (\S+\.o)", "\n".join(lines[:-1])))
+    assert objects <= set(lines[-1].split()), "all of them are linked"
+    assert library(tree).exists() and not (tree / "fastseq" / "_cpu.txt").exists()
+
+
+def test_make_builds_again_what_is_older_than_its_sources(tree, monkeypatch, capsys):
+    log = tree / "log"
+    monkeypatch.setenv("CXX", str(script(tree / "fake", FAKE.format(log=log))))
+    prepare = tool(tree, "prepare")
+
+    def compiled():
+        log.write_text("")
+        prepare.build_kernels(sys.executable)
+        return set(re.findall(r"-c \S*/(\w+\.cpp)", log.read_text())), bool(log.read_text())
+
+    def age(seconds, paths):
+        then = time.time() - seconds
+        for path in paths:
+            os.utime(path, (then, then))
+
+    def edit(name):
+        """All sources are old, what was made of them is newer, and one source newer still."""
+        age(300, [tree / "setup.py", *(tree / "csrc").rglob("*.*")])
+        age(200, [library(tree), *(tree / "build" / "objects").iterdir()])
+        age(100, [tree / name])
+
+    every = {"module.cpp", "run.cpp", "kernels.cpp"}
+    assert compiled() == (every, True)
+    assert compiled() == (set(), False)
+    edit("csrc/module.cpp")
+    assert compiled() == ({"module.cpp"}, True)
+    edit("csrc/cpu/loops.h")
+    assert compiled() == (every, True)
+    library(tree).unlink()
+    assert compiled() == (set(), True)
+    assert "going on without" not in capsys.readouterr().err
+
+
+def test_make_goes_on_without_a_compiler_and_says_so(tree, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    tool(tree, "prepare").build_kernels(sys.executable)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        "make: going on without the C++ kernels: "
+        "CXX names the C++ compiler /nonexistent, which is not there"
+    )
+
+
+def test_the_source_archive_holds_all_that_is_compiled(tree):
+    run("setup.py", "-q", "sdist", cwd=tree)
+    (path,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    headers = {p.relative_to(tree).as_posix() for p in (tree / "csrc").rglob("*.h")}
+    sources = {"csrc/module.cpp", "csrc/cpu/run.cpp", "csrc/cpu/kernels.cpp"}
+    assert headers and headers | sources | {"setup.py", "fastseq/backends/native.py"} <= names
+
+
+def wheel_of(path, *names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "no compiler")
+    return path
+
+
+def test_what_is_not_one_binary_is_refused(tmp_path):
+    look = tool(ROOT, "one_binary").look
+    with pytest.raises(ValueError, match="expected the tag cp310-abi3"):
+        look(wheel_of(tmp_path / "fastseq-0-py3-none-any.whl", "fastseq/_cpu.abi3.so"))
+    with pytest.raises(ValueError, match=r"has no C\+\+ kernels: no compiler"):
+        look(wheel_of(tmp_path / "fastseq-0-cp310-abi3-linux_x86_64.whl", "fastseq/_cpu.txt"))
+
+
+@linux
+def test_a_library_that_is_bound_to_torch_is_refused(tmp_path):
+    path = tmp_path / "fastseq-0-cp310-abi3-linux_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(Path(torch.__file__).parent / "lib" / "libshm.so", "fastseq/_cpu.abi3.so")
+    with pytest.raises(ValueError, match=r"is bound to torch: .*c10"):
+        tool(ROOT, "one_binary").look(path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(tree, wheel, the library in it), made with this machine's compiler."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    tree = copy_to(tmp_path_factory.mktemp("built"))
+    command = ("pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--quiet")
+    run("-m", *command, "--wheel-dir", tree / "dist", tree, cwd=tree)
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        made = Path(archive.extract("fastseq/_cpu.abi3.so", tree / "unpacked"))
+    return tree, wheel, made
+
+
+@pytest.mark.full
+def test_the_wheel_holds_the_package_and_its_kernels(built):
+    tree, wheel, _ = built
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    package = [p for p in (tree / "fastseq").rglob("*") if p.suffix in (".py", ".typed")]
+    assert names == {p.relative_to(tree).as_posix() for p in package} | {"fastseq/_cpu.abi3.so"}
+
+
+@linux
+@pytest.mark.full
+def test_the_library_asks_for_little_and_gives_its_entry_alone(built):
+    _, wheel, made = built
+    one_binary = tool(ROOT, "one_binary")
+    assert "no symbol of torch" in one_binary.look(wheel)
+    _, newest = one_binary.needs(made)
+    assert [int(n) for n in newest["GLIBC"].split(".")[:2]] <= [2, 17], "manylinux2014's"
+    defined = subprocess.check_output(["nm", "-D", "--defined-only", made], text=True)
+    assert [line.split()[-1] for line in defined.splitlines()] == ["PyInit__cpu"]
+
+
+@linux
+@pytest.mark.full
+def test_instruction_sets_share_no_inline_function(built):
+    """The linker keeps one of two functions of a name: AVX-512's would run on every machine."""
+    objects = sorted((built[0] / "build" / "objects").glob("kernels-*.o"))
+    assert objects
+    for path in objects:
+        own = f"fastseq::{path.stem.partition('-')[2]}::"
+        symbols = subprocess.check_output(["nm", "-C", "--defined-only", path], text=True)
+        weak = re.findall(r"^\S+ [WVuw] (.*)$", symbols, re.MULTILINE)
+        assert not [name for name in weak if own not in name], path.name
+
+
+def pythons():
+    """Other Pythons from 3.10 that run here."""
+    found = {}
+    names = [f"python3.{minor}" for minor in range(10, 16)]
+    for path in [*names, *sorted(Path.home().glob(".pyenv/versions/3.1?.*/bin/python"))]:
+        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        try:
+            version = subprocess.check_output(
+                [path, "-c", code], text=True, stderr=subprocess.DEVNULL
+            ).strip()
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        found[version] = path
+    found.pop("{}.{}".format(*sys.version_info), None)
+    return found
+
+
+@pytest.mark.full
+def test_the_library_loads_in_every_python_and_without_torch(built):
+    others = pythons()
+    if not others:
+        pytest.skip("there is no other Python here")
+    code = (
+        "import importlib.util as u, sys; "
+        f"spec = u.spec_from_file_location('fastseq._cpu', {str(built[2])!r}); "
+        "module = u.module_from_spec(spec); spec.loader.exec_module(module); "
+        "assert 'torch' not in sys.modules; "
+        "print([row[0] for row in module.CELLS], module.instruction_sets())"
+    )
+    here = run("-c", code, cwd=built[0])
+    assert "'lstm'" in here and "'base'" in here
+    for path in others.values():
+        assert subprocess.check_output([path, "-I", "-c", code], text=True) == here
+
+
+@pytest.mark.full
+def test_an_editable_install_without_a_compiler(tree, tmp_path):
+    """In an environment of its own, which borrows this one's packages."""
+    folder = tmp_path / "environment"
+    run("-m", "venv", "--without-pip", folder, cwd=tmp_path)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text("\n".join(p for p in sys.path if "site-packages" in p))
+    python = folder / "bin" / "python"
+    nothing = {"PATH": str(folder / "bin"), "HOME": os.environ["HOME"]}
+    command = ["-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    code = "import fastseq; print(fastseq.__file__, fastseq.backends()['native'])"
+    for words in ([*command, "--no-index", "-e", tree], ["-c", code]):
+        done = subprocess.run(
+            [python, *words], capture_output=True, text=True, cwd=tmp_path, env=nothing
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tree / "fastseq"))
+    assert "no C++ compiler was found" in done.stdout

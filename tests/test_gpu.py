@@ -1,0 +1,307 @@
+"""The triton backend on a GPU: numbers against float64 and against cuDNN, and what only a device
+shows. `make gpu` runs these; without a CUDA device they are skipped."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import draw
+from rules import check_all, poisoned, same_bits
+
+import fastseq
+from fastseq.cells import CELLS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+SPECIAL = {
+    "plain": {},
+    "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1},
+    "H63": {"H": 63, "T": 7},
+    "H64": {"H": 64, "T": 7, "I": 16, "B": 16, "directions": 2},
+    "H65": {"H": 65, "T": 3, "directions": 2},
+    "H127": {"H": 127, "T": 3, "B": 5},
+    "H128": {"H": 128, "T": 7, "B": 33},
+    "H300": {"H": 300, "T": 3, "B": 40},
+    "bare": {"bias": False, "state": False, "H": 20},
+    "saturated": {"scale": 50.0, "H": 20},
+    "reset": {"reset": True, "directions": 2},
+    "h_mask": {"h_mask": True, "directions": 2},
+    "ragged": {"lengths": [2, 5, 3], "directions": 2},
+    "all at once": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "directions": 2},
+    "all at once H200": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "H": 200},
+}
+
+
+@pytest.fixture(autouse=True)
+def products_are_ieee():
+    """What the CPU's numbers are compared with; a test of TF32 sets it itself."""
+    with precision("ieee"):
+        yield
+
+
+class precision:
+    """torch's setting for the float32 products of recurrent layers."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        self.before = torch.backends.cudnn.rnn.fp32_precision
+        torch.backends.cudnn.rnn.fp32_precision = self.name
+
+    def __exit__(self, *error):
+        torch.backends.cudnn.rnn.fp32_precision = self.before
+
+
+def on_gpu(case, device="cuda"):
+    """The same layers on the device, as new leaves."""
+
+    def move(tensor):
+        if tensor is None:
+            return None
+        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+    return replace(
+        case,
+        x=move(case.x),
+        states=[move(s) for s in case.states],
+        weights=[w.map(move) for w in case.weights],
+        reset=move(case.reset),
+        h_mask=move(case.h_mask),
+    )
+
+
+def gradients_of(outputs, leaves):
+    """As problems.gradients, with the cotangents on the outputs' device."""
+    given = {n: torch.randn(v.shape, generator=_random()).to(v) for n, v in outputs.items()}
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(given.values()))
+    return {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def _random():
+    return torch.Generator().manual_seed(1)
+
+
+def check(case, what, **options):
+    """Values and gradients by the rule; err(torch) is the independent writing's, on the CPU."""
+    trajectory = options.get("trajectory", False)
+    wide, same = case.to(torch.float64), case.to(case.x.dtype)
+    exact, theirs = wide.independent(trajectory), same.independent(trajectory)
+    exact |= gradients_of(exact, wide.leaves())
+    theirs |= gradients_of(theirs, same.leaves())
+    here = on_gpu(case)
+    ours = here.run("triton", **options)
+    ours |= gradients_of(ours, here.leaves())
+    check_all({n: v.cpu() for n, v in ours.items()}, theirs, exact, case.x.dtype, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("cell", CELLS)
+def test_against_float64(cell, special, dtype):
+    check(draw(cell, dtype=DTYPES[dtype], **SPECIAL[special]), f"{cell} {special}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["full", "lean"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_memory_and_trajectory(cell, memory, dtype):
+    case = draw(cell, dtype=DTYPES[dtype], lengths=[3, 0, 5], directions=2, reset=True)
+    check(case, memory, memory=memory, trajectory=cell == "lstm")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H, P", [(20, 3), (64, 64), (300, 100)])
+def test_projection(H, P, dtype):
+    check(draw("lstm", H=H, P=P, directions=2, dtype=DTYPES[dtype]), f"H={H} P={P}")
+
+
+SHAPES = [(64, 16, 40, 64), (33, 5, 20, 100), (20, 64, 128, 128), (16, 48, 100, 300)]
+
+
+@pytest.mark.parametrize("mode", ["tf32", "ieee", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_against_cudnn(kind, shape, mode):
+    """No further from float64 than twice cuDNN, in the same precision on both sides."""
+    T, B, I, H = shape  # noqa: E741
+    dtype = DTYPES.get(mode, torch.float32)
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, kind)(I, H, 2, bidirectional=True, device="cuda", dtype=dtype)
+    truth = getattr(torch.nn, kind)(I, H, 2, bidirectional=True).double()
+    truth.load_state_dict(theirs.state_dict())
+    ours = getattr(fastseq, kind)(
+        I, H, 2, bidirectional=True, device="cuda", dtype=dtype, backend="triton"
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, I, generator=_random()).to(dtype)
+
+    def run(module, x):
+        x = x.clone().requires_grad_()
+        y, state = module(x)
+        state = state if isinstance(state, tuple) else (state,)
+        found = {"y": y} | dict(zip(("h_n", "c_n"), state, strict=False))
+        found |= gradients_of(found, {"x": x} | dict(module.named_parameters()))
+        return {name: value.cpu() for name, value in found.items()}
+
+    with precision(mode if mode in ("tf32", "ieee") else "ieee"):
+        mine, cudnn = run(ours, x.cuda()), run(theirs, x.cuda())
+    exact = run(truth, x.double())
+    check_all(mine, cudnn, exact, dtype, f"{kind} {shape} {mode}")
+
+
+def flat(case, **options):
+    """Outputs and gradients, in one list."""
+    outputs = case.run("triton", **options)
+    return [*outputs.values(), *gradients_of(outputs, case.leaves()).values()]
+
+
+@pytest.mark.parametrize("H", [64, 200])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "indrnn"])
+def test_a_hundred_runs_give_the_same_bits(cell, H):
+    lengths = [1 + b % 20 for b in range(37)]
+    case = draw(cell, T=20, B=37, H=H, directions=2, lengths=lengths, dtype=torch.float32)
+    case = on_gpu(case)
+    first = flat(case)
+    for _ in range(100):
+        assert all(same_bits(a, b) for a, b in zip(first, flat(case), strict=True))
+
+
+@pytest.mark.parametrize("H", [64, 200])
+def test_streams_do_not_disturb_each_other(H):
+    cases = [
+        on_gpu(draw("lstm", T=40, B=20, H=H, dtype=torch.float32, seed=seed)) for seed in range(4)
+    ]
+    alone = [flat(case) for case in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(5):
+        together = []
+        for stream, case in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(flat(case))
+        torch.cuda.synchronize()
+        for one, other in zip(alone, together, strict=True):
+            assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("H", [64, 200])
+def test_a_cuda_graph_records_it(H, training):
+    module = fastseq.GRU(32, H, 2, bidirectional=True, device="cuda", backend="triton")
+    x = torch.randn(12, 5, 32, device="cuda", requires_grad=training)
+
+    def step():
+        with torch.set_grad_enabled(training):
+            y = module(x)[0]
+            return (
+                y,
+                *(torch.autograd.grad(y.sum(), [x, *module.parameters()]) if training else ()),
+            )
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    for seed in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        found = [t.clone() for t in recorded]
+        assert all(same_bits(a, b) for a, b in zip(found, step(), strict=True))
+
+
+def test_a_graph_of_ragged_sequences_is_refused_with_the_reason():
+    module = fastseq.GRU(3, 4, device="cuda", backend="triton")
+    x = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3, device="cuda") for n in (3, 2)])
+    with torch.no_grad():
+        module(x)
+        torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match="batch_sizes lives on the CPU"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                module(x)
+
+
+def test_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one device alone")
+    case = draw("lstm", T=5, H=64, directions=2, dtype=torch.float32)
+    one, other = flat(on_gpu(case, "cuda:0")), flat(on_gpu(case, "cuda:1"))
+    assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
+    assert all(t.device == torch.device("cuda:1") for t in other)
+
+
+@pytest.mark.parametrize("H", [64, 200])
+def test_memory_at_the_end_is_memory_at_the_start(H):
+    case = on_gpu(draw("lstm", T=10, B=9, H=H, directions=2, dtype=torch.float32))
+    flat(case)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(10):
+        flat(case)
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_more_steps_than_cudnn_takes():
+    """70,000, in one call and in two with the state carried."""
+    module = fastseq.GRU(8, 16, device="cuda", backend="triton")
+    x = torch.randn(70_000, 2, 8, device="cuda")
+    with torch.no_grad():
+        whole, last = module(x)
+        first, state = module(x[:30_000])
+        second, final = module(x[30_000:], state)
+    assert torch.equal(whole, torch.cat([first, second])) and torch.equal(last, final)
+
+
+@pytest.mark.parametrize("H", [64, 200])
+def test_nothing_compiles_again_for_another_length_or_batch(H):
+    from fastseq.backends import triton_kernels as kernels
+
+    module = fastseq.LSTM(16, H, device="cuda", backend="triton")
+
+    def run(T, B):
+        y = module(torch.randn(T, B, 16, device="cuda"))[0]
+        y.sum().backward()
+
+    def compiled():
+        made = [kernels.kernel("lstm", kind, False) for kind in kernels.source.TEXTS]
+        return sum(len(cache[0]) for k in made for cache in k.function.device_caches.values())
+
+    run(4, 3)
+    before = compiled()
+    for T, B in ((1, 1), (16, 16), (17, 2), (5, 31)):
+        run(T, B)
+    assert compiled() == before
+
+
+@pytest.mark.parametrize("H", [64, 200])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_is_read_before_it_is_written(cell, H):
+    case = draw(
+        cell, T=5, B=3, H=H, directions=2, lengths=[0, 5, 3], reset=True, dtype=torch.float32
+    )
+    with poisoned():
+        check(case, "poisoned")
+
+
+def test_none_stays_with_torch():
+    """Until a measurement says otherwise."""
+    module = fastseq.LSTM(8, 16, device="cuda")
+    assert fastseq.explain(module, torch.randn(3, 2, 8, device="cuda")) == "torch"

@@ -1,0 +1,402 @@
+"""The C++ kernels beyond what every backend is tested for: instruction sets, threads, memory and
+the sanitizers. Their texts, vocabulary, bits and random cases stand in files of their own.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import draw, gradients
+from rules import check_all, same_bits
+
+import fastseq
+from fastseq.backends import load, openmp
+from fastseq.backends.contract import Call, Weights
+from fastseq.cells import CELLS
+
+ROOT = Path(__file__).parents[1]
+full = pytest.mark.full
+native = load("native")
+if isinstance(native, str):
+    pytest.skip(native, allow_module_level=True)
+
+_cpu = native._cpu
+SETS = _cpu.instruction_sets()
+
+
+@pytest.fixture
+def instruction_set(request):
+    before = _cpu.use_instruction_set(request.param)
+    yield request.param
+    _cpu.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# test_parity.py has the best instruction set; here are the others.
+
+SPECIAL = {
+    "dense": {"B": 9},
+    "T1": {"T": 1},
+    "H65": {"H": 65, "T": 3},
+    "few rows, not packed": {"T": 2, "B": 1, "H": 35, "I": 19},
+    "ragged reset": {"lengths": [2, 0, 5], "reset": True, "directions": 2},
+    "h_mask": {"h_mask": True, "layers": 2},
+    "wide input": {"I": 300, "H": 20},
+    "projected": {"P": 3, "directions": 2},
+    "lean": {"lengths": [3, 0, 5]},
+    "trajectory": {"directions": 2},
+}
+ONLY_LSTM = ("projected", "trajectory")
+CASES = [
+    (cell, special)
+    for cell in CELLS
+    for special in SPECIAL
+    if cell == "lstm" or special not in ONLY_LSTM
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("cell", "special"), CASES)
+@pytest.mark.parametrize("instruction_set", SETS[1:], indirect=True)
+def test_parity_on_every_instruction_set(instruction_set, cell, special, dtype):
+    options = {"memory": "lean"} if special == "lean" else {}
+    options |= {"trajectory": True} if special == "trajectory" else {}
+    case = draw(cell, dtype=dtype, **SPECIAL[special])
+    trajectory = special == "trajectory"
+    wide = case.to(torch.float64)
+    exact = wide.independent(trajectory)
+    exact |= gradients(exact, wide.leaves())
+    theirs = case.independent(trajectory)
+    theirs |= gradients(theirs, case.leaves())
+    ours = case.run("native", **options)
+    ours |= gradients(ours, case.leaves())
+    check_all(ours, theirs, exact, dtype, f"{instruction_set}, {special}")
+    with torch.no_grad():
+        bare = case.run("native", **options)
+    check_all(bare, theirs, {name: exact[name] for name in bare}, dtype, "no_grad")
+
+
+def test_an_ensemble_of_any_size():
+    """R is whatever torch.func asks for."""
+    member = fastseq.GRU(3, 5, backend="native")
+    many = 150
+    given = {n: torch.stack([p.detach()] * many) for n, p in member.named_parameters()}
+    for k in range(many):
+        given["weight_hh_l0"][k] *= k / many
+    x = torch.randn(4, 2, 3)
+
+    def loss(parameters):
+        return torch.func.functional_call(member, parameters, (x,))[0].square().sum()
+
+    ours = torch.func.vmap(torch.func.grad(loss))(given)
+    for k in (0, 64, many - 1):
+        alone = torch.func.grad(loss)({name: p[k] for name, p in given.items()})
+        for name, d in alone.items():
+            torch.testing.assert_close(ours[name][k], d, msg=name)
+
+
+# Threads
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # threads, batch, shares of units, flops of a row's step, bytes of its weights
+        ((1, 8, 16, 1e6, 1e6), (1, 1)),
+        ((2, 64, 16, 1e6, 1e6), (2, 1)),  # rows enough: nobody has to wait
+        ((2, 1, 16, 1e6, 1e6), (1, 2)),  # one sequence: its units
+        ((4, 2, 16, 1e6, 1e6), (1, 4)),  # too few rows
+        ((4, 64, 16, 1e6, 4e6), (1, 4)),  # each thread keeps its own weights in its cache
+        ((4, 64, 1, 1e6, 4e6), (4, 1)),  # a step that wants all units at once
+        ((2, 1, 16, 1e4, 1e6), (1, 1)),  # a step shorter than a meeting
+        ((4, 2, 16, 1e4, 1e6), (2, 1)),
+        ((8, 1, 3, 1e6, 1e6), (1, 3)),
+        ((2, 0, 16, 1e6, 1e6), (1, 1)),
+    ],
+)
+def test_plan(given, expected):
+    """A pure function of sizes: rows x units of a recurrence that threads share."""
+    assert _cpu.plan(*given) == expected
+
+
+def layer(cell="lstm", T=40, B=3, H=130):
+    """Enough work for three threads."""
+    return draw(cell, T=T, B=B, I=20, H=H, dtype=torch.float32)
+
+
+def outcome(case):
+    outputs = case.run("native")
+    return outputs | gradients(outputs, case.leaves())
+
+
+def check_same(ours, expected):
+    __tracebackhide__ = True
+    for name, value in expected.items():
+        assert same_bits(ours[name], value), name
+
+
+@pytest.mark.parametrize("B", [1, 16], ids=["units", "rows"])
+def test_callers_side_by_side(B, threads):
+    """Several threads of Python call at once, each with threads of its own."""
+    threads(2)
+    cases = [layer(cell, B=B) for cell in CELLS]
+    alone = [outcome(case) for case in cases]
+
+    def call(case):
+        torch.set_num_threads(2)  # the setting is each thread's own
+        return outcome(case)
+
+    with ThreadPoolExecutor(len(cases)) as callers:
+        for _ in range(2):
+            for ours, expected in zip(callers.map(call, cases), alone, strict=True):
+                check_same(ours, expected)
+
+
+def test_within_another_parallel_region(threads):
+    """There the runtime grants one thread where two are asked for."""
+    parallel = openmp.parallel()
+    if parallel is None:
+        pytest.skip("torch's OpenMP runtime cannot be called here")
+    threads(2)
+    case = layer(B=1)
+    with torch.no_grad():
+        expected = case.run("native")
+    found, lock = [], threading.Lock()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def region(_):
+        with lock, torch.no_grad():
+            torch.set_num_threads(2)
+            found.append(case.run("native"))
+
+    parallel(ctypes.cast(region, ctypes.c_void_p), None, 2, 0)
+    assert len(found) == 2
+    for ours in found:
+        check_same(ours, expected)
+    threads(2)
+    with torch.no_grad():
+        check_same(case.run("native"), expected)
+
+
+def python(code, **environment):
+    """What a fresh interpreter prints."""
+    prelude = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+FORKED = """
+import multiprocessing, torch
+from rules import same_bits
+from test_native import layer, outcome
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, k):
+        with torch.no_grad():
+            return case.run("native")["y"]
+
+def child(queue):
+    mine = outcome(case)
+    queue.put(all(bool((mine[name] == value).all()) for name, value in expected.items()))
+
+torch.set_num_threads(2)
+case = layer(B=1)
+expected = {name: value.detach() for name, value in outcome(case).items()}  # the pool is awake
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+worker = context.Process(target=child, args=(queue,))
+worker.start()
+print(queue.get(timeout=60))
+worker.join()
+loader = torch.utils.data.DataLoader(Items(), num_workers=2, multiprocessing_context="fork")
+print(all(same_bits(y[0], expected["y"]) for y in loader))
+again = outcome(case)  # and the parent still has its threads
+print(all(same_bits(again[name].detach(), value) for name, value in expected.items()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_a_fork():
+    """A child inherits the pool but none of its threads, so it runs on one."""
+    assert python(FORKED).split() == ["True"] * 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signal of this kind")
+def test_an_interrupt_comes_after_the_call(threads):
+    """Ctrl-C is raised when the kernels return, and the next call is right."""
+    threads(2)
+    case = layer(T=3000, B=2, H=128)
+    with torch.no_grad():
+        expected = case.run("native")
+        for _ in range(2):
+            timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    case.run("native")
+            timer.join()
+            check_same(case.run("native"), expected)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("memory", ["full", "lean"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_training_keeps(cell, memory):
+    """At most G + 2 numbers for each token and hidden unit, y with them; nothing but y if lean."""
+    T, B, H = 20, 5, 64
+    case = draw(cell, T=T, B=B, I=4, H=H, dtype=torch.float32)
+    inputs = {t.data_ptr() for t in (case.x, *case.states, *case.leaves().values())}
+    kept = {}
+
+    def pack(tensor):
+        if tensor is not None and tensor.data_ptr() not in inputs:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = case.run("native", memory=memory)
+    states = sum(value.nbytes for name, value in outputs.items() if name != "y")
+    numbers = (sum(kept.values()) - states) / 4 / (T * B * H)
+    definition = CELLS[cell]
+    assert numbers <= (definition.G + 2 if memory == "full" else 1), kept
+    assert numbers >= 1  # the hooks saw what was kept
+
+
+OUT_OF_MEMORY = """
+import gc, resource, torch
+from fastseq.backends import load
+from fastseq.backends.contract import Call, OutputGradients, Wanted
+from problems import draw
+
+native = load("native")
+
+def address_space():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+def call(T, H):
+    case = draw("lstm", T=T, B=1, I=2, H=H, dtype=torch.float32, grad=False)
+    return Call("lstm", case.x, None, case.states, case.weights, (False,))
+
+small, large = call(3, 4), call(60000, {H})
+result = native.forward(small, True, False)
+expected = result.y.clone()
+if {backward}:
+    # its gate gradients are those of a window of rows, {H} units wide: too much at once
+    kept = native.forward(large, True, False)
+    grads = OutputGradients(torch.ones_like(kept.y), [None, None], [])
+before = None
+for _ in range(4):
+    room = address_space() + (40 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (room, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    try:
+        if {backward}:
+            native.backward(large, kept, grads, Wanted(True, True, True))
+        else:
+            native.forward(large, True, False)
+    except (MemoryError, RuntimeError) as error:
+        print("raised")
+        del error
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    gc.collect()
+    assert torch.equal(native.forward(small, True, False).y, expected)
+    if before is None:
+        before = address_space()
+assert address_space() - before < (16 << 20), (before, address_space())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_out_of_memory(backward):
+    """It is raised, whatever was made is freed, and the next call is right."""
+    code = OUT_OF_MEMORY.replace("{backward}", str(backward)).replace("{H}", "256")
+    assert python(code, OMP_NUM_THREADS="1").split() == ["raised"] * 4
+
+
+@full
+@pytest.mark.skipif(sys.platform != "linux", reason="of zero pages, which Linux shares")
+def test_offsets_beyond_31_bits():
+    """Rows of x that stand 2^29 numbers apart: the last is 2^33 bytes behind the first."""
+    apart, T, B, I, H = 1 << 29, 3, 2, 5, 9  # noqa: E741
+    storage = torch.empty((T * B - 1) * apart + I)  # never touched but for the rows
+    x = storage.as_strided((T, B, I), (B * apart, apart, 1))
+    case = draw("gru", T=T, B=B, I=I, H=H, dtype=torch.float32)
+    with torch.no_grad():
+        x.copy_(case.x)
+        expected = case.run("native")["y"]
+        case.x = x
+        assert case.x.stride() == (B * apart, apart, 1)
+        assert same_bits(case.run("native")["y"], expected)
+
+
+@full
+@pytest.mark.skipif(sys.platform != "linux", reason="of zero pages, which Linux shares")
+def test_weights_of_more_than_31_bits():
+    """G * H * P > 2^31: nothing but two rows is there, and the last one counts."""
+    H, G = 23200, 4
+    w_hh = torch.from_numpy(np.zeros((G * H, H), np.float32))  # one page of zeros, many times
+    assert w_hh.numel() > 1 << 31
+    w_ih = torch.zeros(G * H, 1)
+    h_0, c_0 = torch.zeros(1, 1, H), torch.zeros(1, 1, H)
+    w_hh[2 * H, 0] = w_hh[-1, -1] = 1.0  # of g of the first unit and of o of the last one
+    h_0[0, 0, 0] = h_0[0, 0, -1] = c_0[0, 0, -1] = 2.0
+    weights = [Weights(w_ih, w_hh, None, None, None)]
+    call = Call("lstm", torch.zeros(1, 1, 1), None, [h_0, c_0], weights, (False,))
+    y, states = (result := native.forward(call, False, False)).y[0, 0], result.states
+    expected = torch.zeros(H)
+    expected[0] = 0.5 * torch.tanh(0.5 * torch.tanh(torch.tensor(2.0)))
+    expected[-1] = torch.sigmoid(torch.tensor(2.0)) * torch.tanh(torch.tensor(1.0))
+    torch.testing.assert_close(y, expected)
+    assert states[1][0, 0, -1] == 1.0
+
+
+# The sanitizers
+
+
+def sanitized(*names):
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        pytest.skip("no C++ compiler")
+    command = [sys.executable, str(ROOT / "tools" / "sanitize.py"), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_address_sanitizer():
+    """Of the least instruction set; ``make sanitize`` runs all of them."""
+    assert "0 failures" in sanitized("address", "base")
+
+
+@full
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("name", SETS)
+def test_sanitizers(sanitizer, name):
+    if (sanitizer, name) == ("address", "base"):
+        pytest.skip("the ordinary run has it")
+    assert "0 failures" in sanitized(sanitizer, name)

@@ -1,0 +1,227 @@
+"""Bit for bit the same: however a batch is split, permuted or padded, on any number of threads.
+
+With ``deterministic``, of y, the final states and the gradients of x and the initial states. The
+gradients of weights are sums over all rows, which every split adds up in other pieces: in them two
+identical calls agree, with ``deterministic`` or without.
+"""
+
+import pytest
+import torch
+from problems import draw
+from rules import same_bits
+
+from fastseq.backends import load
+from fastseq.backends.contract import Call, OutputGradients, Wanted
+from fastseq.cells import CELLS
+
+full = pytest.mark.full
+native = load("native")
+if isinstance(native, str):
+    pytest.skip(native, allow_module_level=True)
+
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+SIZES = [1, 17, 63, 64, 65, 130, 257]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def layer(*args, **options):
+    return draw(*args, grad=False, **options)
+
+
+def values(case, some=None, deterministic=True):
+    """Of these sequences of a layer: outputs and gradients by name.
+
+    What is side by side in time is padded with zeros, and every value but those of the weights has
+    the sequences in dimension 1. ``case.lengths`` decrease, and those of ``some`` do.
+    """
+    T, B = case.x.shape[:2]
+    some = list(range(B)) if some is None else some
+    R, states = len(case.weights), len(CELLS[case.cell].states)
+    random = torch.Generator().manual_seed(7)
+
+    def gradient(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(case.x.dtype)[:, some]
+
+    if case.lengths is None:
+        batch_sizes = None
+
+        def rows(padded):
+            return padded.contiguous()
+
+        padded = rows
+    else:
+        own = [int(case.lengths[b]) for b in some]
+        steps = [[b for b, length in enumerate(own) if length > t] for t in range(max(own))]
+        batch_sizes = torch.tensor([len(step) for step in steps], dtype=torch.int64)
+        at = torch.tensor([(t, b) for t, step in enumerate(steps) for b in step]).T
+
+        def rows(padded):
+            return padded[at[0], at[1]]
+
+        def padded(rows):
+            out = rows.new_zeros(T, len(some), rows.shape[-1])
+            out[at[0], at[1]] = rows
+            return out
+
+    mask = case.h_mask
+    call = Call(
+        case.cell,
+        rows(case.x[:, some]),
+        batch_sizes,
+        [s[:, some].contiguous() for s in case.states],
+        case.weights,
+        tuple(bool(r % 2) for r in range(R)),
+        None if case.reset is None else torch.stack([rows(case.reset[:, some])] * R),
+        None if mask is None else mask[:, some].contiguous(),
+        deterministic=deterministic,
+    )
+    result = native.forward(call, True, False)
+    dy = rows(gradient(T, B, R * case.P))
+    dstates = [gradient(R, B, size).contiguous() for size in (case.P, case.H)[:states]]
+    wanted = Wanted(x=True, states=True, weights=True)
+    d = native.backward(call, result, OutputGradients(dy, dstates, []), wanted)
+    named = {"y": padded(result.y), "dx": padded(d.x)}
+    named |= {f"state {k}": state for k, state in enumerate(result.states)}
+    named |= {f"dstate {k}": state for k, state in enumerate(d.states)}
+    flat = [w for weights in d.weights for w in weights.flat() if w is not None]
+    return named, {f"dw {k}": w for k, w in enumerate(flat)}
+
+
+def equal(ours, expected, what):
+    __tracebackhide__ = True
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        if not same_bits(ours[name], value):
+            worst = float((ours[name] - value).abs().max())
+            pytest.fail(f"{what}: {name} differs, by up to {worst:.3g}")
+
+
+def check_splits(case, what, splits):
+    """Each list of sequences, run alone, has the bits that it has in the whole."""
+    __tracebackhide__ = True
+    whole, _ = values(case)
+    for some in splits:
+        expected = {name: value[:, some] for name, value in whole.items()}
+        equal(values(case, some)[0], expected, f"{what}, sequences {some}")
+
+
+def splits_of(B):
+    ways = [[b] for b in {0, B // 2, B - 1}]
+    ways += [list(range(B // 3)), list(range(B // 3, B)), list(reversed(range(B)))]
+    return [way for way in ways if way]
+
+
+@each_dtype
+@pytest.mark.parametrize("H", SIZES)
+@each_cell
+def test_a_batch_may_be_split_and_permuted(cell, H, dtype):
+    """B = 11 is two tiles of rows and a rest on every instruction set."""
+    case = layer(cell, T=3, B=11, I=5, H=H, dtype=dtype, directions=2 if H < 64 else 1)
+    check_splits(case, f"H={H}", splits_of(11))
+
+
+LENGTHS = [5, 5, 4, 3, 3, 1, 0]
+OPTIONS = {
+    "ragged": {"lengths": LENGTHS},
+    "reset": {"reset": True},
+    "ragged reset": {"reset": True, "lengths": LENGTHS},
+    "h_mask": {"h_mask": True},
+    "wide input": {"I": 300},
+    "no state, no bias": {"state": False, "bias": False},
+    "projected": {"P": 9},
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("option", OPTIONS)
+@each_cell
+def test_so_it_may_with_every_option(cell, option, dtype):
+    if option == "projected" and cell != "lstm":
+        pytest.skip("only the LSTM is projected")
+    case = layer(cell, T=5, B=7, H=33, dtype=dtype, directions=2, **OPTIONS[option])
+    check_splits(case, option, [[1], [2, 6], [1, 0, 3, 6], [4, 3, 5], [1, 0, 2, 4, 3, 5]])
+
+
+@each_dtype
+@each_cell
+def test_ragged_is_each_sequence_alone(cell, dtype):
+    """Packed and not: the same rows by another layout."""
+    lengths = [6, 4, 4, 1]
+    case = layer(cell, T=6, B=4, H=65, dtype=dtype, lengths=lengths, directions=2)
+    whole, _ = values(case)
+    equal_steps = layer(cell, T=6, B=4, H=65, dtype=dtype, lengths=[6] * 4, directions=2)
+    dense = layer(cell, T=6, B=4, H=65, dtype=dtype, directions=2)
+    equal(values(equal_steps)[0], values(dense)[0], "all of one length")
+    equal(
+        {name: v[:, :1] for name, v in whole.items()},
+        {name: v for name, v in values(dense, [0])[0].items()},
+        "the longest alone",
+    )
+    check_splits(case, "ragged", [[b] for b in range(4)])
+
+
+#: T, B, I, H: enough work for three threads, whose rows or hidden units are shared out
+SHARED = {
+    "units": (16, 1, 8, 257),
+    "units of few rows": (12, 2, 70, 130),
+    "rows": (9, 11, 8, 130),
+    "many rows": (4, 130, 6, 65),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("shared", SHARED)
+@each_cell
+def test_any_number_of_threads(cell, shared, dtype, threads):
+    T, B, I, H = SHARED[shared]  # noqa: E741
+    more = 4 if CELLS[cell].G == 1 else 1  # the lighter cells: a longer sequence
+    case = layer(cell, T=T * more, B=B, I=I, H=H, dtype=dtype)
+    threads(1)
+    alone, _ = values(case)
+    for count in (2, 3):
+        threads(count)
+        equal(values(case)[0], alone, f"{count} threads")
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("option", ["plain", "few rows", "reset", "projected", "directions"])
+@each_cell
+def test_two_identical_calls_agree_in_everything(cell, option, count, dtype, threads):
+    options = {
+        "few rows": {"T": 2},
+        "reset": {"reset": True, "lengths": [12, 9, 7]},
+        "projected": {"P": 20},
+        "directions": {"directions": 2, "B": 1},
+    }.get(option, {})
+    if option == "projected" and cell != "lstm":
+        pytest.skip("only the LSTM is projected")
+    threads(count)
+    case = layer(cell, **{"T": 12, "B": 3, "H": 130, "dtype": dtype} | options)
+    for deterministic in (True, False):
+        named, weights = values(case, deterministic=deterministic)
+        again, weights_again = values(case, deterministic=deterministic)
+        equal(again | weights_again, named | weights, f"{count} threads, {deterministic}")
+
+
+@full
+@each_dtype
+@pytest.mark.parametrize("H", SIZES)
+@pytest.mark.parametrize("B", [1, 2, 13, 64])
+@each_cell
+def test_splits_on_threads(cell, B, H, dtype, threads):
+    """Splitting the batch changes how threads share the work, and still no bit."""
+    case = layer(cell, T=14, B=B, I=7, H=H, dtype=dtype)
+    threads(1)
+    alone, _ = values(case)
+    for count in (1, 2, 3):
+        threads(count)
+        equal(values(case)[0], alone, f"{count} threads")
+        check_splits(case, f"{count} threads", splits_of(B))

@@ -1,0 +1,289 @@
+"""What Triton's interpreter runs (TRITON_INTERPRET=1), by test_triton.py, in a process of its own:
+the kernels on CPU tensors, in NumPy, against the independent writing by the rule.
+
+Each cell runs each case; the type goes round, and --full takes them all.
+"""
+
+import copy
+
+import pytest
+import torch
+from problems import draw, full, gradients
+from rules import check_all, same_bits
+from test_parity import against_the_independent
+
+from fastseq.backends import load, triton_tiling
+from fastseq.backends.contract import Call, OutputGradients, Wanted
+from fastseq.cells import CELLS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+SPECIAL = {
+    "plain": {},
+    "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1},
+    "B17": {"B": 17, "T": 2},
+    "two layers": {"layers": 2, "directions": 2},
+    "bare": {"bias": False, "state": False},
+    "saturated": {"scale": 50.0},
+    "reset": {"reset": True, "directions": 2},
+    "h_mask": {"h_mask": True, "directions": 2},
+    "ragged": {"lengths": [2, 4, 3], "directions": 2},
+    "zero lengths": {"lengths": [0, 4, 0], "directions": 2},
+    "all at once": {"lengths": [2, 0, 4], "reset": True, "h_mask": True, "directions": 2},
+}
+STATEFUL = {"lengths": [2, 0, 4], "reset": True, "h_mask": True, "directions": 2}
+
+
+def in_turn(*axes):
+    """All combinations; the type goes round in the ordinary run, the others are marked full."""
+    found = []
+    for k, cell in enumerate(CELLS):
+        for place, values in enumerate(axes[0]):
+            for turn, dtype in enumerate(DTYPES):
+                marks = () if (k + place) % len(DTYPES) == turn else (full,)
+                name = f"{cell}-{values}-{str(dtype)[6:]}"
+                found.append(pytest.param(cell, values, dtype, marks=marks, id=name))
+    return found
+
+
+@pytest.fixture
+def stepwise(monkeypatch):
+    """The loop takes a launch for each step, in several tiles."""
+    tiling = triton_tiling.Tiling("step", 16, 16, 16, 16, 4, 1)
+    monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
+
+
+@pytest.mark.parametrize("cell, special, dtype", in_turn(SPECIAL))
+def test_walk(cell, special, dtype):
+    case = draw(cell, dtype=dtype, **{"T": 4, **SPECIAL[special]})
+    against_the_independent(case, "triton", special)
+
+
+@pytest.mark.parametrize("cell, special, dtype", in_turn(["plain", "all at once", "bare"]))
+def test_step(cell, special, dtype, stepwise):
+    case = draw(cell, dtype=dtype, **{"T": 4, "H": 18, **SPECIAL[special]})
+    against_the_independent(case, "triton", special)
+
+
+@pytest.mark.parametrize("cell, layout, dtype", in_turn(["dense", "ragged"]))
+def test_lean(cell, layout, dtype):
+    options = {"dense": {"directions": 2, "h_mask": True}, "ragged": STATEFUL}[layout]
+    case = draw(cell, T=4, dtype=dtype, **options)
+    against_the_independent(case, "triton", layout, memory="lean")
+
+
+def test_lean_in_steps(stepwise):
+    case = draw("gru_reset_before", T=4, H=18, dtype=torch.float32, **STATEFUL)
+    against_the_independent(case, "triton", "lean in steps", memory="lean")
+
+
+@pytest.mark.parametrize("form", ["walk", "step"])
+@pytest.mark.parametrize("memory", ["full", "lean"])
+@pytest.mark.parametrize("dtype, P", [(torch.float32, 3), (torch.bfloat16, 6), (torch.float64, 1)])
+def test_projection(form, memory, dtype, P, request):
+    if form == "step":
+        request.getfixturevalue("stepwise")
+    case = draw("lstm", T=4, H=6, P=P, directions=2, lengths=[1, 4, 3], dtype=dtype)
+    against_the_independent(case, "triton", f"P={P}", memory=memory, trajectory=P == 3)
+
+
+@pytest.mark.parametrize("form", ["walk", "step"])
+def test_projected_elman(form, request):
+    """Another cell than PyTorch projects; its gates are kept, since y does not hold them."""
+    if form == "step":
+        request.getfixturevalue("stepwise")
+    case = draw("rnn_tanh", T=4, H=6, P=3, directions=2, reset=True)
+    truth, ours = case.run("eager"), case.run("triton")
+    truth |= gradients(truth, case.leaves())
+    ours |= gradients(ours, case.leaves())
+    check_all(ours, None, truth, torch.float64)
+
+
+@pytest.mark.parametrize("form", ["walk", "step"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("layout", ["dense", "ragged"])
+def test_trajectory(form, dtype, layout, request):
+    """The cell state at every step, and the gradient that flows through it."""
+    if form == "step":
+        request.getfixturevalue("stepwise")
+    options = {"dense": {}, "ragged": {"lengths": [1, 0, 4], "reset": True}}[layout]
+    case = draw("lstm", T=4, directions=2, dtype=dtype, **options)
+    against_the_independent(case, "triton", layout, trajectory=True)
+    with torch.no_grad():
+        alone = case.run("triton", trajectory=True)
+    exact = case.to(torch.float64).independent(trajectory=True)
+    check_all(alone, case.independent(trajectory=True), exact, dtype)
+
+
+@pytest.mark.parametrize(
+    "cell, H, dtype",
+    [
+        ("lstm", 63, torch.float32),
+        ("gru", 64, torch.bfloat16),
+        ("lstm", 65, torch.float32),
+        ("gru", 127, torch.float16),
+        ("indrnn", 127, torch.float32),
+        ("gru_reset_before", 65, torch.float32),
+    ],
+)
+def test_sizes(cell, H, dtype):
+    """Each class of H, with the tiling that it has."""
+    case = draw(cell, T=2, H=H, I=3, dtype=dtype)
+    against_the_independent(case, "triton", f"H={H}")
+
+
+@pytest.mark.parametrize("form", ["walk", "step"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_not_asked_for(cell, form, request):
+    """Only some gradients, and a loss on one output alone."""
+    if form == "step":
+        request.getfixturevalue("stepwise")
+    case = draw(cell, T=3, lengths=[2, 3, 1])
+    truth = {"h_n": case.independent()["h_n"]}
+    truth = gradients(truth, {"x": case.x})
+    for name, leaf in case.leaves().items():
+        leaf.requires_grad_(name == "x")
+    ours = gradients({"h_n": case.run("triton")["h_n"]}, {"x": case.x})
+    check_all(ours, None, truth, torch.float64)
+
+
+def _call(cell, **options):
+    """A call of the backend as it is, beneath autograd: packed rows, two of them padding."""
+    case = draw(cell, T=3, directions=2, dtype=torch.float32, grad=False)
+    sizes = torch.tensor([3, 2, 1])
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    states = [s.contiguous() for s in case.states]
+    reset = torch.zeros(2, 8, dtype=torch.bool)
+    reset[:, 1] = True
+    call = Call(cell, x, sizes, states, case.weights, (False, True), reset=reset)
+    return copy.copy(call)
+
+
+@pytest.mark.parametrize("form", ["walk", "step"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_call_changes_nothing_and_repeats_its_bits(cell, form, request, monkeypatch):
+    """NaN in all memory that is handed out shows in no output; rows of padding are zero; inputs
+    and what was saved stay as they are; a second forward and backward give the same bits."""
+    if form == "step":
+        request.getfixturevalue("stepwise")
+    backend = load("triton")
+    monkeypatch.setattr(torch, "empty", _full_of_nan(torch.empty))
+    call = _call(cell)
+    given = [call.x, *call.states, *(w for ws in call.weights for w in ws.flat() if w is not None)]
+    before = [t.clone() for t in given]
+    results = [backend.forward(call, True, True) for _ in range(2)]
+    first = results[0]
+    assert not first.y[6:].any() and all(not c[6:].any() for c in first.trajectory)
+    saved = [t.clone() for t in (*first.saved, first.y, *first.trajectory)]
+    random = torch.Generator().manual_seed(1)
+    grads = OutputGradients(
+        torch.randn(first.y.shape, generator=random),
+        [None for _ in first.states],
+        [torch.randn(c.shape, generator=random) for c in first.trajectory],
+    )
+    found = [backend.backward(call, first, grads, Wanted(True, True, True)) for _ in range(2)]
+    flat = [
+        [g.x, *g.states, *(w for ws in g.weights for w in ws.flat() if w is not None)]
+        for g in found
+    ]
+    outputs = [[r.y, *r.states, *r.trajectory] for r in results]
+    assert not flat[0][0][6:].any()
+    for one, other in (outputs, flat):
+        for a, b in zip(one, other, strict=True):
+            assert bool(torch.isfinite(a).all()) and same_bits(a, b)
+    pairs = [*zip(given, before, strict=True)]
+    pairs += zip((*first.saved, first.y, *first.trajectory), saved, strict=True)
+    for now, then in pairs:
+        assert same_bits(now, then)
+    layout = backend.saved_layout(call, (8,), True)
+    assert [(tuple(t.shape), t.dtype) for t in first.saved] == layout
+    storages = {t.untyped_storage().data_ptr() for t in given}
+    for tensor in (*outputs[0], *flat[0], *first.saved):
+        assert tensor.untyped_storage().data_ptr() not in storages
+
+
+def _full_of_nan(empty):
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return poisoned
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_strides_do_not_matter(cell):
+    case = draw(cell, T=3, directions=2, h_mask=True)
+
+    def spread(tensor):
+        """The same numbers, every other one of a wider tensor."""
+        if tensor is None:
+            return None
+        wide = torch.repeat_interleave(tensor.detach(), 2, -1)[..., ::2]
+        return wide.requires_grad_(tensor.requires_grad)
+
+    strided = copy.copy(case)
+    strided.x, strided.h_mask = spread(case.x), spread(case.h_mask)
+    strided.states = [spread(s) for s in case.states]
+    strided.weights = [w.map(spread) for w in case.weights]
+    ours, truth = strided.run("triton"), case.independent()
+    ours |= gradients(ours, strided.leaves())
+    truth |= gradients(truth, case.leaves())
+    check_all(ours, None, truth, torch.float64)
+
+
+@pytest.mark.parametrize("form", ["walk", "step"])
+@pytest.mark.parametrize("T, B", [(3, 0), (0, 2)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty(cell, T, B, form, request):
+    if form == "step":
+        request.getfixturevalue("stepwise")
+    case = draw(cell, T=max(T, 1), B=B, directions=2, dtype=torch.float32)
+    x = case.x.detach()[:T].requires_grad_()
+    call = Call(cell, x.detach(), None, [s.detach() for s in case.states], case.weights, (0, 1))
+    call.weights = [w.map(torch.Tensor.detach) for w in case.weights]
+    backend = load("triton")
+    result = backend.forward(call, True, False)
+    assert result.y.shape == (T, B, 12)
+    for final, start in zip(result.states, call.states, strict=True):
+        assert torch.equal(final, start)
+    ones = [torch.ones_like(s) for s in result.states]
+    grads = OutputGradients(None, ones, [None] * (len(ones) - 1))
+    found = backend.backward(call, result, grads, Wanted(True, True, True))
+    assert found.x.shape == x.shape
+    assert all(torch.equal(d, one) for d, one in zip(found.states, ones, strict=True))
+    for weights, d in zip(call.weights, found.weights, strict=True):
+        for w, dw in zip(weights.flat(), d.flat(), strict=True):
+            assert (w is None) == (dw is None)
+            assert dw is None or (dw.shape == w.shape and not dw.any())
+
+
+def test_splitting_time_gives_the_same():
+    """The state carried from one call to the next."""
+    case = draw("lstm", T=4, grad=False)
+    whole = case.run("triton")
+    first, second = copy.copy(case), copy.copy(case)
+    first.x, second.x = case.x[:2], case.x[2:]
+    one = first.run("triton")
+    second.states = [one["h_n"], one["c_n"]]
+    two = second.run("triton")
+    check_all(
+        {"y": torch.cat([one["y"], two["y"]]), "h_n": two["h_n"], "c_n": two["c_n"]},
+        None,
+        whole,
+        torch.float64,
+    )
+
+
+def test_an_ensemble_is_one_launch(monkeypatch):
+    """Recurrences run side by side: the launches do not grow with their number."""
+    from fastseq.backends import triton_kernels
+
+    launches = []
+    launch = triton_kernels.Kernel.__call__
+
+    def count(self, grid, *rest):
+        launches.append(grid)
+        launch(self, grid, *rest)
+
+    monkeypatch.setattr(triton_kernels.Kernel, "__call__", count)
+    draw("gru", T=3, directions=2, grad=False, dtype=torch.float32).run("triton")
+    assert launches == [(1, 2, 1)]

@@ -1,0 +1,67 @@
+"""Build csrc/driver.cpp with a sanitizer and run it: the C++ kernels without Python and torch.
+
+    python tools/sanitize.py [address | thread] ... [base | avx2 | avx512] ...
+
+By default each of the two sanitizers, on every instruction set of this processor. ``address`` comes
+with the checks of undefined behaviour. What is built is kept in out/sanitize/. ``CXX`` names the
+compiler.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+SOURCES = ("driver.cpp", "cpu/run.cpp", "cpu/kernels.cpp")
+SANITIZERS = {
+    # without optimisation, which would take the compiler twice as long
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
+}
+INSTRUCTION_SETS = {"base": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
+    }
+FLAGS = "-std=c++17 -g1 -pthread -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi".split()
+
+
+def build(sanitizer, instruction_set):
+    """The driver's path; it is made again where any source is newer."""
+    folder = ROOT / "out" / "sanitize" / f"{sanitizer}-{instruction_set}"
+    driver = folder / "driver"
+    newest = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")])
+    if driver.exists() and driver.stat().st_mtime > newest:
+        return driver
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *SANITIZERS[sanitizer]]
+    objects = []
+    for source in SOURCES:
+        flags = [f"-DFASTSEQ_ISA={instruction_set}", *INSTRUCTION_SETS[instruction_set]]
+        objects.append(folder / Path(source).with_suffix(".o").name)
+        own = flags if source == "cpu/kernels.cpp" else []
+        subprocess.run([*command, *own, "-c", CSRC / source, "-o", objects[-1]], check=True)
+    subprocess.run([*command, *objects, "-o", driver], check=True)
+    return driver
+
+
+def main(names):
+    unknown = [name for name in names if name not in {**SANITIZERS, **INSTRUCTION_SETS}]
+    if unknown:
+        sys.exit(f"sanitize: expected {[*SANITIZERS, *INSTRUCTION_SETS]}, got {unknown}")
+    for sanitizer in [n for n in SANITIZERS if n in names] or SANITIZERS:
+        for instruction_set in [n for n in INSTRUCTION_SETS if n in names] or INSTRUCTION_SETS:
+            driver = build(sanitizer, instruction_set)
+            print(f"{sanitizer}, {instruction_set}: ", end="", flush=True)
+            done = subprocess.run([driver, instruction_set])
+            if done.returncode:
+                sys.exit(f"sanitize: {driver} ended with status {done.returncode}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
