@@ -1,7 +1,8 @@
 """The measurements behind the choice of a backend: ``python -m bench.rule``.
 
-torch.nn against the Numba kernels over a grid of sizes, interleaved, medians; a ratio above 1 says
-that Numba is faster. ``fastseq.backends.choice.preferred`` states the rule that follows.
+torch.nn against the kernels (``--backend native`` or ``numba``) over a grid of sizes, interleaved,
+medians; a ratio above 1 says that the kernels are faster. ``fastseq.backends.choice.preferred``
+states the rule that follows.
 """
 
 from __future__ import annotations
@@ -34,11 +35,20 @@ def steps(B: int, H: int) -> int:
     return max(8, min(256, int(1e9 / (16 * B * H * H))))
 
 
-def ratio(name: str, dtype: torch.dtype, T: int, B: int, H: int, training: bool, seconds: float):
-    """Median time of torch.nn over that of the Numba kernels."""
+def ratio(
+    backend: str,
+    name: str,
+    dtype: torch.dtype,
+    T: int,
+    B: int,
+    H: int,
+    training: bool,
+    seconds: float,
+) -> float:
+    """Median time of torch.nn over that of a backend."""
     torch.manual_seed(0)
     theirs = getattr(nn, name)(H, H, dtype=dtype)
-    ours = getattr(fastseq, name)(H, H, dtype=dtype, backend="numba")
+    ours = getattr(fastseq, name)(H, H, dtype=dtype, backend=backend)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(T, B, H, dtype=dtype, requires_grad=training)
     dy = torch.randn(T, B, H, dtype=dtype)
@@ -66,6 +76,7 @@ def ratio(name: str, dtype: torch.dtype, T: int, B: int, H: int, training: bool,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", default="native", choices=("native", "numba"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.4)
     parser.add_argument("--cells", default="LSTM GRU RNN")
@@ -78,13 +89,18 @@ def main() -> int:
     for name in options.cells.split():
         for B, H in itertools.product(*GRID[name]):
             T = steps(B, H)
-            found = [ratio(name, dtype, T, B, H, way, options.seconds) for way in (False, True)]
+            sizes = (T, B, H)
+            found = [
+                ratio(options.backend, name, dtype, *sizes, way, options.seconds)
+                for way in (False, True)
+            ]
             rows.append([name, options.dtype, T, B, H, *(round(r, 3) for r in found)])
             forward, training = (f"{value:6.2f}" for value in found)
             print(f"{name:4} T{T:<4} B{B:<4} H{H:<5} forward {forward}  training {training}")
             sys.stdout.flush()
     if options.out:
         record = {"machine": machine(), "commit": commit(), "threads": options.threads}
+        record["backend"] = options.backend
         options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     return 0
 

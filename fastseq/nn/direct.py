@@ -28,8 +28,7 @@ def _load() -> None:
 def _is_plain() -> bool:
     """Whether nobody but the kernels has to see a call: no tracer, transform, mode, profile."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
+        torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

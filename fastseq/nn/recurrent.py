@@ -270,6 +270,7 @@ class Recurrent(nn.Module):
         """
         if (
             not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
             and lengths is None
             and reset is None
             and not all_states

@@ -145,6 +145,8 @@ class Streaming:
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
         """Zero the state of ``rows``, indices or a boolean mask, or of all: new sequences begin."""
         where: Any = slice(None) if rows is None else torch.as_tensor(rows)
+        if rows is not None and not where.numel():
+            return
         with torch.no_grad():
             self._h[:, :, where] = 0
             if self._c is not None:
