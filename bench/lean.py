@@ -2,7 +2,7 @@
 
 Forward and backward of torch.nn, of fastseq with all gates kept and of fastseq with its output kept
 alone, round by round in turn; and the bytes that each keeps between forward and backward. Both of
-fastseq's run the Numba kernels, so that the ratio is that of the two ways alone.
+fastseq's run the same kernels, native where it was built: the ratio is that of the two ways.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import torch
 
 import fastseq
+from fastseq.backends import load
 
 from . import table
 from .measure import TORCH, Contender, Race, quiet_collector
@@ -29,13 +30,17 @@ HEADER = ["workload", "full ms", "lean ms", "lean / full", "spread"]
 HEADER += ["full keeps MiB", "lean keeps MiB", "torch.nn keeps MiB"]
 
 
+def kernels() -> str:
+    return "numba" if isinstance(load("native"), str) else "native"
+
+
 def race(workload: Workload) -> Race:
     """torch.nn, full and lean, their numbers compared."""
     found = Race(workload, "training", [], limit=60.0)
     del found.contenders[1:]  # what fastseq chooses may be torch's own, which has no lean form
     state = found.contenders[0].module.state_dict()
     for memory in ("full", "lean"):
-        module = workload.module(fastseq, backend="numba", memory=memory)
+        module = workload.module(fastseq, backend=kernels(), memory=memory)
         module.load_state_dict(state)
         found._enter(Contender(memory, module.train()))
     return found

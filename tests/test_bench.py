@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import limit, measure, overhead, table
+from bench import deterministic, lean, limit, measure, overhead, table
 from bench.__main__ import arguments, as_arguments, commit, result_path
 from bench.limit import Rates
 from bench.workloads import PEER_WORKLOADS, Workload, by_name, matching
+from fastseq.backends import load
 
 ROOT = Path(__file__).parent.parent
 
@@ -289,3 +290,14 @@ def test_overhead_counts_calls(capsys):
         overhead.main(["--workloads", "tiny-layer"])
     assert "names of streaming workloads" in capsys.readouterr().err
     assert all(w.mode == "streaming" and not w.training for w in matching("streaming-*"))
+
+
+def test_what_small_pages_are_made_of():
+    """A row each of the pages about memory='lean' and deterministic=True."""
+    (workload,) = matching("small-b1-h32-gru")
+    line = lean.row(workload, 0.01, 3)
+    assert len(line) == len(lean.HEADER) and float(line[3]) > 0
+    assert float(line[6]) < float(line[5]) < float(line[7])  # what lean, full and torch.nn keep
+    if not isinstance(load("native"), str):
+        line = deterministic.row("GRU", 1, 1, 8, 0.01)
+        assert len(line) == len(deterministic.HEADER) and float(line[3]) > 0
