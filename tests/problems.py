@@ -1,5 +1,6 @@
 """Layers with random numbers in them, run by any backend and by the independent writing."""
 
+import os
 from dataclasses import dataclass, field, replace
 
 import independent
@@ -12,6 +13,8 @@ from fastseq.cells import CELLS
 from fastseq.ops.stack import Stack, problem, run
 
 NAMED = ("eager", "torch", "native", "numba", "reference")
+if os.environ.get("TRITON_INTERPRET") == "1":  # then it serves the CPU, slowly
+    NAMED += ("triton",)
 CHOICES = (*NAMED, None)
 
 full = pytest.mark.full
@@ -40,6 +43,7 @@ DECLINES = {
     },
     "native": {"dual"},
     "numba": {"dual"},
+    "triton": {"dual"},
     "reference": {"transform", "dual"},
     None: set(),
 }

@@ -102,6 +102,7 @@ def test_what_fits_on_the_chip_walks(cell, backward):
         assert t.form == "walk"
         if cell != "indrnn":
             assert t.block_h // 2 < max(H, 9) <= t.block_h
+    assert tile(cell, 64).maxnreg == 255 and tile(cell, 64, warp_size=64).maxnreg is None
     wide = {tile(cell, H, backward=backward).form for H in (127, 129, 4096)}
     assert wide == ({"walk"} if cell == "indrnn" else {"step"})
 
@@ -112,8 +113,8 @@ def test_tiling_knows_types_and_devices():
     assert tile(H=64, **tf32).form == "walk"
     assert tile(H=128, **tf32).form == "step"
     assert tile(H=128, shared_memory=101376).form == "step"
-    assert tile(H=64, dtype=torch.float32, precision="tf32x3").form == "walk"
-    assert tile(H=63, dtype=torch.float32, precision="tf32x3").form == "step"
+    assert tile(H=32, dtype=torch.float32, precision="tf32x3").form == "walk"
+    assert tile(H=33, dtype=torch.float32, precision="tf32x3").form == "step"
     assert tile(H=16, dtype=torch.float64).form == "step"
     assert tile(H=16, dtype=torch.float32).form == "step"
     assert tile(H=16, P=512).form == "step"
@@ -149,3 +150,34 @@ def test_the_points_that_a_gpu_measures():
     assert all(stage == "both" for stage, *_ in found[listed:])
     assert len(grid()) * len(TYPES) == 3240 == len(found) - 2 * listed
     assert len({(stage, w.name, kind) for stage, w, kind in found}) == len(found)
+
+
+@pytest.mark.parametrize("kind", ["forward_walk", "backward_step", "previous_h"])
+def test_nothing_compiles_again_for_another_length_or_batch(kind):
+    """What Triton keys a compiled kernel by, for a GPU that need not be there."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from fastseq.backends.triton_kernels import INTERPRETED, PREVIOUS_H, kernel
+
+    if INTERPRETED:
+        pytest.skip("nothing is compiled")
+    run = PREVIOUS_H if kind == "previous_h" else kernel("lstm", kind, False)
+    target = make_backend(GPUTarget("cuda", 90, 32))
+    key_of = create_function_from_signature(run.function.signature, run.function.params, target)
+    buffer = torch.zeros(64)
+
+    def key(size, shift):
+        values = {}
+        for name in run.arguments:
+            if name.endswith("_ptr"):
+                # the tables of ragged sequences lie one behind the other
+                values[name] = buffer[shift:] if name in ("lengths_ptr", "offsets_ptr") else buffer
+            else:
+                fixed = name in ("H", "P", "SAVE", "WIDE", "PRECISION") or name.startswith("BLOCK")
+                values[name] = 64 if fixed else size
+        return str(key_of(**values, num_warps=4)[1])
+
+    assert len({key(size, shift) for size in (1, 2, 16, 17) for shift in (0, 1, 3)}) == 1

@@ -6,13 +6,17 @@ Each cell runs each case; the type goes round, and --full takes them all.
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from problems import draw, full, gradients
 from rules import check_all, same_bits
 from test_parity import against_the_independent
+from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
-from fastseq.backends import load, triton_tiling
+from fastseq.backends import load, triton_kernels, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.cells import CELLS
 
@@ -275,8 +279,6 @@ def test_splitting_time_gives_the_same():
 
 def test_an_ensemble_is_one_launch(monkeypatch):
     """Recurrences run side by side: the launches do not grow with their number."""
-    from fastseq.backends import triton_kernels
-
     launches = []
     launch = triton_kernels.Kernel.__call__
 
@@ -287,3 +289,46 @@ def test_an_ensemble_is_one_launch(monkeypatch):
     monkeypatch.setattr(triton_kernels.Kernel, "__call__", count)
     draw("gru", T=3, directions=2, grad=False, dtype=torch.float32).run("triton")
     assert launches == [(1, 2, 1)]
+
+
+@triton.jit
+def apply_kernel(x_ptr, y_ptr, n, function: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < n, other=0.0)
+    tl.store(y_ptr + place, function(x), mask=place < n)
+
+
+# Greatest error in ULP, that of NumPy's exp included. Below its domain sigmoid's result would be
+# denormal.
+ERRORS = [
+    ("sigmoid", F32, (-87.3, np.inf), (-87.3, 20.0), 3.0),
+    ("tanh", F32, (-np.inf, np.inf), (-10.0, 10.0), 2.5),
+    ("relu", F32, (-np.inf, np.inf), (-1.0, 1.0), 0.0),
+    ("drelu", F32, (-np.inf, np.inf), (-1.0, 1.0), 0.0),
+    ("dsigmoid", F32, (0.0, 1.0), (0.0, 1.0), 1.51),
+    ("dtanh", F32, (-1.0, 1.0), (-1.0, 1.0), 1.51),
+    ("sigmoid", F64, (-708.3, np.inf), (-708.3, 40.0), 2.5),
+    ("tanh", F64, (-np.inf, np.inf), (-20.0, 20.0), 2.5),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "domain", "curved", "limit"), ERRORS)
+def test_vocabulary_error_in_ulp(name, dtype, domain, curved, limit):
+    if dtype is F64 and np.finfo(np.longdouble).nmant <= np.finfo(F64).nmant:
+        pytest.skip("this platform's long double is no more exact than float64")
+    x = samples(dtype, domain, curved)[-(2**18) :]
+    y = torch.empty(len(x), dtype=torch.from_numpy(x).dtype)
+    function = triton_kernels.VOCABULARY[name]
+    with np.errstate(all="ignore"):
+        grid = (triton.cdiv(len(x), 65536),)
+        apply_kernel[grid](torch.from_numpy(x), y, len(x), function, 65536)
+        truth = TRUTH[name](x.astype(F64 if dtype is F32 else np.longdouble))
+        assert ulp_error(y.numpy(), truth).max() <= limit
+
+
+def test_vocabulary_passes_nan():
+    x = torch.full((1,), float("nan"))
+    for name in ("sigmoid", "tanh", "relu", "dsigmoid", "dtanh"):
+        y = torch.zeros(1)
+        apply_kernel[(1,)](x, y, 1, triton_kernels.VOCABULARY[name], 16)
+        assert y.isnan().all(), name

@@ -3,7 +3,7 @@
 The host code runs on CPU tensors with its launches recorded, so that types, constants and absent
 buffers are those of a real call; what was recorded is then compiled for each target, in parallel.
 
-    python tests/triton_compile.py [--full] [--jobs N]
+    python tests/triton_compile.py [--full [--every 13]] [--jobs N]
 """
 
 import argparse
@@ -93,8 +93,8 @@ def recorded(target, cell, kind, H, P, B, everything):
     dtype, precision = KINDS[kind]
     launches = []
 
-    def record(self, grid, values, num_warps, num_stages):
-        launches.append((self, {n: values[n] for n in self.arguments}, (num_warps, num_stages)))
+    def record(self, grid, values, options):
+        launches.append((self, {n: values[n] for n in self.arguments}, options))
 
     triton_kernels.Kernel.__call__ = record
     backend._precision = lambda dtype, device: precision
@@ -130,7 +130,7 @@ def source(kernel, values):
     for place, (name, value) in enumerate(values.items()):
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
-            aligned = True  # as torch's allocator makes it
+            aligned = name not in fixed  # torch's allocator aligns
         elif isinstance(value, int) and not kernel.function.params[place].is_constexpr:
             signature[name] = "i32"
             aligned = name not in fixed and value % 16 == 0
@@ -147,14 +147,13 @@ def compiled(case):
     """A line for each kernel of a case: what it takes, and whether it spills."""
     warnings.simplefilter("ignore")
     lines, seen = [], set()
-    for kernel, values, (num_warps, num_stages) in recorded(*case):
+    for kernel, values, options in recorded(*case):
         made = source(kernel, values)
         if made.hash() in seen:
             continue
         seen.add(made.hash())
-        options = {"num_warps": num_warps, "num_stages": num_stages, **triton_kernels.OPTIONS}
         target, device = TARGETS[case[0]]
-        out = triton.compile(made, target=target, options=options)
+        out = triton.compile(made, target=target, options=options | {"enable_fp_fusion": True})
         taken = resources(out) | {"shared": out.metadata.shared}
         bad = taken["spilled"] > 0 or taken["shared"] > device.shared_memory
         name = f"{kernel.function.__name__} {' '.join(map(str, case))}"
@@ -188,11 +187,12 @@ def resources(out):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="take each n-th case alone")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    todo = [c for c in cases(given.full) if given.only in " ".join(map(str, c))]
+    todo = [c for c in cases(given.full) if given.only in " ".join(map(str, c))][:: given.every]
     failed = 0
     with ProcessPoolExecutor(given.jobs) as pool:
         for lines in pool.map(compiled, todo):

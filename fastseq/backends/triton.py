@@ -289,7 +289,7 @@ class _Task:
         if min(grid) == 0:
             return
         run = kernel(self.cell.name, kind, self.projected, k)
-        run(grid, self.values | values, self.tiling.num_warps, self.tiling.num_stages)
+        run(grid, self.values | values, self.tiling.options())
 
     def tiles(self, B: int, width: int) -> tuple[int, int, int]:
         t = self.tiling
@@ -340,7 +340,7 @@ class _Task:
         tiles = triton.cdiv(max(self.sizes, default=0), LEAST)
         if tiles and self.P:
             values = {"out_ptr": out, "y_ptr": y, "tiles": tiles, "BLOCK_B": LEAST, "BLOCK_P": 64}
-            PREVIOUS_H((self.T * tiles, self.R), self.values | values, 4, 1)
+            PREVIOUS_H((self.T * tiles, self.R), self.values | values, {"num_warps": 4})
         return out
 
 
@@ -356,6 +356,7 @@ def _is_kept(task: _Task, full: bool) -> dict[str, int]:
     return kept
 
 
+@torch.no_grad()
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
     task = _Task(call, backward=False)
     full = save and call.memory == "full"
@@ -421,7 +422,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             start = task.values[f"{state}_0_ptr"]
             final.copy_(start) if start is not None else final.zero_()
         return _walk_forward(task, task.rows(R * task.P), finals, along, True), along
-    task.tiling = pointwise_tiling(H)
+    task.tiling = pointwise_tiling(H, _properties(task.device))
     task.values |= task.tiling.blocks()
     kept = {name: task.rows(width) for name, width in _is_kept(task, True).items()}
     gates = task.input_product()
@@ -443,6 +444,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [*keeps, *kept.values()], along
 
 
+@torch.no_grad()
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
     task = _Task(call, backward=True)
     with task.on_device():

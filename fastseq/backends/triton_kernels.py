@@ -10,7 +10,6 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
@@ -64,7 +63,7 @@ def dsigmoid(y):
 
 @triton.jit
 def dtanh(y):
-    return 1.0 - y * y
+    return (1.0 - y) * (1.0 + y)  # 1 - y*y cancels near 1
 
 
 @triton.jit
@@ -163,16 +162,9 @@ _HELPERS = {
 # Kernels
 
 
-#: Nothing is compiled again for another number of steps, sequences or recurrences.
-_NOT_SPECIALIZED = ("step", "T", "B", "R", "capacity")
-
-
-#: How all are compiled. Products and sums may join: said, since the default changes; the same bits in
-#: every run. ptxas may use all registers: left alone it spills a few to fit more programs on a
-#: multiprocessor, whose shared memory holds one (AMD's compiler has no such option).
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
-if torch.version.hip is None:
-    OPTIONS["maxnreg"] = 255
+#: Nothing is compiled again for another number of steps, sequences or recurrences. (Where the two
+#: tables lie depends on T.)
+_NOT_SPECIALIZED = ("step", "T", "B", "R", "tiles", "capacity", "lengths_ptr", "offsets_ptr")
 
 
 class Kernel:
@@ -182,11 +174,22 @@ class Kernel:
         self.function, self.arguments = function, arguments
 
     def __call__(
-        self, grid: tuple[int, ...], values: dict[str, Any], num_warps: int, num_stages: int
+        self, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]
     ) -> None:
-        """Launch it, on those of the values that it names."""
+        """Launch it, on those of the values that it names; options: of the compiler."""
         given = {name: values[name] for name in self.arguments}
-        self.function[grid](**given, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
+        # A product and a sum may join: said here, since the default changes. The bits are the same
+        # in every run.
+        self.function[grid](**given, **options, enable_fp_fusion=True)
+
+
+@cache
+def _jit_text(text: Any) -> Any:
+    bound = bind(text, "triton", **VOCABULARY)
+    # the interpreter looks for the language, and for the function under the name in its text
+    bound.__globals__["tl"] = tl
+    bound.__name__ = text.__name__
+    return triton.jit(bound)
 
 
 @cache
@@ -209,7 +212,7 @@ def kernel(cell: str, kind: str, projected: bool, phase: int = 0) -> Kernel:
     return Kernel(triton.jit(loop, do_not_specialize=fixed), arguments)
 
 
-@triton.jit(do_not_specialize=["T", "B", "R", "tiles", "capacity"])
+@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED[1:]])
 def previous_h_kernel(
     y_ptr, h_0_ptr, h_mask_ptr, reset_ptr, reverse_ptr, lengths_ptr, offsets_ptr, out_ptr,
     T, B, R, P, tiles, capacity, WIDE: tl.constexpr, BLOCK_B: tl.constexpr,

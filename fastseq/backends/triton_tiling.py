@@ -44,6 +44,12 @@ class Tiling:
     block_k: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Of the compiler."""
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
 
     def blocks(self) -> dict[str, int]:
         """What the kernels take as constants."""
@@ -80,10 +86,17 @@ def resident_bytes(cell: Cell, H: int, P: int | None, itemsize: int) -> int:
     return itemsize * block_h * (inner + (0 if P is None else block_p))
 
 
-def pointwise_tiling(H: int) -> Tiling:
+def _walk(device: Device, block_h: int, block_p: int, num_warps: int) -> Tiling:
+    """ptxas may use all registers: left alone it spills a few, to fit more programs on a
+    multiprocessor than its shared memory holds. (AMD's compiler has no such option.)"""
+    maxnreg = None if device.warp_size == 64 else 255
+    return Tiling("walk", LEAST, block_h, block_p, LEAST, num_warps, 1, maxnreg)
+
+
+def pointwise_tiling(H: int, device: Device) -> Tiling:
     """A walk without products: units see nobody, so any tile of them walks alone."""
     block_h = min(power_of_two(H), 64)
-    return Tiling("walk", LEAST, block_h, block_h, LEAST, 4, 1)
+    return _walk(device, block_h, block_h, 4)
 
 
 def tiling(
@@ -101,7 +114,7 @@ def tiling(
     P: the projected size, or None. precision: of float32's products.
     """
     if not cell.recurrent_gates and P is None:
-        return pointwise_tiling(H)
+        return pointwise_tiling(H, device)
     block_h = power_of_two(H)
     block_p = block_h if P is None else power_of_two(P)
     widest = max(block_h, block_p)
@@ -113,20 +126,25 @@ def tiling(
     if precision == "tf32x3":
         resident *= 2  # both parts of every weight
     # The widest tiles leave no registers for the addresses of rows that start anywhere.
-    crowded = 64 if amd or precision == "tf32x3" else 128
     aligned = H % 16 == 0 and (P is None or P % 16 == 0)
-    if (
-        cores
-        and resident + _SLACK <= device.shared_memory
-        and widest <= (128 if aligned else crowded // 2)
-    ):
+    if precision == "tf32x3":
+        most = 32 if aligned else 16
+    elif dtype.itemsize == 2:
+        most = 128 if aligned else 64
+    else:
+        most = 64
+    if amd:
+        most = min(most, 64 if aligned else 32)
+    if cores and widest <= most and resident + _SLACK <= device.shared_memory:
         # 16 x 64 gates: with 4 warps (of 32) a thread holds 8 of each, and spills
-        num_warps = 4 if widest <= 32 or amd else 8
-        return Tiling("walk", LEAST, block_h, block_p, LEAST, num_warps, 1)
+        return _walk(device, block_h, block_p, 4 if widest <= 32 or amd else 8)
     if dtype is torch.float64:  # sums of outer products, in registers
         return Tiling("step", LEAST, 32, 32, 4, 4, 1)
     if not cores:
         return Tiling("step", LEAST, 32, 32, 16, 4, 2)
+    if precision == "tf32x3":  # three times the operands
+        return Tiling("step", LEAST if B <= FEW_ROWS else 64, 32, 32, 16, 8, 2)
+    block_k = 32 if aligned else 16
     if B <= FEW_ROWS:
-        return Tiling("step", LEAST, 32, 32, 32, 4, 3)
-    return Tiling("step", 64, 32, 32, 32, 8, 3)
+        return Tiling("step", LEAST, 32, 32, block_k, 4, 3)
+    return Tiling("step", 64, 32, 32, block_k, 8, 3)
