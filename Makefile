@@ -1,5 +1,5 @@
 # make demo | test | test-all | integration | bench | table | capabilities | build | wheel
-#      lint | clean
+#      sanitize | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
 # installed, the package and its tools, and the C++ kernels where there is a C++ compiler (CXX). An
@@ -17,8 +17,8 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all integration bench gpu table capabilities build wheel lint format \
-  clean
+.PHONY: help setup demo test test-all integration bench gpu table capabilities build wheel sanitize lint \
+  format clean
 
 # Where .venv is, or will be, unless an environment is active.
 RUN = "$$($(PYTHON) tools/prepare.py --python)"
@@ -36,6 +36,7 @@ help:
 	@echo "make capabilities  ask torch.nn and fastseq what works, and write docs/capabilities.md"
 	@echo "make build     the C++ kernels, which every target builds where they are old"
 	@echo "make wheel     one wheel for every Python from 3.10 and every torch from 2.10, in dist"
+	@echo "make sanitize  the C++ kernels under the address, undefined and thread sanitizers"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter and its fixes"
 	@echo "make clean     remove what the others made, .venv too"
@@ -90,6 +91,9 @@ wheel: setup
 	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 	  --wheel-dir dist .
 	@$(RUN) tools/one_binary.py dist/*.whl
+
+sanitize: setup
+	@$(RUN) tools/sanitize.py $(ARGS)
 
 lint: setup
 	@$(RUN) -m ruff check .

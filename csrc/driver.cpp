@@ -4,7 +4,7 @@
 // gives: outputs and the gradients of inputs and states bit for bit, those of weights closely, since
 // they are added up in other pieces; so are outputs where the weights are not packed.
 //
-//   driver base | avx2 | avx512
+//   driver base | avx2 | avx512 | avx512_bf16
 //
 // The kernels of the instruction set that is named are linked, and those of no other.
 #include <cmath>
@@ -27,6 +27,7 @@ static bool never() { return false; }
 FASTSEQ_ABSENT(base)
 FASTSEQ_ABSENT(avx2)
 FASTSEQ_ABSENT(avx512)
+FASTSEQ_ABSENT(avx512_bf16)
 }  // namespace fastseq
 
 using namespace fastseq;
@@ -84,6 +85,7 @@ const Shape shapes[] = {
     {2, 1, 70, 65, 0, 2, false, true, true, false, false},
     {3, 1, 6, 130, 0, 1, false, true, true, true, false},   // the units are shared out
     {3, 2, 4, 260, 0, 1, true, true, false, false, false},  // and so for every cell
+    {2, 1, 3, 4, 0, 70, false, true, true, false, false},  // members of an ensemble
     {0, 3, 4, 5, 0, 2, false, true, true, false, false},
 };
 
@@ -117,8 +119,9 @@ struct Random {
   }
 };
 
-// The weights are packed in the call, read as they are, or were packed before it.
-enum Weighing { PACKED, PLAIN, AHEAD };
+// The weights are packed in the call, read as they are, were packed before it, or are packed as
+// bfloat16 where there is a dot product of it.
+enum Weighing { PACKED, PLAIN, AHEAD, BF16 };
 
 template <class T>
 struct Outputs {
@@ -206,6 +209,7 @@ struct Problem {
     forward.cell = cell, forward.R = shape.R, forward.input = in;
     forward.recurrence = recurrence.data(), forward.y = out->y.data();
     forward.c_all = save ? out->c_all.data() : nullptr, forward.pack = how != PLAIN;
+    forward.bf16 = how == BF16;
     if (how == AHEAD)
       for (int r = 0; r < R; ++r) {
         const auto pack = kernels(T()).pack;
@@ -229,7 +233,7 @@ struct Problem {
     backward.recurrence = recurrence.data(), backward.gradients = gradients.data();
     backward.y = out->y.data(), backward.c_all = out->c_all.data();
     backward.dy = dy.data(), backward.dc_all = dc_all.data();
-    backward.dx = out->dx.data(), backward.weights = true;
+    backward.dx = out->dx.data(), backward.weights = true, backward.bf16 = how == BF16;
     return fastseq::run(backward, threads);
   }
 };
@@ -278,6 +282,7 @@ void check(Cell cell, const Shape& shape) {
   same(one, run(3, false, AHEAD), "weights packed before, three threads", 0);
   same(one, plain, "weights not packed", sizeof(T) == 4 ? 1e-4 : 1e-11);
   same(plain, run(3, true, PLAIN), "weights not packed, three threads", 0);
+  same(run(1, true, BF16), run(3, true, BF16), "bfloat16, three threads", 0);
   pool.parallel = alone;
   same(one, run(3, true, PACKED), "one thread where three were asked for", 0);
 }

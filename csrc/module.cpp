@@ -72,6 +72,17 @@ const T* dense(PyObject* object) {
   return floats<T>(t);
 }
 
+// The same, or, counted in *halves, bfloat16 as it is.
+template <class T>
+const T* matrix(PyObject* object, int* halves) {
+  const DLTensor t = view(object);
+  if (t.dtype.code != 4 || sizeof(T) != 4) return dense<T>(object);
+  if (!contiguous(t) || t.device.type != 1 || reinterpret_cast<uintptr_t>(t.data) % sizeof(T))
+    throw Declined();
+  ++*halves;
+  return static_cast<const T*>(t.data);
+}
+
 // Asks for large pages where new memory is large: its first touch costs 0.4 ms a MB in pages of 4 KB,
 // 0.05 in pages of 2 MB.
 void on_large_pages(void* data, int64_t size) {
@@ -184,8 +195,14 @@ const Shape shapes[CELLS] = {
 };
 
 // What forward and backward are both given:
-// cell, x, batch_sizes, states, weights, reverse, reset, h_mask, threads
-enum { CELL, X, SIZES, STATES, WEIGHTS, REVERSE, RESET, H_MASK, THREADS, COMMON };
+// cell, x, batch_sizes, states, weights, reverse, reset, h_mask, threads, bfloat16
+enum { CELL, X, SIZES, STATES, WEIGHTS, REVERSE, RESET, H_MASK, THREADS, BF16, COMMON };
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (sizeof(T) == 4) return instruction_set().f32;
+  else return instruction_set().f64;
+}
 
 template <class T>
 struct Common {
@@ -200,6 +217,7 @@ struct Common {
   int each;  // weights of a recurrence
   int threads;
   double flops = 0;  // of one pass
+  bool bf16, halves;
 
   explicit Common(PyObject* const* a) {
     cell = static_cast<Cell>(integer(a[CELL]));
@@ -230,12 +248,17 @@ struct Common {
       capacity = x.shape[0];
       in.x_row = x.strides[0];
     }
+    int matrices = 0, halved = 0;
     for (int r = 0; r < R; ++r) {
       Recurrence<T>& at = recurrence[r];
       const DLTensor w_ih = view(item(a[WEIGHTS], r * each));
       in.H = w_ih.shape[0] / shape.G;
       auto part = [&](int k) { return dense<T>(item(a[WEIGHTS], r * each + k)); };
-      at.weights = {part(0), part(1), part(2), part(3), part(4),
+      auto product = [&](int k) -> const T* {
+        PyObject* w = item(a[WEIGHTS], r * each + k);
+        return is_none(w) ? nullptr : (++matrices, matrix<T>(w, &halved));
+      };
+      at.weights = {product(0), product(1), part(2), part(3), product(4),
                     shape.has_unit ? part(5) : nullptr};
       at.reverse = truth(item(a[REVERSE], r));
     }
@@ -259,6 +282,9 @@ struct Common {
     flops = 2.0 * R * in.rows * in.H *
             (shape.G * static_cast<double>(in.I) + shape.G_hh * in.P + 30 * shape.G);
     threads = useful_threads(static_cast<int>(integer(a[THREADS])), flops);
+    bf16 = truth(a[BF16]);
+    halves = halved > 0;
+    if (halves && !(halved == matrices && bf16 && kernels<T>().in_pairs(in))) throw Declined();
   }
 
   bool projected() const { return recurrence[0].weights.w_hr != nullptr; }
@@ -326,6 +352,8 @@ PyObject* forward(PyObject* const* a) {
   call.cell = c.cell, call.R = R, call.input = c.in, call.recurrence = c.recurrence.data();
   call.y = y.data(), call.known = known, call.c_all = c_all.data();
   call.pack = deterministic || known || worth_packing(c.in.rows);
+  call.bf16 = c.bf16, call.halves = c.halves;
+  if (call.halves && !call.pack) throw Declined();
   if (!run_released(call, c.threads)) return PyErr_NoMemory();
   List out;
   if (!known) {
@@ -362,7 +390,7 @@ PyObject* backward(PyObject* const* a) {
   call.cell = c.cell, call.R = R, call.input = c.in, call.recurrence = c.recurrence.data();
   call.y = dense<T>(b[Y]), call.c_all = dense<T>(b[C_ALL]);
   call.dy = dense<T>(b[DY]), call.dc_all = dense<T>(b[DC_ALL]);
-  call.weights = wants_weights;
+  call.weights = wants_weights, call.bf16 = c.bf16, call.halves = c.halves;
 
   New<T> dx, dstate[2];
   if (wants_x) {
@@ -426,7 +454,12 @@ PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 DLTensor plain(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != tensor_type && type != parameter_type) throw Declined();
-  return view(object);
+  try {
+    return view(object);
+  } catch (const PythonError&) {  // it has no memory of its own, on meta or inside a transform
+    PyErr_Clear();
+    throw Declined();
+  }
 }
 
 template <class T>
@@ -539,7 +572,7 @@ PyObject* dispatch(PyObject*, PyObject* const* a, Py_ssize_t count) {
   }
   try {
     if (!tensor_type || !PyObject_IsInstance(a[X], tensor_type)) throw Declined();
-    const DLTensor x = view(a[X]);
+    const DLTensor x = COUNT == L_COUNT ? plain(a[X]) : view(a[X]);
     if (x.dtype.code == 2 && x.dtype.bits == 32) return F32(a);
     if (x.dtype.code == 2 && x.dtype.bits == 64) return F64(a);
     throw Declined();
@@ -609,7 +642,7 @@ class Stream : public StreamBase {
   void pack() {
     for (Layer& layer : layers_) {
       settle(layer, 0);
-      const Kernels<T>& k = kernels();
+      const Kernels<T>& k = kernels<T>();
       const size_t size = k.pack(layer.call, 0, nullptr);
       if (!layer.packed &&
           posix_memalign(reinterpret_cast<void**>(&layer.packed), 64, size ? size : 64))
@@ -648,10 +681,6 @@ class Stream : public StreamBase {
     T* packed;
     double flops;
   };
-  static const Kernels<T>& kernels() {
-    if constexpr (sizeof(T) == 4) return instruction_set().f32;
-    else return instruction_set().f64;
-  }
   static void settle(Layer& layer, int turn) {
     layer.r.h_0 = layer.h[turn];
     layer.call.y = layer.r.h_n = layer.h[1 - turn];

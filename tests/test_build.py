@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastseq
+
 ROOT = Path(__file__).parent.parent
 INPLACE = ["setup.py", "-q", "build_ext", "--inplace"]
 #: Takes its options down, and makes an empty file of what is asked for.
@@ -80,6 +82,12 @@ def note(tree):
 
 def library(tree):
     return tree / "fastseq" / "_cpu.abi3.so"
+
+
+def test_the_compiler_of_this_machine_compiled_the_kernels():
+    """make goes on without them, so that what is broken in them would pass unseen."""
+    said = fastseq.backends()["native"]
+    assert not re.search("could not (compile|link)", said), said
 
 
 def test_without_a_compiler_the_package_works_and_says_why(tree):
@@ -224,6 +232,8 @@ def built(tmp_path_factory):
     run("-m", *command, "--wheel-dir", tree / "dist", tree, cwd=tree)
     (wheel,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        if "fastseq/_cpu.txt" in archive.namelist():
+            pytest.fail(archive.read("fastseq/_cpu.txt").decode())
         made = Path(archive.extract("fastseq/_cpu.abi3.so", tree / "unpacked"))
     return tree, wheel, made
 

@@ -23,9 +23,29 @@ def test_the_rule_with_native_kernels():
     assert first(native=True, training=True, T=2) == "native"
     assert first(native=True, cell="rnn_tanh", training=True, T=2) == "torch"
     assert first(native=True, cell="rnn_tanh", training=True, T=3) == "native"
-    assert first(native=True, dtype=torch.bfloat16, B=64, H=512) == "torch"
-    assert first(native=True, dtype=torch.bfloat16) == "native"
     assert first(native=True, device="cuda") == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_rule_with_native_kernels_in_16_bits(dtype):
+    sixteen = {"native": True, "dtype": dtype}
+    assert first(**sixteen) == first(**sixteen, B=64, H=512) == "native"
+    assert first(**sixteen, T=4) == first(**sixteen, T=8, H=512) == "native"
+    assert first(**sixteen, T=3) == first(**sixteen, T=7, H=512) == "torch"
+    assert first(**sixteen, cell="rnn_tanh", T=8) == "native"
+    assert first(**sixteen, cell="rnn_tanh", T=7) == "torch"
+    assert first(**sixteen, cell="lstm", B=32, H=512) == "native"
+
+
+def test_the_rule_in_bfloat16_by_sizes():
+    """An odd size cannot go in pairs."""
+    sixteen = {"native": True, "dtype": torch.bfloat16}
+    odd = {"B": 64, "H": 513, "P": 513}
+    assert first(**sixteen, **odd) == first(**sixteen, **odd, cell="lstm") == "torch"
+    assert first(**sixteen, I=17) == "native"
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert first(**sixteen, cell="lstm", T=1) == "native"
+        assert first(**sixteen, cell="lstm", T=100, I=17, B=16) == "torch"
 
 
 def test_the_rule_prefers_kernels_where_they_were_measured_to_be_faster():

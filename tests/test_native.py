@@ -2,6 +2,7 @@
 the sanitizers. Their texts, vocabulary, bits and random cases stand in files of their own.
 """
 
+import copy
 import ctypes
 import os
 import shutil
@@ -56,7 +57,7 @@ SPECIAL = {
     "few rows, not packed": {"T": 2, "B": 1, "H": 35, "I": 19},
     "ragged reset": {"lengths": [2, 0, 5], "reset": True, "directions": 2},
     "h_mask": {"h_mask": True, "layers": 2},
-    "wide input": {"I": 300, "H": 20},
+    "wide input": {"I": 300, "H": 20, "scale": 0.3},  # more than a chain of a product is long
     "projected": {"P": 3, "directions": 2},
     "lean": {"lengths": [3, 0, 5]},
     "trajectory": {"directions": 2},
@@ -91,10 +92,25 @@ def test_parity_on_every_instruction_set(instruction_set, cell, special, dtype):
     check_all(bare, theirs, {name: exact[name] for name in bare}, dtype, "no_grad")
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_sums_over_many_rows(kind):
+    """Of gradients that all point one way, in which a long chain of additions would lose digits."""
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, kind)(4, 8)
+    ours = getattr(fastseq, kind)(4, 8, backend="native")
+    ours.load_state_dict(theirs.state_dict())
+    truth = copy.deepcopy(theirs).double()
+    x = torch.randn(200, 64, 4)
+    for module in (ours, theirs, truth):
+        module(x.to(module.bias_ih_l0.dtype))[0].sum().backward()
+    grads = [{n: p.grad for n, p in m.named_parameters()} for m in (ours, theirs, truth)]
+    check_all(*grads, torch.float32)
+
+
 def test_an_ensemble_of_any_size():
     """R is whatever torch.func asks for."""
     member = fastseq.GRU(3, 5, backend="native")
-    many = 150
+    many = 70
     given = {n: torch.stack([p.detach()] * many) for n, p in member.named_parameters()}
     for k in range(many):
         given["weight_hh_l0"][k] *= k / many
@@ -221,7 +237,8 @@ class Items(torch.utils.data.Dataset):
 
 def child(queue):
     mine = outcome(case)
-    queue.put(all(bool((mine[name] == value).all()) for name, value in expected.items()))
+    # NumPy's: an operation of torch that wants threads would wait for them forever
+    queue.put(all((mine[n].detach().numpy() == v.numpy()).all() for n, v in expected.items()))
 
 torch.set_num_threads(2)
 case = layer(B=1)
@@ -230,7 +247,7 @@ context = multiprocessing.get_context("fork")
 queue = context.Queue()
 worker = context.Process(target=child, args=(queue,))
 worker.start()
-print(queue.get(timeout=60))
+print(bool(queue.get(timeout=60)))
 worker.join()
 loader = torch.utils.data.DataLoader(Items(), num_workers=2, multiprocessing_context="fork")
 print(all(same_bits(y[0], expected["y"]) for y in loader))
@@ -299,44 +316,41 @@ native = load("native")
 def address_space():
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 
-def call(T, H):
-    case = draw("lstm", T=T, B=1, I=2, H=H, dtype=torch.float32, grad=False)
+def call(T, I, H):
+    case = draw("lstm", T=T, B=1, I=I, H=H, dtype=torch.float32, grad=False)
     return Call("lstm", case.x, None, case.states, case.weights, (False,))
 
-small, large = call(3, 4), call(60000, {H})
-result = native.forward(small, True, False)
-expected = result.y.clone()
-if {backward}:
-    # its gate gradients are those of a window of rows, {H} units wide: too much at once
-    kept = native.forward(large, True, False)
-    grads = OutputGradients(torch.ones_like(kept.y), [None, None], [])
-before = None
-for _ in range(4):
-    room = address_space() + (40 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (room, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    try:
-        if {backward}:
-            native.backward(large, kept, grads, Wanted(True, True, True))
-        else:
-            native.forward(large, True, False)
-    except (MemoryError, RuntimeError) as error:
-        print("raised")
-        del error
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-    gc.collect()
-    assert torch.equal(native.forward(small, True, False).y, expected)
-    if before is None:
-        before = address_space()
-assert address_space() - before < (16 << 20), (before, address_space())
+small, long, wide = call(3, 2, 4), call(30000, 256, 64), call(20, 4, 1300)
+expected = native.forward(small, True, False).y
+kept = native.forward(long, True, False)
+grads = OutputGradients(torch.ones_like(kept.y), [None, None], [])
+for attempt in (
+    lambda: native.forward(wide, False, False),  # 27 MB of scratch, for the packed weights
+    lambda: native.forward(long, True, False),  # 31 MB of gates
+    lambda: native.backward(long, kept, grads, Wanted(True, True, True)),  # 31 MB of dx
+):
+    for k in range(4):
+        room = address_space() + (20 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (room, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        try:
+            attempt()
+        except (MemoryError, RuntimeError) as error:
+            print(type(error).__name__)
+            del error
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        gc.collect()
+        assert torch.equal(native.forward(small, True, False).y, expected)
+        if k == 0:
+            before = address_space()
+    assert address_space() - before < (16 << 20), (before, address_space())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_out_of_memory(backward):
-    """It is raised, whatever was made is freed, and the next call is right."""
-    code = OUT_OF_MEMORY.replace("{backward}", str(backward)).replace("{H}", "256")
-    assert python(code, OMP_NUM_THREADS="1").split() == ["raised"] * 4
+def test_out_of_memory():
+    """Raised by us or by torch's allocator; what was made is freed; the next call is right."""
+    raised = python(OUT_OF_MEMORY, OMP_NUM_THREADS="1").split()
+    assert raised == ["MemoryError"] * 4 + ["RuntimeError"] * 8
 
 
 @full

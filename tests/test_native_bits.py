@@ -127,6 +127,11 @@ def test_a_batch_may_be_split_and_permuted(cell, H, dtype):
     check_splits(case, f"H={H}", splits_of(11))
 
 
+def of_every_cell(options):
+    """Cell and option; only the LSTM is projected."""
+    return [(c, o) for c in CELLS for o in options if o != "projected" or c == "lstm"]
+
+
 LENGTHS = [5, 5, 4, 3, 3, 1, 0]
 OPTIONS = {
     "ragged": {"lengths": LENGTHS},
@@ -140,11 +145,8 @@ OPTIONS = {
 
 
 @each_dtype
-@pytest.mark.parametrize("option", OPTIONS)
-@each_cell
+@pytest.mark.parametrize(("cell", "option"), of_every_cell(OPTIONS))
 def test_so_it_may_with_every_option(cell, option, dtype):
-    if option == "projected" and cell != "lstm":
-        pytest.skip("only the LSTM is projected")
     case = layer(cell, T=5, B=7, H=33, dtype=dtype, directions=2, **OPTIONS[option])
     check_splits(case, option, [[1], [2, 6], [1, 0, 3, 6], [4, 3, 5], [1, 0, 2, 4, 3, 5]])
 
@@ -161,7 +163,7 @@ def test_ragged_is_each_sequence_alone(cell, dtype):
     equal(values(equal_steps)[0], values(dense)[0], "all of one length")
     equal(
         {name: v[:, :1] for name, v in whole.items()},
-        {name: v for name, v in values(dense, [0])[0].items()},
+        values(dense, [0])[0],
         "the longest alone",
     )
     check_splits(case, "ragged", [[b] for b in range(4)])
@@ -190,21 +192,21 @@ def test_any_number_of_threads(cell, shared, dtype, threads):
         equal(values(case)[0], alone, f"{count} threads")
 
 
+CALLS = {
+    "plain": {},
+    "few rows": {"T": 2},
+    "reset": {"reset": True, "lengths": [12, 9, 7]},
+    "projected": {"P": 20},
+    "directions": {"directions": 2, "B": 1},
+}
+
+
 @each_dtype
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("option", ["plain", "few rows", "reset", "projected", "directions"])
-@each_cell
+@pytest.mark.parametrize("count", [1, 2, pytest.param(3, marks=full)])
+@pytest.mark.parametrize(("cell", "option"), of_every_cell(CALLS))
 def test_two_identical_calls_agree_in_everything(cell, option, count, dtype, threads):
-    options = {
-        "few rows": {"T": 2},
-        "reset": {"reset": True, "lengths": [12, 9, 7]},
-        "projected": {"P": 20},
-        "directions": {"directions": 2, "B": 1},
-    }.get(option, {})
-    if option == "projected" and cell != "lstm":
-        pytest.skip("only the LSTM is projected")
     threads(count)
-    case = layer(cell, **{"T": 12, "B": 3, "H": 130, "dtype": dtype} | options)
+    case = layer(cell, **{"T": 12, "B": 3, "H": 130, "dtype": dtype} | CALLS[option])
     for deterministic in (True, False):
         named, weights = values(case, deterministic=deterministic)
         again, weights_again = values(case, deterministic=deterministic)

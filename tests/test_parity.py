@@ -193,10 +193,11 @@ def test_parity(row, backend):
     exact = values(truth, row, x.double(), [s.double() for s in states], lengths, seed)
     theirs = values(torchs, row, x, states, lengths, seed)
     mine = values(ours, row, x, states, lengths, seed)
-    if row["cell"] == "rnn_relu" and torch.finfo(dtype).bits == 16 and H > 16:
+    other_side = bool(((mine["y"] > 0) != (exact["y"] > 0)).any())
+    if row["cell"] == "rnn_relu" and torch.finfo(dtype).bits == 16 and (H > 16 or other_side):
         # Among so many units some pre-activation lies within 16-bit rounding of the ReLU's kink,
         # and the rounding, ours or torch's, decides on which side: the gradient is checked at the
-        # smaller sizes, where none does.
+        # smaller sizes, where it is seldom so.
         exact = {name: value for name, value in exact.items() if not name.startswith("d")}
         mine = {name: mine[name] for name in exact}
     check_all(mine, theirs, exact, dtype)

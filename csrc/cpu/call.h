@@ -112,6 +112,8 @@ struct ForwardCall {
   const T* known;             // y as it was, (N, R*P): the gates alone are made again; or null
   T* c_all;                   // (N, R*H), output if not null
   bool pack;                  // false: so few rows that the weights are read as they are
+  bool bf16;                  // products of numbers rounded to bfloat16, where there is a dot product
+  bool halves;                // w_ih, w_hh and w_hr are bfloat16; only where `in_pairs` says so
   int threads;
   char* scratch;              // scratch_each bytes for each thread
   size_t scratch_each, scratch_shared;
@@ -140,6 +142,8 @@ struct BackwardCall {
   const T* dc_all;  // (N, R*H), or null
   T* dx;            // (N, I), output if not null
   bool weights;     // whether the gradients of weights are wanted
+  bool bf16;        // as in forward
+  bool halves;
   int threads;
   char* scratch;    // scratch_each bytes for each thread, and scratch_shared behind them
   size_t scratch_each, scratch_shared;
@@ -157,6 +161,7 @@ struct Kernels {
   void (*backward_scratch)(const BackwardCall<T>&, int threads, size_t* each, size_t* shared);
   void (*backward)(const BackwardCall<T>&, int id, int count);
   void (*vocabulary)(int name, const T* x, T* y, int64_t n);
+  bool (*in_pairs)(const Input<T>&);  // whether products in bfloat16 are made as such
 };
 
 struct InstructionSet {

@@ -127,10 +127,11 @@ struct Gradients {
   const BackwardCall<T>& call;
   const Input<T>& in;
   const index H, P;
+  const bool pairs;
   T* scratch;
 
   Gradients(const BackwardCall<T>& call, Arena& arena)
-      : call(call), in(call.input), H(in.H), P(in.P) {
+      : call(call), in(call.input), H(in.H), P(in.P), pairs(call.bf16 && in_pairs(in)) {
     const index wide = P > H ? P : H;
     const index products = products_scratch<T>(in.I, wide), rows = rows_scratch<T>();
     scratch = arena.take<T>(products > rows ? products : rows);
@@ -143,15 +144,25 @@ struct Gradients {
     return (c < Cell::APART ? TOGETHER + c : c - Cell::APART) * H + m % H;
   }
 
+  template <class RowAt>
+  struct RowsOfInput {
+    const Gradients& of;
+    RowAt row;
+    FASTSEQ_INLINE auto operator()(index k) const { return row(of.input_row(k)); }
+  };
+
   // dx of the window's rows. Of two directions the one that comes first to a row writes it, which
   // the other adds to: x is cleared before, and both add.
   void dx(int r, const Window<T>& window, int id, int count) {
     const Range rows = range_of(window.rows, id, count, SIX);
     const T* w_ih = call.recurrence[r].weights.w_ih;
-    product_of_rows(
-        window.dgates, Q * H, rows.first, rows.last, Cell::G * H,
-        [&](index k) { return w_ih + input_row(k) * in.I; }, in.I, call.dx + window.base * in.I,
-        in.I, call.R > 1, scratch);
+    with_rows(pairs, call.halves, w_ih, in.I, [&](auto operation, auto row) {
+      using Operation = decltype(operation);
+      product_of_rows<Operation>(
+          pairs ? window.pairs : window.dgates, Q * H / Operation::EACH, rows.first, rows.last,
+          Cell::G * H / Operation::EACH, RowsOfInput<decltype(row)>{*this, row}, in.I,
+          call.dx + window.base * in.I, in.I, call.R > 1, scratch);
+    });
   }
 
   static T* writable(const T* p) { return const_cast<T*>(p); }
@@ -160,6 +171,14 @@ struct Gradients {
   static Columns part(index first, index last, bool a, bool b, int id, int count) {
     const Range range = range_of(last - first, id, count, SIX);
     return {first + range.first, first + range.last, a, b};
+  }
+
+  template <class A, class B>
+  void products(const T* d, index stride, index N, const Columns* columns, int count, const A& a,
+                const B& b, T* sums, bool add) {
+    with_operation<T>(pairs, [&](auto operation) {
+      products_over_rows<decltype(operation)>(d, stride, N, columns, count, a, b, sums, add, scratch);
+    });
   }
 
   // sums: (Q*H), where the biases' gradients gather; end: whether this window is the last.
@@ -187,7 +206,7 @@ struct Gradients {
         part(both, Cell::G * H, true, false, id, count),
         part(Cell::G * H, Q * H, false, true, id, count),
     };
-    products_over_rows(window.dgates, Q * H, N, parts, 4, input, recurrent, sums, !begin, scratch);
+    products(window.dgates, Q * H, N, parts, 4, input, recurrent, sums, !begin);
     if (end)
       for (const Columns& c : parts)
         for (index m = c.first; m < c.last; ++m) {
@@ -202,13 +221,13 @@ struct Gradients {
       const Columns second[] = {part(FIRST_HH * H, G_HH * H, true, false, id, count)};
       const auto value = side<T>([&](index k) { return from.extra + (base + k) * H; }, H,
                                  [&](index m) { return writable(out.w_hh) + m * P; });
-      products_over_rows(window.dgates, Q * H, N, second, 1, value, none, unused, !begin, scratch);
+      products(window.dgates, Q * H, N, second, 1, value, none, unused, !begin);
     }
     if (out.w_hr) {
       const Columns all[] = {part(0, P, true, false, id, count)};
       const auto m = side<T>([&](index k) { return from.m + (base + k) * H; }, H,
                              [&](index row) { return writable(out.w_hr) + row * H; });
-      products_over_rows(window.dh_all, P, N, all, 1, m, none, unused, !begin, scratch);
+      products(window.dh_all, P, N, all, 1, m, none, unused, !begin);
     }
   }
 };
@@ -244,13 +263,14 @@ struct Shared {
     for (Window<T>& w : of.window) {
       w = {};
       w.dgates = arena.take<T>(most * Q * in.H);
+      w.pairs = arena.take<T>(call.bf16 && in_pairs(in) ? most * Q * in.H / 2 : 0);
       w.h_prev = arena.take<const T*>(most);
       w.dh_all = arena.take<T>(projected ? most * in.P : 0);
       w.masked = arena.take<T>(masked ? most * in.P : 0);
     }
     const index wide = Q * in.H > in.P ? Q * in.H : in.P;
     of.sums = arena.take<T>(Q * in.H + wide);
-    of.dunit = arena.take<T>(Cell::HAS_UNIT ? call.threads * in.H : 0);
+    of.dunit = arena.take<T>(Cell::HAS_UNIT ? 2 * call.threads * in.H : 0);
     return of;
   }
 
@@ -276,7 +296,18 @@ struct Shared {
   }
 };
 
-constexpr int MOST_RECURRENCES = 64;  // of a call; ops split longer ones
+// What a thread knows of all recurrences, and its shares of them; in its own scratch.
+template <class Cell, class T>
+struct Tables {
+  typename Shared<Cell, T>::OfRecurrence* of;
+  Window<T>** now;
+  BackwardShare<Cell, T>* shares;
+
+  Tables(int R, int threads, Arena& arena)
+      : of(arena.take<typename Shared<Cell, T>::OfRecurrence>(R)),
+        now(arena.take<Window<T>*>(R)),
+        shares(arena.take<BackwardShare<Cell, T>>(R / threads + 1)) {}
+};
 
 template <class T>
 void backward_scratch(const BackwardCall<T>& call, int threads, size_t* each, size_t* shared) {
@@ -286,6 +317,7 @@ void backward_scratch(const BackwardCall<T>& call, int threads, size_t* each, si
     Place place;
     for (int id = 0; id < threads; ++id) {
       Arena arena(nullptr);
+      Tables<Cell, T>(call.R, threads, arena);
       for (int turn = 0; next_place<Cell>(call, id, threads, turn, backward_panels<Cell>(call), &place);
            ++turn)
         BackwardShare<Cell, T>(call, place, arena);
@@ -303,21 +335,18 @@ template <class T>
 void backward(const BackwardCall<T>& call, int id, int count) {
   with_cell(call.cell, [&](auto cell) {
     using Cell = decltype(cell);
-    using Share = BackwardShare<Cell, T>;
     const Input<T>& in = call.input;
     const index panels = backward_panels<Cell>(call);
     Arena common(call.scratch + call.threads * call.scratch_each);
     Shared<Cell, T> shared(call, common);
-    typename Shared<Cell, T>::OfRecurrence of[MOST_RECURRENCES];
-    for (int r = 0; r < call.R; ++r) of[r] = shared.take(r);
-
     Arena arena(call.scratch + id * call.scratch_each);
-    alignas(Share) char room[MOST_RECURRENCES * sizeof(Share)];
-    Share* shares = reinterpret_cast<Share*>(room);
+    const Tables<Cell, T> tables(call.R, count, arena);
+    const auto [of, now, shares] = tables;
+    for (int r = 0; r < call.R; ++r) of[r] = shared.take(r);
     int turns = 0;
     Place place{};
     for (; next_place<Cell>(call, id, count, turns, panels, &place); ++turns) {
-      new (shares + turns) Share(call, place, arena);
+      new (shares + turns) BackwardShare<Cell, T>(call, place, arena);
       shares[turns].pack(of[place.recurrence].dunit);
     }
     Gradients<Cell, T> gradients(call, arena);
@@ -326,7 +355,6 @@ void backward(const BackwardCall<T>& call, int id, int count) {
     for (index k = 0, turn = 0; k < in.steps || k == 0; ++turn) {
       // the same steps counted from either end: of each recurrence its own window
       index end = in.steps;
-      Window<T>* now[MOST_RECURRENCES];
       for (int r = 0; r < call.R; ++r) {
         now[r] = &of[r].window[turn % 2];
         const index last = shared.window_end(call.recurrence[r].reverse, k);
@@ -355,7 +383,7 @@ void backward(const BackwardCall<T>& call, int id, int count) {
         T* out = const_cast<T*>(call.gradients[r].out.unit);
         for (index u = 0; u < in.H; ++u) out[u] = 0;
         for (int part = 0; part < place.parts; ++part)
-          for (index u = 0; u < in.H; ++u) out[u] += of[r].dunit[part * in.H + u];
+          for (index u = 0; u < in.H; ++u) out[u] += of[r].dunit[(2 * part + 1) * in.H + u];
       }
   });
 }
@@ -383,11 +411,15 @@ void vocabulary(int name, const T* x, T* y, int64_t n) {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {forward_scratch<T>, forward<T>, pack<T>, backward_scratch<T>, backward<T>, vocabulary<T>};
+  return {forward_scratch<T>, forward<T>,    pack<T>,    backward_scratch<T>,
+          backward<T>,        vocabulary<T>, in_pairs<T>};
 }
 
 static bool runs_here() {
 #if defined(__x86_64__) && defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+#endif
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #elif defined(__x86_64__) && defined(__AVX2__)

@@ -8,6 +8,9 @@
 // product h_{t-1} W_hh^T into a buffer of a few KB, and the cell's text on it, a vector of units at
 // a time. The input product of a chunk of steps is made on the same panels just before them, so that
 // it is read while it is in cache; the gates go to memory only where backward wants them.
+//
+// Where a call is in bfloat16 and the processor multiplies pairs of it, all is float32 but what goes
+// into a product: copies of its rows in pairs, and packed weights. h is rounded as it is left.
 #pragma once
 #include "call.h"
 #include "product.h"
@@ -101,6 +104,18 @@ constexpr bool units_apart(bool projected, bool masked) {
   return Cell::PHASES == 1 && Cell::FIRST[1] > 0 && !projected && !masked;
 }
 
+// Whether the products of a call are in pairs: none of them may split one.
+template <class T>
+bool in_pairs(const Input<T>& in) {
+  return HAS_PAIRS<T> && (in.I | in.H | in.P) % 2 == 0;
+}
+
+// Number `at` of a matrix of weights; of bfloat16 two stand in the room of one.
+template <class T>
+FASTSEQ_INLINE const T* at_number(const T* w, index at, bool halves) {
+  return w + (halves ? at / 2 : at);
+}
+
 // ------------------------------------------------------------------------------------- forward
 
 template <class T>
@@ -150,17 +165,29 @@ struct ForwardShare {
   const Place place;
   const Recurrence<T>& r;
   const index H, P, rows;
+  const bool pairs;
   const Panels<T> wx;
   const bool projected, two_phases = Cell::PHASES > 1;
   index chunk_rows;  // rows of the input product that are made at once
 
   T *w_in, *w_hh[2], *w_hr, *bias_x, *bias_s, *zeros;  // the packed weights
   T *x, *s, *tiles, *gates, *extra, *m, *masked;  // x, s: the products of a chunk
+  T *x_pairs, *h_pairs, *m_pairs;
   const T** x_row;
   const T** h_row;  // what the product multiplies
   const T** h_prev;
 
-  static Panels<T> projection_panels(index P, index H) { return Panels<T>(1, P, H); }
+  index elements(index n) const { return pairs ? n / 2 : n; }  // of k, that so many numbers make
+  Panels<T> projection_panels() const { return Panels<T>(1, P, elements(H)); }
+  Panels<T> recurrent_panels(int k) const {
+    return own(phase_panels<Cell, T>(k, H, elements(k == 0 ? P : H)));
+  }
+  // Room for the panels of this share alone, but where all were packed before the call.
+  Panels<T> own(Panels<T> panels) const {
+    if (!r.packed) panels.kept = place.p0;
+    return panels;
+  }
+  index packed_panels() const { return r.packed ? wx.count() : place.p1; }
 
   ForwardShare(const ForwardCall<T>& call, const Place& place, Arena& arena)
       : call(call),
@@ -170,9 +197,9 @@ struct ForwardShare {
         H(in.H),
         P(in.P),
         rows(place.last - place.first),
-        wx(input_panels<Cell, T>(H, in.I)),
+        pairs(call.pack && call.bf16 && in_pairs(in)),
+        wx(own(input_panels<Cell, T>(H, elements(in.I)))),
         projected(r.weights.w_hr != nullptr) {
-    const index width = wx.total_blocks() * Cell::G * L;
     chunk_rows = rows;
     const index least = call.known ? 96 : 24;
     if (chunk_rows < least) chunk_rows = least / (rows > 0 ? rows : 1) * rows;
@@ -183,13 +210,17 @@ struct ForwardShare {
     } else {
       take_packed(arena);
     }
-    x = arena.take<T>(chunk_rows * width);
-    s = arena.take<T>(call.known ? chunk_rows * width : 0);
+    const index own_width = (wx.vector(place.p1) - wx.vector(place.p0)) * L;
+    x = arena.take<T>(chunk_rows * own_width);
+    s = arena.take<T>(call.known ? chunk_rows * own_width : 0);
     tiles = arena.take<T>(tile_size<T>());
     gates = arena.take<T>(two_phases ? rows * Cell::G * H : 0);
     extra = arena.take<T>(two_phases ? rows * H : 0);
     m = arena.take<T>(projected || call.known ? rows * H : 0);
     masked = arena.take<T>(r.h_mask ? (call.known ? chunk_rows : rows) * P : 0);
+    x_pairs = arena.take<T>(pairs ? chunk_rows * in.I / 2 : 0);
+    h_pairs = arena.take<T>(pairs ? (call.known ? chunk_rows : rows) * P / 2 : 0);
+    m_pairs = arena.take<T>(pairs && (two_phases || projected) ? rows * H / 2 : 0);
     x_row = arena.take<const T*>(chunk_rows);
     h_row = arena.take<const T*>(call.known ? chunk_rows : rows);
     h_prev = arena.take<const T*>(rows);
@@ -197,10 +228,10 @@ struct ForwardShare {
 
   void take_packed(Arena& arena) {
     const index width = wx.total_blocks() * Cell::G * L;
-    w_in = arena.take<T>(call.pack ? wx.size() : 0);
+    w_in = arena.take<T>(call.pack ? wx.size(packed_panels()) : 0);
     for (int k = 0; k < Cell::PHASES; ++k)
-      w_hh[k] = arena.take<T>(call.pack ? phase_panels<Cell, T>(k, H, P).size() : 0);
-    w_hr = arena.take<T>(projected && call.pack ? projection_panels(P, H).size() : 0);
+      w_hh[k] = arena.take<T>(call.pack ? recurrent_panels(k).size(packed_panels()) : 0);
+    w_hr = arena.take<T>(projected && call.pack ? projection_panels().size() : 0);
     bias_x = arena.take<T>(width);
     bias_s = arena.take<T>(width);
     zeros = arena.take<T>(H > P ? H : P);
@@ -209,14 +240,16 @@ struct ForwardShare {
   void pack() {
     const Weights<T>& w = r.weights;
     if (call.pack) {
-      pack_transposed(wx, w.w_ih, in.I, place.p0, place.p1, w_in);
+      const bool halves = call.halves;
+      pack_transposed(pairs, halves, wx, w.w_ih, in.I, place.p0, place.p1, w_in);
       for (int k = 0; k < Cell::PHASES; ++k)
         if (Cell::FIRST[k + 1] > Cell::FIRST[k])
-          pack_transposed(phase_panels<Cell, T>(k, H, P), w.w_hh + Cell::FIRST[k] * H * P, P,
-                          place.p0, place.p1, w_hh[k]);
+          pack_transposed(pairs, halves, recurrent_panels(k),
+                          at_number(w.w_hh, Cell::FIRST[k] * H * P, halves), P, place.p0, place.p1,
+                          w_hh[k]);
       if (projected) {
-        const Panels<T> panels = projection_panels(P, H);
-        pack_transposed(panels, w.w_hr, H, 0, panels.count(), w_hr);
+        const Panels<T> panels = projection_panels();
+        pack_transposed(pairs, halves, panels, w.w_hr, H, 0, panels.count(), w_hr);
       }
     }
     // b_hh of the gates that take x and s apart belongs to s, all other biases to x
@@ -250,16 +283,17 @@ struct ForwardShare {
 
   // Where h is known, the product with it is made as that with the input is: for a chunk of steps.
   void recurrent_product(index step, index end, index n) {
-    const Panels<T> ws = phase_panels<Cell, T>(0, H, P);
+    const Panels<T> ws = recurrent_panels(0);
     index at = 0;
     for (index k = step; k < end; ++k) at += previous(k, h_row + at, masked + at * P);
+    pair_rows(pairs, h_row, n, P, h_pairs);
     const bool apart = Cell::APART && r.weights.b_hh;
     for (index p = place.p0; p < place.p1; ++p) {
       const int W = ws.vectors_of(p);
       T* out = const_cast<T*>(s_panel(ws, p, n));
       for (index i = 0; i < n;) {
         const int R = rows_of_tile(n - i, tallest(W));
-        run_tile(R, W, h_row + i, w_hh[0] + ws.offset(p), P,
+        run_tile(pairs, R, W, h_row + i, w_hh[0] + ws.offset(p), ws.K,
                  apart ? bias_s + wx.vector(p) * L : nullptr, out + i * W * L);
         i += R;
       }
@@ -301,6 +335,7 @@ struct ForwardShare {
       const index last = in.alive(t) < place.last ? in.alive(t) : place.last;
       for (index b = place.first; b < last; ++b) x_row[n++] = in.at(t, b);
     }
+    pair_rows(pairs, x_row, n, in.I, x_pairs);
     for (index p = place.p0; p < place.p1; ++p) {
       const int W = wx.vectors_of(p);
       T* out = const_cast<T*>(x_panel(p, n));
@@ -308,7 +343,7 @@ struct ForwardShare {
         const int R = rows_of_tile(n - i, tallest(W));
         const T* bias = bias_x + wx.vector(p) * L;
         if (call.pack)
-          run_tile(R, W, x_row + i, w_in + wx.offset(p), in.I, bias, out + i * W * L);
+          run_tile(pairs, R, W, x_row + i, w_in + wx.offset(p), wx.K, bias, out + i * W * L);
         else
           dot_panel(wx, p, R, x_row + i, r.weights.w_ih, bias, out + i * W * L);
         i += R;
@@ -368,13 +403,14 @@ struct ForwardShare {
   template <int PHASE>
   FASTSEQ_INLINE void phase(index t, index alive, index x_at, index n) {
     constexpr int GATES = Cell::FIRST[PHASE + 1] - Cell::FIRST[PHASE];
-    const index K = PHASE == 0 ? P : H;
-    const Panels<T> ws = phase_panels<Cell, T>(PHASE, H, K);
+    const Panels<T> ws = recurrent_panels(PHASE);
+    const index K = ws.K;
     const bool apart = Cell::APART && r.weights.b_hh;
     const T* const* operand = h_row;
     if (PHASE > 0) {  // what the phase before left in extra
       for (index b = 0; b < alive; ++b)
         x_row[b] = r.extra ? r.extra + (in.base(t) + place.first + b) * H : extra + b * H;
+      pair_rows(pairs, x_row, alive, H, m_pairs);
       operand = x_row;
     }
     T* tile = tiles;
@@ -392,7 +428,7 @@ struct ForwardShare {
         if (alive == 1 && W == FULL && call.pack) {
           const index whole = wx.total_blocks() / wx.blocks;  // panels with all their blocks
           const index end = place.p1 < whole ? place.p1 : whole;
-          const int done = run_row<T, FULL>(end - p, operand[0], w, K, bias, tile);
+          const int done = run_row<T, FULL>(pairs, end - p, operand[0], w, K, bias, tile);
           for (int i = 0; i < done; ++i)
             panel<PHASE>(t, 0, 1, p + i, x_panel(p + i, n) + x_at * WX * L, tile + i * FULL * L);
           p += done - 1;
@@ -403,7 +439,7 @@ struct ForwardShare {
       for (index b = 0; b < alive;) {
         const int R = rows_of_tile(alive - b, most);
         if (GATES && call.pack)
-          run_tile(R, W, operand + b, w, K, bias, tile);
+          run_tile(pairs, R, W, operand + b, w, K, bias, tile);
         else if (GATES)
           dot_panel(ws, p, R, operand + b, r.weights.w_hh + Cell::FIRST[PHASE] * H * K, bias, tile);
         panel<PHASE>(t, b, R, p, x_tile + b * WX * L, tile);
@@ -416,24 +452,43 @@ struct ForwardShare {
     const index t = r.reverse ? in.steps - 1 - s : s;
     const index alive = previous(s, h_row, masked);
     if (alive > 0) {
+      if (!product_is_known()) pair_rows(pairs, h_row, alive, P, h_pairs);
       phase<0>(t, alive, x_at, n);
       if constexpr (Cell::PHASES > 1) phase<1>(t, alive, x_at, n);
       if (projected && !call.known) project(t, alive);
+      if (!call.known) round(t, alive);
     }
     if (place.count > 1) meet(place.slots, place.id, place.count);
   }
 
+  // h as y will be in bfloat16: what the steps to come and backward read is what the caller sees.
+  void round([[maybe_unused]] index t, [[maybe_unused]] index alive) {
+    if constexpr (HAS_PAIRS<T>) {
+      if (!pairs) return;
+      const index u0 = projected ? 0 : first_unit(), u1 = projected ? P : last_unit();
+      for (index b = 0; b < alive; ++b) {
+        const index n = in.base(t) + place.first + b;
+        T* h = call.y + (n * call.R + place.recurrence) * P;
+        index u = u0;
+        for (; u + L <= u1; u += L) store(h + u, rounded(load(h + u)));
+        const int rest = static_cast<int>(u1 - u);
+        store_part(h + u, rounded(load_part(h + u, rest)), rest);
+      }
+    }
+  }
+
   void project(index t, index alive) {
-    const Panels<T> panels = projection_panels(P, H);
+    const Panels<T> panels = projection_panels();
     const index base = in.base(t) + place.first;
     for (index b = 0; b < alive; ++b) h_row[b] = r.m ? r.m + (base + b) * H : m + b * H;
+    pair_rows(pairs, h_row, alive, H, m_pairs);
     for (index p = 0; p < panels.count(); ++p) {
       const int W = panels.vectors_of(p);
       for (index b = 0; b < alive;) {
         const int R = rows_of_tile(alive - b, tallest(W));
         const T* no_bias = nullptr;
         if (call.pack)
-          run_tile(R, W, h_row + b, w_hr + panels.offset(p), H, no_bias, tiles);
+          run_tile(pairs, R, W, h_row + b, w_hr + panels.offset(p), panels.K, no_bias, tiles);
         else
           dot_panel(panels, p, R, h_row + b, r.weights.w_hr, no_bias, tiles);
         T* to[TALLEST];
@@ -559,6 +614,7 @@ struct Window {
   index t0, t1;        // steps [t0, t1)
   index base, rows;    // their rows
   T* dgates;           // (rows, (G + APART)*H): of x(g) of the gates apart, of a(g), of s(g)
+  T* pairs;            // the same in pairs, half as many, where products are
   const T** h_prev;    // (rows): what W_hh multiplied
   T* dh_all;           // (rows, P), where h is projected
   T* masked;           // (rows, P), where there is an h_mask: h_prev times it
@@ -575,9 +631,9 @@ struct BackwardShare {
   const Recurrence<T>& r;
   const RecurrenceGradients<T>& d;
   const index H, P, rows;
-  const bool projected;
+  const bool projected, pairs;
 
-  T *w_hh[2], *w_hr, *tiles, *zeros, *dunit;
+  T *w_hh[2], *w_hr, *tiles, *zeros, *dh_pairs, *dunit;
   const T** operand;  // what makes dh
   const T** second;   // what makes the gradient of a value within the step
   const T** h_prev;
@@ -585,9 +641,11 @@ struct BackwardShare {
 
   // Panels of the units whose dh a share makes: of P where h is projected, else of H.
   static Panels<T> unit_panels(index units) { return Panels<T>(1, units, 0); }
-  static Panels<T> panels_of(int k, index P, index H) {
-    return Panels<T>(1, k == 0 ? P : H, (Cell::FIRST[k + 1] - Cell::FIRST[k]) * H);
+  index elements(index n) const { return pairs ? n / 2 : n; }  // of k, that so many numbers make
+  Panels<T> recurrent_panels(int k) const {
+    return Panels<T>(1, k == 0 ? P : H, elements((Cell::FIRST[k + 1] - Cell::FIRST[k]) * H));
   }
+  Panels<T> projection_panels() const { return Panels<T>(1, H, elements(P)); }
 
   BackwardShare(const BackwardCall<T>& call, const Place& place, Arena& arena)
       : call(call),
@@ -599,12 +657,14 @@ struct BackwardShare {
         P(in.P),
         rows(place.last - place.first),
         projected(r.weights.w_hr != nullptr),
+        pairs(call.bf16 && in_pairs(in)),
         now(),
         last() {
-    for (int k = 0; k < Cell::PHASES; ++k) w_hh[k] = arena.take<T>(panels_of(k, P, H).size());
-    w_hr = arena.take<T>(projected ? Panels<T>(1, H, P).size() : 0);
+    for (int k = 0; k < Cell::PHASES; ++k) w_hh[k] = arena.take<T>(recurrent_panels(k).size());
+    w_hr = arena.take<T>(projected ? projection_panels().size() : 0);
     tiles = arena.take<T>(tile_size<T>());
     zeros = arena.take<T>(Q * H > P ? Q * H : P);
+    dh_pairs = arena.take<T>(projected && pairs ? rows * P / 2 : 0);
     operand = arena.take<const T*>(rows);
     second = arena.take<const T*>(rows);
     h_prev = arena.take<const T*>(rows);
@@ -614,26 +674,43 @@ struct BackwardShare {
   void pack(T* units) {
     const Weights<T>& w = r.weights;
     for (int k = 0; k < Cell::PHASES; ++k) {
-      const Panels<T> panels = panels_of(k, P, H);
-      if (panels.K)
-        pack_columns(panels, w.w_hh + Cell::FIRST[k] * H * P, P, 0, panels.K, place.p0,
+      const Panels<T> panels = recurrent_panels(k);
+      const index K = (Cell::FIRST[k + 1] - Cell::FIRST[k]) * H;
+      if (K)
+        pack_columns(pairs, call.halves, panels,
+                     at_number(w.w_hh, Cell::FIRST[k] * H * P, call.halves), P, K, place.p0,
                      projected || Cell::PHASES > 1 ? panels.count() : place.p1, w_hh[k]);
     }
     if (projected) {
-      const Panels<T> panels(1, H, P);
-      pack_columns(panels, w.w_hr, H, 0, P, 0, panels.count(), w_hr);
+      const Panels<T> panels = projection_panels();
+      pack_columns(pairs, call.halves, panels, w.w_hr, H, P, 0, panels.count(), w_hr);
     }
     std::memset(zeros, 0, (Q * H > P ? Q * H : P) * sizeof(T));
     if (Cell::HAS_UNIT) {
-      dunit = units + place.part * H;
-      for (index u = 0; u < H; ++u) dunit[u] = 0;
+      dunit = units + 2 * place.part * H;
+      for (index u = 0; u < 2 * H; ++u) dunit[u] = 0;
     }
   }
 
-  // The gate gradients of a row; it is in the window walked, or in the one before.
-  T* dgates(index t, index n) const {
+  // The gate gradients of a row, from the `from`-th gate on, as a product takes them; the row is in
+  // the window walked, or in the one before.
+  const T* dgates(index t, index n, int from) const {
     const Window<T>& w = t >= now.t0 && t < now.t1 ? now : last;
-    return w.dgates + (n - w.base) * Q * H;
+    return (pairs ? w.pairs : w.dgates) + elements(((n - w.base) * Q + from) * H);
+  }
+
+  // What this share has just left of the gate gradients of a step, in pairs.
+  void pair_dgates([[maybe_unused]] index first, [[maybe_unused]] index alive) {
+    with_operation<T>(pairs, [&](auto operation) {
+      using Operation = decltype(operation);
+      if constexpr (Operation::EACH > 1) {
+        const index u0 = place.p0 * WIDEST * L;
+        const index u1 = place.p1 * WIDEST * L < H ? place.p1 * WIDEST * L : H;
+        for (index n = first - now.base; n < first - now.base + alive; ++n)
+          for (index at = n * Q * H + u0; at < (n + 1) * Q * H; at += H)
+            pair_row<Operation>(now.dgates + at, u1 - u0, now.pairs + at / 2);
+      }
+    });
   }
 
   // What the rows of a step know of the steps beside it.
@@ -727,7 +804,7 @@ struct BackwardShare {
       if (s.alive == 1 && panels.K && !masks && W == WIDEST) {
         const index whole = unit_panels(H).total_blocks() / WIDEST;
         const index end = place.p1 < whole ? place.p1 : whole;
-        const int done = run_row<T, WIDEST>(end - p, row[0], w + panels.offset(p), panels.K,
+        const int done = run_row<T, WIDEST>(pairs, end - p, row[0], w + panels.offset(p), panels.K,
                                             static_cast<const T*>(nullptr), tiles);
         for (int i = 0; i < done; ++i) panel<PHASE>(s, 0, 1, p + i, W, tiles + i * WIDEST * L);
         p += done - 1;
@@ -736,8 +813,8 @@ struct BackwardShare {
       for (index b = 0; b < s.alive;) {
         const int R = rows_of_tile(s.alive - b, tallest(W));
         if (panels.K) {
-          run_tile(R, W, row + b, w + panels.offset(p), panels.K, static_cast<const T*>(nullptr),
-                   tiles);
+          run_tile(pairs, R, W, row + b, w + panels.offset(p), panels.K,
+                   static_cast<const T*>(nullptr), tiles);
           if (masks) mask_tile(b, R, p, W);
         } else {
           std::memset(tiles, 0, sizeof(T) * R * W * L);
@@ -753,7 +830,7 @@ struct BackwardShare {
     for (index b = 0; b < s.alive; ++b) {
       const index own = place.first + b, n = s.base + own;
       operand[b] = after(s, own) && !cut(s, own)
-                       ? dgates(s.after, s.base_after + own) + Cell::APART * H
+                       ? dgates(s.after, s.base_after + own, Cell::APART)
                        : zeros;
       const T* h = own < s.known ? call.y + ((s.base_before + own) * call.R + place.recurrence) * P
                    : r.h_0       ? r.h_0 + own * P
@@ -771,27 +848,29 @@ struct BackwardShare {
     }
     if (projected) {
       project(s);
-      walk<LAST>(s, second, Panels<T>(1, H, P), w_hr, false);
+      walk<LAST>(s, second, projection_panels(), w_hr, false);
     } else {
-      walk<LAST>(s, operand, panels_of(0, P, H), w_hh[0], r.h_mask != nullptr);
+      walk<LAST>(s, operand, recurrent_panels(0), w_hh[0], r.h_mask != nullptr);
     }
+    pair_dgates(s.base + place.first, s.alive);
     if constexpr (Cell::PHASES > 1) {
       for (index b = 0; b < s.alive; ++b)
-        operand[b] = dgates(s.t, s.base + place.first + b) + (Cell::APART + Cell::FIRST[1]) * H;
-      walk<0>(s, operand, panels_of(1, P, H), w_hh[1], false);
+        operand[b] = dgates(s.t, s.base + place.first + b, Cell::APART + Cell::FIRST[1]);
+      walk<0>(s, operand, recurrent_panels(1), w_hh[1], false);
+      pair_dgates(s.base + place.first, s.alive);
     }
   }
 
   // dh of the projected h, from which that of the units is made.
   void project(const Step& s) {
-    const Panels<T> panels = panels_of(0, P, H);
+    const Panels<T> panels = recurrent_panels(0);
     for (index b = 0; b < s.alive; ++b)
       second[b] = now.dh_all + (s.base + place.first + b - now.base) * P;
     for (index p = 0; p < panels.count(); ++p) {
       const int W = panels.vectors_of(p);
       for (index b = 0; b < s.alive;) {
         const int R = rows_of_tile(s.alive - b, tallest(W));
-        run_tile(R, W, operand + b, w_hh[0] + panels.offset(p), panels.K,
+        run_tile(pairs, R, W, operand + b, w_hh[0] + panels.offset(p), panels.K,
                  static_cast<const T*>(nullptr), tiles);
         mask_tile(b, R, p, W);
         for (int i = 0; i < R; ++i) {
@@ -808,11 +887,12 @@ struct BackwardShare {
         b += R;
       }
     }
+    pair_rows(pairs, second, s.alive, P, dh_pairs);
   }
 
   // dh of h_0 of the sequences that began at step t: rows [b0, b1).
   void initial(index t, index b0, index b1) {
-    const Panels<T> panels = panels_of(0, P, H);
+    const Panels<T> panels = recurrent_panels(0);
     const index u0 = place.p0 * WIDEST * L;
     const index u1 = place.p1 * WIDEST * L < H ? place.p1 * WIDEST * L : H;
     if (b0 < place.first) b0 = place.first;
@@ -828,12 +908,12 @@ struct BackwardShare {
         continue;
       }
       if (!panels.K) continue;
-      const T* row = dgates(t, n) + Cell::APART * H;
+      const T* row = dgates(t, n, Cell::APART);
       const index p1 = projected ? panels.count() : place.p1;
       for (index p = projected ? 0 : place.p0; p < p1; ++p) {
         const int W = panels.vectors_of(p);
-        run_tile(1, W, &row, w_hh[0] + panels.offset(p), panels.K, static_cast<const T*>(nullptr),
-                 tiles);
+        run_tile(pairs, 1, W, &row, w_hh[0] + panels.offset(p), panels.K,
+                 static_cast<const T*>(nullptr), tiles);
         mask_tile(b - place.first, 1, p, W);
         T* to = dh + p * WIDEST * L;
         add_tile(tiles, 1, W, P - p * WIDEST * L, &to, true);
@@ -851,6 +931,8 @@ struct BackwardShare {
       if (s.alive > 0) step(s);
       if (place.count > 1) meet(place.slots, place.id, place.count);
     }
+    if (Cell::HAS_UNIT)  // a sum of sums: one chain over all rows rounds too often
+      for (index u = 0; u < H; ++u) dunit[H + u] += dunit[u], dunit[u] = 0;
     if (k1 == in.steps && in.steps > 0) {
       const index t = r.reverse ? in.steps - 1 : 0;
       initial(t, 0, in.alive(t));

@@ -1,10 +1,13 @@
 // Matrix products on packed weights, a tile of accumulators at a time.
 //
-// Letters: K the inner size; a panel is up to 4 vectors of columns, packed (K, W, LANES) with
-// W <= 4, so that one step of k reads it in one go. A tile is R rows by one panel; its accumulators
-// stay in registers over k.
+// What multiplies is an operation: of numbers, or of pairs of bfloat16. A product in pairs has half as
+// many elements along k, and both sides of it are rounded when they are packed or copied for it.
 //
-// Numerics: every output is chains of fused multiply-adds over k in increasing order, PIECE long,
+// Letters: K the inner size, in elements; a panel is up to 4 vectors of columns, packed (K, W, LANES)
+// with W <= 4, so that one step of k reads it in one go. A tile is R rows by one panel; its
+// accumulators stay in registers over k.
+//
+// Numerics: every output is chains of the operation over k in increasing order, PIECE long,
 // added up in that order, and the bias last. So its bits do not depend on the rows beside it, on
 // the tile's shape or on the panel it sits in.
 #pragma once
@@ -29,6 +32,63 @@ FASTSEQ_INLINE int rows_of_tile(index left, int most) {
   return tiles ? static_cast<int>((left + tiles - 1) / tiles) : 0;
 }
 
+// a * b + c on elements of k, EACH numbers in one.
+template <class T>
+struct Single {
+  using Number = T;
+  static constexpr int EACH = 1;
+  static FASTSEQ_INLINE Vec<T> every(T a) { return splat(a); }
+  static FASTSEQ_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
+  // The elements of one row from p on, n at most; and those of two rows, lane by lane.
+  static FASTSEQ_INLINE Vec<T> along(const T* p, index n) { return load_upto(p, n); }
+  static FASTSEQ_INLINE Vec<T> across(Vec<T> first, Vec<T>) { return first; }
+};
+#if defined(__AVX512BF16__)
+struct Pair {
+  using Number = float;
+  using V = Vec<float>;
+  static constexpr int EACH = 2;
+  static FASTSEQ_INLINE V every(float a) { return (V)_mm512_set1_ps(a); }  // whatever its bits
+  static FASTSEQ_INLINE V apply(V a, V b, V c) { return dot(a, b, c); }
+  static FASTSEQ_INLINE V along(const float* p, index n) {
+    constexpr int L = LANES<float>;
+    return pair_neighbours(load_upto(p, 2 * n), load_upto(p + L, 2 * n - L));
+  }
+  static FASTSEQ_INLINE V across(V first, V second) { return pair(first, second); }
+};
+#endif
+
+template <class T, class Function>
+FASTSEQ_INLINE auto with_operation([[maybe_unused]] bool pairs, Function function) {
+#if defined(__AVX512BF16__)
+  if constexpr (HAS_PAIRS<T>)
+    if (pairs) return function(Pair{});
+#endif
+  return function(Single<T>{});
+}
+
+// Copies `size` numbers, an even number of them, to `to` in pairs.
+template <class Operation, class T = typename Operation::Number>
+FASTSEQ_INLINE void pair_row(const T* from, index size, T* to) {
+  for (index left = size / 2; left > 0; left -= LANES<T>, from += 2 * LANES<T>, to += LANES<T>) {
+    const Vec<T> pairs = Operation::along(from, left);
+    left >= LANES<T> ? store(to, pairs) : store_part(to, pairs, static_cast<int>(left));
+  }
+}
+
+// Rows as a product takes them: where it is in pairs, copies of them at `to`.
+template <class T>
+void pair_rows(bool pairs, const T** row, index n, index size, T* to) {
+  with_operation<T>(pairs, [&](auto operation) {
+    using Operation = decltype(operation);
+    if constexpr (Operation::EACH > 1)
+      for (index i = 0; i < n; ++i, to += size / 2) {
+        pair_row<Operation>(row[i], size, to);
+        row[i] = to;
+      }
+  });
+}
+
 // The element (row, k) of the left-hand side.
 template <class T>
 struct Rows {  // rows anywhere, k side by side
@@ -42,7 +102,7 @@ struct Packed {  // (K, R)
 };
 
 // out[r][v] = sum_k a(r, k) w[k][v], + out if add, + bias[v] if there is one. out: (R, W, LANES).
-template <class T, int R, int W, class A>
+template <class Operation, int R, int W, class A, class T = typename Operation::Number>
 FASTSEQ_INLINE void tile(A a, const T* w, index K, const T* bias, bool add, T* out) {
   constexpr int L = LANES<T>;
   for (index first = 0; first < K || first == 0; first += PIECE) {
@@ -54,12 +114,12 @@ FASTSEQ_INLINE void tile(A a, const T* w, index K, const T* bias, bool add, T* o
       if constexpr (R < W) {
         Vec<T> held[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) held[r] = splat(a(r, k));
+        for (int r = 0; r < R; ++r) held[r] = Operation::every(a(r, k));
 #pragma GCC unroll 8
         for (int v = 0; v < W; ++v) {
           const Vec<T> value = load(column + v * L);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) total[r][v] = fma(held[r], value, total[r][v]);
+          for (int r = 0; r < R; ++r) total[r][v] = Operation::apply(held[r], value, total[r][v]);
         }
       } else {
         Vec<T> held[W];
@@ -67,9 +127,9 @@ FASTSEQ_INLINE void tile(A a, const T* w, index K, const T* bias, bool add, T* o
         for (int v = 0; v < W; ++v) held[v] = load(column + v * L);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const Vec<T> value = splat(a(r, k));
+          const Vec<T> value = Operation::every(a(r, k));
 #pragma GCC unroll 8
-          for (int v = 0; v < W; ++v) total[r][v] = fma(value, held[v], total[r][v]);
+          for (int v = 0; v < W; ++v) total[r][v] = Operation::apply(value, held[v], total[r][v]);
         }
       }
     }
@@ -91,7 +151,7 @@ FASTSEQ_INLINE void tile(A a, const T* w, index K, const T* bias, bool add, T* o
 // One row by N panels of W vectors, which stand `step` elements apart: one panel alone has too few
 // accumulators to hide the latency of a multiply-add. The same numbers as N tiles. The panels of
 // bias and out follow one another.
-template <class T, int W, int N>
+template <class Operation, int W, int N, class T = typename Operation::Number>
 FASTSEQ_INLINE void panels_of_row(const T* a, const T* w, index step, index K, const T* bias,
                                   T* out) {
   constexpr int L = LANES<T>;
@@ -99,13 +159,13 @@ FASTSEQ_INLINE void panels_of_row(const T* a, const T* w, index step, index K, c
     const index last = K - first < PIECE ? K : first + PIECE;
     Vec<T> total[N][W] = {};
     for (index k = first; k < last; ++k) {
-      const Vec<T> value = splat(a[k]);
+      const Vec<T> value = Operation::every(a[k]);
       const T* column = w + k * (W * L);
 #pragma GCC unroll 8
       for (int p = 0; p < N; ++p)
 #pragma GCC unroll 8
         for (int v = 0; v < W; ++v)
-          total[p][v] = fma(value, load(column + p * step + v * L), total[p][v]);
+          total[p][v] = Operation::apply(value, load(column + p * step + v * L), total[p][v]);
     }
     const bool end = last >= K;
 #pragma GCC unroll 8
@@ -123,60 +183,71 @@ FASTSEQ_INLINE void panels_of_row(const T* a, const T* w, index step, index K, c
 }
 
 // A tile's function is not inlined, so that its registers are allocated apart.
-template <class T, int R, int W, class A>
+template <class Operation, int R, int W, class A, class T = typename Operation::Number>
 __attribute__((noinline)) void tile_function(A a, const T* w, index K, const T* bias, bool add,
                                              T* out) {
-  tile<T, R, W, A>(a, w, K, bias, add, out);
+  tile<Operation, R, W, A>(a, w, K, bias, add, out);
 }
 
-template <class T, int W, int N>
+template <class Operation, int W, int N, class T = typename Operation::Number>
 __attribute__((noinline)) void row_function(const T* a, const T* w, index step, index K,
                                             const T* bias, T* out) {
-  panels_of_row<T, W, N>(a, w, step, K, bias, out);
+  panels_of_row<Operation, W, N>(a, w, step, K, bias, out);
 }
 
 constexpr int TOGETHER_MOST = REGISTERS == 32 ? 4 : 2;  // panels of one row at once
 
 // As many whole panels of W vectors as can be done at once for one row, of `left`; how many.
 template <class T, int W>
-FASTSEQ_INLINE int run_row(index left, const T* a, const T* w, index K, const T* bias, T* out) {
+FASTSEQ_INLINE int run_row(bool pairs, index left, const T* a, const T* w, index K, const T* bias,
+                           T* out) {
   const index step = K * W * LANES<T>;
-  if (TOGETHER_MOST >= 4 && left >= 4) {
-    row_function<T, W, 4>(a, w, step, K, bias, out);
-    return 4;
-  }
-  if (left >= 2) {
-    row_function<T, W, 2>(a, w, step, K, bias, out);
-    return 2;
-  }
-  row_function<T, W, 1>(a, w, step, K, bias, out);
-  return 1;
+  return with_operation<T>(pairs, [&](auto operation) {
+    using Operation = decltype(operation);
+    if (TOGETHER_MOST >= 4 && left >= 4) {
+      row_function<Operation, W, 4>(a, w, step, K, bias, out);
+      return 4;
+    }
+    if (left >= 2) {
+      row_function<Operation, W, 2>(a, w, step, K, bias, out);
+      return 2;
+    }
+    row_function<Operation, W, 1>(a, w, step, K, bias, out);
+    return 1;
+  });
 }
 
-template <class T, int W>
+template <class Operation, int W, class T = typename Operation::Number>
 void tile_of_rows(int R, const T* const* row, const T* w, index K, const T* bias, T* out) {
   const Rows<T> a{row};
   switch (R) {
-    case 1: return tile_function<T, 1, W>(a, w, K, bias, false, out);
-    case 2: return tile_function<T, 2, W>(a, w, K, bias, false, out);
-    case 3: return tile_function<T, 3, W>(a, w, K, bias, false, out);
-    case 4: return tile_function<T, 4, W>(a, w, K, bias, false, out);
-    case 5: return tile_function<T, 5, W>(a, w, K, bias, false, out);
-    case 6: return tile_function<T, 6, W>(a, w, K, bias, false, out);
-    case 7: return tile_function<T, 7, W>(a, w, K, bias, false, out);
-    case 8: return tile_function<T, 8, W>(a, w, K, bias, false, out);
+    case 1: return tile_function<Operation, 1, W>(a, w, K, bias, false, out);
+    case 2: return tile_function<Operation, 2, W>(a, w, K, bias, false, out);
+    case 3: return tile_function<Operation, 3, W>(a, w, K, bias, false, out);
+    case 4: return tile_function<Operation, 4, W>(a, w, K, bias, false, out);
+    case 5: return tile_function<Operation, 5, W>(a, w, K, bias, false, out);
+    case 6: return tile_function<Operation, 6, W>(a, w, K, bias, false, out);
+    case 7: return tile_function<Operation, 7, W>(a, w, K, bias, false, out);
+    case 8: return tile_function<Operation, 8, W>(a, w, K, bias, false, out);
   }
 }
 
 // out (R, W, LANES) = rows times a panel of W vectors, + bias.
-template <class T>
+template <class Operation, class T = typename Operation::Number>
 void run_tile(int R, int W, const T* const* row, const T* w, index K, const T* bias, T* out) {
   switch (W) {
-    case 1: return tile_of_rows<T, 1>(R, row, w, K, bias, out);
-    case 2: return tile_of_rows<T, 2>(R, row, w, K, bias, out);
-    case 3: return tile_of_rows<T, 3>(R, row, w, K, bias, out);
-    case 4: return tile_of_rows<T, 4>(R, row, w, K, bias, out);
+    case 1: return tile_of_rows<Operation, 1>(R, row, w, K, bias, out);
+    case 2: return tile_of_rows<Operation, 2>(R, row, w, K, bias, out);
+    case 3: return tile_of_rows<Operation, 3>(R, row, w, K, bias, out);
+    case 4: return tile_of_rows<Operation, 4>(R, row, w, K, bias, out);
   }
+}
+template <class T>
+FASTSEQ_INLINE void run_tile(bool pairs, int R, int W, const T* const* row, const T* w, index K,
+                             const T* bias, T* out) {
+  with_operation<T>(pairs, [&](auto operation) {
+    run_tile<decltype(operation)>(R, W, row, w, K, bias, out);
+  });
 }
 
 // The same numbers up to rounding, from weights as they are: column j is row j of w, `stride` apart.
@@ -255,6 +326,7 @@ struct Panels {
   int blocks;   // of a whole panel; gates * blocks <= WIDEST
   index units;  // columns of one gate
   index K;
+  index kept = 0;  // the first panel that there is room for
 
   Panels(int gates, index units, index K)
       : gates(gates), blocks(gates ? WIDEST / gates : WIDEST), units(units), K(K) {}
@@ -267,8 +339,12 @@ struct Panels {
   }
   int vectors_of(index p) const { return gates * blocks_of(p); }
   index vector(index p) const { return p * blocks * gates; }  // its first, counted from panel 0
-  index offset(index p) const { return vector(p) * K * LANES<T>; }
-  index size() const { return total_blocks() * gates * K * LANES<T>; }
+  index offset(index p) const { return (vector(p) - vector(kept)) * K * LANES<T>; }
+  index size() const { return size(count()); }
+  index size(index end) const {  // of the panels kept, up to `end`
+    const index blocks_of_all = end < count() ? end * blocks : total_blocks();
+    return (blocks_of_all * gates - vector(kept)) * K * LANES<T>;
+  }
 };
 
 // A tile of R rows by panel p, of weights that are not packed: gate g's unit u is row
@@ -289,7 +365,7 @@ void dot_panel(const Panels<T>& panels, index p, int R, const T* const* row, con
 }
 
 // Packs columns that are rows of `w`: gate g's unit u is row (g * units + u), k runs along it.
-template <class T>
+template <class Operation, class T = typename Operation::Number>
 void pack_transposed(const Panels<T>& panels, const T* w, index stride, index p0, index p1,
                      T* out) {
   constexpr int L = LANES<T>;
@@ -305,10 +381,12 @@ void pack_transposed(const Panels<T>& panels, const T* w, index stride, index p0
         Vec<T> square[L];
         if (n == L && m == L) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) square[i] = load(rows + i * stride + k);
+          for (int i = 0; i < L; ++i)
+            square[i] = Operation::along(rows + i * stride + k * Operation::EACH, L);
         } else {
           for (int i = 0; i < L; ++i)
-            square[i] = i < n ? load_part(rows + i * stride + k, m) : Vec<T>{};
+            square[i] = i < n ? Operation::along(rows + i * stride + k * Operation::EACH, m)
+                              : Vec<T>{};
         }
         transpose<T>(square);
         T* to = panel + (k * W + v) * L;
@@ -318,26 +396,6 @@ void pack_transposed(const Panels<T>& panels, const T* w, index stride, index p0
         } else {
           for (int i = 0; i < m; ++i) store(to + index(i) * W * L, square[i]);
         }
-      }
-    }
-  }
-}
-
-// Packs columns that are columns of `w`: rows k0 to k1 of the panels are rows of `w`.
-template <class T>
-void pack_columns(const Panels<T>& panels, const T* w, index stride, index k0, index k1, index p0,
-                  index p1, T* out) {
-  constexpr int L = LANES<T>;
-  for (index p = p0; p < p1; ++p) {
-    const int W = panels.vectors_of(p);
-    const index unit = p * panels.blocks * L;
-    T* panel = out + panels.offset(p);
-    for (index k = k0; k < k1; ++k) {
-      const T* row = w + (k - k0) * stride;
-      for (int v = 0; v < W; ++v) {
-        const index left = panels.units - unit - v * L;
-        store(panel + (k * W + v) * L,
-              left >= L ? load(row + unit + v * L) : load_part(row + unit + v * L, int(left)));
       }
     }
   }
@@ -361,6 +419,16 @@ void pack_bias(const Panels<T>& panels, const T* first, const T* second, int fro
       }
       store(out + (panels.vector(p) + v) * L, value);
     }
+}
+
+template <class T>
+void pack_transposed(bool pairs, bool halves, const Panels<T>& panels, const T* w, index stride,
+                     index p0, index p1, T* out) {
+  // rows of bfloat16 are elements as they stand
+  if (halves) return pack_transposed<Single<T>>(panels, w, stride / 2, p0, p1, out);
+  with_operation<T>(pairs, [&](auto operation) {
+    pack_transposed<decltype(operation)>(panels, w, stride, p0, p1, out);
+  });
 }
 
 // Room for the result of one tile.
@@ -392,19 +460,59 @@ constexpr int BAND = 8 * SIX;         // and those that are packed at once: thei
 constexpr int CHUNK = 2 * PIECE;      // k of a left-hand side that is packed, of a sum over all rows
 constexpr int DEPTH = 8 * PIECE;      // k of a panel that is packed, of a product of rows
 
-// Copies a panel of `columns` columns, from column `at` on, of rows [k0, k0 + n).
-template <class T, class RowAt>
+// Copies a panel of `columns` columns, from column `at` on, of rows [k0, k0 + n), which may be bfloat16.
+// Of pairs a row that is behind the last counts as zeros.
+template <class Operation, class RowAt, class T = typename Operation::Number>
 FASTSEQ_INLINE void pack_panel(RowAt row, index k0, index n, index at, index columns, int W,
                                T* panel) {
   constexpr int L = LANES<T>;
-  for (index k = 0; k < n; ++k) {
-    const T* from = row(k0 + k) + at;
-    for (int v = 0; v < W; ++v) {
+  for (index k = 0; k < n; k += Operation::EACH) {
+    const bool alone = Operation::EACH == 1 || k + 1 >= n;
+    const auto *first = row(k0 + k) + at, *second = alone ? first : row(k0 + k + 1) + at;
+    for (int v = 0; v < W; ++v, panel += L) {
       const index rest = columns - at - v * L;
-      store(panel + (k * W + v) * L,
-            rest >= L ? load(from + v * L) : load_part(from + v * L, int(rest)));
+      store(panel, Operation::across(load_upto(first + v * L, rest),
+                                     alone ? Vec<T>{} : load_upto(second + v * L, rest)));
     }
   }
+}
+
+// The rows of a matrix. Not a lambda: nm cannot read the name of what is given one out of another.
+template <class Number>
+struct MatrixRows {
+  const Number* w;
+  index stride;
+  FASTSEQ_INLINE const Number* operator()(index k) const { return w + k * stride; }
+};
+
+// Calls function with the operation and the rows of a matrix, bfloat16 where `halves` says so.
+template <class T, class Function>
+FASTSEQ_INLINE void with_rows(bool pairs, [[maybe_unused]] bool halves, const T* w, index stride,
+                              Function function) {
+  with_operation<T>(pairs, [&](auto operation) {
+    if constexpr (decltype(operation)::EACH > 1)
+      if (halves)
+        return function(operation,
+                        MatrixRows<uint16_t>{reinterpret_cast<const uint16_t*>(w), stride});
+    function(operation, MatrixRows<T>{w, stride});
+  });
+}
+
+// Packs columns that are columns of `w`, K rows of it.
+template <class T>
+void pack_columns(bool pairs, bool halves, const Panels<T>& panels, const T* w, index stride,
+                  index K, index p0, index p1, T* out) {
+  with_rows(pairs, halves, w, stride, [&](auto operation, auto row) {
+    for (index p = p0; p < p1; ++p)
+      pack_panel<decltype(operation)>(row, 0, K, p * WIDEST * LANES<T>, panels.units,
+                                      panels.vectors_of(p), out + panels.offset(p));
+  });
+}
+
+// How many elements of k so many numbers make.
+template <class Operation>
+constexpr index elements(index n) {
+  return (n + Operation::EACH - 1) / Operation::EACH;
 }
 
 // A right-hand side of `products_over_rows`: row(k) has `columns` numbers; to(m) is where row m of
@@ -417,13 +525,16 @@ struct Side {
 
   Panels<T> panels(index n) const { return Panels<T>(1, columns, n); }
 
+  template <class Operation>
   void pack(index k0, index n, T* right) const {
-    const Panels<T> p = panels(n);
+    const Panels<T> p = panels(elements<Operation>(n));
     for (index k = 0; k < p.count(); ++k)
-      pack_panel(row, k0, n, k * WIDEST * LANES<T>, columns, p.vectors_of(k), right + p.offset(k));
+      pack_panel<Operation>(row, k0, n, k * WIDEST * LANES<T>, columns, p.vectors_of(k),
+                            right + p.offset(k));
   }
 
   // Rows [m, m + band) of the product with the packed left-hand side, added to what is there.
+  template <class Operation>
   void multiply(const T* left, index n, index m, int band, const T* right, bool add,
                 T* result) const {
     const Panels<T> panels = this->panels(n);
@@ -432,11 +543,12 @@ struct Side {
       const T* w = right + panels.offset(p);
       for (int j = 0; j < band; j += SIX) {
         const Packed<T, SIX> a{left + j * n};
+        const T* no_bias = nullptr;
         switch (W) {
-          case 1: tile_function<T, SIX, 1>(a, w, n, nullptr, false, result); break;
-          case 2: tile_function<T, SIX, 2>(a, w, n, nullptr, false, result); break;
-          case 3: tile_function<T, SIX, 3>(a, w, n, nullptr, false, result); break;
-          case 4: tile_function<T, SIX, 4>(a, w, n, nullptr, false, result); break;
+          case 1: tile_function<Operation, SIX, 1>(a, w, n, no_bias, false, result); break;
+          case 2: tile_function<Operation, SIX, 2>(a, w, n, no_bias, false, result); break;
+          case 3: tile_function<Operation, SIX, 3>(a, w, n, no_bias, false, result); break;
+          case 4: tile_function<Operation, SIX, 4>(a, w, n, no_bias, false, result); break;
         }
         T* place[SIX];
         const int rows = band - j < SIX ? band - j : SIX;
@@ -465,7 +577,7 @@ index products_scratch(index columns_a, index columns_b) {
 
 // to(m)[n] = sum_k d[k][m] row(k)[n] for two right-hand sides, and sums[m] = sum_k d[k][m]; added to
 // what is there where `add`. d and the columns that both sides want are read once.
-template <class T, class SideA, class SideB>
+template <class Operation, class SideA, class SideB, class T = typename Operation::Number>
 void products_over_rows(const T* d, index d_stride, index K, const Columns* columns, int count,
                         const SideA& a, const SideB& b, T* sums, bool add, T* scratch) {
   T* right_a = scratch;
@@ -475,38 +587,55 @@ void products_over_rows(const T* d, index d_stride, index K, const Columns* colu
   if (!add)
     for (int c = 0; c < count; ++c)
       for (index m = columns[c].first; m < columns[c].last; ++m) sums[m] = 0;
-  for (index k0 = 0; k0 < K || k0 == 0; k0 += CHUNK) {
-    const index n = K - k0 < CHUNK ? K - k0 : CHUNK;
-    a.pack(k0, n, right_a);
-    b.pack(k0, n, right_b);
+  constexpr index MOST = CHUNK * Operation::EACH;
+  for (index k0 = 0; k0 < K || k0 == 0; k0 += MOST) {
+    const index rows = K - k0 < MOST ? K - k0 : MOST, n = elements<Operation>(rows);
+    a.template pack<Operation>(k0, rows, right_a);
+    b.template pack<Operation>(k0, rows, right_b);
     for (int c = 0; c < count; ++c)
       for (index m = columns[c].first; m < columns[c].last; m += BAND) {
         const int band = columns[c].last - m < BAND ? int(columns[c].last - m) : BAND;
+        T few[BAND] = {}, chunk[BAND] = {};  // sums of sums: in one long chain the rounding adds up
         for (index k = 0; k < n; ++k) {
-          const T* from = d + (k0 + k) * d_stride + m;
+          const index each = k * Operation::EACH;
+          const T* from = d + (k0 + each) * d_stride + m;
           T* at = left + k * SIX;
+          for (int e = 0; e < Operation::EACH && each + e < rows; ++e)
+            for (int j = 0; j < band; ++j) few[j] += from[e * d_stride + j];
+          [[maybe_unused]] T paired[BAND];
+          if constexpr (Operation::EACH > 1) {
+            const T* second = each + 1 < rows ? from + d_stride : nullptr;
+            for (int j = 0; j < BAND; j += LANES<T>)
+              store(paired + j,
+                    Operation::across(load_upto(from + j, band - j),
+                                      second ? load_upto(second + j, band - j) : Vec<T>{}));
+            from = paired;
+          }
           if (band == BAND) {
             for (int j = 0; j < BAND; j += SIX) std::memcpy(at + j * n, from + j, SIX * sizeof(T));
-            for (int j = 0; j < BAND; ++j) sums[m + j] += from[j];
           } else {
             for (int j = 0; j < band; j += SIX)
               for (int i = 0; i < SIX; ++i) at[j * n + i] = j + i < band ? from[j + i] : T(0);
-            for (int j = 0; j < band; ++j) sums[m + j] += from[j];
           }
+          if (k % 32 == 31 || k + 1 == n)
+            for (int j = 0; j < band; ++j) chunk[j] += few[j], few[j] = 0;
         }
-        if (columns[c].a) a.multiply(left, n, m, band, right_a, add || k0 > 0, result);
-        if (columns[c].b) b.multiply(left, n, m, band, right_b, add || k0 > 0, result);
+        for (int j = 0; j < band; ++j) sums[m + j] += chunk[j];
+        const bool adds = add || k0 > 0;
+        if (columns[c].a) a.template multiply<Operation>(left, n, m, band, right_a, adds, result);
+        if (columns[c].b) b.template multiply<Operation>(left, n, m, band, right_b, adds, result);
       }
   }
 }
 
-// out[m][n] = sum_k a[m][k] w(k)[n] for m in [m0, m1), added to what is there where `add`.
+// out[m][n] = sum_k a[m][k] w(k)[n] for m in [m0, m1), added to what is there where `add`. Of pairs a
+// holds them already, and there are K of them.
 template <class T>
 constexpr index rows_scratch() {
   return DEPTH * WIDEST * LANES<T> + tile_size<T>();
 }
 
-template <class T, class RowAt>
+template <class Operation, class RowAt, class T = typename Operation::Number>
 void product_of_rows(const T* a, index a_stride, index m0, index m1, index K, RowAt w,
                      index columns, T* out, index out_stride, bool add, T* scratch) {
   constexpr int L = LANES<T>;
@@ -517,7 +646,8 @@ void product_of_rows(const T* a, index a_stride, index m0, index m1, index K, Ro
     const Panels<T> panels(1, columns, n);
     for (index p = 0; p < panels.count(); ++p) {
       const int W = panels.vectors_of(p);
-      pack_panel(w, k0, n, p * WIDEST * L, columns, W, panel);
+      pack_panel<Operation>(w, k0 * Operation::EACH, n * Operation::EACH, p * WIDEST * L, columns, W,
+                            panel);
       for (index m = m0; m < m1;) {
         const int rows = rows_of_tile(m1 - m, tallest(W));
         const T* row[TALLEST];
@@ -526,7 +656,7 @@ void product_of_rows(const T* a, index a_stride, index m0, index m1, index K, Ro
           row[i] = a + (m + i) * a_stride + k0;
           place[i] = out + (m + i) * out_stride + p * WIDEST * L;
         }
-        run_tile(rows, W, row, panel, n, static_cast<const T*>(nullptr), result);
+        run_tile<Operation>(rows, W, row, panel, n, static_cast<const T*>(nullptr), result);
         add_tile(result, rows, W, columns - p * WIDEST * L, place, add || k0 > 0);
         m += rows;
       }

@@ -3,10 +3,17 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastseq {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {  // not linked where the compiler does not know it
+extern const InstructionSet instruction_set __attribute__((weak));
+const InstructionSet instruction_set = {"avx512_bf16", 0, [] { return false; }, {}, {}};
+}
 namespace avx512 {
 extern const InstructionSet instruction_set;
 }
@@ -20,7 +27,7 @@ extern const InstructionSet instruction_set;
 
 const InstructionSet* const instruction_sets[] = {
 #if defined(__x86_64__)
-    &avx512::instruction_set, &avx2::instruction_set,
+    &avx512_bf16::instruction_set, &avx512::instruction_set, &avx2::instruction_set,
 #endif
     &base::instruction_set, nullptr};
 
@@ -73,13 +80,18 @@ namespace {
 // Memory that a thread keeps from call to call, since fresh pages cost more than many a call.
 class Scratch {
  public:
-  static constexpr size_t KEPT = size_t(64) << 20;
+  static constexpr size_t KEPT = size_t(64) << 20, LARGE = size_t(2) << 20;
   ~Scratch() { free(block_); }
   char* at_least(size_t size) {
     if (size > size_) {
       free(block_);
       block_ = nullptr, size_ = 0;
-      if (posix_memalign(reinterpret_cast<void**>(&block_), 64, size)) return block_ = nullptr;
+      const bool large = size >= 2 * LARGE;
+      if (posix_memalign(reinterpret_cast<void**>(&block_), large ? LARGE : 64, size))
+        return block_ = nullptr;
+#if defined(__linux__)
+      if (large) madvise(block_, size / LARGE * LARGE, MADV_HUGEPAGE);  // its first touch costs less
+#endif
       size_ = size;
     }
     return block_;

@@ -130,6 +130,49 @@ FASTSEQ_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
+// p[0] to p[left - 1], as many as there are lanes; the other lanes are zero.
+template <class T>
+FASTSEQ_INLINE Vec<T> load_upto(const T* p, index left) {
+  return left >= LANES<T> ? load(p) : left > 0 ? load_part(p, static_cast<int>(left)) : Vec<T>{};
+}
+
+// A pair is two numbers rounded to bfloat16 in one 32-bit element, the first in its low half. The
+// instruction that multiplies them takes denormals for zeros and rounds to nearest even.
+template <class T>
+constexpr bool HAS_PAIRS = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool HAS_PAIRS<float> = true;
+
+// c + a_first * b_first + a_second * b_second
+FASTSEQ_INLINE Vec<float> dot(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+// Lane by lane.
+FASTSEQ_INLINE Vec<float> pair(Vec<float> first, Vec<float> second) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const auto bits = [](Vec<float> v) {
+    return __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)v), Words);
+  };
+  return (Vec<float>)(bits(first) | bits(second) << 16);
+}
+// Of neighbours: those of `low`, then those of `high`.
+FASTSEQ_INLINE Vec<float> pair_neighbours(Vec<float> low, Vec<float> high) {
+  return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+// The same as load_upto, of bfloat16.
+FASTSEQ_INLINE Vec<float> load_upto(const uint16_t* p, index left) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const unsigned lanes = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+  const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)lanes, p);
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  return (Vec<float>)(__builtin_convertvector((Halves)halves, Words) << 16);
+}
+// A number whose low half is empty is the bfloat16 in its high half.
+FASTSEQ_INLINE Vec<float> rounded(Vec<float> v) { return pair(Vec<float>{}, v); }
+#endif
+
 // NaN stays NaN.
 template <class T>
 FASTSEQ_INLINE Vec<T> at_least(Vec<T> x, T low) {

@@ -27,9 +27,14 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     - float32 and float64: 1.0 to 40 / 1.0 to 40, for all cells, T, B and H, on one thread and two;
       below 1 only for the training of one or two steps of an RNN (0.7 to 0.9), and for that of one
       step against torch's cell functions.
-    - 16-bit types compute in float32: LSTM in bfloat16, for which oneDNN has the processor's dot
-      product, 1.1 / 1.3 at B1 H64, 0.6 / 0.6 at B16 H256; GRU in bfloat16 13 / 14 at B1 H64, 1.2 /
-      1.5 at B16 H256, 0.7 / 0.7 at B64 H512. float16 8 to 11.
+    - bfloat16, for which both have the processor's dot product: LSTM 1.3 / 1.5 at B1 H64, 1.0 / 1.0
+      at B16 H256, 1.0 / 1.4 at B64 H512, 1.1 / 2.2 at B32 H1024, 1.0 to 1.6 / 1.1 to 1.9 from one
+      step on. GRU 14 / 11 at B1 H64, 2.2 / 2.4 at B16 H256, 1.4 / 1.2 at B64 H512; below 1 for one
+      step, or in training four at H512, and for up to four of an RNN (0.8 / 1.1 at T4 B1 H64). Odd
+      sizes compute in float32: LSTM 1.1 / 1.3 at B1 H64, 0.6 / 0.6 at B16 H256, GRU 0.7 / 0.7 at
+      B64 H512.
+    - float16 computes in float32: LSTM, GRU and RNN 0.8 to 9.8 / 1.0 to 10 at T4, 1.9 to 15 / 2.5
+      to 17 at T16.
 
     numba, where native was not built:
 
@@ -62,9 +67,15 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     if T is None or B is None or H is None:
         return ours
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
+    rnn = problem.cell.startswith("rnn")
     if native and not sixteen:
-        least = 3 if problem.cell.startswith("rnn") else 2
+        least = 3 if rnn else 2
         return theirs if problem.training and T < least else ours
+    half = problem.dtype is torch.float16
+    if native and (half or all(size and size % 2 == 0 for size in (problem.I, H, problem.P))):
+        if uses_onednn(problem) and not half:
+            return ours
+        return ours if T >= (8 if rnn or H >= 512 else 4) else theirs
     if uses_onednn(problem):
         if sixteen:
             return ours if B * H <= 256 and T >= 32 else theirs
@@ -74,7 +85,7 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
         return theirs if shared and problem.threads > 1 else ours
     if sixteen and H >= 512 and B >= 32:
         return theirs
-    repaid = 12 if problem.cell.startswith("rnn") else 5 if problem.training else 8
+    repaid = 12 if rnn else 5 if problem.training else 8
     return ours if T >= repaid else theirs
 
 

@@ -1,7 +1,8 @@
 """Fused loops over time for the CPU in C++, from ``csrc/``: the extension module ``fastseq._cpu``.
 
 It knows no torch but through DLPack's exchange interface. What stands here is the contract: 16-bit
-types, which compute in float32, and layouts that the kernels do not read are copied at the door.
+types, which compute in float32, and layouts that the kernels do not read are copied at the door. Of
+bfloat16 the extension is told, whose products it makes with the processor's dot product if it can.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ except ImportError as error:
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
 
 
@@ -82,10 +84,6 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
-
-
 def _arguments(call: Call) -> list[Any]:
     """What the extension's functions are all given, as it is."""
     return [
@@ -98,11 +96,12 @@ def _arguments(call: Call) -> list[Any]:
         call.reset,
         call.h_mask,
         torch.get_num_threads(),
+        call.x.dtype is torch.bfloat16,
     ]
 
 
-def _copied(arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """The same in the kernels' own type and layout: contiguous, batch_sizes in int64."""
+def _copied(arguments: Sequence[Any], dtype: torch.dtype, but: int) -> list[Any]:
+    """All but one in the kernels' own type and layout: contiguous, batch_sizes in int64."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -115,19 +114,32 @@ def _copied(arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
             return value.to(torch.int64).contiguous()
         return value.to(dtype).contiguous()
 
-    return list(map(plain, arguments))
+    return [value if k == but else plain(value) for k, value in enumerate(arguments)]
 
 
 def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> list[Any]:
     """Call the extension; where it declines the layout, with copies.
 
-    The copies of conjugate-like views and of 16-bit types are made before: it cannot see these.
+    The copies of conjugate-like views and of 16-bit types are made before: it cannot see these. But
+    it packs matrices of bfloat16 as they are, where its products are made of them.
     """
-    if dtype is wide(dtype):
+    own = wide(dtype)
+    if dtype is own:
         out = function(*arguments)
         if out is not None:
             return out
-    return function(*_copied(arguments, wide(dtype)))
+    x, weights = arguments[X], arguments[WEIGHTS]
+    copied = _copied(arguments, own, but=WEIGHTS)
+    few = x.numel() <= 8 * x.shape[-1]  # rows, whose products forward makes in float32
+    for matrices in (dtype, own) if dtype is torch.bfloat16 and not few else (own,):
+        copied[WEIGHTS] = tuple(
+            None if w is None else w.to(matrices if w.dim() == 2 else own).contiguous()
+            for w in weights
+        )
+        out = function(*copied)
+        if out is not None:
+            break
+    return out
 
 
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
