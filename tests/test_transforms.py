@@ -1,6 +1,7 @@
 """torch.func on the kernels: every transform against loops over torch.autograd."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -305,16 +306,17 @@ def test_options(cell, variant, of):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often numba's kernels are asked, by direction of time."""
+    """How often kernels are asked, by direction of time."""
     count = {"forward": 0, "backward": 0}
-    for name in count:
-        before = getattr(load("numba"), name)
+    backends = [b for b in map(load, ("native", "numba")) if not isinstance(b, str)]
+    for backend, name in itertools.product(backends, count):
+        before = getattr(backend, name)
 
         def counted(*arguments, name=name, before=before):
             count[name] += 1
             return before(*arguments)
 
-        monkeypatch.setattr(load("numba"), name, counted)
+        monkeypatch.setattr(backend, name, counted)
     return count
 
 
