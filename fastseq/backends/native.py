@@ -27,7 +27,7 @@ from .contract import (
     Weights,
     unflatten,
 )
-from .layout import reads_h, saved_layout, wide
+from .layout import keeps_gates, reads_h, saved_layout, wide
 
 try:
     from .. import _cpu  # type: ignore[attr-defined]
@@ -163,7 +163,8 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     cell = call.definition
     others = len(cell.states) - 1
     saved, y = list(result.saved), result.y
-    if call.memory == "lean":
+    keeps = others or cell.extras or keeps_gates(cell, call.weights[0].w_hr is not None)
+    if call.memory == "lean" and keeps:
         arguments = [*_arguments(call), True, False, call.deterministic, y]
         saved = _run(_cpu.forward, arguments, dtype)
     c_all = None
