@@ -94,7 +94,10 @@ def test_without_a_compiler_the_package_works_and_says_why(tree):
     run(*INPLACE, cwd=tree, CXX="/nonexistent/c++ -pipe")
     why = "CXX names the C++ compiler /nonexistent/c++, which is not there"
     assert note(tree) == f"{why}\n"
-    code = "import fastseq; print(fastseq.backends()['native'])"
+    code = (  # an editable install would find the kernels of another tree
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f)]; "
+        "import fastseq; print(fastseq.backends()['native'])"
+    )
     said = run("-c", code, cwd=tree, PYTHONPATH=tree)
     assert said.startswith(f"not available: fastseq was built without its C++ kernels: {why}; ")
     assert "install a C++ compiler" in said and "pip install ." in said
@@ -138,7 +141,7 @@ def test_the_kernels_are_compiled_once_for_each_instruction_set(tree):
     sets = {re.search(r"FASTSEQ_ISA=(\w+)", line)[1]: line for line in kernels}
     assert len(kernels) == len(sets)
     assert " -m" not in sets.pop("base")  # runs on every machine of its kind
-    assert all(f"-m{name}" in line for name, line in sets.items())
+    assert all(f"-m{name.replace('_', '')}" in line for name, line in sets.items())
     assert len(lines) == len(kernels) + 3  # the module, the loop, and the link
     objects = set(re.findall(r"-o (\S+\.o)", "\n".join(lines[:-1])))
     assert objects <= set(lines[-1].split()), "all of them are linked"

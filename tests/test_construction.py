@@ -37,7 +37,9 @@ def test_own_options_are_keyword_only_and_last(kind):
         expected += ["bias"] + ["nonlinearity"] * (kind == "RNNCell")
     assert plain == [*expected, "device", "dtype"]
     masks = ["recurrent_dropout", "input_dropout", "weight_dropout", "zoneout"]
-    assert own == (["backend", "memory", *masks] if kind in LAYERS else ["backend"])
+    assert own == (
+        ["backend", "memory", "deterministic", *masks] if kind in LAYERS else ["backend"]
+    )
 
 
 @pytest.mark.parametrize(

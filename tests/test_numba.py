@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastseq
-from fastseq.backends import load
+from fastseq.backends import load, openmp
 from fastseq.backends.numba_threads import row_ranges
 from fastseq.cells import CELLS
 
@@ -85,7 +85,7 @@ def test_the_python_pool_gives_the_same_bits(name, two_threads, monkeypatch):
         return [y.detach(), *torch.autograd.grad(y.sum(), [x, *m.parameters()])]
 
     expected = call()
-    monkeypatch.setattr(numba_threads, "_gomp_parallel", lambda: None)
+    monkeypatch.setattr(openmp, "parallel", lambda: None)
     monkeypatch.setattr(numba_threads, "_pool", None)
     for one, other in zip(call(), expected, strict=True):
         assert torch.equal(one, other)
@@ -94,9 +94,8 @@ def test_the_python_pool_gives_the_same_bits(name, two_threads, monkeypatch):
 
 def test_inside_another_parallel_region(two_threads):
     """There OpenMP gives no more threads: the caller runs all tasks."""
-    from fastseq.backends import numba_threads
 
-    gomp_parallel = numba_threads._gomp_parallel()
+    gomp_parallel = openmp.parallel()
     if gomp_parallel is None:
         pytest.skip("torch's OpenMP runtime cannot be entered here")
     m = layer("GRU")
