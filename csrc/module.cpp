@@ -18,6 +18,10 @@
 #include <new>
 #include <vector>
 
+#define FASTSEQ_ISA module  // of the cells, their declarations alone are used here
+#include "cells/elman.h"
+#include "cells/gru.h"
+#include "cells/lstm.h"
 #include "cpu/run.h"
 #include "dlpack.h"
 
@@ -180,18 +184,22 @@ PyObject* item(PyObject* sequence, Py_ssize_t k) {  // borrowed; of a tuple
   return object;
 }
 
-struct Shape {  // of a cell
+struct Shape {  // of a cell, as its header declares it
+  const char* name;
   int G, G_hh;
   bool has_c, has_extra, has_unit, keeps_gates;
   int apart;
 };
 
-const char* const names[CELLS] = {"lstm",     "gru",      "gru_reset_before",
-                                  "rnn_tanh", "rnn_relu", "indrnn"};
-const Shape shapes[CELLS] = {
-    {4, 4, true, false, false, true, 0},  {3, 3, false, true, false, true, 1},
-    {3, 3, false, true, false, true, 0},  {1, 1, false, false, false, false, 0},
-    {1, 1, false, false, false, false, 0}, {1, 0, false, false, true, false, 0},
+template <class C>
+constexpr Shape shape_of() {
+  return {C::NAME,      C::G,        C::FIRST[C::PHASES], C::HAS_C,
+          C::HAS_EXTRA, C::HAS_UNIT, C::KEEPS_GATES,      C::APART};
+}
+
+const Shape shapes[CELLS] = {  // in the order of enum Cell
+    shape_of<module::Lstm>(),    shape_of<module::Gru>(),     shape_of<module::GruResetBefore>(),
+    shape_of<module::RnnTanh>(), shape_of<module::RnnRelu>(), shape_of<module::IndRnn>(),
 };
 
 // What forward and backward are both given:
@@ -862,7 +870,7 @@ PyMODINIT_FUNC PyInit__cpu() {
   PyObject* cells = PyList_New(0);
   for (int k = 0; cells && k < CELLS; ++k) {
     const Shape& s = shapes[k];
-    PyObject* row = Py_BuildValue("siiiiiii", names[k], s.G, s.G_hh, int(s.has_c), int(s.has_extra),
+    PyObject* row = Py_BuildValue("siiiiiii", s.name, s.G, s.G_hh, int(s.has_c), int(s.has_extra),
                                   int(s.has_unit), int(s.keeps_gates), s.apart);
     if (!row || PyList_Append(cells, row)) return nullptr;
     Py_DECREF(row);

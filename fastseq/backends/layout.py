@@ -1,11 +1,13 @@
-"""What the CPU kernels keep for backward, and the type they compute in."""
+"""What our CPU kernels share: what they run, keep for backward, and compute in."""
 
 from __future__ import annotations
 
 import torch
 
 from ..cells import CELLS, Cell, arguments
-from .contract import Call, Shape
+from .contract import Call, Problem, Shape
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -21,6 +23,24 @@ def keeps_gates(cell: Cell, projected: bool) -> bool:
 def reads_h(name: str) -> bool:
     """Whether a text of the cell adds h_prev, which must then have the size of the gates."""
     return any("h_prev" in arguments(phase.forward) for phase in CELLS[name].phases)
+
+
+def declined(name: str, problem: Problem) -> str | None:
+    """Why the kernels called ``name`` decline a problem; None if they run it."""
+    if problem.device not in ("cpu", "meta"):
+        return f"{name}'s kernels run on the CPU, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"{name}'s kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
+    if problem.mode == "dual":
+        return (
+            f"{name}'s kernels have no forward-mode derivative, and run no transform that is "
+            "compiled; choose eager"
+        )
+    if problem.mode == "trace":
+        return "torch.jit.trace records no custom kernel; choose torch"
+    if problem.projected and reads_h(problem.cell):
+        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
+    return None
 
 
 def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:

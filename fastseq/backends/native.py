@@ -27,7 +27,7 @@ from .contract import (
     Weights,
     unflatten,
 )
-from .layout import keeps_gates, reads_h, saved_layout, wide
+from .layout import declined, keeps_gates, saved_layout, wide
 
 try:
     from .. import _cpu  # type: ignore[attr-defined]
@@ -38,7 +38,6 @@ except ImportError as error:
 
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
 
@@ -66,22 +65,9 @@ def unavailable() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.device not in ("cpu", "meta"):
-        return f"native's kernels run on the CPU, not on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"native's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
     if problem.cell not in NUMBER:
         return f"native has no kernel of {problem.cell}"
-    if problem.mode == "dual":
-        return (
-            "native's kernels have no forward-mode derivative, and run no transform that is "
-            "compiled; choose eager"
-        )
-    if problem.mode == "trace":
-        return "torch.jit.trace records no custom kernel; choose torch"
-    if problem.projected and reads_h(problem.cell):
-        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
-    return None
+    return declined("native", problem)
 
 
 def _arguments(call: Call) -> list[Any]:

@@ -25,7 +25,7 @@ from .contract import (
     Wanted,
     Weights,
 )
-from .layout import keeps_gates, reads_h, saved_layout, wide
+from .layout import declined, keeps_gates, saved_layout, wide
 from .numba_loops import SLOTS, Kernel, backward_kernel, forward_kernel
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
@@ -33,7 +33,6 @@ from .numba_threads import row_ranges
 
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -42,20 +41,7 @@ def unavailable() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.device not in ("cpu", "meta"):
-        return f"numba's kernels run on the CPU, not on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"numba's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
-    if problem.mode == "dual":
-        return (
-            "numba's kernels have no forward-mode derivative, and run no transform that is "
-            "compiled; choose eager"
-        )
-    if problem.mode == "trace":
-        return "torch.jit.trace records no custom kernel; choose torch"
-    if problem.projected and reads_h(problem.cell):
-        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
-    return None
+    return declined("numba", problem)
 
 
 class _Kept(NamedTuple):
