@@ -86,6 +86,11 @@ def shown(samples: list[float | str]) -> str:
     return f"{statistics.median(times):.1f} s{spread}"
 
 
+def short(samples: list[float | str]) -> str:
+    """Of an error its class: the run prints its words."""
+    return shown(samples).partition(":")[0]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_time", description=__doc__)
     parser.add_argument("--cells", default="LSTM GRU")
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def table_of(found: Found, cells: list[str], steps: Sequence[int]) -> str:
     rows = [
-        [f"{kind}, {way}, {side}", *(shown(found[kind, way, T, side]) for T in steps)]
+        [f"{kind}, {way}, {side}", *(short(found[kind, way, T, side]) for T in steps)]
         for kind in cells
         for way in WAYS
         for side in SIDES
