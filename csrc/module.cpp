@@ -296,7 +296,6 @@ struct Common {
   }
 
   bool projected() const { return recurrence[0].weights.w_hr != nullptr; }
-  bool keeps_gates() const { return shape.keeps_gates || projected(); }
   std::vector<int64_t> with(int64_t last) const {
     std::vector<int64_t> shape = lead;
     shape.push_back(last);
@@ -321,6 +320,27 @@ bool run_released(Call& call, int threads) {
 // Packing a weight costs about as much as its use for this many rows (H = 128 and 512, B = 1 and 4).
 bool worth_packing(int64_t rows) { return rows > 8; }
 
+// Makes the buffers for what backward wants of a recurrence, in the order in which it reads them.
+template <class T>
+void keep(const Shape& shape, bool projected, int64_t rows, int64_t H, Recurrence<T>* at,
+          std::vector<New<T>>* saved) {
+  auto made = [&](int64_t width) {
+    saved->emplace_back(std::vector<int64_t>{rows, width});
+    return saved->back().data();
+  };
+  if (shape.keeps_gates || projected) at->gates = made(shape.G * H);
+  if (shape.has_extra) at->extra = made(H);
+  if (projected) at->m = made(H);
+}
+
+// The same, found again by what gives the next one.
+template <class T, class Next>
+void kept(const Shape& shape, bool projected, Recurrence<T>* at, Next next) {
+  if (shape.keeps_gates || projected) at->gates = next();
+  if (shape.has_extra) at->extra = next();
+  if (projected) at->m = next();
+}
+
 // (..., save, trajectory, deterministic, y or None) -> [y, *states, *trajectory, *saved]; with y, what
 // was known before, only what is saved is made again: [*saved]
 template <class T>
@@ -330,7 +350,7 @@ PyObject* forward(PyObject* const* a) {
   const bool deterministic = truth(a[COMMON + 2]);
   const T* known = dense<T>(a[COMMON + 3]);
   const int R = c.R;
-  const int64_t B = c.in.batch, H = c.in.H, P = c.in.P, G = c.shape.G;
+  const int64_t B = c.in.batch, H = c.in.H, P = c.in.P;
   New<T> y, h_n({R, B, P}), c_n, c_all;
   if (!known) y = New<T>(c.with(R * P));
   if (c.shape.has_c) c_n = New<T>({R, B, H});
@@ -340,19 +360,7 @@ PyObject* forward(PyObject* const* a) {
     Recurrence<T>& at = c.recurrence[r];
     at.h_n = h_n.data() + r * B * P;
     if (c.shape.has_c) at.c_n = c_n.data() + r * B * H;
-    if (!save) continue;
-    if (c.keeps_gates()) {
-      saved.emplace_back(std::vector<int64_t>{c.capacity, G * H});
-      at.gates = saved.back().data();
-    }
-    if (c.shape.has_extra) {
-      saved.emplace_back(std::vector<int64_t>{c.capacity, H});
-      at.extra = saved.back().data();
-    }
-    if (c.projected()) {
-      saved.emplace_back(std::vector<int64_t>{c.capacity, H});
-      at.m = saved.back().data();
-    }
+    if (save) keep(c.shape, c.projected(), c.capacity, H, &at, &saved);
   }
   if (!known) zero_padding(y.data(), c.in.rows, c.capacity, R * P);
   if (c_all.data()) zero_padding(c_all.data(), c.in.rows, c.capacity, R * H);
@@ -388,11 +396,7 @@ PyObject* backward(PyObject* const* a) {
   const int states = 1 + c.shape.has_c;
   Py_ssize_t at_saved = 0;
   auto next_saved = [&] { return const_cast<T*>(dense<T>(item(b[SAVED], at_saved++))); };
-  for (Recurrence<T>& r : c.recurrence) {
-    if (c.keeps_gates()) r.gates = next_saved();
-    if (c.shape.has_extra) r.extra = next_saved();
-    if (c.projected()) r.m = next_saved();
-  }
+  for (Recurrence<T>& r : c.recurrence) kept(c.shape, c.projected(), &r, next_saved);
 
   BackwardCall<T> call{};
   call.cell = c.cell, call.R = R, call.input = c.in, call.recurrence = c.recurrence.data();
@@ -447,14 +451,16 @@ PyObject* backward(PyObject* const* a) {
   return list.give();
 }
 
-// The plain case of inference in one call: all layers, dense input, nothing but tensors of one type
-// that are laid out as they are made. Whatever else a module may be given is declined, and goes the
-// long way, where every mistake is told.
+// The plain case in one call: all layers and directions, dense or packed, nothing but tensors of one
+// type that are laid out as they are made. Whatever else a module may be given is declined, and goes
+// the long way, where every mistake is told.
 //
-// (cell, x, hx, weights, layers, directions, biased, projected, batch_first, threads, deterministic)
-// -> (y, h_n) or (y, (h_n, c_n)); y (T, B, ...), with batch_first too
-enum { L_CELL, L_X, L_HX, L_WEIGHTS, L_LAYERS, L_DIRECTIONS, L_BIASED, L_PROJECTED, L_BATCH_FIRST,
-       L_THREADS, L_DETERMINISTIC, L_COUNT };
+// What layers and layers_backward are both given: cell, x, batch_sizes or None, states (), (h_0,) or
+// (h_0, c_0), weights, layers, directions, biased, projected, batch_first, threads, deterministic,
+// masks: of what the layers but the first take, () or one a layer, (..., D*P) bool, and how much of it
+// is kept. Whatever batch_first says, all that is made has time first.
+enum { L_CELL, L_X, L_SIZES, L_STATES, L_WEIGHTS, L_LAYERS, L_DIRECTIONS, L_BIASED, L_PROJECTED,
+       L_BATCH_FIRST, L_THREADS, L_DETERMINISTIC, L_MASKS, L_KEPT, L_COUNT };
 
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 
@@ -471,7 +477,7 @@ DLTensor plain(PyObject* object) {
 }
 
 template <class T>
-const T* shaped(PyObject* object, std::initializer_list<int64_t> shape) {
+const T* shaped(PyObject* object, const std::vector<int64_t>& shape) {
   const DLTensor t = plain(object);
   if (t.ndim != static_cast<int>(shape.size()) || !contiguous(t)) throw Declined();
   int k = 0;
@@ -481,98 +487,276 @@ const T* shaped(PyObject* object, std::initializer_list<int64_t> shape) {
 }
 
 template <class T>
-PyObject* layers(PyObject* const* a) {
-  const Cell cell = static_cast<Cell>(integer(a[L_CELL]));
-  const Shape& shape = shapes[cell];
-  const int layers = static_cast<int>(integer(a[L_LAYERS]));
-  const int D = static_cast<int>(integer(a[L_DIRECTIONS]));
-  const bool biased = truth(a[L_BIASED]), projected = truth(a[L_PROJECTED]);
-  const bool deterministic = truth(a[L_DETERMINISTIC]);
-  const int each = 2 + 2 * biased + projected;
-  const DLTensor given = plain(a[L_X]);
-  if (given.ndim != 2 && given.ndim != 3) throw Declined();
-  const bool batched = given.ndim == 3, swapped = batched && truth(a[L_BATCH_FIRST]);
-  const int step = swapped ? 1 : 0, row = swapped ? 0 : 1;
-  Input<T> in{};
-  in.x = floats<T>(given);
-  in.steps = given.shape[step], in.x_step = given.strides[step];
-  in.batch = batched ? given.shape[row] : 1, in.x_row = batched ? given.strides[row] : 0;
-  if (in.batch == 1) in.x_row = in.x_step;
-  in.rows = in.steps * in.batch;
-  in.I = given.shape[given.ndim - 1];
-  if (!in.rows || (in.I > 1 && given.strides[given.ndim - 1] != 1)) throw Declined();
-  const DLTensor w_hh = plain(item(a[L_WEIGHTS], 1));
-  if (w_hh.ndim != 2) throw Declined();
-  const int64_t B = in.batch, H = in.H = w_hh.shape[0] / shape.G, P = in.P = w_hh.shape[1];
-  const int64_t G_H = shape.G * H;
-  const int threads = static_cast<int>(integer(a[L_THREADS]));
-
-  auto state = [&](PyObject* object, int64_t size) {
-    return batched ? shaped<T>(object, {layers * D, B, size}) : shaped<T>(object, {layers * D, size});
-  };
+struct Layers {
+  Cell cell;
+  Shape shape;
+  int layers, D, each, threads;  // each: weights of a recurrence
+  bool batched, biased, projected, deterministic;
+  Input<T> in{};  // of the layer that is entered
+  Input<T> first{};
+  std::vector<int64_t> lead, offsets;
+  std::vector<Recurrence<T>> recurrence;
   const T *h_0 = nullptr, *c_0 = nullptr;
-  PyObject* hx = a[L_HX];
-  if (!is_none(hx)) {
-    if (shape.has_c) {
-      if (!PyTuple_Check(hx) || PyTuple_Size(hx) != 2) throw Declined();
-      h_0 = state(item(hx, 0), P), c_0 = state(item(hx, 1), H);
-    } else {
-      h_0 = state(hx, P);
+  std::vector<const uint8_t*> masks;
+  T scale;
+
+  explicit Layers(PyObject* const* a)
+      : cell(static_cast<Cell>(integer(a[L_CELL]))),
+        shape(shapes[cell]),
+        layers(static_cast<int>(integer(a[L_LAYERS]))),
+        D(static_cast<int>(integer(a[L_DIRECTIONS]))),
+        threads(static_cast<int>(integer(a[L_THREADS]))),
+        biased(truth(a[L_BIASED])),
+        projected(truth(a[L_PROJECTED])),
+        deterministic(truth(a[L_DETERMINISTIC])),
+        recurrence(D),
+        scale(T(1) / static_cast<T>(PyFloat_AsDouble(a[L_KEPT]))),
+        weights_(a[L_WEIGHTS]) {
+    each = 2 + 2 * biased + projected;
+    if (shape.has_unit) throw Declined();
+    read_input(a);
+    const DLTensor w_hh = plain(weight(0, 0, 1));
+    if (w_hh.ndim != 2) throw Declined();
+    first.H = w_hh.shape[0] / shape.G, first.P = w_hh.shape[1];
+    in = first;
+    const Py_ssize_t states = PyTuple_Size(a[L_STATES]);
+    if (states) {
+      if (states != 1 + shape.has_c) throw Declined();
+      h_0 = shaped<T>(item(a[L_STATES], 0), of_states(in.P));
+      if (shape.has_c) c_0 = shaped<T>(item(a[L_STATES], 1), of_states(in.H));
     }
+    for (Py_ssize_t k = 0; k < PyTuple_Size(a[L_MASKS]); ++k)
+      masks.push_back(static_cast<const uint8_t*>(view(item(a[L_MASKS], k)).data));
   }
-  auto states = [&](int64_t size) {
-    return batched ? New<T>({layers * D, B, size}) : New<T>({layers * D, size});
-  };
-  New<T> h_n = states(P), c_n, y;
-  if (shape.has_c) c_n = states(H);
-  std::vector<Recurrence<T>> recurrence(D);
-  for (int layer = 0; layer < layers; ++layer) {
+
+  PyObject* weight(int layer, int d, int place) const {
+    return item(weights_, (layer * D + d) * each + place);
+  }
+  std::vector<int64_t> of_states(int64_t size) const {
+    if (batched) return {layers * D, in.batch, size};
+    return {layers * D, size};
+  }
+  std::vector<int64_t> with(int64_t last) const {
+    std::vector<int64_t> shape = lead;
+    shape.push_back(last);
+    return shape;
+  }
+  double flops() const {
+    return 2.0 * D * in.rows * shape.G * in.H *
+           (static_cast<double>(in.I) + static_cast<double>(in.P) + 30);
+  }
+
+  // Makes `layer` the one at hand; x: its input, if it is not the first.
+  void enter(int layer, const T* x) {
+    in = first;
+    if (layer) {
+      in.x = x, in.I = in.x_row = D * in.P;
+      in.x_step = in.batch * in.x_row;
+    }
+    const int64_t G_H = shape.G * in.H;
     for (int d = 0; d < D; ++d) {
       Recurrence<T>& r = recurrence[d];
       r = {};
-      const int k = layer * D + d;
-      auto weight = [&](int place) { return item(a[L_WEIGHTS], k * each + place); };
-      r.weights.w_ih = shaped<T>(weight(0), {G_H, in.I});
-      r.weights.w_hh = shaped<T>(weight(1), {G_H, P});
-      if (biased) {
-        r.weights.b_ih = shaped<T>(weight(2), {G_H});
-        r.weights.b_hh = shaped<T>(weight(3), {G_H});
-      }
-      if (projected) r.weights.w_hr = shaped<T>(weight(2 + 2 * biased), {P, H});
+      auto given = [&](int place, const std::vector<int64_t>& shape) {
+        return shaped<T>(weight(layer, d, place), shape);
+      };
+      r.weights.w_ih = given(0, {G_H, in.I}), r.weights.w_hh = given(1, {G_H, in.P});
+      if (biased) r.weights.b_ih = given(2, {G_H}), r.weights.b_hh = given(3, {G_H});
+      if (projected) r.weights.w_hr = given(2 + 2 * biased, {in.P, in.H});
       r.reverse = d == 1;
-      if (h_0) r.h_0 = h_0 + k * B * P;
-      if (c_0) r.c_0 = c_0 + k * B * H;
-      r.h_n = h_n.data() + k * B * P;
-      if (shape.has_c) r.c_n = c_n.data() + k * B * H;
+      const int64_t rows = (layer * D + d) * in.batch;
+      if (h_0) r.h_0 = h_0 + rows * in.P;
+      if (c_0) r.c_0 = c_0 + rows * in.H;
     }
-    New<T> out = batched ? New<T>({in.steps, B, D * P}) : New<T>({in.steps, D * P});
-    ForwardCall<T> call{};
-    call.cell = cell, call.R = D, call.input = in, call.recurrence = recurrence.data();
-    call.y = out.data();
-    call.pack = deterministic || worth_packing(in.rows);
-    const double flops =
-        2.0 * D * in.rows * G_H * (static_cast<double>(in.I) + static_cast<double>(P) + 30);
-    if (!run_released(call, useful_threads(threads, flops))) return PyErr_NoMemory();
-    y = std::move(out);
-    in.x = y.data(), in.I = D * P, in.x_row = D * P, in.x_step = B * D * P;
   }
-  PyObject* state_n = shape.has_c ? PyTuple_New(2) : h_n.give();
-  if (!state_n) return nullptr;
-  if (shape.has_c) {
-    PyTuple_SetItem(state_n, 0, h_n.give());
-    PyTuple_SetItem(state_n, 1, c_n.give());
+
+  // What a layer but the first takes: `from`, dropped out; also the gradient of `from`, from its own.
+  void mask(int layer, const T* from, T* to) const {
+    const uint8_t* keep = masks[layer - 1];
+    const int64_t size = in.rows * D * in.P;
+    for (int64_t i = 0; i < size; ++i) to[i] = keep[i] ? from[i] * scale : T(0);
   }
-  PyObject* result = PyTuple_New(2);
-  if (!result) {
-    Py_DECREF(state_n);
-    return nullptr;
+
+ private:
+  void read_input(PyObject* const* a) {
+    const DLTensor x = plain(a[L_X]);
+    const bool packed = !is_none(a[L_SIZES]);
+    if (packed ? x.ndim != 2 : x.ndim != 2 && x.ndim != 3) throw Declined();
+    batched = packed || x.ndim == 3;
+    first.x = floats<T>(x);
+    first.I = x.shape[x.ndim - 1];
+    if (packed) {
+      const DLTensor sizes = plain(a[L_SIZES]);
+      if (sizes.dtype.code != 0 || sizes.dtype.bits != 64 || !contiguous(sizes)) throw Declined();
+      first.sizes = static_cast<const int64_t*>(sizes.data);
+      first.steps = sizes.shape[0];
+      offsets.resize(first.steps + 1);
+      for (int64_t t = 0; t < first.steps; ++t) offsets[t + 1] = offsets[t] + first.sizes[t];
+      first.offsets = offsets.data();
+      first.rows = offsets[first.steps];
+      if (first.rows != x.shape[0]) throw Declined();
+      first.batch = first.steps ? first.sizes[0] : 0;
+      first.x_row = x.strides[0];
+      lead = {first.rows};
+    } else {
+      const bool swapped = batched && truth(a[L_BATCH_FIRST]);
+      const int step = swapped ? 1 : 0, row = swapped ? 0 : 1;
+      first.steps = x.shape[step], first.x_step = x.strides[step];
+      first.batch = batched ? x.shape[row] : 1, first.x_row = batched ? x.strides[row] : 0;
+      if (first.batch == 1) first.x_row = first.x_step;
+      first.rows = first.steps * first.batch;
+      lead = {first.steps};
+      if (batched) lead.push_back(first.batch);
+    }
+    if (!first.rows || (first.I > 1 && x.strides[x.ndim - 1] != 1)) throw Declined();
   }
-  PyTuple_SetItem(result, 0, y.give());
-  PyTuple_SetItem(result, 1, state_n);
-  return result;
+
+  PyObject* weights_;
+};
+
+PyObject* give_all(std::initializer_list<PyObject*> objects) {  // takes them over
+  PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(objects.size()));
+  Py_ssize_t k = 0;
+  for (PyObject* object : objects) {
+    if (tuple && object) PyTuple_SetItem(tuple, k++, object);
+    else Py_XDECREF(object);
+  }
+  return tuple;
 }
 
-template <PyObject* (*F32)(PyObject* const*), PyObject* (*F64)(PyObject* const*), int COUNT>
+// (..., save) -> (y, (h_n, c_n) or (h_n,), saved); saved, where it is wanted: of each layer what `keep`
+// made, every c, and, but for the last, its y and what of it the next layer takes, if that is masked.
+template <class T>
+PyObject* layers(PyObject* const* a) {
+  Layers<T> s(a);
+  const bool save = truth(a[L_COUNT]), has_c = s.shape.has_c;
+  const int D = s.D;
+  const int64_t B = s.in.batch, H = s.in.H, P = s.in.P, N = s.in.rows;
+  New<T> h_n(s.of_states(P)), c_n, y, x;
+  if (has_c) c_n = New<T>(s.of_states(H));
+  List saved;
+  for (int layer = 0; layer < s.layers; ++layer) {
+    s.enter(layer, x.data() ? x.data() : y.data());
+    New<T> out(s.with(D * P)), c_all;
+    std::vector<New<T>> buffers;
+    for (int d = 0; d < D; ++d) {
+      Recurrence<T>& r = s.recurrence[d];
+      r.h_n = h_n.data() + (layer * D + d) * B * P;
+      if (has_c) r.c_n = c_n.data() + (layer * D + d) * B * H;
+      if (save) keep(s.shape, s.projected, N, H, &r, &buffers);
+    }
+    if (save && has_c) c_all = New<T>({N, D * H});
+    ForwardCall<T> call{};
+    call.cell = s.cell, call.R = D, call.input = s.in, call.recurrence = s.recurrence.data();
+    call.y = out.data(), call.c_all = c_all.data();
+    call.pack = s.deterministic || worth_packing(N);
+    if (!run_released(call, useful_threads(s.threads, s.flops()))) return PyErr_NoMemory();
+    for (New<T>& buffer : buffers) saved.add(buffer.give());
+    if (c_all.data()) saved.add(c_all.give());
+    if (save && layer) {
+      saved.add(y.give());
+      if (x.data()) saved.add(x.give());
+    }
+    y = std::move(out);
+    if (layer + 1 < s.layers && !s.masks.empty()) {
+      x = New<T>(s.with(D * P));
+      s.mask(layer + 1, y.data(), x.data());
+    }
+  }
+  PyObject* states = has_c ? give_all({h_n.give(), c_n.give()}) : give_all({h_n.give()});
+  return give_all({y.give(), states, saved.give()});
+}
+
+// (..., y, saved, dy or None, dstates, wants x, wants weights)
+// -> [dx or None, *dstates, *gradients of the weights]
+template <class T>
+PyObject* layers_backward(PyObject* const* a) {
+  Layers<T> s(a);
+  PyObject* const* b = a + L_COUNT;
+  enum { Y, SAVED, DY, DSTATES, WANTS_X, WANTS_WEIGHTS };
+  const bool wants_x = truth(b[WANTS_X]), wants_weights = truth(b[WANTS_WEIGHTS]);
+  const int D = s.D, states = 1 + s.shape.has_c;
+  const int64_t B = s.in.batch, H = s.in.H, P = s.in.P, N = s.in.rows;
+
+  struct Kept {  // of a layer
+    std::vector<Recurrence<T>> of;
+    const T *c_all = nullptr, *y = nullptr, *x = nullptr;
+  };
+  std::vector<Kept> layer_kept(s.layers);
+  Py_ssize_t at = 0;
+  auto next = [&] { return const_cast<T*>(dense<T>(item(b[SAVED], at++))); };
+  for (int layer = 0; layer < s.layers; ++layer) {
+    Kept& one = layer_kept[layer];
+    one.of.resize(D);
+    for (Recurrence<T>& r : one.of) kept(s.shape, s.projected, &r, next);
+    if (s.shape.has_c) one.c_all = next();
+    if (layer) {
+      layer_kept[layer - 1].y = one.x = next();
+      if (!s.masks.empty()) one.x = next();
+    }
+  }
+  layer_kept[s.layers - 1].y = dense<T>(b[Y]);
+
+  New<T> dstate[2];
+  for (int k = 0; k < states; ++k) {
+    dstate[k] = New<T>(s.of_states(k ? H : P));
+    const int64_t bytes = sizeof(T) * s.layers * D * B * (k ? H : P);
+    const T* given = dense<T>(item(b[DSTATES], k));
+    if (given)
+      std::memcpy(dstate[k].data(), given, bytes);
+    else
+      std::memset(dstate[k].data(), 0, bytes);
+  }
+  std::vector<New<T>> out(wants_weights ? s.layers * D * s.each : 0);
+  const T* dy = dense<T>(b[DY]);
+  New<T> dx;
+  for (int layer = s.layers - 1; layer >= 0; --layer) {
+    const Kept& one = layer_kept[layer];
+    s.enter(layer, one.x);
+    std::vector<RecurrenceGradients<T>> gradients(D);
+    for (int d = 0; d < D; ++d) {
+      Recurrence<T>& r = s.recurrence[d];
+      r.gates = one.of[d].gates, r.extra = one.of[d].extra, r.m = one.of[d].m;
+      RecurrenceGradients<T>& to = gradients[d];
+      const int64_t rows = (layer * D + d) * B;
+      to.dh = dstate[0].data() + rows * P;
+      if (s.shape.has_c) to.dc = dstate[1].data() + rows * H;
+      if (!wants_weights) continue;
+      New<T>* made = &out[(layer * D + d) * s.each];
+      for (int k = 0; k < s.each; ++k) {
+        const DLTensor w = view(s.weight(layer, d, k));
+        made[k] = New<T>(std::vector<int64_t>(w.shape, w.shape + w.ndim));
+      }
+      to.out.w_ih = made[0].data(), to.out.w_hh = made[1].data();
+      if (s.biased) to.out.b_ih = made[2].data(), to.out.b_hh = made[3].data();
+      if (s.projected) to.out.w_hr = made[2 + 2 * s.biased].data();
+    }
+    New<T> above = std::move(dx);  // dy, until the call is done
+    if (layer || wants_x) {
+      dx = New<T>(s.with(s.in.I));
+      if (D > 1) std::memset(dx.data(), 0, sizeof(T) * N * s.in.I);  // both add
+    }
+    BackwardCall<T> call{};
+    call.cell = s.cell, call.R = D, call.input = s.in, call.recurrence = s.recurrence.data();
+    call.gradients = gradients.data();
+    call.y = one.y, call.c_all = one.c_all, call.dy = dy, call.dx = dx.data();
+    call.weights = wants_weights;
+    if (!run_released(call, useful_threads(s.threads, s.flops()))) return PyErr_NoMemory();
+    if (layer && !s.masks.empty()) s.mask(layer, dx.data(), dx.data());
+    dy = dx.data();
+  }
+  List list;
+  if (wants_x)
+    list.add(dx.give());
+  else
+    list.add_none();
+  for (int k = 0; k < states; ++k) list.add(dstate[k].give());
+  for (New<T>& tensor : out) list.add(tensor.give());
+  return list.give();
+}
+
+template <PyObject* (*F32)(PyObject* const*), PyObject* (*F64)(PyObject* const*), int COUNT,
+          bool PLAIN = false>
 PyObject* dispatch(PyObject*, PyObject* const* a, Py_ssize_t count) {
   if (count != COUNT) {
     PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", COUNT, count);
@@ -580,7 +764,7 @@ PyObject* dispatch(PyObject*, PyObject* const* a, Py_ssize_t count) {
   }
   try {
     if (!tensor_type || !PyObject_IsInstance(a[X], tensor_type)) throw Declined();
-    const DLTensor x = COUNT == L_COUNT ? plain(a[X]) : view(a[X]);
+    const DLTensor x = PLAIN ? plain(a[X]) : view(a[X]);
     if (x.dtype.code == 2 && x.dtype.bits == 32) return F32(a);
     if (x.dtype.code == 2 && x.dtype.bits == 64) return F64(a);
     throw Declined();
@@ -846,7 +1030,11 @@ PyMethodDef methods[] = {
     {"forward", fast(dispatch<forward<float>, forward<double>, COMMON + 4>), METH_FASTCALL, nullptr},
     {"backward", fast(dispatch<backward<float>, backward<double>, COMMON + 8>), METH_FASTCALL,
      nullptr},
-    {"layers", fast(dispatch<layers<float>, layers<double>, L_COUNT>), METH_FASTCALL, nullptr},
+    {"layers", fast(dispatch<layers<float>, layers<double>, L_COUNT + 1, true>), METH_FASTCALL,
+     nullptr},
+    {"layers_backward",
+     fast(dispatch<layers_backward<float>, layers_backward<double>, L_COUNT + 6, true>),
+     METH_FASTCALL, nullptr},
     {"stream", fast(stream), METH_FASTCALL, nullptr},
     {"stream_step", fast(stream_step), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

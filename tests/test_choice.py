@@ -19,10 +19,7 @@ def test_the_rule_with_native_kernels():
         for T in (1, 6, 100):
             assert first(native=True, cell=cell, T=T) == "native"
             assert first(native=True, cell=cell, T=T, H=1024, P=1024, threads=2) == "native"
-    assert first(native=True, training=True, T=1) == "torch"
-    assert first(native=True, training=True, T=2) == "native"
-    assert first(native=True, cell="rnn_tanh", training=True, T=2) == "torch"
-    assert first(native=True, cell="rnn_tanh", training=True, T=3) == "native"
+    assert first(native=True, cell="rnn_tanh", training=True, T=1) == "native"
     assert first(native=True, device="cuda") == "torch"
 
 
@@ -158,7 +155,8 @@ def test_explain_names_the_backend_that_runs():
             x = torch.randn(T, 2, 8)
             name = fastseq.explain(cell, x)
             y, _ = cell(x)
-            assert ("Recurrence" in y.grad_fn.name() or "Clone" in y.grad_fn.name()) == (
+            ours = ("Recurrence", "Stack", "Clone")
+            assert any(n in y.grad_fn.name() for n in ours) == (
                 name in ("native", "numba")
                 or (name == "torch" and isinstance(cell, fastseq.LSTM) and T > 1)
             )

@@ -71,7 +71,10 @@ Plan make_plan(int threads, int64_t batch, int64_t blocks, double flops, double 
   const double step = flops * static_cast<double>(batch) / threads;
   // a meeting costs about as much as 60,000 operations
   const bool pays = units > 1 && step > 3e4;
-  if (pays && (rows < threads || bytes > 1.5e6)) return {1, units};
+  // Sharing rows, every thread reads all weights: up to three rows each, that takes longer than the
+  // products; and weights that do not fit into its cache, whatever the rows.
+  const bool reads = batch <= 3 * threads && bytes > 3e4 * threads;
+  if (pays && (rows < threads || reads || bytes > 1.5e6)) return {1, units};
   return {rows > 0 ? rows : 1, 1};
 }
 

@@ -25,8 +25,7 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     native:
 
     - float32 and float64: 1.0 to 40 / 1.0 to 40, for all cells, T, B and H, on one thread and two;
-      below 1 only for the training of one or two steps of an RNN (0.7 to 0.9), and for that of one
-      step against torch's cell functions.
+      below 1 only for the training of one step of one sequence from H = 1024 on (RNN 0.4, GRU 0.9).
     - bfloat16, for which both have the processor's dot product: LSTM 1.3 / 1.5 at B1 H64, 1.0 / 1.0
       at B16 H256, 1.0 / 1.4 at B64 H512, 1.1 / 2.2 at B32 H1024, 1.0 to 1.6 / 1.1 to 1.9 from one
       step on. GRU 14 / 11 at B1 H64, 2.2 / 2.4 at B16 H256, 1.4 / 1.2 at B64 H512; below 1 for one
@@ -69,8 +68,7 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
     rnn = problem.cell.startswith("rnn")
     if native and not sixteen:
-        least = 3 if rnn else 2
-        return theirs if problem.training and T < least else ours
+        return ours
     half = problem.dtype is torch.float16
     if native and (half or all(size and size % 2 == 0 for size in (problem.I, H, problem.P))):
         if uses_onednn(problem) and not half:

@@ -186,7 +186,7 @@ def stream(cell: str, *arguments: Any) -> Any:
 
 
 stream_step = _cpu.stream_step
-layers = _cpu.layers
+layers, layers_backward = _cpu.layers, _cpu.layers_backward
 
 
 def instruction_sets() -> list[str]:

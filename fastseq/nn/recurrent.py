@@ -269,8 +269,7 @@ class Recurrent(nn.Module):
             output is one with the same offsets, and a sequence of length 0 keeps its initial state.
         """
         if (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            not torch.compiler.is_compiling()
             and lengths is None
             and reset is None
             and not all_states

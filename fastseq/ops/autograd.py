@@ -153,7 +153,7 @@ class RecurrenceFunction(torch.autograd.Function):
         if all(g is None for g in used):
             return (None,) * (1 + layout.n_inputs)
         if not torch.compiler.is_compiling():
-            if any(map(_is_batched, used)):
+            if any(map(is_batched, used)):
                 return (None, *batched_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
             if torch.autograd.forward_ad._current_level >= 0:  # a kernel would lose the tangents
                 return (None, *eager_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
@@ -195,7 +195,7 @@ def eager_outputs(layout: Layout, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     return (result.y, *result.states, *result.trajectory)
 
 
-def _is_batched(gradient: Tensor | None) -> bool:
+def is_batched(gradient: Tensor | None) -> bool:
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 

@@ -14,7 +14,7 @@ from ..backends import choice, eager
 from ..backends import torch as torch_backend
 from ..backends.contract import Memory, Mode, Problem, Weights
 from ..cells import CELLS
-from . import autograd, masks, onnx
+from . import autograd, masks, onnx, whole
 from .checks import autocasts
 from .library import make_call
 from .padding import Padding, spread_reset
@@ -284,6 +284,10 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
         )
         return y, last, []
 
+    if name == "native" and task.mode == "eager":
+        out = _whole(stack, task)
+        if out is not None:
+            return out
     D, n = stack.directions, len(CELLS[stack.cell].states)
     reset = None
     if stack.reset is not None:
@@ -327,6 +331,29 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
     if stack.layers == 1:
         return x, finals[0], along
     return x, [torch.cat(s) for s in zip(*finals, strict=True)], along
+
+
+def _whole(stack: Stack, task: Problem) -> tuple[Tensor, list[Tensor], Trajectory] | None:
+    """All layers in one call of the C++ kernels; None where they are run one by one."""
+    if task.reset or task.h_mask or task.zoneout or task.trajectory or not whole.is_plain():
+        return None
+    if (task.training and task.memory != "full") or not whole.serves(stack.cell):
+        return None
+    shape = whole.Shape(
+        stack.cell,
+        stack.layers,
+        stack.directions,
+        task.bias,
+        task.projected,
+        False,
+        stack.deterministic,
+        stack.dropout if stack.training and stack.layers > 1 else 0.0,
+    )
+    weights = tuple([w for ws in stack.weights for w in ws.flat() if w is not None])
+    if len(weights) != len(stack.weights) * (2 + 2 * task.bias + task.projected):
+        return None
+    out = whole.run(shape, stack.x, stack.batch_sizes, tuple(stack.states), weights)
+    return None if out is None else (out[0], list(out[1]), [])
 
 
 def _layer(

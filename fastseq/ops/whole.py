@@ -1,0 +1,256 @@
+"""A whole stack, layers by directions with dropout between, as one call of the C++ kernels.
+
+Through checks, the choice of a backend and an operator a call takes 40 us a layer, and a step of an
+LSTM with H = 128 takes 5. Here the extension looks at the tensors itself, and declines whatever is
+not plain: the long way then runs it, or says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import load
+from .autograd import Layout, differentiable_recurrence, is_batched
+
+#: cell -> number in the extension, or None where the extension is not there
+_numbers: dict[str, int] | None = None
+_native: Any = None
+
+
+class Shape(NamedTuple):
+    """What a call has besides tensors: as module.cpp reads it, but for the cell."""
+
+    cell: str
+    layers: int
+    directions: int
+    biased: bool
+    projected: bool
+    batch_first: bool
+    deterministic: bool
+    dropout: float  # what is to be done: zero where nothing is dropped
+
+
+class Declined(Exception):
+    """The extension does not take these tensors."""
+
+
+def serves(cell: str) -> bool:
+    """Whether the extension is there and has the cell."""
+    global _numbers, _native
+    if _numbers is None:
+        native = load("native")
+        _numbers = {} if isinstance(native, str) else native.NUMBER
+        _native = None if isinstance(native, str) else native
+    return cell in _numbers
+
+
+def is_plain() -> bool:
+    """Whether nobody but the kernels has to see a call: no tracer, transform, mode, profile."""
+    return not (
+        torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+    )
+
+
+def run(
+    shape: Shape,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """y, time first, and the final states (layers * D, B, ...); None where the long way is due.
+
+    Of a call that :func:`is_plain`, of a cell that it :func:`serves`.
+
+    x: (T, B, I), (B, T, I) with batch_first, (T, I), or packed (N, I) with batch_sizes.
+    states: none, or per state of the cell (layers * D, B, ...), without B for (T, I).
+    weights: of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, but for those it has not.
+    """
+    follows = torch.is_grad_enabled() and (
+        x.requires_grad
+        or any([w.requires_grad for w in weights])
+        or any([s.requires_grad for s in states])
+    )
+    drawn = torch.get_rng_state() if shape.dropout else None
+    if follows:
+        try:
+            y, *finals = StackFunction.apply(shape, len(states), x, batch_sizes, *states, *weights)
+            return y, tuple(finals)
+        except Declined:
+            out = None
+    else:
+        masks = _draw(shape, x, batch_sizes, weights)
+        out = _native.layers(*_arguments(shape, x, batch_sizes, states, weights, masks), False)
+    if out is None and drawn is not None:
+        torch.set_rng_state(drawn)  # as if nothing had been drawn
+    return out and out[:2]
+
+
+def _draw(
+    shape: Shape, x: Tensor, batch_sizes: Tensor | None, weights: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """What torch.dropout would draw: which numbers of its input each layer but the first takes."""
+    if not shape.dropout or shape.layers == 1:
+        return []
+    size = weights[-1] if shape.projected else weights[1]  # (P, H) or (G*H, P)
+    width = shape.directions * size.shape[0 if shape.projected else 1]
+    lead = list(x.shape[:-1])
+    if shape.batch_first and batch_sizes is None and len(lead) == 2:
+        lead.reverse()
+    kept = 1.0 - shape.dropout
+    return [
+        torch.empty((*lead, width), dtype=torch.bool).bernoulli_(kept)
+        for _ in range(shape.layers - 1)
+    ]
+
+
+def _arguments(
+    shape: Shape,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    masks: list[Tensor],
+) -> tuple[Any, ...]:
+    return (
+        _numbers[shape.cell],  # type: ignore[index]
+        x,
+        batch_sizes,
+        states,
+        weights,
+        shape.layers,
+        shape.directions,
+        shape.biased,
+        shape.projected,
+        shape.batch_first,
+        torch.get_num_threads(),
+        shape.deterministic,
+        tuple(masks),
+        1.0 - shape.dropout,
+    )
+
+
+class StackFunction(torch.autograd.Function):
+    """(shape, number of states, x, batch_sizes, *states, *weights) -> (y, *final states)"""
+
+    @staticmethod
+    def forward(ctx, shape, n, x, batch_sizes, *tensors):
+        states, weights = tensors[:n], tensors[n:]
+        masks = _draw(shape, x, batch_sizes, weights)
+        out = _native.layers(*_arguments(shape, x, batch_sizes, states, weights, masks), True)
+        if out is None:
+            raise Declined
+        y, finals, saved = out
+        ctx.shape, ctx.n, ctx.n_weights, ctx.n_masks = shape, n, len(weights), len(masks)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, batch_sizes, *tensors, *masks, y, *saved)
+        # torch.nn's LSTM does not let its output be edited, all other layers do
+        return (y if shape.cell == "lstm" else y.clone(), *finals)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        shape, n = ctx.shape, ctx.n
+        x, batch_sizes, *rest = ctx.saved_tensors
+        states, weights = tuple(rest[:n]), tuple(rest[n : n + ctx.n_weights])
+        masks = rest[n + ctx.n_weights : n + ctx.n_weights + ctx.n_masks]
+        y, *saved = rest[n + ctx.n_weights + ctx.n_masks :]
+        need = ctx.needs_input_grad
+        if all(g is None for g in grads):
+            return (None,) * len(need)
+        if torch.is_grad_enabled() or not all(map(_is_ordinary, grads)) or not is_plain():
+            inputs = (x, batch_sizes, *states, *weights)
+            return (None, None, *_gradients_again(shape, n, inputs, masks, need[2:], grads))
+        dy, *dstates = [g if g is None else g.resolve_neg().contiguous() for g in grads]
+        found = _native.layers_backward(
+            *_arguments(shape, x, batch_sizes, states, weights, masks),
+            y,
+            tuple(saved),
+            dy,
+            tuple(dstates),
+            need[2],
+            any(need[4 + n :]),
+        )
+        dx, finals, dweights = found[0], found[1 : 1 + len(dstates)], found[1 + len(dstates) :]
+        if dx is not None and shape.batch_first and batch_sizes is None and dx.dim() == 3:
+            dx = dx.transpose(0, 1)
+        return (None, None, dx, None, *finals[:n], *(dweights or (None,) * len(weights)))
+
+
+def _is_ordinary(gradient: Tensor | None) -> bool:
+    return gradient is None or (type(gradient) is Tensor and not is_batched(gradient))
+
+
+def _gradients_again(
+    shape: Shape,
+    n: int,
+    inputs: Sequence[Any],
+    masks: list[Tensor],
+    need: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Through the layers' own Functions, which have derivatives of every order, and every mode."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # a view of each, so that a tensor that serves as two inputs has two gradients
+        views = [t.view_as(t) if wanted else t for t, wanted in zip(inputs, need, strict=True)]
+        outputs = _layer_by_layer(
+            shape, views[0], views[1], views[2 : 2 + n], views[2 + n :], masks
+        )
+    live = [k for k, g in enumerate(grads) if g is not None]
+    found = list(
+        torch.autograd.grad(
+            [outputs[k] for k in live],
+            [t for t, wanted in zip(views, need, strict=True) if wanted],
+            [grads[k] for k in live],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
+    )
+    return [found.pop(0) if wanted else None for wanted in need]
+
+
+def _layer_by_layer(
+    shape: Shape,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: list[Tensor],
+) -> list[Tensor]:
+    """What :class:`StackFunction` gives, of the same masks."""
+    D = shape.directions
+    each = len(weights) // (shape.layers * D)
+    batched = batch_sizes is not None or x.dim() == 3
+    if not batched:
+        x, states = x.unsqueeze(1), [s.unsqueeze(1) for s in states]
+    elif shape.batch_first and batch_sizes is None:
+        x = x.transpose(0, 1)
+    reverse = (False, True)[:D]
+    finals = []
+    for layer in range(shape.layers):
+        flat: list[Tensor | None] = []
+        for first in range(layer * D * each, (layer + 1) * D * each, each):
+            own = list(weights[first : first + each])
+            biases = own[2:4] if shape.biased else (None, None)
+            flat += [*own[:2], *biases, own[-1] if shape.projected else None]
+        part = [s[layer * D : (layer + 1) * D] for s in states]
+        layout = Layout(
+            shape.cell, "native", reverse, "full", shape.deterministic, False, len(part), len(flat)
+        )
+        if layer and masks:
+            mask = masks[layer - 1].view(x.shape).to(x.dtype)
+            x = x * (mask / (1.0 - shape.dropout) if shape.dropout < 1 else mask)
+        x, *last = differentiable_recurrence(layout, x, batch_sizes, None, None, *part, *flat)
+        finals.append(last)
+    outputs = [x, *(torch.cat(s) for s in zip(*finals, strict=True))]
+    return outputs if batched else [o.squeeze(1) for o in outputs]

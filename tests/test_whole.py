@@ -1,0 +1,233 @@
+"""A whole stack in one call of the C++ kernels, against its layers one by one: the same bits."""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastseq
+from fastseq.backends import load
+from fastseq.ops import whole
+
+pytestmark = pytest.mark.skipif(isinstance(load("native"), str), reason=str(load("native")))
+
+LAYERS = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU, "RNN": fastseq.RNN}
+OPTIONS = {
+    "plain": {},
+    "stack": {"num_layers": 3, "bidirectional": True},
+    "dropout": {"num_layers": 3, "dropout": 0.4},
+    "all dropped": {"num_layers": 2, "dropout": 1.0, "bidirectional": True},
+    "batch first": {"num_layers": 2, "batch_first": True, "dropout": 0.2},
+    "unbiased": {"num_layers": 2, "bias": False},
+    "deterministic": {"num_layers": 2, "deterministic": True},
+}
+SHAPES = {"batch": (5, 3), "one sequence": (40, 1), "unbatched": (6,), "rows to spare": (9, 33)}
+
+
+def made(kind, options, dtype=torch.float32):
+    torch.manual_seed(2)
+    return LAYERS[kind](6, 8, dtype=dtype, **options)
+
+
+def states_of(m, batch, dtype=torch.float32):
+    """h_0, and c_0 of an LSTM, that want gradients."""
+    rows = m.num_layers * (2 if m.bidirectional else 1)
+    sizes = [m.proj_size or m.hidden_size] + [m.hidden_size] * (m.cell == "lstm")
+    made = [torch.randn(rows, *batch, n, dtype=dtype, requires_grad=True) for n in sizes]
+    return tuple(made) if len(made) > 1 else made[0]
+
+
+def flat(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def outputs_and_gradients(m, x, hx, run=None):
+    """By the module or ``run``: y, final states, and the gradients of all that has one."""
+    torch.manual_seed(7)
+    y, state = (run or m)(x, hx)
+    outputs = [y.data if hasattr(y, "batch_sizes") else y, *flat(state)]
+    leaves = [t for t in (*m.parameters(), *(flat(hx) if hx is not None else ()))]
+    leaves += [x.data if hasattr(x, "batch_sizes") else x]
+    leaves = [t for t in leaves if t.requires_grad]
+    torch.manual_seed(8)
+    cotangents = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+
+@pytest.fixture
+def layer_by_layer(monkeypatch):
+    """Runs a call with the short way closed."""
+
+    def run(function, *arguments):
+        with monkeypatch.context() as closed:
+            closed.setattr(whole, "serves", lambda cell: False)
+            return function(*arguments)
+
+    return run
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def is_whole(y):
+    function = y.grad_fn
+    if "Transpose" in function.name():
+        function = function.next_functions[0][0]
+    return "StackFunction" in function.name()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_bits_of_layers_one_by_one(kind, options, shape, layer_by_layer):
+    m = made(kind, OPTIONS[options])
+    lead = SHAPES[shape]
+    x = torch.randn(*reversed(lead) if m.batch_first else lead, 6, requires_grad=True)
+    hx = states_of(m, lead[1:])
+    assert is_whole(m(x)[0])
+    for given in (None, hx):
+        ours = outputs_and_gradients(m, x, given)
+        same(ours, layer_by_layer(outputs_and_gradients, m, x, given))
+        with torch.no_grad():
+            torch.manual_seed(7)
+            y, state = m(x, given)
+            same([y, *flat(state)], ours[: 1 + len(flat(state))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_projection(dtype, layer_by_layer):
+    options = {"proj_size": 3, "num_layers": 2, "bidirectional": True, "dropout": 0.3}
+    m = made("LSTM", options, dtype)
+    x = torch.randn(7, 3, 6, dtype=dtype, requires_grad=True)
+    hx = states_of(m, (3,), dtype)
+    assert is_whole(m(x)[0])
+    same(outputs_and_gradients(m, x, hx), layer_by_layer(outputs_and_gradients, m, x, hx))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_packed_and_lengths(kind, layer_by_layer):
+    m = made(kind, OPTIONS["stack"] | {"dropout": 0.3})
+    lengths = torch.tensor([2, 9, 5, 9])
+    x = torch.randn(9, 4, 6, requires_grad=True)
+
+    def packed(x, hx):
+        return m(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
+
+    def padded(x, hx):
+        return m(x, hx, lengths=lengths)
+
+    hx = states_of(m, (4,))
+    assert "StackFunction" in packed(x, None)[0].data.grad_fn.name()
+    for run in (packed, padded):
+        for given in (None, hx):
+            ours = outputs_and_gradients(m, x, given, run)
+            same(ours, layer_by_layer(outputs_and_gradients, m, x, given, run))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_only_what_wants_a_gradient_has_one(kind, layer_by_layer):
+    m = made(kind, OPTIONS["stack"])
+    x = torch.randn(5, 3, 6)
+    same(outputs_and_gradients(m, x, None), layer_by_layer(outputs_and_gradients, m, x, None))
+    for p in m.parameters():
+        p.requires_grad_(False)
+    assert m(x)[0].grad_fn is None
+    x.requires_grad_()
+    same(outputs_and_gradients(m, x, None), layer_by_layer(outputs_and_gradients, m, x, None))
+    m.weight_hh_l1.requires_grad_()
+    same(outputs_and_gradients(m, x, None), layer_by_layer(outputs_and_gradients, m, x, None))
+
+
+def test_gradients_from_one_output_alone_and_of_any_layout():
+    m = made("LSTM", {"num_layers": 2, "batch_first": True}, torch.float64)
+    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    weights = list(m.parameters())
+    y, (h, c) = m(x)
+    dense = torch.autograd.grad(y, [x, *weights], torch.ones_like(y), retain_graph=True)
+    same(dense, torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True))  # expanded
+    negative = torch._neg_view(-torch.ones_like(y))
+    same(dense, torch.autograd.grad(y, [x, *weights], negative, retain_graph=True))
+    for output in (h, c):
+        found = torch.autograd.grad(output.sum(), [x, *weights], retain_graph=True)
+        again = torch.autograd.grad(output.sum(), [x, *weights], retain_graph=True)
+        same(found, again)
+
+
+@pytest.mark.parametrize("options", ["dropout", "batch first"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_second_derivatives(kind, options):
+    m = made(kind, OPTIONS[options] | {"num_layers": 2}, torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in m.named_parameters()]
+
+    def run(x, *weights):
+        torch.manual_seed(3)  # the same numbers are dropped
+        return torch.func.functional_call(m, dict(zip(names, weights, strict=True)), (x,))[0]
+
+    weights = tuple(p.detach().requires_grad_() for p in m.parameters())
+    assert is_whole(run(x, *weights))
+    torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
+    torch.autograd.gradgradcheck(run, (x, *weights), fast_mode=True)
+
+
+def test_batched_cotangents():
+    m = made("GRU", OPTIONS["dropout"], torch.float64)
+    x = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
+    y, _ = m(x)
+    basis = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)[:5]
+    (batched,) = torch.autograd.grad(y, x, basis, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in basis]
+    torch.testing.assert_close(batched, torch.stack(each), rtol=1e-10, atol=1e-12)
+
+
+def test_saved_tensors_can_live_elsewhere():
+    m = made("LSTM", OPTIONS["dropout"])
+    x = torch.randn(5, 3, 6, requires_grad=True)
+    plain = outputs_and_gradients(m, x, None)
+    with torch.autograd.graph.save_on_cpu():
+        same(outputs_and_gradients(m, x, None), plain)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy):
+        same(outputs_and_gradients(m, x, None), plain)
+
+
+def test_an_edited_output_is_noticed_or_harmless():
+    x = torch.randn(5, 3, 6)
+    y, _ = made("LSTM", {})(x)
+    y.mul_(2)  # as torch.nn's
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    for kind in ("GRU", "RNN"):
+        m = made(kind, {})
+        expected = torch.autograd.grad((2 * m(x)[0]).sum(), m.weight_hh_l0)
+        same(torch.autograd.grad(m(x)[0].mul_(2).sum(), m.weight_hh_l0), expected)
+
+
+def test_a_call_that_is_declined_has_drawn_nothing():
+    m = made("LSTM", {"num_layers": 2, "dropout": 0.5})
+    x = torch.randn(5, 3, 12)[..., ::2]  # strides that the kernels do not read
+    shape = whole.Shape("lstm", 2, 1, True, False, False, False, 0.5)
+    weights = tuple(m.parameters())
+    before = torch.get_rng_state()
+    assert whole.run(shape, x, None, (), weights) is None
+    with torch.no_grad():
+        assert whole.run(shape, x, None, (), weights) is None
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    y, _ = m(x)
+    torch.manual_seed(1)
+    assert torch.equal(m(x.contiguous())[0], y)
+
+
+def test_the_numbers_dropped_are_those_of_torch_nn():
+    ours = made("LSTM", OPTIONS["dropout"])
+    theirs = torch.nn.LSTM(6, 8, 3, dropout=0.4)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 3, 6)
+    torch.manual_seed(5)
+    y, _ = ours(x)
+    torch.manual_seed(5)
+    expected, _ = theirs(x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
