@@ -77,6 +77,17 @@ FASTSEQ_INLINE bool place_of(const CallT& call, int id, int count, int turn, ind
   return true;
 }
 
+// f(first, end) for all panels of a share, `together` at a time; from the end in every other step, which
+// so begins with the weights that the step before read last, and may still be in cache.
+template <class Function>
+FASTSEQ_INLINE void to_and_fro(const Place& place, index step, index together, Function f) {
+  const index groups = (place.p1 - place.p0 + together - 1) / together;
+  for (index g = 0; g < groups; ++g) {
+    const index first = place.p0 + (step % 2 ? groups - 1 - g : g) * together;
+    f(first, first + together < place.p1 ? first + together : place.p1);
+  }
+}
+
 template <class T>
 FASTSEQ_INLINE void copy(const T* from, index n, T* to) {
   if (from)
@@ -414,38 +425,40 @@ struct ForwardShare {
       operand = x_row;
     }
     T* tile = tiles;
-    for (index p = place.p0; p < place.p1; ++p) {
-      const int W = ws.vectors_of(p), WX = wx.vectors_of(p);
-      const T* x_tile = x_panel(p, n) + x_at * WX * L;
-      const T* bias = apart ? bias_s + wx.vector(p) * L : nullptr;
-      const T* w = w_hh[PHASE] + ws.offset(p);
-      if (product_is_known()) {
-        panel_rows<PHASE>(t, alive, p, x_tile, s_panel(ws, p, n) + x_at * W * L);
-        continue;
-      }
-      if constexpr (GATES > 0) {
-        constexpr int FULL = GATES * (WIDEST / Cell::G);
-        if (alive == 1 && W == FULL && call.pack) {
-          const index whole = wx.total_blocks() / wx.blocks;  // panels with all their blocks
-          const index end = place.p1 < whole ? place.p1 : whole;
-          const int done = run_row<T, FULL>(pairs, end - p, operand[0], w, K, bias, tile);
-          for (int i = 0; i < done; ++i)
-            panel<PHASE>(t, 0, 1, p + i, x_panel(p + i, n) + x_at * WX * L, tile + i * FULL * L);
-          p += done - 1;
+    to_and_fro(place, t, alive == 1 ? TOGETHER_MOST : 1, [&](index first, index end) {
+      for (index p = first; p < end; ++p) {
+        const int W = ws.vectors_of(p), WX = wx.vectors_of(p);
+        const T* x_tile = x_panel(p, n) + x_at * WX * L;
+        const T* bias = apart ? bias_s + wx.vector(p) * L : nullptr;
+        const T* w = w_hh[PHASE] + ws.offset(p);
+        if (product_is_known()) {
+          panel_rows<PHASE>(t, alive, p, x_tile, s_panel(ws, p, n) + x_at * W * L);
           continue;
         }
+        if constexpr (GATES > 0) {
+          constexpr int FULL = GATES * (WIDEST / Cell::G);
+          if (alive == 1 && W == FULL && call.pack) {
+            const index whole = wx.total_blocks() / wx.blocks;  // panels with all their blocks
+            const index last = end < whole ? end : whole;
+            const int done = run_row<T, FULL>(pairs, last - p, operand[0], w, K, bias, tile);
+            for (int i = 0; i < done; ++i)
+              panel<PHASE>(t, 0, 1, p + i, x_panel(p + i, n) + x_at * WX * L, tile + i * FULL * L);
+            p += done - 1;
+            continue;
+          }
+        }
+        const int most = GATES ? tallest(W) : TALLEST;
+        for (index b = 0; b < alive;) {
+          const int R = rows_of_tile(alive - b, most);
+          if (GATES && call.pack)
+            run_tile(pairs, R, W, operand + b, w, K, bias, tile);
+          else if (GATES)
+            dot_panel(ws, p, R, operand + b, r.weights.w_hh + Cell::FIRST[PHASE] * H * K, bias, tile);
+          panel<PHASE>(t, b, R, p, x_tile + b * WX * L, tile);
+          b += R;
+        }
       }
-      const int most = GATES ? tallest(W) : TALLEST;
-      for (index b = 0; b < alive;) {
-        const int R = rows_of_tile(alive - b, most);
-        if (GATES && call.pack)
-          run_tile(pairs, R, W, operand + b, w, K, bias, tile);
-        else if (GATES)
-          dot_panel(ws, p, R, operand + b, r.weights.w_hh + Cell::FIRST[PHASE] * H * K, bias, tile);
-        panel<PHASE>(t, b, R, p, x_tile + b * WX * L, tile);
-        b += R;
-      }
-    }
+    });
   }
 
   void step(index s, index x_at, index n) {
@@ -799,30 +812,32 @@ struct BackwardShare {
   template <int PHASE>
   FASTSEQ_INLINE void walk(const Step& s, const T* const* row, const Panels<T>& panels, const T* w,
                            bool masks) {
-    for (index p = place.p0; p < place.p1; ++p) {
-      const int W = unit_panels(H).blocks_of(p);
-      if (s.alive == 1 && panels.K && !masks && W == WIDEST) {
-        const index whole = unit_panels(H).total_blocks() / WIDEST;
-        const index end = place.p1 < whole ? place.p1 : whole;
-        const int done = run_row<T, WIDEST>(pairs, end - p, row[0], w + panels.offset(p), panels.K,
-                                            static_cast<const T*>(nullptr), tiles);
-        for (int i = 0; i < done; ++i) panel<PHASE>(s, 0, 1, p + i, W, tiles + i * WIDEST * L);
-        p += done - 1;
-        continue;
-      }
-      for (index b = 0; b < s.alive;) {
-        const int R = rows_of_tile(s.alive - b, tallest(W));
-        if (panels.K) {
-          run_tile(pairs, R, W, row + b, w + panels.offset(p), panels.K,
-                   static_cast<const T*>(nullptr), tiles);
-          if (masks) mask_tile(b, R, p, W);
-        } else {
-          std::memset(tiles, 0, sizeof(T) * R * W * L);
+    to_and_fro(place, s.t, s.alive == 1 ? TOGETHER_MOST : 1, [&](index first, index end) {
+      for (index p = first; p < end; ++p) {
+        const int W = unit_panels(H).blocks_of(p);
+        if (s.alive == 1 && panels.K && !masks && W == WIDEST) {
+          const index whole = unit_panels(H).total_blocks() / WIDEST;
+          const index last = end < whole ? end : whole;
+          const int done = run_row<T, WIDEST>(pairs, last - p, row[0], w + panels.offset(p), panels.K,
+                                              static_cast<const T*>(nullptr), tiles);
+          for (int i = 0; i < done; ++i) panel<PHASE>(s, 0, 1, p + i, W, tiles + i * WIDEST * L);
+          p += done - 1;
+          continue;
         }
-        panel<PHASE>(s, b, R, p, W, tiles);
-        b += R;
+        for (index b = 0; b < s.alive;) {
+          const int R = rows_of_tile(s.alive - b, tallest(W));
+          if (panels.K) {
+            run_tile(pairs, R, W, row + b, w + panels.offset(p), panels.K,
+                     static_cast<const T*>(nullptr), tiles);
+            if (masks) mask_tile(b, R, p, W);
+          } else {
+            std::memset(tiles, 0, sizeof(T) * R * W * L);
+          }
+          panel<PHASE>(s, b, R, p, W, tiles);
+          b += R;
+        }
       }
-    }
+    });
   }
 
   void step(const Step& s) {
