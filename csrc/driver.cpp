@@ -233,7 +233,7 @@ struct Problem {
     backward.recurrence = recurrence.data(), backward.gradients = gradients.data();
     backward.y = out->y.data(), backward.c_all = out->c_all.data();
     backward.dy = dy.data(), backward.dc_all = dc_all.data();
-    backward.dx = out->dx.data(), backward.weights = true, backward.bf16 = how == BF16;
+    backward.dx = out->dx.data(), backward.weights = backward.states = true, backward.bf16 = how == BF16;
     return fastseq::run(backward, threads);
   }
 };

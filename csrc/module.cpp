@@ -383,13 +383,13 @@ PyObject* forward(PyObject* const* a) {
   return out.give();
 }
 
-// (..., y, saved, c_all, dy, dstates, dc_all, wants x, wants weights)
+// (..., y, saved, c_all, dy, dstates, dc_all, wants x, wants weights, wants states)
 // -> [dx or None, *dstates, *gradients of the weights that are there]
 template <class T>
 PyObject* backward(PyObject* const* a) {
   Common<T> c(a);
   PyObject* const* b = a + COMMON;
-  enum { Y, SAVED, C_ALL, DY, DSTATES, DC_ALL, WANTS_X, WANTS_WEIGHTS };
+  enum { Y, SAVED, C_ALL, DY, DSTATES, DC_ALL, WANTS_X, WANTS_WEIGHTS, WANTS_STATES };
   const bool wants_x = truth(b[WANTS_X]), wants_weights = truth(b[WANTS_WEIGHTS]);
   const int R = c.R;
   const int64_t B = c.in.batch, H = c.in.H, P = c.in.P, N = c.in.rows;
@@ -402,7 +402,8 @@ PyObject* backward(PyObject* const* a) {
   call.cell = c.cell, call.R = R, call.input = c.in, call.recurrence = c.recurrence.data();
   call.y = dense<T>(b[Y]), call.c_all = dense<T>(b[C_ALL]);
   call.dy = dense<T>(b[DY]), call.dc_all = dense<T>(b[DC_ALL]);
-  call.weights = wants_weights, call.bf16 = c.bf16, call.halves = c.halves;
+  call.weights = wants_weights, call.states = truth(b[WANTS_STATES]);
+  call.bf16 = c.bf16, call.halves = c.halves;
 
   New<T> dx, dstate[2];
   if (wants_x) {
@@ -667,13 +668,13 @@ PyObject* layers(PyObject* const* a) {
   return give_all({y.give(), states, saved.give()});
 }
 
-// (..., y, saved, dy or None, dstates, wants x, wants weights)
+// (..., y, saved, dy or None, dstates, wants x, wants weights, wants states)
 // -> [dx or None, *dstates, *gradients of the weights]
 template <class T>
 PyObject* layers_backward(PyObject* const* a) {
   Layers<T> s(a);
   PyObject* const* b = a + L_COUNT;
-  enum { Y, SAVED, DY, DSTATES, WANTS_X, WANTS_WEIGHTS };
+  enum { Y, SAVED, DY, DSTATES, WANTS_X, WANTS_WEIGHTS, WANTS_STATES };
   const bool wants_x = truth(b[WANTS_X]), wants_weights = truth(b[WANTS_WEIGHTS]);
   const int D = s.D, states = 1 + s.shape.has_c;
   const int64_t B = s.in.batch, H = s.in.H, P = s.in.P, N = s.in.rows;
@@ -740,7 +741,7 @@ PyObject* layers_backward(PyObject* const* a) {
     call.cell = s.cell, call.R = D, call.input = s.in, call.recurrence = s.recurrence.data();
     call.gradients = gradients.data();
     call.y = one.y, call.c_all = one.c_all, call.dy = dy, call.dx = dx.data();
-    call.weights = wants_weights;
+    call.weights = wants_weights, call.states = truth(b[WANTS_STATES]);
     if (!run_released(call, useful_threads(s.threads, s.flops()))) return PyErr_NoMemory();
     if (layer && !s.masks.empty()) s.mask(layer, dx.data(), dx.data());
     dy = dx.data();
@@ -1028,12 +1029,12 @@ PyMethodDef methods[] = {
     {"vocabulary", fast(vocabulary), METH_FASTCALL, nullptr},
     {"plan", plan, METH_VARARGS, nullptr},
     {"forward", fast(dispatch<forward<float>, forward<double>, COMMON + 4>), METH_FASTCALL, nullptr},
-    {"backward", fast(dispatch<backward<float>, backward<double>, COMMON + 8>), METH_FASTCALL,
+    {"backward", fast(dispatch<backward<float>, backward<double>, COMMON + 9>), METH_FASTCALL,
      nullptr},
     {"layers", fast(dispatch<layers<float>, layers<double>, L_COUNT + 1, true>), METH_FASTCALL,
      nullptr},
     {"layers_backward",
-     fast(dispatch<layers_backward<float>, layers_backward<double>, L_COUNT + 6, true>),
+     fast(dispatch<layers_backward<float>, layers_backward<double>, L_COUNT + 7, true>),
      METH_FASTCALL, nullptr},
     {"stream", fast(stream), METH_FASTCALL, nullptr},
     {"stream_step", fast(stream_step), METH_FASTCALL, nullptr},

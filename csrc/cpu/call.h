@@ -142,6 +142,7 @@ struct BackwardCall {
   const T* dc_all;  // (N, R*H), or null
   T* dx;            // (N, I), output if not null
   bool weights;     // whether the gradients of weights are wanted
+  bool states;      // whether those of h_0 and c_0 are; else dh and dc are left as they may be
   bool bf16;        // as in forward
   bool halves;
   int threads;

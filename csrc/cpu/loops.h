@@ -689,7 +689,8 @@ struct BackwardShare {
     for (int k = 0; k < Cell::PHASES; ++k) {
       const Panels<T> panels = recurrent_panels(k);
       const index K = (Cell::FIRST[k + 1] - Cell::FIRST[k]) * H;
-      if (K)
+      const bool needed = k > 0 || in.steps > 1 || call.states;
+      if (K && needed)
         pack_columns(pairs, call.halves, panels,
                      at_number(w.w_hh, Cell::FIRST[k] * H * P, call.halves), P, K, place.p0,
                      projected || Cell::PHASES > 1 ? panels.count() : place.p1, w_hh[k]);
@@ -942,13 +943,13 @@ struct BackwardShare {
     now = window;
     for (index k = k0; k < k1; ++k) {
       const Step s = step_of(k);
-      if (s.done > s.all) initial(s.after, s.all, s.done);
+      if (call.states && s.done > s.all) initial(s.after, s.all, s.done);
       if (s.alive > 0) step(s);
       if (place.count > 1) meet(place.slots, place.id, place.count);
     }
     if (Cell::HAS_UNIT)  // a sum of sums: one chain over all rows rounds too often
       for (index u = 0; u < H; ++u) dunit[H + u] += dunit[u], dunit[u] = 0;
-    if (k1 == in.steps && in.steps > 0) {
+    if (call.states && k1 == in.steps && in.steps > 0) {
       const index t = r.reverse ? in.steps - 1 : 0;
       initial(t, 0, in.alive(t));
     }

@@ -25,7 +25,8 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     native:
 
     - float32 and float64: 1.0 to 40 / 1.0 to 40, for all cells, T, B and H, on one thread and two;
-      below 1 only for the training of one step of one sequence from H = 1024 on (RNN 0.4, GRU 0.9).
+      below 1 only for the training of one step of one sequence from H = 512 on (RNN 0.6 to 0.9, GRU
+      0.9).
     - bfloat16, for which both have the processor's dot product: LSTM 1.3 / 1.5 at B1 H64, 1.0 / 1.0
       at B16 H256, 1.0 / 1.4 at B64 H512, 1.1 / 2.2 at B32 H1024, 1.0 to 1.6 / 1.1 to 1.9 from one
       step on. GRU 14 / 11 at B1 H64, 2.2 / 2.4 at B16 H256, 1.4 / 1.2 at B64 H512; below 1 for one

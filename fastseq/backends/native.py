@@ -167,6 +167,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         grads.trajectory[0] if grads.trajectory else None,
         wanted.x,
         wanted.weights,
+        wanted.states,
     ]
     out = _run(_cpu.backward, arguments, dtype)
     if dtype is not wide(dtype):

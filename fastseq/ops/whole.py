@@ -179,6 +179,7 @@ class StackFunction(torch.autograd.Function):
             tuple(dstates),
             need[2],
             any(need[4 + n :]),
+            any(need[4 : 4 + n]),
         )
         dx, finals, dweights = found[0], found[1 : 1 + len(dstates)], found[1 + len(dstates) :]
         if dx is not None and shape.batch_first and batch_sizes is None and dx.dim() == 3:
