@@ -809,14 +809,14 @@ struct BackwardShare {
       }
   }
 
-  // A product into a tile, and the text of a phase on it.
+  // A product into a tile, and the text of a phase on it. nothing: the product is of zeros.
   template <int PHASE>
   FASTSEQ_INLINE void walk(const Step& s, const T* const* row, const Panels<T>& panels, const T* w,
-                           bool masks) {
+                           bool nothing, bool masks) {
     to_and_fro(place, s.t, s.alive == 1 ? TOGETHER_MOST : 1, [&](index first, index end) {
       for (index p = first; p < end; ++p) {
         const int W = unit_panels(H).blocks_of(p);
-        if (s.alive == 1 && panels.K && !masks && W == WIDEST) {
+        if (s.alive == 1 && panels.K && !nothing && !masks && W == WIDEST) {
           const index whole = unit_panels(H).total_blocks() / WIDEST;
           const index last = end < whole ? end : whole;
           const int done = run_row<T, WIDEST>(pairs, last - p, row[0], w + panels.offset(p), panels.K,
@@ -827,7 +827,7 @@ struct BackwardShare {
         }
         for (index b = 0; b < s.alive;) {
           const int R = rows_of_tile(s.alive - b, tallest(W));
-          if (panels.K) {
+          if (panels.K && !nothing) {
             run_tile(pairs, R, W, row + b, w + panels.offset(p), panels.K,
                      static_cast<const T*>(nullptr), tiles);
             if (masks) mask_tile(b, R, p, W);
@@ -864,15 +864,15 @@ struct BackwardShare {
     }
     if (projected) {
       project(s);
-      walk<LAST>(s, second, projection_panels(), w_hr, false);
+      walk<LAST>(s, second, projection_panels(), w_hr, false, false);
     } else {
-      walk<LAST>(s, operand, recurrent_panels(0), w_hh[0], r.h_mask != nullptr);
+      walk<LAST>(s, operand, recurrent_panels(0), w_hh[0], s.done == 0, r.h_mask != nullptr);
     }
     pair_dgates(s.base + place.first, s.alive);
     if constexpr (Cell::PHASES > 1) {
       for (index b = 0; b < s.alive; ++b)
         operand[b] = dgates(s.t, s.base + place.first + b, Cell::APART + Cell::FIRST[1]);
-      walk<0>(s, operand, recurrent_panels(1), w_hh[1], false);
+      walk<0>(s, operand, recurrent_panels(1), w_hh[1], false, false);
       pair_dgates(s.base + place.first, s.alive);
     }
   }
@@ -886,8 +886,11 @@ struct BackwardShare {
       const int W = panels.vectors_of(p);
       for (index b = 0; b < s.alive;) {
         const int R = rows_of_tile(s.alive - b, tallest(W));
-        run_tile(pairs, R, W, operand + b, w_hh[0] + panels.offset(p), panels.K,
-                 static_cast<const T*>(nullptr), tiles);
+        if (s.done)
+          run_tile(pairs, R, W, operand + b, w_hh[0] + panels.offset(p), panels.K,
+                   static_cast<const T*>(nullptr), tiles);
+        else
+          std::memset(tiles, 0, sizeof(T) * R * W * L);
         mask_tile(b, R, p, W);
         for (int i = 0; i < R; ++i) {
           const index own = place.first + b + i, n = s.base + own;
