@@ -457,11 +457,12 @@ PyObject* backward(PyObject* const* a) {
 // the long way, where every mistake is told.
 //
 // What layers and layers_backward are both given: cell, x, batch_sizes or None, states (), (h_0,) or
-// (h_0, c_0), weights, layers, directions, biased, projected, batch_first, threads, deterministic,
+// (h_0, c_0), weights, layers, directions, biased, projected, order, threads, deterministic,
 // masks: of what the layers but the first take, () or one a layer, (..., D*P) bool, and how much of it
-// is kept. Whatever batch_first says, all that is made has time first.
+// is kept. order: how x is laid out; all that is made has time first.
+enum Order { TIME_FIRST, BATCH_FIRST, ONE_STEP };  // ONE_STEP: x (B, I), states (B, ...), one layer
 enum { L_CELL, L_X, L_SIZES, L_STATES, L_WEIGHTS, L_LAYERS, L_DIRECTIONS, L_BIASED, L_PROJECTED,
-       L_BATCH_FIRST, L_THREADS, L_DETERMINISTIC, L_MASKS, L_KEPT, L_COUNT };
+       L_ORDER, L_THREADS, L_DETERMINISTIC, L_MASKS, L_KEPT, L_COUNT };
 
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 
@@ -492,6 +493,7 @@ struct Layers {
   Cell cell;
   Shape shape;
   int layers, D, each, threads;  // each: weights of a recurrence
+  Order order;
   bool batched, biased, projected, deterministic;
   Input<T> in{};  // of the layer that is entered
   Input<T> first{};
@@ -507,6 +509,7 @@ struct Layers {
         layers(static_cast<int>(integer(a[L_LAYERS]))),
         D(static_cast<int>(integer(a[L_DIRECTIONS]))),
         threads(static_cast<int>(integer(a[L_THREADS]))),
+        order(static_cast<Order>(integer(a[L_ORDER]))),
         biased(truth(a[L_BIASED])),
         projected(truth(a[L_PROJECTED])),
         deterministic(truth(a[L_DETERMINISTIC])),
@@ -514,7 +517,7 @@ struct Layers {
         scale(T(1) / static_cast<T>(PyFloat_AsDouble(a[L_KEPT]))),
         weights_(a[L_WEIGHTS]) {
     each = 2 + 2 * biased + projected;
-    if (shape.has_unit) throw Declined();
+    if (shape.has_unit || (order == ONE_STEP && layers * D > 1)) throw Declined();
     read_input(a);
     const DLTensor w_hh = plain(weight(0, 0, 1));
     if (w_hh.ndim != 2) throw Declined();
@@ -534,6 +537,7 @@ struct Layers {
     return item(weights_, (layer * D + d) * each + place);
   }
   std::vector<int64_t> of_states(int64_t size) const {
+    if (order == ONE_STEP) return {in.batch, size};
     if (batched) return {layers * D, in.batch, size};
     return {layers * D, size};
   }
@@ -582,8 +586,9 @@ struct Layers {
   void read_input(PyObject* const* a) {
     const DLTensor x = plain(a[L_X]);
     const bool packed = !is_none(a[L_SIZES]);
-    if (packed ? x.ndim != 2 : x.ndim != 2 && x.ndim != 3) throw Declined();
-    batched = packed || x.ndim == 3;
+    const bool rows = packed || order == ONE_STEP;
+    if (x.ndim != 2 && (rows || x.ndim != 3)) throw Declined();
+    batched = rows || x.ndim == 3;
     first.x = floats<T>(x);
     first.I = x.shape[x.ndim - 1];
     if (packed) {
@@ -599,8 +604,12 @@ struct Layers {
       first.batch = first.steps ? first.sizes[0] : 0;
       first.x_row = x.strides[0];
       lead = {first.rows};
+    } else if (order == ONE_STEP) {
+      first.steps = 1, first.batch = first.rows = x.shape[0];
+      first.x_row = x.strides[0];
+      lead = {first.batch};
     } else {
-      const bool swapped = batched && truth(a[L_BATCH_FIRST]);
+      const bool swapped = batched && order == BATCH_FIRST;
       const int step = swapped ? 1 : 0, row = swapped ? 0 : 1;
       first.steps = x.shape[step], first.x_step = x.strides[step];
       first.batch = batched ? x.shape[row] : 1, first.x_row = batched ? x.strides[row] : 0;

@@ -160,7 +160,26 @@ def test_explain_names_the_backend_that_runs():
                 name in ("native", "numba")
                 or (name == "torch" and isinstance(cell, fastseq.LSTM) and T > 1)
             )
-    assert fastseq.explain(fastseq.GRUCell(8, 16), torch.randn(2, 8)) == "torch"
+
+
+@pytest.mark.skipif(isinstance(load("native"), str), reason=str(load("native")))
+def test_explain_of_cells():
+    def runs(cell, *shape, **kind):
+        x = torch.randn(*shape, **kind)
+        state = cell(x)
+        finals = state if isinstance(state, tuple) else (state,)
+        ours = all("StackFunction" in s.grad_fn.name() for s in finals)
+        assert fastseq.explain(cell, x) == ("native" if ours else "torch")
+        return ours
+
+    for kind in (fastseq.LSTMCell, fastseq.GRUCell, fastseq.RNNCell):
+        assert runs(kind(8, 16), 2, 8)
+        assert runs(kind(8, 16, dtype=torch.float64), 1, 8, dtype=torch.float64)
+        assert not runs(kind(8, 16, dtype=torch.bfloat16), 2, 8, dtype=torch.bfloat16)
+        assert runs(kind(8, 256), 2, 8)
+        assert runs(kind(8, 256), 1, 8) == (kind is fastseq.LSTMCell)
+        with torch.no_grad():
+            assert fastseq.explain(kind(8, 256), torch.randn(1, 8)) == "native"
 
 
 def test_explain_of_what_is_not_ours():

@@ -231,3 +231,59 @@ def test_the_numbers_dropped_are_those_of_torch_nn():
     torch.manual_seed(5)
     expected, _ = theirs(x)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+
+
+CELLS = {"LSTM": fastseq.LSTMCell, "GRU": fastseq.GRUCell, "RNN": fastseq.RNNCell}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_step_of_a_cell(kind, bias, dtype):
+    """Against torch.nn's, with and without a state; every derivative of the second order too."""
+    torch.manual_seed(1)
+    ours = CELLS[kind](6, 8, bias, dtype=dtype)
+    theirs = getattr(torch.nn, f"{kind}Cell")(6, 8, bias, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 6, dtype=dtype, requires_grad=True)
+    h, c = (torch.randn(3, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    bound = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    )
+    for hx in (None, (h, c) if kind == "LSTM" else h):
+        assert all("StackFunction" in s.grad_fn.name() for s in flat(ours(x, hx)))
+        leaves = [x, *([] if hx is None else flat(hx))]
+        found = []
+        for m in (ours, theirs):
+            state = flat(m(x, hx))
+            wanted = [*leaves, *m.parameters()]
+            first = torch.autograd.grad(sum(s.pow(2).sum() for s in state), wanted)
+            twice = torch.autograd.grad(
+                sum(s.pow(2).sum() for s in flat(m(x, hx))), wanted, create_graph=True
+            )
+            second = torch.autograd.grad(sum(g.pow(2).sum() for g in twice), wanted)
+            with torch.no_grad():
+                bare = flat(m(x, hx))
+            found.append([*state, *bare, *first, *twice, *second])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, **bound)
+    sum(s.mul_(2).sum() for s in flat(ours(x))).backward()  # may be edited, as torch.nn's
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_what_a_cell_is_not_given_plainly(kind):
+    cell = CELLS[kind](6, 8)
+    x, h = torch.randn(2, 6), torch.zeros(2, 8)
+    pair = kind == "LSTM"
+    expected = flat(cell(x, (h, h) if pair else h))
+    rows = torch.randn(2, 12)[:, ::2].copy_(x)
+    columns = torch.zeros(8, 2).t()
+    for got in (cell(rows), cell(x, (columns, columns) if pair else columns), cell(x)):
+        for a, b in zip(flat(got), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    for a, b in zip(flat(cell(x[0])), expected, strict=True):  # without a batch
+        torch.testing.assert_close(a, b[0])
+    empty = flat(cell(x[:0]))
+    assert empty[0].shape == (0, 8)
+    with pytest.raises(RuntimeError, match="inconsistent hidden_size"):
+        cell(x, (h[:, :7], h[:, :7]) if pair else h[:, :7])

@@ -25,8 +25,8 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     native:
 
     - float32 and float64: 1.0 to 40 / 1.0 to 40, for all cells, T, B and H, on one thread and two;
-      below 1 only for the training of one step of one sequence from H = 512 on (RNN 0.6 to 0.9, GRU
-      0.9).
+      below 1 only where :func:`is_outer_product` says so (RNN 0.4 to 0.9, GRU 0.4 to 0.9). Cells,
+      against torch's: 1.3 to 8 / 1.0 to 3.
     - bfloat16, for which both have the processor's dot product: LSTM 1.3 / 1.5 at B1 H64, 1.0 / 1.0
       at B16 H256, 1.0 / 1.4 at B64 H512, 1.1 / 2.2 at B32 H1024, 1.0 to 1.6 / 1.1 to 1.9 from one
       step on. GRU 14 / 11 at B1 H64, 2.2 / 2.4 at B16 H256, 1.4 / 1.2 at B64 H512; below 1 for one
@@ -69,7 +69,8 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
     rnn = problem.cell.startswith("rnn")
     if native and not sixteen:
-        return ours
+        one_row = T * B == 1 and problem.training and is_outer_product(problem.cell, H)
+        return theirs if one_row else ours
     half = problem.dtype is torch.float16
     if native and (half or all(size and size % 2 == 0 for size in (problem.I, H, problem.P))):
         if uses_onednn(problem) and not half:
@@ -86,6 +87,19 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
         return theirs
     repaid = 12 if rnn else 5 if problem.training else 8
     return ours if T >= repaid else theirs
+
+
+def is_outer_product(cell: str, H: int) -> bool:
+    """Of one step of one sequence that is trained: whether its time is that of the weights'
+    gradients, an outer product, which torch's operations write faster."""
+    return cell != "lstm" and H >= 256
+
+
+def of_a_cell(problem: Problem) -> tuple[str, ...]:
+    """The order for a module that makes one step: torch's cell functions, but for our kernels."""
+    order = left_to_us(problem)
+    ours = order[0] == "native" and problem.dtype in (torch.float32, torch.float64)
+    return order if ours else ("torch", *order)
 
 
 def left_to_us(problem: Problem) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ..backends.contract import Weights
 from ..cells import CELLS
 from ..ops.checks import autocasts
 from ..ops.stack import Stack, run, step
+from . import direct
 from .recurrent import described, editable, quiet_tracing
 
 
@@ -40,6 +41,10 @@ class RecurrentCell(nn.Module):
 
     def _step(self, input: Tensor, hx: Sequence[Tensor] | None) -> list[Tensor]:
         """The states after one step; ``hx`` holds as many tensors as the cell has states."""
+        if not torch.compiler.is_compiling():
+            finals = direct.step(self, input, hx)
+            if finals is not None:
+                return list(finals)
         if torch.jit.is_tracing():
             with quiet_tracing():
                 return self._checked_step(input, hx or ())

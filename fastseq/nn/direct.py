@@ -9,13 +9,21 @@ import torch
 from ..ops import whole
 
 
+def _may(module: Any, input: Any) -> bool:
+    return (
+        whole.serves(module.cell)
+        and module.backend in (None, "native")
+        and type(input) is torch.Tensor
+        and not input.is_neg()  # else its data are its numbers
+        and whole.is_plain()
+    )
+
+
 def run(module: Any, input: Any, hx: Any) -> Any | None:
     """What ``module(input, hx)`` returns; None where the long way is due."""
-    if not whole.serves(module.cell) or module.backend not in (None, "native"):
+    if not _may(module, input):
         return None
-    if type(input) is not torch.Tensor or input.is_neg():  # else its data are its numbers
-        return None
-    if module._rates is not None or not whole.is_plain():
+    if module._rates is not None:
         return None
     if module.memory != "full" and torch.is_grad_enabled():
         return None
@@ -39,7 +47,7 @@ def run(module: Any, input: Any, hx: Any) -> Any | None:
         2 if module.bidirectional else 1,
         module.bias,
         module.proj_size > 0,
-        batch_first,
+        whole.BATCH_FIRST if batch_first else whole.TIME_FIRST,
         module.deterministic,
         module.dropout if layers > 1 and module.training else 0.0,
     )
@@ -50,3 +58,19 @@ def run(module: Any, input: Any, hx: Any) -> Any | None:
     if batch_first and input.dim() == 3:
         y = y.transpose(0, 1)
     return y, finals if len(finals) > 1 else finals[0]
+
+
+def step(cell: Any, input: Any, hx: Any) -> tuple[torch.Tensor, ...] | None:
+    """The states after one step of a cell; None where the long way is due. hx: as many, or none."""
+    if not _may(cell, input) or input.dim() != 2:
+        return None
+    parameters = cell._parameters
+    try:
+        weights = [parameters["weight_ih"], parameters["weight_hh"]]
+        if cell.bias:
+            weights += [parameters["bias_ih"], parameters["bias_hh"]]
+    except KeyError:
+        return None
+    shape = whole.Shape(cell.cell, 1, 1, cell.bias, False, whole.ONE_STEP, False, 0.0)
+    out = whole.run(shape, input, None, tuple(hx) if hx else (), tuple(weights))
+    return None if out is None else out[1]

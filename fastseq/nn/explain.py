@@ -40,7 +40,7 @@ def explain(
     task = problem(stack)
     backend = stack.backend
     if backend is None and isinstance(module, RecurrentCell):
-        backend = ("torch", *choice.left_to_us(task))  # ops.stack.step
+        backend = choice.of_a_cell(task)
     verdict = choice.judge(task, backend)
     size = f"T={task.T} B={task.B} I={task.I} H={task.H} layers={task.layers} directions={task.R}"
     purpose = "training" if task.training else "inference"

@@ -345,7 +345,7 @@ def _whole(stack: Stack, task: Problem) -> tuple[Tensor, list[Tensor], Trajector
         stack.directions,
         task.bias,
         task.projected,
-        False,
+        whole.TIME_FIRST,
         stack.deterministic,
         stack.dropout if stack.training and stack.layers > 1 else 0.0,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import load
+from ..backends.choice import is_outer_product
 from .autograd import Layout, differentiable_recurrence, is_batched
 
 #: cell -> number in the extension, or None where the extension is not there
@@ -29,9 +30,12 @@ class Shape(NamedTuple):
     directions: int
     biased: bool
     projected: bool
-    batch_first: bool
+    order: int  # how x is laid out, of the three below
     deterministic: bool
     dropout: float  # what is to be done: zero where nothing is dropped
+
+
+TIME_FIRST, BATCH_FIRST, ONE_STEP = range(3)
 
 
 class Declined(Exception):
@@ -72,8 +76,10 @@ def run(
 
     Of a call that :func:`is_plain`, of a cell that it :func:`serves`.
 
-    x: (T, B, I), (B, T, I) with batch_first, (T, I), or packed (N, I) with batch_sizes.
-    states: none, or per state of the cell (layers * D, B, ...), without B for (T, I).
+    x: (T, B, I) or (T, I); (B, T, I) if BATCH_FIRST; (B, I) if ONE_STEP; or packed (N, I) with
+        batch_sizes.
+    states: none, or per state of the cell (layers * D, B, ...), without B for (T, I); (B, ...) if
+        ONE_STEP, of one layer and direction.
     weights: of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, but for those it has not.
     """
     follows = torch.is_grad_enabled() and (
@@ -81,6 +87,8 @@ def run(
         or any([w.requires_grad for w in weights])
         or any([s.requires_grad for s in states])
     )
+    if follows and x.numel() == x.shape[-1] and is_outer_product(shape.cell, weights[1].shape[1]):
+        return None
     drawn = torch.get_rng_state() if shape.dropout else None
     if follows:
         try:
@@ -105,7 +113,7 @@ def _draw(
     size = weights[-1] if shape.projected else weights[1]  # (P, H) or (G*H, P)
     width = shape.directions * size.shape[0 if shape.projected else 1]
     lead = list(x.shape[:-1])
-    if shape.batch_first and batch_sizes is None and len(lead) == 2:
+    if shape.order == BATCH_FIRST and batch_sizes is None and len(lead) == 2:
         lead.reverse()
     kept = 1.0 - shape.dropout
     return [
@@ -132,7 +140,7 @@ def _arguments(
         shape.directions,
         shape.biased,
         shape.projected,
-        shape.batch_first,
+        shape.order,
         torch.get_num_threads(),
         shape.deterministic,
         tuple(masks),
@@ -182,7 +190,7 @@ class StackFunction(torch.autograd.Function):
             any(need[4 : 4 + n]),
         )
         dx, finals, dweights = found[0], found[1 : 1 + len(dstates)], found[1 + len(dstates) :]
-        if dx is not None and shape.batch_first and batch_sizes is None and dx.dim() == 3:
+        if dx is not None and shape.order == BATCH_FIRST and batch_sizes is None and dx.dim() == 3:
             dx = dx.transpose(0, 1)
         return (None, None, dx, None, *finals[:n], *(dweights or (None,) * len(weights)))
 
@@ -231,11 +239,15 @@ def _layer_by_layer(
     """What :class:`StackFunction` gives, of the same masks."""
     D = shape.directions
     each = len(weights) // (shape.layers * D)
-    batched = batch_sizes is not None or x.dim() == 3
-    if not batched:
-        x, states = x.unsqueeze(1), [s.unsqueeze(1) for s in states]
-    elif shape.batch_first and batch_sizes is None:
+    missing = None  # the dimension that a layer has and this call has not
+    if shape.order == ONE_STEP:
+        missing = 0
+    elif batch_sizes is None and x.dim() == 2:
+        missing = 1
+    elif shape.order == BATCH_FIRST and batch_sizes is None:
         x = x.transpose(0, 1)
+    if missing is not None:
+        x, states = x.unsqueeze(missing), [s.unsqueeze(missing) for s in states]
     reverse = (False, True)[:D]
     finals = []
     for layer in range(shape.layers):
@@ -254,4 +266,4 @@ def _layer_by_layer(
         x, *last = differentiable_recurrence(layout, x, batch_sizes, None, None, *part, *flat)
         finals.append(last)
     outputs = [x, *(torch.cat(s) for s in zip(*finals, strict=True))]
-    return outputs if batched else [o.squeeze(1) for o in outputs]
+    return outputs if missing is None else [o.squeeze(missing) for o in outputs]
