@@ -53,6 +53,8 @@ def test_a_run_leaves_its_record(results):
         ("tiny-layer", "training"),
         ("tiny-ragged", "forward"),
         ("tiny-ragged", "training"),
+        ("tiny-float16", "forward"),
+        ("tiny-float16", "training"),
         ("tiny-streaming", "forward"),
     }
 
@@ -65,9 +67,11 @@ def test_every_contender_ran_in_every_round(results):
         assert {"torch.nn", "fastseq"} <= info["median_ms"].keys()
         others = set(info["median_ms"]) - {"torch.nn", "fastseq"}
         assert info["chosen"] not in others, "the chosen backend is not timed twice"
-        numpy_runs = info["way"] == "forward" and info["workload"] != "tiny-ragged"
+        plain = info["workload"] in ("tiny-layer", "tiny-streaming")
+        numpy_runs = info["way"] == "forward" and plain
         assert ("numpy" in others) == numpy_runs == ("numpy" not in info["declined"])
         assert all(0 < info["fastest_ms"][k] <= v for k, v in info["median_ms"].items())
+        assert (info["limit_ms"] is None) == info["shape"].endswith("float16")
         assert info["median_ms"]["fastseq"] == pytest.approx(
             case["stats"]["median"] * 1e3, abs=1e-4
         )
