@@ -79,6 +79,7 @@ gpu:
 table: setup
 	@$(RUN) -m bench.table --write $(RESULTS)
 	@$(RUN) -m bench.plot --out docs/speed.png $(RESULTS)
+	@$(RUN) -m bench.aims --write $(RESULTS)
 
 capabilities: setup
 	@$(RUN) -m bench.capabilities --write $(ARGS)

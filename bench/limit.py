@@ -68,6 +68,8 @@ def limit(
 ) -> float:
     """Seconds below which no implementation of this kind can stay, with the best of ``rates``.
 
+    The rates are those of float32, and so is the limit.
+
     A layer forward takes
 
         max(2 N G H (I + P) / flops, bytes read / bandwidth) + N H gates + T barriers,
@@ -344,6 +346,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, (forward, backward) in rate.gates.items():
             print(f"  {name} gates: {forward * 1e9:.3f} ns a unit, backward {backward * 1e9:.3f}")
     for workload in matching(options.workloads):
+        if workload.dtype is not torch.float32:
+            continue
         for training in (False, True)[: 1 + workload.training]:
             seconds = limit(workload, training, found)
             print(f"{workload.name:28} {'training' if training else 'forward':8}", end=" ")

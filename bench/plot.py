@@ -24,7 +24,8 @@ def draw(results: Results, path: Path, everything: bool = False) -> None:
         factor = speedup(info)
         if factor is not None:
             factors.setdefault(info["workload"], {})[info["way"]] = factor
-    named = [name for name in factors if not name.startswith(("small-", "peers-", "streaming-"))]
+    grids = ("small-", "peers-", "streaming-", "types-")
+    named = [name for name in factors if not name.startswith(grids)]
     names = list(factors) if everything or not named else named
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()

@@ -210,7 +210,8 @@ def note(results: Results, path: Path) -> str:
     """How and where the figures were measured, and the file that holds them."""
     source = path.resolve()
     shown = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
-    return f"Median of interleaved rounds, float32. {provenance(results)} From `{shown}`."
+    how = "Median of interleaved rounds, float32 where no other type is named."
+    return f"{how} {provenance(results)} From `{shown}`."
 
 
 def main(argv: list[str] | None = None) -> int:

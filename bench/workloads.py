@@ -69,13 +69,19 @@ class Workload:
 
     @property
     def shape(self) -> str:
-        """For people: 'LSTM T35 B20 I650 H650 x2'."""
+        """For people: 'LSTM T35 B20 I650 H650 x2'; the type where it is not float32."""
         text = f"{self.cell.upper()} T{self.T} B{self.B} I{self.I} H{self.H}"
         text += f" P{self.proj}" if self.proj else ""
         text += f" x{self.layers}" if self.layers > 1 else ""
         text += " both ways" if self.bidirectional else ""
         text += " ragged" if self.lengths != "equal" else ""
-        return text + (f" {self.mode}" if self.mode != "layer" else "")
+        text += f" {self.mode}" if self.mode != "layer" else ""
+        return text + (f" {self.type}" if self.dtype is not torch.float32 else "")
+
+    @property
+    def type(self) -> str:
+        """'float32', say."""
+        return str(self.dtype).removeprefix("torch.")
 
     def _products(self) -> int:
         """Weights that are multiplied per row, over layers and directions."""
@@ -180,6 +186,7 @@ PEER_SHAPES = (  # T, B, I, H
     (1000, 1, 64, 64),
     (500, 128, 32, 32),
 )
+TYPE_SHAPES = ((100, 16, 128), (256, 1, 64))  # T, B, H
 #: what is timed beside other libraries, where nothing else is asked for
 PEER_WORKLOADS = "peers-* streaming-*"
 
@@ -204,6 +211,16 @@ WORKLOADS: tuple[Workload, ...] = (
         bidirectional=True,
         lengths="spread",
         source=LAMPLE,
+    ),
+    *_each(
+        ("lstm", "gru"),
+        "tagger-dense",
+        T=50,
+        B=32,
+        I=100,
+        H=128,
+        bidirectional=True,
+        source=LAMPLE + "; all of the full length, beside which a ragged token's cost stands",
     ),
     Workload(
         "elmo",
@@ -304,10 +321,34 @@ WORKLOADS: tuple[Workload, ...] = (
             source=OURS + f"one step a call, {T} calls",
         )
     ),
+    # Other types than float32, and the projection
+    *(
+        workload
+        for T, B, H in TYPE_SHAPES
+        for name, cells, more in (
+            ("proj", ("lstm",), {"proj": H // 2}),
+            ("float64", ("lstm", "gru"), {"dtype": torch.float64}),
+            ("float16", ("lstm", "gru"), {"dtype": torch.float16}),
+            ("bfloat16", ("gru",), {"dtype": torch.bfloat16}),
+        )
+        for workload in _each(
+            cells,
+            f"types-{name}-b{B}-h{H}",
+            T=T,
+            B=B,
+            I=H,
+            H=H,
+            source=OURS + "two sizes in each type, our choice",
+            **more,
+        )
+    ),
     # For the tests of the benchmarks themselves
     Workload("tiny-layer", "gru", T=5, B=2, I=3, H=4, source=OURS + "smoke test"),
     Workload(
         "tiny-ragged", "lstm", T=6, B=3, I=3, H=4, lengths="spread", source=OURS + "smoke test"
+    ),
+    Workload(
+        "tiny-float16", "lstm", T=5, B=2, I=3, H=4, dtype=torch.float16, source=OURS + "smoke test"
     ),
     Workload(
         "tiny-streaming",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import deterministic, lean, limit, measure, overhead, table
+from bench import aims, deterministic, lean, limit, measure, overhead, pages, table
 from bench.__main__ import arguments, as_arguments, commit, result_path
 from bench.limit import Rates
-from bench.workloads import PEER_WORKLOADS, Workload, by_name, matching
+from bench.workloads import PEER_WORKLOADS, WORKLOADS, Workload, by_name, matching
 from fastseq.backends import load
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +53,8 @@ def test_a_run_leaves_its_record(results):
         ("tiny-layer", "training"),
         ("tiny-ragged", "forward"),
         ("tiny-ragged", "training"),
+        ("tiny-float16", "forward"),
+        ("tiny-float16", "training"),
         ("tiny-streaming", "forward"),
     }
 
@@ -65,9 +67,11 @@ def test_every_contender_ran_in_every_round(results):
         assert {"torch.nn", "fastseq"} <= info["median_ms"].keys()
         others = set(info["median_ms"]) - {"torch.nn", "fastseq"}
         assert info["chosen"] not in others, "the chosen backend is not timed twice"
-        numpy_runs = info["way"] == "forward" and info["workload"] != "tiny-ragged"
+        plain = info["workload"] in ("tiny-layer", "tiny-streaming")
+        numpy_runs = info["way"] == "forward" and plain
         assert ("numpy" in others) == numpy_runs == ("numpy" not in info["declined"])
         assert all(0 < info["fastest_ms"][k] <= v for k, v in info["median_ms"].items())
+        assert (info["limit_ms"] is None) == info["shape"].endswith("float16")
         assert info["median_ms"]["fastseq"] == pytest.approx(
             case["stats"]["median"] * 1e3, abs=1e-4
         )
@@ -127,6 +131,7 @@ def test_the_pages_have_their_marks():
         text = page.read_text()
         assert text.count(table.BEGIN) == text.count(table.END) == 1
     assert text.count(table.PEERS_BEGIN) == text.count(table.PEERS_END) == 1
+    assert all(text.count(mark) == 1 for mark in pages.marks("aims"))
 
 
 def test_rows_of_the_readme_are_workloads():
@@ -213,6 +218,133 @@ def test_a_comparison_with_peers_is_not_the_newest_run(tmp_path):
         tmp_path / "b/2026-01-01-x-peers.json",
     }
     assert result_path(tmp_path, peers=True).name.endswith("-peers.json")
+
+
+def made_up(*cases, **more):
+    """Results: (workload, way, median milliseconds by name, limit)."""
+    infos = [
+        {"workload": name, "way": way, "median_ms": times, "limit_ms": least}
+        for name, way, times, least in cases
+    ]
+    return {"benchmarks": [{"extra_info": info} for info in infos], **more}
+
+
+def case(name, torch_ms, ours_ms=1.0, way="forward", least=None, **others):
+    return name, way, {"torch.nn": torch_ms, "fastseq": ours_ms, **others}, least
+
+
+def test_a_layer_belongs_to_the_group_of_its_shape_and_type():
+    groups = {
+        "small-b4-h256-lstm": aims.FEW_LSTM,
+        "awd-lstm-first": aims.PRODUCTS_LSTM,
+        "ptb-medium": aims.REST_LSTM,  # B = 20
+        "forecaster-lstm": aims.REST_LSTM,  # H = 64
+        "long-rnn": aims.FEW,
+        "rl-policy-b2048-h64": aims.REST,
+        "tagger-dense-gru": aims.REST,
+        "elmo": aims.PROJECTED,
+        "types-proj-b1-h64-lstm": aims.PROJECTED,
+        "types-float64-b16-h128-lstm": "LSTM and GRU in float64",
+        "types-bfloat16-b1-h64-gru": "GRU in bfloat16",
+        "tagger-lstm": None,
+        "vad-streaming": None,
+        "tts-decoder": None,
+    }
+    assert {name: aims.group(by_name(name)) for name in groups} == groups
+    few = by_name("small-b4-h256-lstm")
+    assert aims.group(replace(few, H=513)) == aims.REST_LSTM
+    assert aims.group(replace(few, B=32)) == aims.PRODUCTS_LSTM
+    trained = {aims.group(w) for w in WORKLOADS if w.training}
+    assert trained >= aims.AIMS.keys(), "every group is measured both ways"
+
+
+def test_a_group_is_its_geometric_mean_and_its_least():
+    results = made_up(
+        case("small-b1-h32-gru", 2.0),
+        case("long-rnn", 36.0, 2.0),
+        case("long-rnn", 50.0, way="training"),
+        case("ptb-medium", 3.0),
+        case("streaming-h128-gru", 100.0),
+        case("tagger-gru", 100.0),
+    )
+    forward = aims.factors(results, "forward")
+    assert forward[aims.FEW] == [2.0, 18.0] and forward[aims.REST_LSTM] == [3.0]
+    assert sum(map(len, forward.values())) == 3, "neither streaming nor ragged"
+    assert aims.factors(results, "training")[aims.FEW] == [50.0]
+    assert aims.mean_and_least([2.0, 18.0], aims.Aim(6)) == "6.00, least 2.00"
+    assert aims.mean_and_least([2.0, 18.0], aims.Aim(6.5, 2.0)) == "**6.00**, least 2.00"
+    assert aims.mean_and_least([0.5, 338.0], aims.Aim(6, 1.0)) == "13.0, least **0.500**"
+    assert aims.mean_and_least([], aims.Aim(6)) == "not measured"
+
+
+def test_the_cost_of_a_ragged_token():
+    ragged, dense = by_name("tagger-lstm"), by_name("tagger-dense-lstm")
+    assert aims.dense_twin(ragged) == dense and dense.N == 50 * 32 > ragged.N
+    assert aims.dense_twin(by_name("tagger-gru")) == by_name("tagger-dense-gru")
+    results = made_up(
+        case("tagger-lstm", 1.0, 1.2 * ragged.N),
+        case("tagger-dense-lstm", 1.0, 1.0 * dense.N),
+        case("tagger-gru", 1.0, 1.0),
+    )
+    found = aims.ragged_costs(results, "forward")
+    assert found == {"lstm": pytest.approx(1.2)}, "of gru there is no dense twin"
+    assert aims.costs({**found, "gru": 1.1}) == "LSTM **1.20**, GRU 1.10"
+    assert aims.costs({}) == "not measured"
+
+
+def test_the_fraction_of_the_limit_is_a_median_over_layers():
+    results = made_up(
+        case("ptb-medium", 1.0, 2.0, least=1.0),
+        case("tagger-gru", 1.0, 4.0, least=1.0),
+        case("long-gru", 1.0, 4.0, least=3.6),
+        case("types-float64-b1-h64-gru", 1.0, 1.0),
+        case("streaming-h128-gru", 1.0, 100.0, least=1.0),
+    )
+    found = aims.fractions(results, "forward")
+    assert found == [0.5, 0.25, 0.9]
+    assert aims.middle(found) == "**0.500**" and aims.middle([0.6]) == "0.600"
+
+
+def test_the_best_other_library_and_the_limit():
+    results = made_up(
+        case("ptb-medium", 1.0, 10.0, least=8.0, a=9.8, b=20.0, numba=1.0),
+        case("long-gru", 1.0, 10.0, least=8.0, b=10.1, native=1.0),
+        case("long-lstm", 1.0, 10.0, least=1.0, a=40.0, b=30.0),
+        case("long-rnn", 1.0, 10.0, least=1.0),
+        case("streaming-h128-gru", 1.0, 10.0, least=1.0, a=1.0),
+        peers={"a": "1.0", "b": "2.0", "c": "not available: none"},
+        machine_info={"threads": 2},
+    )
+    near, elsewhere = aims.beside_others(results, "forward")
+    assert near == [pytest.approx(0.98)] and elsewhere == pytest.approx([1.01, 3.0])
+    assert aims.near_and_elsewhere(near, elsewhere) == "1.44, least 1.01, near the limit 0.980"
+    assert aims.near_and_elsewhere([0.94], [0.99]) == (
+        "**0.965**, least **0.990**, near the limit **0.940**"
+    )
+    assert aims.near_and_elsewhere([], []) == "not measured"
+    name, aim, *_ = aims.rows(results, [results])[-1]
+    assert name == "the best other library, 2 threads"
+    assert aim == "1.2, each 1.0, near the limit 0.95"
+
+
+def test_the_aims_are_written_into_the_page(results, tmp_path, monkeypatch, capsys):
+    path = str(results[0])
+    assert aims.main([path, path]) == 0
+    printed = capsys.readouterr().out
+    for name in (aims.FEW, "LSTM and GRU in float16"):
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"| {name} "))
+        assert line.count("least") == 2
+    assert "| the best other library, 1 thread " in printed
+    assert printed.count(results[0].name) == 2
+    page = tmp_path / "page.md"
+    begin, end = pages.marks("aims")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    monkeypatch.setattr(pages.write, "__defaults__", (page,))
+    assert aims.main(["--write", path, path]) == 0
+    assert page.read_text() == f"before\n{begin}\n\n{printed.strip()}\n\n{end}\nafter\n"
+    with pytest.raises(SystemExit):
+        aims.main([str(tmp_path / "nothing.json")])
+    assert "nothing.json" in capsys.readouterr().err
 
 
 # Rates that make the sums plain: 1 GFLOP/s, 1 GB/s, gates and barriers for nothing.

@@ -49,6 +49,11 @@ def test_flops_are_counted_as_torch_counts_products():
     assert workload.flops(True) == 3 * workload.flops(False)
 
 
+def test_a_shape_names_its_type():
+    assert by_name("types-float16-b1-h64-gru").shape == "GRU T256 B1 I64 H64 float16"
+    assert by_name("types-proj-b1-h64-lstm").shape == "LSTM T256 B1 I64 H64 P32"
+
+
 def test_patterns():
     assert [w.name for w in matching("ptb-*")] == ["ptb-medium", "ptb-large"]
     assert [w.name for w in matching("ptb-large,ptb-*")] == ["ptb-large", "ptb-medium"]
