@@ -635,7 +635,7 @@ PyObject* give_all(std::initializer_list<PyObject*> objects) {  // takes them ov
 }
 
 // (..., save) -> (y, (h_n, c_n) or (h_n,), saved); saved, where it is wanted: of each layer what `keep`
-// made, every c, and, but for the last, its y and what of it the next layer takes, if that is masked.
+// made, every c, and, but for the last, its y.
 template <class T>
 PyObject* layers(PyObject* const* a) {
   Layers<T> s(a);
@@ -663,10 +663,7 @@ PyObject* layers(PyObject* const* a) {
     if (!run_released(call, useful_threads(s.threads, s.flops()))) return PyErr_NoMemory();
     for (New<T>& buffer : buffers) saved.add(buffer.give());
     if (c_all.data()) saved.add(c_all.give());
-    if (save && layer) {
-      saved.add(y.give());
-      if (x.data()) saved.add(x.give());
-    }
+    if (save && layer) saved.add(y.give());
     y = std::move(out);
     if (layer + 1 < s.layers && !s.masks.empty()) {
       x = New<T>(s.with(D * P));
@@ -690,7 +687,7 @@ PyObject* layers_backward(PyObject* const* a) {
 
   struct Kept {  // of a layer
     std::vector<Recurrence<T>> of;
-    const T *c_all = nullptr, *y = nullptr, *x = nullptr;
+    const T *c_all = nullptr, *y = nullptr;
   };
   std::vector<Kept> layer_kept(s.layers);
   Py_ssize_t at = 0;
@@ -700,10 +697,7 @@ PyObject* layers_backward(PyObject* const* a) {
     one.of.resize(D);
     for (Recurrence<T>& r : one.of) kept(s.shape, s.projected, &r, next);
     if (s.shape.has_c) one.c_all = next();
-    if (layer) {
-      layer_kept[layer - 1].y = one.x = next();
-      if (!s.masks.empty()) one.x = next();
-    }
+    if (layer) layer_kept[layer - 1].y = next();
   }
   layer_kept[s.layers - 1].y = dense<T>(b[Y]);
 
@@ -722,7 +716,14 @@ PyObject* layers_backward(PyObject* const* a) {
   New<T> dx;
   for (int layer = s.layers - 1; layer >= 0; --layer) {
     const Kept& one = layer_kept[layer];
-    s.enter(layer, one.x);
+    New<T> dropped;
+    const T* x = layer ? layer_kept[layer - 1].y : nullptr;
+    if (layer && !s.masks.empty()) {  // made again, not kept
+      dropped = New<T>(s.with(D * P));
+      s.mask(layer, x, dropped.data());
+      x = dropped.data();
+    }
+    s.enter(layer, x);
     std::vector<RecurrenceGradients<T>> gradients(D);
     for (int d = 0; d < D; ++d) {
       Recurrence<T>& r = s.recurrence[d];

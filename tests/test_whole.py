@@ -287,3 +287,23 @@ def test_what_a_cell_is_not_given_plainly(kind):
     assert empty[0].shape == (0, 8)
     with pytest.raises(RuntimeError, match="inconsistent hidden_size"):
         cell(x, (h[:, :7], h[:, :7]) if pair else h[:, :7])
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 0)])
+def test_what_a_stack_keeps(kind, gates):
+    """G + 2 numbers for each token, hidden unit and layer, and a byte of what is dropped."""
+    T, B, H, layers = 12, 7, 64, 3
+    m = LAYERS[kind](8, H, layers, dropout=0.5)
+    x = torch.randn(T, B, 8)
+    given = {t.data_ptr() for t in (x, *m.parameters())}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in given:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        m(x)
+    numbers = sum(kept.values()) / 4 / (T * B * H)
+    assert layers <= numbers <= layers * (gates + 2) + (layers - 1) / 4
