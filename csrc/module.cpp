@@ -76,6 +76,16 @@ const T* dense(PyObject* object) {
   return floats<T>(t);
 }
 
+// The same of so many numbers: hooks on saved tensors may give back anything.
+template <class T>
+T* sized(PyObject* object, int64_t count) {
+  const DLTensor t = view(object);
+  int64_t size = 1;
+  for (int k = 0; k < t.ndim; ++k) size *= t.shape[k];
+  if (size != count) throw Declined();
+  return const_cast<T*>(dense<T>(object));
+}
+
 // The same, or, counted in *halves, bfloat16 as it is.
 template <class T>
 const T* matrix(PyObject* object, int* halves) {
@@ -333,12 +343,12 @@ void keep(const Shape& shape, bool projected, int64_t rows, int64_t H, Recurrenc
   if (projected) at->m = made(H);
 }
 
-// The same, found again by what gives the next one.
+// The same, found again by what gives the next one, of so many numbers in each row.
 template <class T, class Next>
-void kept(const Shape& shape, bool projected, Recurrence<T>* at, Next next) {
-  if (shape.keeps_gates || projected) at->gates = next();
-  if (shape.has_extra) at->extra = next();
-  if (projected) at->m = next();
+void kept(const Shape& shape, bool projected, int64_t H, Recurrence<T>* at, Next next) {
+  if (shape.keeps_gates || projected) at->gates = next(shape.G * H);
+  if (shape.has_extra) at->extra = next(H);
+  if (projected) at->m = next(H);
 }
 
 // (..., save, trajectory, deterministic, y or None) -> [y, *states, *trajectory, *saved]; with y, what
@@ -395,12 +405,15 @@ PyObject* backward(PyObject* const* a) {
   const int64_t B = c.in.batch, H = c.in.H, P = c.in.P, N = c.in.rows;
   const int states = 1 + c.shape.has_c;
   Py_ssize_t at_saved = 0;
-  auto next_saved = [&] { return const_cast<T*>(dense<T>(item(b[SAVED], at_saved++))); };
-  for (Recurrence<T>& r : c.recurrence) kept(c.shape, c.projected(), &r, next_saved);
+  auto next_saved = [&](int64_t width) {
+    return sized<T>(item(b[SAVED], at_saved++), c.capacity * width);
+  };
+  for (Recurrence<T>& r : c.recurrence) kept(c.shape, c.projected(), H, &r, next_saved);
 
   BackwardCall<T> call{};
   call.cell = c.cell, call.R = R, call.input = c.in, call.recurrence = c.recurrence.data();
-  call.y = dense<T>(b[Y]), call.c_all = dense<T>(b[C_ALL]);
+  call.y = sized<T>(b[Y], c.capacity * R * P);
+  if (c.shape.has_c) call.c_all = sized<T>(b[C_ALL], c.capacity * R * H);
   call.dy = dense<T>(b[DY]), call.dc_all = dense<T>(b[DC_ALL]);
   call.weights = wants_weights, call.states = truth(b[WANTS_STATES]);
   call.bf16 = c.bf16, call.halves = c.halves;
@@ -691,15 +704,15 @@ PyObject* layers_backward(PyObject* const* a) {
   };
   std::vector<Kept> layer_kept(s.layers);
   Py_ssize_t at = 0;
-  auto next = [&] { return const_cast<T*>(dense<T>(item(b[SAVED], at++))); };
+  auto next = [&](int64_t width) { return sized<T>(item(b[SAVED], at++), N * width); };
   for (int layer = 0; layer < s.layers; ++layer) {
     Kept& one = layer_kept[layer];
     one.of.resize(D);
-    for (Recurrence<T>& r : one.of) kept(s.shape, s.projected, &r, next);
-    if (s.shape.has_c) one.c_all = next();
-    if (layer) layer_kept[layer - 1].y = next();
+    for (Recurrence<T>& r : one.of) kept(s.shape, s.projected, H, &r, next);
+    if (s.shape.has_c) one.c_all = next(D * H);
+    if (layer) layer_kept[layer - 1].y = next(D * P);
   }
-  layer_kept[s.layers - 1].y = dense<T>(b[Y]);
+  layer_kept[s.layers - 1].y = sized<T>(b[Y], N * D * P);
 
   New<T> dstate[2];
   for (int k = 0; k < states; ++k) {

@@ -193,6 +193,18 @@ def test_saved_tensors_can_live_elsewhere():
         same(outputs_and_gradients(m, x, None), plain)
 
 
+def test_saved_tensors_that_came_back_otherwise():
+    m = made("LSTM", {"num_layers": 2})
+    x = torch.randn(5, 3, 6)
+    given = {t.data_ptr() for t in (x, *m.parameters())}
+    for broken in (lambda t: t[:0], lambda t: t.double(), lambda t: torch.cat([t, t])):
+        hooks = (lambda t: t, lambda t: t if t.data_ptr() in given else broken(t))  # noqa: B023
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            y, _ = m(x)
+        with pytest.raises(RuntimeError, match="saved tensors came back with another shape"):
+            y.sum().backward()
+
+
 def test_an_edited_output_is_noticed_or_harmless():
     x = torch.randn(5, 3, 6)
     y, _ = made("LSTM", {})(x)

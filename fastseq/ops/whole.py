@@ -189,6 +189,8 @@ class StackFunction(torch.autograd.Function):
             any(need[4 + n :]),
             any(need[4 : 4 + n]),
         )
+        if found is None:
+            raise RuntimeError("fastseq: the saved tensors came back with another shape or type")
         dx, finals, dweights = found[0], found[1 : 1 + len(dstates)], found[1 + len(dstates) :]
         if dx is not None and shape.order == BATCH_FIRST and batch_sizes is None and dx.dim() == 3:
             dx = dx.transpose(0, 1)
