@@ -41,6 +41,39 @@ __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
 
+_COMMON = "cell, x, batch_sizes, states, weights, reverse, reset, h_mask, threads, bf16"
+#: What the extension's functions say of themselves. One that was built from other sources may take
+#: and give something else, which nothing but this would tell before it crashes.
+SIGNATURES = {
+    "connect": "(capsule, tensor type, parameter type)",
+    "use_pool": "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads)",
+    "instruction_sets": "() -> [name]",
+    "use_instruction_set": "(name) -> name before",
+    "vocabulary": "(function, x, y)",
+    "plan": "(threads, batch, blocks, flops, bytes) -> (rows, units)",
+    "forward": f"({_COMMON}, save, trajectory, deterministic, known)"
+    " -> [y, *states, *trajectory, *saved] | None",
+    "backward": f"({_COMMON}, y, saved, c_all, dy, dstates, dc_all, wants_x, wants_weights)"
+    " -> [dx, *dstates, *dweights] | None",
+    "layers": "(cell, x, hx, weights, layers, directions, biased, projected, batch_first, threads,"
+    " deterministic) -> (y, states) | None",
+    "stream": "(cell, weights, layers, biased, projected, h, c, outputs) -> stream | None",
+    "stream_step": "(stream, x, threads) -> y | None",
+}
+
+
+def _other_build() -> str | None:
+    """Why the extension is not the one that belongs to this file."""
+    found = {name: getattr(getattr(_cpu, name, None), "__doc__", None) for name in SIGNATURES}
+    others = [name for name, text in SIGNATURES.items() if found[name] != text]
+    others += [name for name in NUMBER if name not in CELLS]
+    if not others:
+        return None
+    return (
+        "the C++ kernels were built from the sources of another version of fastseq, with another "
+        f"{others[0]}; build them again: make build, or pip install ."
+    )
+
 
 def _connect() -> str | None:
     """Ready the extension for this process; or why it cannot be."""
@@ -57,7 +90,7 @@ def _connect() -> str | None:
     return None
 
 
-_reason = _connect()
+_reason = _other_build() or _connect()
 
 
 def unavailable() -> str | None:
@@ -185,13 +218,10 @@ def stream(cell: str, *arguments: Any) -> Any:
     return _cpu.stream(NUMBER[cell], *arguments)
 
 
-stream_step = _cpu.stream_step
-layers = _cpu.layers
+stream_step = getattr(_cpu, "stream_step", None)  # another build may have neither
+layers = getattr(_cpu, "layers", None)
 
 
 def instruction_sets() -> list[str]:
     """Those of the extension that this machine can run, the best first."""
     return _cpu.instruction_sets()
-
-
-assert set(NUMBER) <= set(CELLS)
