@@ -23,8 +23,8 @@ inline void forbid(void* from, size_t size) { __asan_poison_memory_region(from, 
 inline void allow(void* from, size_t size) { __asan_unpoison_memory_region(from, size); }
 #else
 constexpr size_t RED_ZONE = 0;
-inline void forbid(void*, size_t) {}
-inline void allow(void*, size_t) {}
+inline __attribute__((always_inline)) void forbid(void*, size_t) {}
+inline __attribute__((always_inline)) void allow(void*, size_t) {}
 #endif
 
 }  // namespace fastseq

@@ -90,9 +90,11 @@ inline __attribute__((always_inline)) void meet(Slot* slots, int id, int count) 
 // pieces of the same block are told of the same borders.
 class Arena {
  public:
+  static constexpr int64_t BETWEEN = 64 + RED_ZONE;  // bytes that a piece may take beside its own
+
   explicit Arena(void* block) : block_(static_cast<char*>(block)) {}
   template <class T>
-  T* take(int64_t count) {
+  __attribute__((always_inline)) T* take(int64_t count) {  // no two instruction sets may share it
     const size_t size = static_cast<size_t>(count > 0 ? count : 0) * sizeof(T);
     const size_t room = (size + 63) / 64 * 64 + RED_ZONE;
     char* piece = block_ ? block_ + used_ : nullptr;
