@@ -29,10 +29,14 @@ from .contract import (
 )
 from .layout import declined, keeps_gates, saved_layout, wide
 
+FOLDER = Path(__file__).parents[1]
 try:
     from .. import _cpu  # type: ignore[attr-defined]
+
+    if not FOLDER.samefile(Path(_cpu.__file__).parent):  # an editable install's finder knows it
+        raise ImportError(f"{_cpu.__file__} belongs to another fastseq")
 except ImportError as error:
-    note = Path(__file__).parents[1] / "_cpu.txt"  # setup.py's
+    note = FOLDER / "_cpu.txt"  # setup.py's
     why = note.read_text().strip() if note.exists() else error
     raise ImportError(f"fastseq was built without its C++ kernels: {why}") from error
 
