@@ -24,7 +24,7 @@ SOURCES = ("csrc/module.cpp", "csrc/cpu/run.cpp", "csrc/cpu/kernels.cpp")
 HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h"))
 FLAGS = (
     "-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
-    "-Wall -Wextra -Wno-psabi"
+    "-fno-sized-deallocation -Wall -Wextra -Wno-psabi"  # sized: of GCC 5's libstdc++
 ).split()
 # kernels.cpp is compiled once for each; which one runs is decided when it runs.
 # Those in OPTIONAL are left out where the compiler does not know their flags.

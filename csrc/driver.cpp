@@ -2,13 +2,17 @@
 // thread, on three, and on three that turn out to be one. Buffers are of the exact size on the heap,
 // so that AddressSanitizer sees a step beyond them. What more threads give is compared with what one
 // gives: outputs and the gradients of inputs and states bit for bit, those of weights closely, since
-// they are added up in other pieces; so are outputs where the weights are not packed.
+// they are added up in other pieces; so are outputs where the weights are not packed. What forward
+// saves is made again from its y, bit for bit.
 //
-//   driver base | avx2 | avx512 | avx512_bf16
+//   driver base | avx2 | avx512 | avx512_bf16 [SIZE]
 //
+// With a size it writes behind a piece of so many numbers of a scratch block, and does no more:
+// AddressSanitizer has to report it.
 // The kernels of the instruction set that is named are linked, and those of no other.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -87,6 +91,7 @@ const Shape shapes[] = {
     {3, 2, 4, 260, 0, 1, true, true, false, false, false},  // and so for every cell
     {2, 1, 3, 4, 0, 70, false, true, true, false, false},  // members of an ensemble
     {0, 3, 4, 5, 0, 2, false, true, true, false, false},
+    {21, 6, 6, 18, 10, 2, true, true, true, true, true},  // even, more rows than a product takes
 };
 
 // Exactly `size` numbers.
@@ -120,13 +125,19 @@ struct Random {
 };
 
 // The weights are packed in the call, read as they are, were packed before it, or are packed as
-// bfloat16 where there is a dot product of it.
-enum Weighing { PACKED, PLAIN, AHEAD, BF16 };
+// bfloat16 where there is a dot product of it, which they are already in the last case.
+enum Weighing { PACKED, PLAIN, AHEAD, BF16, HALVES };
+
+uint16_t bfloat16(float value) {  // to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 template <class T>
 struct Outputs {
   Array<T> y, h_n, c_n, c_all, dx, dh, dc;
-  std::vector<Array<T>> weights;
+  std::vector<Array<T>> saved, weights;  // saved: gates, extra and m of each recurrence
 };
 
 template <class T>
@@ -139,6 +150,7 @@ struct Problem {
   Array<T> x, h_0, c_0, h_mask, dy, dc_all, dh_n, dc_n;
   Array<uint8_t> reset;
   std::vector<Array<T>> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr, unit of each recurrence
+  std::vector<Array<uint16_t>> halves;  // the same in bfloat16
 
   Problem(Cell cell, Shape given) : cell(cell), form(forms[cell]), shape(given) {
     if (form.is_square) shape.P = 0;
@@ -161,6 +173,10 @@ struct Problem {
       weights.push_back(projection ? random.array<T>(P * H, bound) : Array<T>());
       weights.push_back(form.has_unit ? random.array<T>(H, 1) : Array<T>());
     }
+    for (const Array<T>& w : weights) {
+      halves.push_back(w.data() ? Array<uint16_t>(w.size()) : Array<uint16_t>());
+      for (int64_t k = 0; k < w.size(); ++k) halves.back()[k] = bfloat16(static_cast<float>(w[k]));
+    }
     x = random.array<T>(N * I, 1);
     if (state) h_0 = random.array<T>(R * B * P, 1);
     if (state && form.has_c) c_0 = random.array<T>(R * B * H, 1);
@@ -179,45 +195,64 @@ struct Problem {
     return {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data(), w[5].data()};
   }
 
-  bool run(int threads, bool save, Weighing how, Outputs<T>* out) const {
-    const int64_t B = shape.B, H = shape.H, R = shape.R, G = form.gates;
+  Input<T> input() const {
     Input<T> in{};
-    in.steps = shape.T, in.batch = B, in.rows = N, in.I = shape.I, in.H = H, in.P = P;
+    in.steps = shape.T, in.batch = shape.B, in.rows = N, in.I = shape.I, in.H = shape.H, in.P = P;
     if (shape.ragged) in.sizes = sizes.data(), in.offsets = offsets.data();
-    in.x = x.data(), in.x_step = B * shape.I, in.x_row = shape.I;
-    const bool keeps = form.keeps_gates || shape.P;
-    std::vector<Recurrence<T>> recurrence(R);
-    std::vector<Array<T>> kept;
+    in.x = x.data(), in.x_step = shape.B * shape.I, in.x_row = shape.I;
+    return in;
+  }
+  bool keeps_gates() const { return form.keeps_gates || shape.P; }
+  bool saves() const { return keeps_gates() || form.has_extra || form.has_c; }
+
+  // With `known`, the y of an earlier call, only what is saved is made.
+  bool forward(int threads, bool save, Weighing how, const T* known,
+               std::vector<Recurrence<T>>& recurrence, Outputs<T>* out) const {
+    const int64_t B = shape.B, H = shape.H, R = shape.R, G = form.gates;
+    std::vector<Array<T>> packed;
     const auto keep = [&](bool wanted, int64_t size) {
       if (!save || !wanted) return static_cast<T*>(nullptr);
-      kept.push_back(Array<T>(size));
-      return kept.back().data();
+      out->saved.push_back(Array<T>(size));
+      return out->saved.back().data();
     };
-    out->y = Array<T>(N * R * P), out->h_n = Array<T>(R * B * P);
+    if (!known) out->y = Array<T>(N * R * P);
+    out->h_n = Array<T>(R * B * P);
     if (form.has_c) out->c_n = Array<T>(R * B * H), out->c_all = Array<T>(N * R * H);
+    recurrence.resize(R);
     for (int r = 0; r < R; ++r) {
       Recurrence<T>& at = recurrence[r];
       at = {};
       at.weights = of(weights, r), at.reverse = r % 2;
+      if (how == HALVES) {
+        const auto half = [&](int k) {
+          return reinterpret_cast<const T*>(halves[6 * r + k].data());
+        };
+        at.weights.w_ih = half(0), at.weights.w_hh = half(1), at.weights.w_hr = half(4);
+      }
       at.h_0 = h_0.row(r, B * P), at.c_0 = c_0.row(r, B * H);
       at.reset = reset.row(r, N), at.h_mask = h_mask.row(r, B * P);
       at.h_n = out->h_n.row(r, B * P), at.c_n = out->c_n.row(r, B * H);
-      at.gates = keep(keeps, N * G * H), at.extra = keep(form.has_extra, N * H);
+      at.gates = keep(keeps_gates(), N * G * H), at.extra = keep(form.has_extra, N * H);
       at.m = keep(shape.P, N * H);
     }
-    ForwardCall<T> forward{};
-    forward.cell = cell, forward.R = shape.R, forward.input = in;
-    forward.recurrence = recurrence.data(), forward.y = out->y.data();
-    forward.c_all = save ? out->c_all.data() : nullptr, forward.pack = how != PLAIN;
-    forward.bf16 = how == BF16;
+    ForwardCall<T> call{};
+    call.cell = cell, call.R = shape.R, call.input = input(), call.recurrence = recurrence.data();
+    call.y = out->y.data(), call.known = known, call.c_all = save ? out->c_all.data() : nullptr;
+    call.pack = how != PLAIN, call.bf16 = how == BF16 || how == HALVES, call.halves = how == HALVES;
     if (how == AHEAD)
       for (int r = 0; r < R; ++r) {
         const auto pack = kernels(T()).pack;
-        kept.push_back(Array<T>((pack(forward, r, nullptr) + sizeof(T) - 1) / sizeof(T)));
-        pack(forward, r, kept.back().data());
-        recurrence[r].packed = kept.back().data();
+        packed.push_back(Array<T>((pack(call, r, nullptr) + sizeof(T) - 1) / sizeof(T)));
+        pack(call, r, packed.back().data());
+        recurrence[r].packed = packed.back().data();
       }
-    if (!fastseq::run(forward, threads)) return false;
+    return fastseq::run(call, threads);
+  }
+
+  bool run(int threads, bool save, Weighing how, Outputs<T>* out) const {
+    const int64_t B = shape.B, H = shape.H, R = shape.R;
+    std::vector<Recurrence<T>> recurrence;
+    if (!forward(threads, save, how, nullptr, recurrence, out)) return false;
     if (!save) return true;
 
     out->dx = Array<T>(N * shape.I), out->dh = Array<T>(R * B * P), out->dc = Array<T>(dc_n.size());
@@ -229,11 +264,12 @@ struct Problem {
       gradients[r] = {out->dh.row(r, B * P), form.has_c ? out->dc.row(r, B * H) : nullptr,
                       of(out->weights, r)};
     BackwardCall<T> backward{};
-    backward.cell = cell, backward.R = shape.R, backward.input = in;
+    backward.cell = cell, backward.R = shape.R, backward.input = input();
     backward.recurrence = recurrence.data(), backward.gradients = gradients.data();
     backward.y = out->y.data(), backward.c_all = out->c_all.data();
     backward.dy = dy.data(), backward.dc_all = dc_all.data();
-    backward.dx = out->dx.data(), backward.weights = backward.states = true, backward.bf16 = how == BF16;
+    backward.dx = out->dx.data(), backward.weights = backward.states = true;
+    backward.bf16 = how == BF16 || how == HALVES, backward.halves = how == HALVES;
     return fastseq::run(backward, threads);
   }
 };
@@ -259,6 +295,24 @@ void check(Cell cell, const Shape& shape) {
     if (!problem.run(threads, save, how, &out)) ++failures, std::printf("out of memory\n");
     return out;
   };
+  const auto again = [&](int threads, Weighing how, const Outputs<T>& known) {
+    Outputs<T> out;
+    std::vector<Recurrence<T>> recurrence;
+    if (!problem.forward(threads, true, how, known.y.data(), recurrence, &out))
+      ++failures, std::printf("out of memory\n");
+    return out;
+  };
+  const auto told = [&](int before, const char* what) {
+    if (failures > before)
+      std::printf("  %s, float%d, T=%d B=%d H=%d: %s\n", forms[cell].name, int(8 * sizeof(T)),
+                  int(shape.T), int(shape.B), int(shape.H), what);
+  };
+  const auto same_saved = [&](const Outputs<T>& a, const Outputs<T>& b, const char* what) {
+    const int before = failures;
+    for (size_t k = 0; k < a.saved.size(); ++k) compare("saved", a.saved[k], b.saved[k], 0);
+    compare("c_all", a.c_all, b.c_all, 0);
+    told(before, what);
+  };
   const auto same = [&](const Outputs<T>& a, const Outputs<T>& b, const char* what, double allowed) {
     const int before = failures;
     compare("y", a.y, b.y, allowed), compare("h_n", a.h_n, b.h_n, allowed);
@@ -269,9 +323,7 @@ void check(Cell cell, const Shape& shape) {
       for (size_t k = 0; k < a.weights.size(); ++k)
         compare("dw", a.weights[k], b.weights[k], sizeof(T) == 4 ? 1e-3 : 1e-10);
     }
-    if (failures > before)
-      std::printf("  %s, float%d, T=%d B=%d H=%d: %s\n", forms[cell].name, int(8 * sizeof(T)),
-                  int(shape.T), int(shape.B), int(shape.H), what);
+    told(before, what);
   };
   pool.parallel = parallel;
   const Outputs<T> one = run(1, true, PACKED), plain = run(1, true, PLAIN);
@@ -282,18 +334,39 @@ void check(Cell cell, const Shape& shape) {
   same(one, run(3, false, AHEAD), "weights packed before, three threads", 0);
   same(one, plain, "weights not packed", sizeof(T) == 4 ? 1e-4 : 1e-11);
   same(plain, run(3, true, PLAIN), "weights not packed, three threads", 0);
-  same(run(1, true, BF16), run(3, true, BF16), "bfloat16, three threads", 0);
+  const Outputs<T> rounded = run(1, true, BF16);
+  same(rounded, run(3, true, BF16), "bfloat16, three threads", 0);
+  const bool halves = kernels(T()).in_pairs(problem.input());
+  if (halves) {
+    same(rounded, run(1, true, HALVES), "weights of bfloat16", 0);
+    same(rounded, run(3, true, HALVES), "weights of bfloat16, three threads", 0);
+  }
+  if (problem.saves()) {
+    same_saved(one, again(1, PACKED, one), "from a known y");
+    same_saved(one, again(3, PACKED, one), "from a known y, three threads");
+    same_saved(rounded, again(3, halves ? HALVES : BF16, rounded), "from a known y of bfloat16");
+  }
   pool.parallel = alone;
   same(one, run(3, true, PACKED), "one thread where three were asked for", 0);
 }
 
 }  // namespace
 
+// One number behind the first of two pieces, into the room that they are rounded up to or beyond it.
+void overrun(int64_t size) {
+  const Array<char> block(4096);
+  Arena arena(block.data());
+  float* piece = arena.take<float>(size);
+  arena.take<float>(16);
+  static_cast<volatile float*>(piece)[size] = 1;
+}
+
 int main(int count, char** names) {
-  if (count != 2 || !use_instruction_set(names[1])) {
+  if (count < 2 || !use_instruction_set(names[1])) {
     std::printf("driver: name one instruction set that this machine can run\n");
     return 2;
   }
+  if (count > 2) return overrun(std::atoi(names[2])), 0;
   pool.thread_num = thread_num, pool.num_threads = num_threads;
   for (int cell = 0; cell < CELLS; ++cell)
     for (const Shape& shape : shapes) {

@@ -42,6 +42,12 @@ void set_error(void*, const char*, const char* message) {
 
 bool is_none(PyObject* object) { return object == Py_None; }
 
+void need_connection() {
+  if (api) return;
+  PyErr_SetString(PyExc_RuntimeError, "fastseq._cpu: connect() must be called first");
+  throw PythonError();
+}
+
 DLTensor view(PyObject* object) {
   DLTensor tensor;
   if (api->view(object, &tensor)) throw PythonError();
@@ -307,7 +313,8 @@ struct Common {
 
   bool projected() const { return recurrence[0].weights.w_hr != nullptr; }
   std::vector<int64_t> with(int64_t last) const {
-    std::vector<int64_t> shape = lead;
+    // not a copy, whose size check is a function of GCC 11's libstdc++
+    std::vector<int64_t> shape(lead.begin(), lead.end());
     shape.push_back(last);
     return shape;
   }
@@ -555,7 +562,7 @@ struct Layers {
     return {layers * D, size};
   }
   std::vector<int64_t> with(int64_t last) const {
-    std::vector<int64_t> shape = lead;
+    std::vector<int64_t> shape(lead.begin(), lead.end());
     shape.push_back(last);
     return shape;
   }
@@ -787,7 +794,8 @@ PyObject* dispatch(PyObject*, PyObject* const* a, Py_ssize_t count) {
     return nullptr;
   }
   try {
-    if (!tensor_type || !PyObject_IsInstance(a[X], tensor_type)) throw Declined();
+    need_connection();
+    if (!PyObject_IsInstance(a[X], tensor_type)) throw Declined();
     const DLTensor x = PLAIN ? plain(a[X]) : view(a[X]);
     if (x.dtype.code == 2 && x.dtype.bits == 32) return F32(a);
     if (x.dtype.code == 2 && x.dtype.bits == 64) return F64(a);
@@ -815,7 +823,8 @@ class Stream : public StreamBase {
   //  outputs: h[0][-1] and h[1][-1])
   enum { CELL_, WEIGHTS_, LAYERS_, BIASED_, PROJECTED_, H_, C_, OUTPUTS_, COUNT };
 
-  explicit Stream(PyObject* const* a) {
+  Stream() = default;
+  explicit Stream(PyObject* const* a) : Stream() {  // so what it has so far is freed if it throws
     for (int k : {int(WEIGHTS_), int(H_), int(C_), int(OUTPUTS_)}) {
       Py_INCREF(a[k]);
       kept_.push_back(a[k]);
@@ -916,6 +925,7 @@ void delete_stream(PyObject* capsule) {
 
 PyObject* stream(PyObject*, PyObject* const* a, Py_ssize_t count) {
   try {
+    need_connection();
     if (count != Stream<float>::COUNT) {
       PyErr_SetString(PyExc_TypeError, "stream: wrong number of arguments");
       return nullptr;
@@ -938,6 +948,7 @@ PyObject* stream(PyObject*, PyObject* const* a, Py_ssize_t count) {
 // (stream, x, threads) -> y, or None where x is not laid out as it must be
 PyObject* stream_step(PyObject*, PyObject* const* a, Py_ssize_t count) {
   try {
+    need_connection();
     if (count != 3) throw Declined();
     auto* stream = static_cast<StreamBase*>(PyCapsule_GetPointer(a[0], "fastseq.stream"));
     if (!stream) return nullptr;
@@ -956,16 +967,17 @@ PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "expected a capsule and two types");
     return nullptr;
   }
-  PyObject* capsule = a[0];
-  Py_INCREF(a[1]), Py_INCREF(a[2]);
-  tensor_type = a[1], parameter_type = a[2];
-  api = static_cast<const DLExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  if (!api) return nullptr;
-  while (api && api->major > 1) api = api->previous;
-  if (!api || !api->view) {
+  auto* found =
+      static_cast<const DLExchangeApi*>(PyCapsule_GetPointer(a[0], "dlpack_exchange_api"));
+  if (!found) return nullptr;
+  while (found && found->major > 1) found = found->previous;
+  if (!found || !found->view) {
     PyErr_SetString(PyExc_ImportError, "torch's DLPack exchange interface is of an unknown version");
     return nullptr;
   }
+  Py_INCREF(a[1]), Py_INCREF(a[2]);
+  tensor_type = a[1], parameter_type = a[2];
+  api = found;
   Py_RETURN_NONE;
 }
 
@@ -1014,7 +1026,12 @@ PyObject* use_set(PyObject*, PyObject* name) {
 // (name of the function as a number, x, y), for the tests of the vocabulary
 PyObject* vocabulary(PyObject*, PyObject* const* a, Py_ssize_t count) {
   try {
-    if (count != 3) throw PythonError();
+    need_connection();
+    if (count != 3 || !PyObject_IsInstance(a[1], tensor_type) ||
+        !PyObject_IsInstance(a[2], tensor_type)) {
+      PyErr_SetString(PyExc_TypeError, "expected a number and two tensors");
+      throw PythonError();
+    }
     const int name = static_cast<int>(integer(a[0]));
     const DLTensor x = view(a[1]), y = view(a[2]);
     if (x.dtype.bits == 32)
@@ -1044,23 +1061,60 @@ PyCFunction fast(Function function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+// What native.py must know of each function. A build whose texts are not native.py's is refused there,
+// so who changes what a function takes or gives, changes its text in both.
+#define FASTSEQ_COMMON "cell, x, batch_sizes, states, weights, reverse, reset, h_mask, threads, bf16"
+constexpr char CONNECT[] = "(capsule, tensor type, parameter type)";
+constexpr char USE_POOL[] = "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads)";
+constexpr char SETS[] = "() -> [name]";
+constexpr char USE_SET[] = "(name) -> name before";
+constexpr char VOCABULARY[] = "(function, x, y)";
+constexpr char PLAN[] = "(threads, batch, blocks, flops, bytes) -> (rows, units)";
+constexpr char FORWARD[] =
+    "(" FASTSEQ_COMMON ", save, trajectory, deterministic, known)"
+    " -> [y, *states, *trajectory, *saved] | None";
+constexpr char BACKWARD[] =
+    "(" FASTSEQ_COMMON ", y, saved, c_all, dy, dstates, dc_all, wants_x, wants_weights,"
+    " wants_states)"
+    " -> [dx, *dstates, *dweights] | None";
+#define FASTSEQ_LAYERS \
+  "cell, x, batch_sizes, states, weights, layers, directions, biased, projected, order, threads," \
+  " deterministic, masks, kept"
+constexpr char LAYERS[] = "(" FASTSEQ_LAYERS ", save) -> (y, states, saved) | None";
+constexpr char LAYERS_BACKWARD[] =
+    "(" FASTSEQ_LAYERS ", y, saved, dy, dstates, wants_x, wants_weights, wants_states)"
+    " -> [dx, *dstates, *dweights] | None";
+constexpr char STREAM[] =
+    "(cell, weights, layers, biased, projected, h, c, outputs) -> stream | None";
+constexpr char STREAM_STEP[] = "(stream, x, threads) -> y | None";
+
+constexpr int count_of(const char* text) {  // of its arguments
+  int count = 1;
+  for (; *text != ')'; ++text) count += *text == ',';
+  return count;
+}
+static_assert(count_of(FORWARD) == COMMON + 4 && count_of(BACKWARD) == COMMON + 9 &&
+              count_of(LAYERS) == L_COUNT + 1 && count_of(LAYERS_BACKWARD) == L_COUNT + 7 &&
+              count_of(STREAM) == Stream<float>::COUNT);
+
 PyMethodDef methods[] = {
-    {"connect", fast(connect), METH_FASTCALL, nullptr},
-    {"use_pool", fast(use_pool), METH_FASTCALL, nullptr},
-    {"instruction_sets", sets, METH_NOARGS, nullptr},
-    {"use_instruction_set", use_set, METH_O, nullptr},
-    {"vocabulary", fast(vocabulary), METH_FASTCALL, nullptr},
-    {"plan", plan, METH_VARARGS, nullptr},
-    {"forward", fast(dispatch<forward<float>, forward<double>, COMMON + 4>), METH_FASTCALL, nullptr},
-    {"backward", fast(dispatch<backward<float>, backward<double>, COMMON + 9>), METH_FASTCALL,
-     nullptr},
-    {"layers", fast(dispatch<layers<float>, layers<double>, L_COUNT + 1, true>), METH_FASTCALL,
-     nullptr},
+    {"connect", fast(connect), METH_FASTCALL, CONNECT},
+    {"use_pool", fast(use_pool), METH_FASTCALL, USE_POOL},
+    {"instruction_sets", sets, METH_NOARGS, SETS},
+    {"use_instruction_set", use_set, METH_O, USE_SET},
+    {"vocabulary", fast(vocabulary), METH_FASTCALL, VOCABULARY},
+    {"plan", plan, METH_VARARGS, PLAN},
+    {"forward", fast(dispatch<forward<float>, forward<double>, count_of(FORWARD)>), METH_FASTCALL,
+     FORWARD},
+    {"backward", fast(dispatch<backward<float>, backward<double>, count_of(BACKWARD)>),
+     METH_FASTCALL, BACKWARD},
+    {"layers", fast(dispatch<layers<float>, layers<double>, count_of(LAYERS), true>), METH_FASTCALL,
+     LAYERS},
     {"layers_backward",
-     fast(dispatch<layers_backward<float>, layers_backward<double>, L_COUNT + 7, true>),
-     METH_FASTCALL, nullptr},
-    {"stream", fast(stream), METH_FASTCALL, nullptr},
-    {"stream_step", fast(stream_step), METH_FASTCALL, nullptr},
+     fast(dispatch<layers_backward<float>, layers_backward<double>, count_of(LAYERS_BACKWARD), true>),
+     METH_FASTCALL, LAYERS_BACKWARD},
+    {"stream", fast(stream), METH_FASTCALL, STREAM},
+    {"stream_step", fast(stream_step), METH_FASTCALL, STREAM_STEP},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -94,13 +94,24 @@ def test_without_a_compiler_the_package_works_and_says_why(tree):
     run(*INPLACE, cwd=tree, CXX="/nonexistent/c++ -pipe")
     why = "CXX names the C++ compiler /nonexistent/c++, which is not there"
     assert note(tree) == f"{why}\n"
-    code = (  # an editable install would find the kernels of another tree
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f)]; "
-        "import fastseq; print(fastseq.backends()['native'])"
+    # and does not take those of another tree, which an editable install of that one would find
+    code = "import fastseq; print(fastseq.__file__, fastseq.backends()['native'])"
+    said = run("-c", code, cwd=tree, PYTHONPATH=tree).partition(" ")
+    assert said[0] == str(tree / "fastseq" / "__init__.py")
+    assert said[2].startswith(f"not available: fastseq was built without its C++ kernels: {why}; ")
+    assert "install a C++ compiler" in said[2] and "pip install ." in said[2]
+
+
+def test_kernels_of_another_tree_are_not_taken(tree):
+    """As the finder of an editable install of that tree would."""
+    code = (
+        "import sys, types, fastseq; other = types.ModuleType('fastseq._cpu'); "
+        f"other.__file__ = {__file__!r}; "
+        "sys.modules['fastseq._cpu'] = fastseq._cpu = other; print(fastseq.backends()['native'])"
     )
-    said = run("-c", code, cwd=tree, PYTHONPATH=tree)
-    assert said.startswith(f"not available: fastseq was built without its C++ kernels: {why}; ")
-    assert "install a C++ compiler" in said and "pip install ." in said
+    assert f"kernels: {__file__} belongs to another fastseq; " in run(
+        "-c", code, cwd=tree, PYTHONPATH=tree
+    )
 
 
 def test_the_compiler_is_looked_for_on_the_path(tree, tmp_path):
@@ -258,7 +269,9 @@ def test_the_library_asks_for_little_and_gives_its_entry_alone(built):
     one_binary = tool(ROOT, "one_binary")
     assert "no symbol of torch" in one_binary.look(wheel)
     _, newest = one_binary.needs(made)
-    assert [int(n) for n in newest["GLIBC"].split(".")[:2]] <= [2, 17], "manylinux2014's"
+    manylinux2014 = {"GLIBC": [2, 17], "GLIBCXX": [3, 4, 19], "CXXABI": [1, 3, 7]}
+    for name, most in manylinux2014.items():
+        assert [int(n) for n in newest.get(name, "0").split(".")] <= most, name
     defined = subprocess.check_output(["nm", "-D", "--defined-only", made], text=True)
     assert [line.split()[-1] for line in defined.splitlines()] == ["PyInit__cpu"]
 

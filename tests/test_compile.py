@@ -1,8 +1,6 @@
 """torch.compile in one graph, torch.export, and what both ask of the operators."""
 
 import io
-import os
-import shutil
 
 import pytest
 import torch
@@ -13,18 +11,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
-from twins import CELLS, LAYERS, assert_same, detached, state_for, tensors
+from twins import CELLS, LAYERS, assert_same, compiles_cpp, detached, state_for, tensors
 
 import fastseq
 from fastseq.ops.library import make_call
 
 I, H, P = 4, 6, 3  # noqa: E741
-
-#: inductor compiles C++ where the tensors are on a CPU; nothing else here needs a compiler
-compiles_cpp = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-    reason="inductor needs a C++ compiler, and there is none",
-)
 
 BACKENDS = (
     "eager",

@@ -10,6 +10,7 @@ from problems import CHOICES, NAMED, draw
 from rules import check_close
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from twins import needs
 
 import fastseq
 from fastseq.backends.contract import Weights
@@ -134,6 +135,7 @@ MODULES = {
 
 def pair(kind, backend, dtype=torch.float64, **options):
     """Ours and torch's with the same parameters."""
+    needs(backend)
     torch.manual_seed(0)
     options = {"num_layers": 2, "bidirectional": True} | MODULES[kind] | options
     name = kind.split()[0]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
-from twins import needs
+from twins import compiles_cpp, needs
 
 import fastseq
 from fastseq.ops import masks
@@ -493,6 +493,7 @@ def test_autocast_and_16_bits(backend):
 # --- Among torch's tools
 
 
+@compiles_cpp
 @pytest.mark.parametrize(
     "kind, dynamic",
     [

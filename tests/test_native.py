@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rules import check_all, same_bits
 
 import fastseq
 from fastseq.backends import load, openmp
-from fastseq.backends.contract import Call, Weights
+from fastseq.backends.contract import Call, OutputGradients, Result, Wanted, Weights
 from fastseq.cells import CELLS
 
 ROOT = Path(__file__).parents[1]
@@ -214,11 +215,11 @@ def test_within_another_parallel_region(threads):
         check_same(case.run("native"), expected)
 
 
-def python(code, **environment):
+def python(code, arguments=(), **environment):
     """What a fresh interpreter prints."""
     prelude = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
     done = subprocess.run(
-        [sys.executable, "-c", prelude + code],
+        [sys.executable, "-c", prelude + code, *arguments],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -268,9 +269,12 @@ def test_after_a_fork():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no signal of this kind")
-def test_an_interrupt_comes_after_the_call(threads):
+def test_an_interrupt_comes_after_the_call(threads, request):
     """Ctrl-C is raised when the kernels return, and the next call is right."""
     threads(2)
+    # a shell starts what it puts in the background with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     case = layer(T=3000, B=2, H=128)
     with torch.no_grad():
         expected = case.run("native")
@@ -278,10 +282,88 @@ def test_an_interrupt_comes_after_the_call(threads):
             timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
             timer.start()
             with pytest.raises(KeyboardInterrupt):
-                while True:
+                end = time.monotonic() + 60
+                while time.monotonic() < end:
                     case.run("native")
             timer.join()
             check_same(case.run("native"), expected)
+
+
+# The extension itself
+
+LOADED_ALONE = """
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("fastseq._cpu", sys.argv[1])
+_cpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_cpu)
+x = torch.zeros(3)
+for name in ("forward", "backward", "layers", "stream", "stream_step", "vocabulary"):
+    function = getattr(_cpu, name)
+    count = 1 + function.__doc__.partition(")")[0].count(",")
+    for arguments in ([x] * count, [None] * count, []):
+        try:
+            print(name, function(*arguments))
+        except (RuntimeError, TypeError) as error:
+            print(type(error).__name__)
+try:
+    _cpu.connect(x, x, x)
+except ValueError:
+    print(_cpu.plan(1, 1, 1, 1.0, 1.0), _cpu.instruction_sets(), _cpu.use_instruction_set("base"))
+"""
+
+
+def test_nothing_runs_before_it_is_connected():
+    """Every function raises, whatever it is given; those that see no tensor work."""
+    said = python(LOADED_ALONE, arguments=[_cpu.__file__]).splitlines()
+    assert set(said[:-1]) == {"RuntimeError", "TypeError"}
+    assert said.count("TypeError") == 3  # of those that count their arguments first
+    assert said[-1] == f"(1, 1) {SETS} {SETS[0]}"
+
+
+OTHER_BUILD = """
+import torch, types
+import fastseq._cpu as real
+{edit}
+import fastseq
+print(fastseq.backends()["native"])
+print(fastseq.LSTM(2, 3)(torch.zeros(4, 1, 2))[0].shape)
+try:
+    fastseq.LSTM(2, 3, backend="native")(torch.zeros(4, 1, 2))
+except RuntimeError as error:
+    print(error)
+"""
+
+#: what an older or a newer build of the extension looks like
+EDITS = {
+    "without a function": """
+other = types.ModuleType("fastseq._cpu")
+other.__dict__.update({k: v for k, v in vars(real).items() if k != "layers"})
+""",
+    "with other arguments": """
+def backward(*arguments):
+    "(cell, x) -> dx"
+other = types.ModuleType("fastseq._cpu")
+other.__dict__.update(vars(real), backward=backward)
+""",
+    "with another cell": """
+other = types.ModuleType("fastseq._cpu")
+other.__dict__.update(vars(real), CELLS=[*real.CELLS, ("mgu",)])
+""",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_build_of_other_sources_is_refused(edit):
+    """With the reason and what to do, and everything else runs."""
+    replaced = EDITS[edit] + "sys.modules['fastseq._cpu'] = sys.modules['fastseq']._cpu = other"
+    reason, shape, raised = python(OTHER_BUILD.format(edit=replaced)).splitlines()
+    what = {"without a function": "layers", "with other arguments": "backward"}.get(edit, "mgu")
+    assert reason.startswith(
+        "not available: the C++ kernels were built from the sources of another"
+    )
+    assert f"another {what}; build them again: make build" in reason
+    assert shape == "torch.Size([4, 1, 3])"
+    assert reason in raised
 
 
 # Memory
@@ -325,12 +407,29 @@ def call(T, I, H):
     case = draw("lstm", T=T, B=1, I=I, H=H, dtype=torch.float32, grad=False)
     return Call("lstm", case.x, None, case.states, case.weights, (False,))
 
-small, long, wide = call(3, 2, 4), call(30000, 256, 64), call(20, 4, 1300)
+small, long, wide = call(3, 2, 4), call(30000, 256, 64), call(20, 4, 2100)
 expected = native.forward(small, True, False).y
-kept = native.forward(long, True, False)
+kept, kept_wide = native.forward(long, True, False), native.forward(wide, True, False)
 grads = OutputGradients(torch.ones_like(kept.y), [None, None], [])
+grads_wide = OutputGradients(torch.ones_like(kept_wide.y), [None, None], [])
+h, c = torch.zeros(2, 1, 4, 2100), torch.zeros(1, 4, 2100)
+
+def layers(call, save):
+    weights = tuple(w for w in call.weights[0].flat() if w is not None)
+    return native.layers(native.NUMBER["lstm"], call.x, None, (), weights, 1, 1, True, False, 0, 1,
+                         False, (), 1.0, save)
+
+def stream():
+    return native.stream("lstm", wide_weights, 1, True, False, h, c, outputs)
+
+wide_weights, outputs = tuple(wide.weights[0].flat()[:4]), (h[0], h[1])
+references = sys.getrefcount(wide_weights), sys.getrefcount(h)
 for attempt in (
-    lambda: native.forward(wide, False, False),  # 27 MB of scratch, for the packed weights
+    lambda: native.forward(wide, False, False),  # 71 MB of scratch, more than is ever kept
+    lambda: layers(wide, False),
+    lambda: layers(wide, True),
+    stream,
+    lambda: native.backward(wide, kept_wide, grads_wide, Wanted(True, True, False)),
     lambda: native.forward(long, True, False),  # 31 MB of gates
     lambda: native.backward(long, kept, grads, Wanted(True, True, True)),  # 31 MB of dx
 ):
@@ -348,6 +447,7 @@ for attempt in (
         if k == 0:
             before = address_space()
     assert address_space() - before < (16 << 20), (before, address_space())
+assert (sys.getrefcount(wide_weights), sys.getrefcount(h)) == references
 """
 
 
@@ -357,7 +457,7 @@ def test_out_of_memory():
     # a fixed threshold, so that what was freed is not kept for the next attempt
     fixed = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     raised = python(OUT_OF_MEMORY, **fixed).split()
-    assert raised == ["MemoryError"] * 4 + ["RuntimeError"] * 8
+    assert raised == ["MemoryError"] * 16 + ["RuntimeError"] * 8
 
 
 @full
@@ -395,6 +495,67 @@ def test_weights_of_more_than_31_bits():
     expected[-1] = torch.sigmoid(torch.tensor(2.0)) * torch.tanh(torch.tensor(1.0))
     torch.testing.assert_close(y, expected)
     assert states[1][0, 0, -1] == 1.0
+
+
+def need_memory(gigabytes):
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    if free < gigabytes << 20:
+        pytest.skip(f"needs {gigabytes} GB of memory that is free")
+
+
+@full
+@pytest.mark.skipif(sys.platform != "linux", reason="asks how much memory is free")
+def test_outputs_of_more_than_31_bits(threads):
+    """T * B * H > 2^31, forward and backward: the last sequences are what they are alone."""
+    need_memory(12)
+    threads(2)
+    T, B, H = 1025, 1 << 15, 64
+    case = draw("rnn_tanh", T=1, B=1, I=1, H=H, dtype=torch.float32, state=False, grad=False)
+    x = torch.randn(T, B, 1, generator=torch.Generator().manual_seed(1))
+    dh = torch.ones(1, B, H)
+
+    def values(some):
+        call = Call("rnn_tanh", x[:, some], None, [], case.weights, (False,), deterministic=True)
+        result = native.forward(call, True, False)
+        grads = OutputGradients(None, [dh[:, some].contiguous()], [])
+        d = native.backward(call, result, grads, Wanted(True, True, False))
+        return result.y[:, -3:].clone(), result.states[0][:, -3:], d.x[:, -3:].clone()
+
+    whole, alone = values(slice(None)), values(slice(B - 3, None))
+    for ours, expected in zip(whole, alone, strict=True):
+        assert same_bits(ours, expected)
+
+
+@full
+@pytest.mark.skipif(sys.platform != "linux", reason="of zero pages, which Linux shares")
+def test_saved_gates_of_more_than_31_bits(threads):
+    """T * B * G * H > 2^31: saved are zeros, which no gradient passes, but for the last step."""
+    need_memory(6)
+    threads(2)
+    T, B, H = 8200, 1 << 10, 64
+
+    def zeros(*shape):
+        return torch.from_numpy(np.zeros(shape, np.float32))  # one page, many times
+
+    case = draw("lstm", T=1, B=B, I=1, H=H, dtype=torch.float32, state=False, grad=False)
+    states = [torch.zeros(1, B, H)] * 2
+
+    def call(x):
+        return Call("lstm", x, None, states, case.weights, (False,))
+
+    grads = OutputGradients(None, [torch.ones(1, B, H), torch.ones(1, B, H)], [])
+    wanted = Wanted(True, True, True)
+    step = native.forward(call(case.x), True, False)
+    expected = native.backward(call(case.x), step, grads, wanted)
+    x, y = zeros(T, B, 1), zeros(T, B, H)
+    gates, c = zeros(T * B, 4 * H), zeros(T, B, H)
+    assert gates.numel() > 1 << 31
+    x[-1], y[-1], gates[-B:], c[-1] = case.x[0], step.y[0], step.saved[0], step.saved[1][0]
+    ours = native.backward(call(x), Result(y, step.states, [], [gates, c]), grads, wanted)
+    assert same_bits(ours.x[-1], expected.x[0]) and not ours.x[:-1].any()
+    for d, given in zip(ours.weights[0].flat(), expected.weights[0].flat(), strict=True):
+        torch.testing.assert_close(d, given)
 
 
 # The sanitizers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
-from twins import needs
+from twins import compiles_cpp, needs
 
 import fastseq
 from fastseq.nn.explain import explain
@@ -171,6 +171,7 @@ def test_autocast():
 # torch says these of its own class
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:NestedTensor does not implement _stable_hash:UserWarning")
+@compiles_cpp
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_compiled_in_one_graph(kind):
     """Forward and training, any batch, lengths of 0 too; the second graph is for any size."""

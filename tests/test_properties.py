@@ -403,3 +403,29 @@ def test_gradients_need_no_training_mode_and_leave_values_alone(backend, data):
     check_all(ours, theirs, exact, case.x.dtype, "no_grad")
     with torch.inference_mode():
         check_all(case.run(backend), theirs, exact, case.x.dtype, "inference_mode")
+
+
+@pytest.mark.parametrize("sizes", [(1000, 100), (1, 100_000), (100_000, 1)], ids=str)
+@pytest.mark.parametrize("backend", [name for name in NAMED if name in ("native", "numba")])
+def test_a_gradient_is_no_long_chain_of_additions(backend, sizes):
+    """IndRNN's, over 100,000 rows of one value, where such a chain loses four digits."""
+    T, B = sizes
+    case = draw("indrnn", T=T, B=B, I=2, H=37, dtype=torch.float32)
+    case.settle(backend)
+    with torch.no_grad():
+        case.x.fill_(0.7), case.states[0].fill_(0.3)
+        for w in case.weights[0].flat():
+            if w is not None:
+                w.abs_().clamp_(max=0.5)
+
+    def values(case):
+        leaves = case.leaves()
+        named = [name for name in leaves if "[" in name]
+        y = case.run(backend)["y"]
+        grads = torch.autograd.grad(y.sum(), [leaves[name] for name in named])
+        return dict(zip(named, grads, strict=True))
+
+    truth = values(case.to(torch.float64))
+    for name, d in values(case).items():
+        error = (d.double() - truth[name]).abs() / truth[name].abs()
+        assert float(error.max()) < 1e-5, name

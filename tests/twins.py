@@ -1,5 +1,9 @@
 """torch.nn's modules and fastseq's side by side, with the same parameters and the same inputs."""
 
+import os
+import shutil
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +18,12 @@ KINDS = (*LAYERS, *CELLS)
 
 #: None chooses; reference is left to the parity tests
 BACKENDS = (None, "eager", "torch", "numba")
+
+#: inductor compiles C++ where the tensors are on a CPU, and takes CXX for a path
+_CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+compiles_cpp = pytest.mark.skipif(
+    shutil.which(_CXX) is None, reason=f"inductor needs a C++ compiler, and there is no {_CXX}"
+)
 
 
 def needs(backend):

@@ -3,8 +3,9 @@
     python tools/sanitize.py [address | thread] ... [base | avx2 | avx512 | avx512_bf16] ...
 
 By default each of the two sanitizers, on every instruction set that this processor knows.
-``address`` comes with the checks of undefined behaviour. What is built is kept in out/sanitize/.
-``CXX`` names the compiler.
+``address`` comes with the checks of undefined behaviour, and with a write behind a piece of a
+scratch block, which it has to report. What is built is kept in out/sanitize/. ``CXX`` names the
+compiler.
 """
 
 import os
@@ -53,6 +54,13 @@ def build(sanitizer, instruction_set):
     return driver
 
 
+def check_overrun(command, size):
+    """One number behind a piece of so many must be reported."""
+    done = subprocess.run([*command, str(size)], capture_output=True, text=True)
+    if done.returncode == 0 or "use-after-poison" not in done.stderr:
+        sys.exit(f"sanitize: a write behind a piece of {size} numbers went unseen")
+
+
 def main(names):
     unknown = [name for name in names if name not in {**SANITIZERS, **INSTRUCTION_SETS}]
     if unknown:
@@ -64,6 +72,9 @@ def main(names):
             done = subprocess.run([driver, instruction_set])
             if done.returncode not in (0, CANNOT_RUN):
                 sys.exit(f"sanitize: {driver} ended with status {done.returncode}")
+            if sanitizer == "address" and done.returncode == 0:
+                for size in (15, 16):  # into what it is rounded up to, and beyond that
+                    check_overrun([driver, instruction_set], size)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "asan.h"
+
 namespace fastseq {
 
 enum Cell : int { LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU, INDRNN, CELLS };
@@ -84,15 +86,21 @@ inline __attribute__((always_inline)) void meet(Slot* slots, int id, int count) 
   }
 }
 
-// Hands out pieces of one block of memory; with no block it only counts.
+// Hands out pieces of one block of memory; with no block it only counts. Threads that take the same
+// pieces of the same block are told of the same borders.
 class Arena {
  public:
+  static constexpr int64_t BETWEEN = 64 + RED_ZONE;  // bytes that a piece may take beside its own
+
   explicit Arena(void* block) : block_(static_cast<char*>(block)) {}
   template <class T>
-  T* take(int64_t count) {
-    T* piece = block_ ? reinterpret_cast<T*>(block_ + used_) : nullptr;
-    used_ += (static_cast<size_t>(count > 0 ? count : 0) * sizeof(T) + 63) / 64 * 64;
-    return piece;
+  __attribute__((always_inline)) T* take(int64_t count) {  // no two instruction sets may share it
+    const size_t size = static_cast<size_t>(count > 0 ? count : 0) * sizeof(T);
+    const size_t room = (size + 63) / 64 * 64 + RED_ZONE;
+    char* piece = block_ ? block_ + used_ : nullptr;
+    used_ += room;
+    if (piece) allow(piece, size), forbid(piece + size, room - size);
+    return reinterpret_cast<T*>(piece);
   }
   size_t used() const { return used_; }
 

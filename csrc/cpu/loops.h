@@ -646,7 +646,8 @@ struct BackwardShare {
   const index H, P, rows;
   const bool projected, pairs;
 
-  T *w_hh[2], *w_hr, *tiles, *zeros, *dh_pairs, *dunit;
+  T *w_hh[2], *w_hr, *tiles, *zeros, *dh_pairs, *dunit;  // dunit: a chain, and the sum of chains
+  index walked = 0;  // rows of the steps before this one
   const T** operand;  // what makes dh
   const T** second;   // what makes the gradient of a value within the step
   const T** h_prev;
@@ -796,6 +797,13 @@ struct BackwardShare {
         }
       }
     }
+    if (Cell::HAS_UNIT && (walked + b) / PIECE < (walked + b + R) / PIECE)
+      end_chain(p * WIDEST * L, (p * WIDEST + blocks) * L);
+  }
+
+  // A sum of sums: one chain over all rows rounds too often.
+  void end_chain(index u0, index u1) {
+    for (index u = u0; u < u1 && u < H; ++u) dunit[H + u] += dunit[u], dunit[u] = 0;
   }
 
   FASTSEQ_INLINE void mask_tile(index b, int R, index p, int W) {
@@ -948,10 +956,10 @@ struct BackwardShare {
       const Step s = step_of(k);
       if (call.states && s.done > s.all) initial(s.after, s.all, s.done);
       if (s.alive > 0) step(s);
+      walked += s.alive;
       if (place.count > 1) meet(place.slots, place.id, place.count);
     }
-    if (Cell::HAS_UNIT)  // a sum of sums: one chain over all rows rounds too often
-      for (index u = 0; u < H; ++u) dunit[H + u] += dunit[u], dunit[u] = 0;
+    if (Cell::HAS_UNIT) end_chain(0, H);
     if (call.states && k1 == in.steps && in.steps > 0) {
       const index t = r.reverse ? in.steps - 1 : 0;
       initial(t, 0, in.alive(t));

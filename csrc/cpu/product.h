@@ -11,6 +11,7 @@
 // added up in that order, and the bias last. So its bits do not depend on the rows beside it, on
 // the tile's shape or on the panel it sits in.
 #pragma once
+#include "call.h"
 #include "simd.h"
 
 namespace fastseq {
@@ -572,7 +573,7 @@ struct Columns {
 template <class T>
 index products_scratch(index columns_a, index columns_b) {
   return Panels<T>(1, columns_a, CHUNK).size() + Panels<T>(1, columns_b, CHUNK).size() +
-         BAND * CHUNK + tile_size<T>();
+         BAND * CHUNK + tile_size<T>() + 4 * Arena::BETWEEN / index(sizeof(T));
 }
 
 // to(m)[n] = sum_k d[k][m] row(k)[n] for two right-hand sides, and sums[m] = sum_k d[k][m]; added to
@@ -580,10 +581,11 @@ index products_scratch(index columns_a, index columns_b) {
 template <class Operation, class SideA, class SideB, class T = typename Operation::Number>
 void products_over_rows(const T* d, index d_stride, index K, const Columns* columns, int count,
                         const SideA& a, const SideB& b, T* sums, bool add, T* scratch) {
-  T* right_a = scratch;
-  T* right_b = right_a + a.panels(CHUNK).size();
-  T* left = right_b + b.panels(CHUNK).size();
-  T* result = left + BAND * CHUNK;
+  Arena pieces(scratch);
+  T* right_a = pieces.take<T>(a.panels(CHUNK).size());
+  T* right_b = pieces.take<T>(b.panels(CHUNK).size());
+  T* left = pieces.take<T>(BAND * CHUNK);
+  T* result = pieces.take<T>(tile_size<T>());
   if (!add)
     for (int c = 0; c < count; ++c)
       for (index m = columns[c].first; m < columns[c].last; ++m) sums[m] = 0;
@@ -632,15 +634,16 @@ void products_over_rows(const T* d, index d_stride, index K, const Columns* colu
 // holds them already, and there are K of them.
 template <class T>
 constexpr index rows_scratch() {
-  return DEPTH * WIDEST * LANES<T> + tile_size<T>();
+  return DEPTH * WIDEST * LANES<T> + tile_size<T>() + 2 * Arena::BETWEEN / index(sizeof(T));
 }
 
 template <class Operation, class RowAt, class T = typename Operation::Number>
 void product_of_rows(const T* a, index a_stride, index m0, index m1, index K, RowAt w,
                      index columns, T* out, index out_stride, bool add, T* scratch) {
   constexpr int L = LANES<T>;
-  T* panel = scratch;
-  T* result = panel + DEPTH * WIDEST * L;
+  Arena pieces(scratch);
+  T* panel = pieces.take<T>(DEPTH * WIDEST * L);
+  T* result = pieces.take<T>(tile_size<T>());
   for (index k0 = 0; k0 < K || k0 == 0; k0 += DEPTH) {
     const index n = K - k0 < DEPTH ? K - k0 : DEPTH;
     const Panels<T> panels(1, columns, n);

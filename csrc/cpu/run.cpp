@@ -143,6 +143,7 @@ bool run_call(Call& call, int threads, void (*size)(const Call&, int, size_t*, s
   if (!block) return false;
   call.scratch = block, call.scratch_each = each, call.scratch_shared = shared;
   call.slots = reinterpret_cast<Slot*>(block + each * threads + shared);
+  forbid(block, each * threads + shared);  // but what an Arena hands out
   if (threads > 1) {
     memset(static_cast<void*>(call.slots), 0, slots);
     Region<Call> region{&call, kernel};
@@ -150,6 +151,7 @@ bool run_call(Call& call, int threads, void (*size)(const Call&, int, size_t*, s
   } else {
     kernel(call, 0, 1);
   }
+  allow(block, each * threads + shared);
   scratch.trim();
   return true;
 }

@@ -29,10 +29,14 @@ from .contract import (
 )
 from .layout import declined, keeps_gates, saved_layout, wide
 
+FOLDER = Path(__file__).parents[1]
 try:
     from .. import _cpu  # type: ignore[attr-defined]
+
+    if not FOLDER.samefile(Path(_cpu.__file__).parent):  # an editable install's finder knows it
+        raise ImportError(f"{_cpu.__file__} belongs to another fastseq")
 except ImportError as error:
-    note = Path(__file__).parents[1] / "_cpu.txt"  # setup.py's
+    note = FOLDER / "_cpu.txt"  # setup.py's
     why = note.read_text().strip() if note.exists() else error
     raise ImportError(f"fastseq was built without its C++ kernels: {why}") from error
 
@@ -40,6 +44,44 @@ __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
 X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
+
+_COMMON = "cell, x, batch_sizes, states, weights, reverse, reset, h_mask, threads, bf16"
+_LAYERS = (
+    "cell, x, batch_sizes, states, weights, layers, directions, biased, projected, order, threads,"
+    " deterministic, masks, kept"
+)
+#: What the extension's functions say of themselves. One that was built from other sources may take
+#: and give something else, which nothing but this would tell before it crashes.
+SIGNATURES = {
+    "connect": "(capsule, tensor type, parameter type)",
+    "use_pool": "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads)",
+    "instruction_sets": "() -> [name]",
+    "use_instruction_set": "(name) -> name before",
+    "vocabulary": "(function, x, y)",
+    "plan": "(threads, batch, blocks, flops, bytes) -> (rows, units)",
+    "forward": f"({_COMMON}, save, trajectory, deterministic, known)"
+    " -> [y, *states, *trajectory, *saved] | None",
+    "backward": f"({_COMMON}, y, saved, c_all, dy, dstates, dc_all, wants_x, wants_weights,"
+    " wants_states) -> [dx, *dstates, *dweights] | None",
+    "layers": f"({_LAYERS}, save) -> (y, states, saved) | None",
+    "layers_backward": f"({_LAYERS}, y, saved, dy, dstates, wants_x, wants_weights, wants_states)"
+    " -> [dx, *dstates, *dweights] | None",
+    "stream": "(cell, weights, layers, biased, projected, h, c, outputs) -> stream | None",
+    "stream_step": "(stream, x, threads) -> y | None",
+}
+
+
+def _other_build() -> str | None:
+    """Why the extension is not the one that belongs to this file."""
+    found = {name: getattr(getattr(_cpu, name, None), "__doc__", None) for name in SIGNATURES}
+    others = [name for name, text in SIGNATURES.items() if found[name] != text]
+    others += [name for name in NUMBER if name not in CELLS]
+    if not others:
+        return None
+    return (
+        "the C++ kernels were built from the sources of another version of fastseq, with another "
+        f"{others[0]}; build them again: make build, or pip install ."
+    )
 
 
 def _connect() -> str | None:
@@ -57,7 +99,7 @@ def _connect() -> str | None:
     return None
 
 
-_reason = _connect()
+_reason = _other_build() or _connect()
 
 
 def unavailable() -> str | None:
@@ -186,13 +228,11 @@ def stream(cell: str, *arguments: Any) -> Any:
     return _cpu.stream(NUMBER[cell], *arguments)
 
 
-stream_step = _cpu.stream_step
-layers, layers_backward = _cpu.layers, _cpu.layers_backward
+stream_step = getattr(_cpu, "stream_step", None)  # another build may have neither
+layers = getattr(_cpu, "layers", None)
+layers_backward = getattr(_cpu, "layers_backward", None)
 
 
 def instruction_sets() -> list[str]:
     """Those of the extension that this machine can run, the best first."""
     return _cpu.instruction_sets()
-
-
-assert set(NUMBER) <= set(CELLS)

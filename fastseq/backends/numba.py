@@ -426,7 +426,8 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     def fill(r: int, first: int, last: int) -> tuple[dict[str, int], Any]:
         w = task.weights[r]
         rows = max(last - first, 1)
-        dunit = task.x.new_zeros(H) if cell.unit_parameters else None
+        # the chain at hand, and the sum of those before it
+        dunit = task.x.new_zeros(2, H) if cell.unit_parameters else None
         if dunit is not None:
             dunits[r].append(dunit)
         dm = task.new(rows, H) if w.w_hr is not None else None
@@ -520,7 +521,7 @@ def _weight_gradients(
                     parts.append(task.product(d.t(), kept.extra[:N]))
         dw_hh = parts[0] if len(parts) == 1 else torch.cat(parts)
     # one accumulator a task, summed in the order of the tasks; none where there was no step
-    units = tuple(sum(dunits, torch.zeros_like(u)).to(dtype) for u in w.units)
+    units = tuple(sum((d.sum(0) for d in dunits), torch.zeros_like(u)).to(dtype) for u in w.units)
     db_ih = None if w.b_ih is None else dgates.sum(0).to(dtype)
     db_hh = None
     if w.b_hh is not None:

@@ -78,6 +78,17 @@ def {name}(data):
         task = take(data)
 """
 
+#: A sum over rows is a sum of chains: one chain over all of them would round too often.
+CHAIN = 256
+_SUM_OF_CHAINS = f"""\
+chain += 1
+if chain == {CHAIN}:
+    chain = 0
+    for i in range(H):
+        store1(dunit_0, H + i, load1(dunit_0, H + i) + load1(dunit_0, i))
+        store1(dunit_0, i, ZERO)
+"""
+
 _ZERO_WHERE_RESET = """\
 if reset:
     for b in range(first_row, first_row + rows):
@@ -357,6 +368,8 @@ else:
     code = ["for b in range(first_row, first_row + rows):"]
     code.append(_indent("\n".join(rows), 1))
     code.append(_indent(_block_of_units(lines), 1))
+    if any(name[1:] in cell.unit_parameters for name in phase.gradients):
+        code.append(_indent(_SUM_OF_CHAINS, 1))
     if last:
         gradient = "dproduct" if cell.apart_gates else "dgates"
         source = (
@@ -411,7 +424,7 @@ if w_hr:
     body.append(_ZERO_WHERE_RESET.format(zero=_indent(zero, 3)))
     wanted = f"{_SIZES} {_STRIDES} {_FORWARD} {_BACKWARD}".split()
     slots = [f"{name} = load_int(p, {SLOTS[name]})" for name in wanted]
-    slots += ["whole = H - H % LANES"]
+    slots += ["whole = H - H % LANES", "chain = 0"]
     return _STEP.format(
         name=f"{cell.name}_backward_loop",
         count=len(SLOTS),
