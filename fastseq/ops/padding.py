@@ -34,7 +34,11 @@ class Padding:
     def unpack(self, y: Tensor) -> Tensor:
         shape = (self.T * self.B, *y.shape[1:])
         if self.exact:
-            padded = y.new_zeros(shape).index_copy(0, self._on(y, self.rows), y)
+            padded, rows = y.new_zeros(shape), self._on(y, self.rows)
+            if torch._C._functorch.peek_interpreter_stack() is None:
+                padded = padded.index_copy_(0, rows, y)  # a copy of a large tensor less
+            else:
+                padded = padded.index_copy(0, rows, y)
         else:
             padded = y.index_select(0, self._on(y, torch.argsort(self.rows)))
         return padded.reshape(self.T, self.B, *y.shape[1:])
