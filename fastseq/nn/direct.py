@@ -14,6 +14,7 @@ def _may(module: Any, input: Any) -> bool:
         whole.serves(module.cell)
         and module.backend in (None, "native")
         and type(input) is torch.Tensor
+        and not input.is_nested
         and not input.is_neg()  # else its data are its numbers
         and whole.is_plain()
     )
