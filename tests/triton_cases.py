@@ -14,6 +14,7 @@ import triton.language as tl
 from problems import draw, full, gradients
 from rules import check_all, same_bits
 from test_parity import against_the_independent
+from together import together
 from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
 from fastseq.backends import load, triton_kernels, triton_tiling
@@ -49,11 +50,19 @@ def in_turn(*axes):
     return found
 
 
-@pytest.fixture
-def stepwise(monkeypatch):
-    """The loop takes a launch for each step, in several tiles."""
-    tiling = triton_tiling.Tiling("step", 16, 16, 16, 16, 4, 1)
-    monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
+@pytest.fixture(params=["walk", "step", "grid"])
+def form(request, monkeypatch):
+    """The loop walks, or takes a launch for each step, or one whose programs meet: in several tiles,
+    of which each program has more than one."""
+    if request.param != "walk":
+        tiling = triton_tiling.Tiling(request.param, 16, 16, 16, 16, 4, 1)
+        monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
+    if request.param == "grid":
+        together(monkeypatch)
+    return request.param
+
+
+in_parts = pytest.mark.parametrize("form", ["step", "grid"], indirect=True)
 
 
 @pytest.mark.parametrize("cell, special, dtype", in_turn(SPECIAL))
@@ -62,8 +71,9 @@ def test_walk(cell, special, dtype):
     against_the_independent(case, "triton", special)
 
 
+@in_parts
 @pytest.mark.parametrize("cell, special, dtype", in_turn(["plain", "all at once", "bare"]))
-def test_step(cell, special, dtype, stepwise):
+def test_in_parts(cell, special, dtype, form):
     case = draw(cell, dtype=dtype, **{"T": 4, "H": 18, **SPECIAL[special]})
     against_the_independent(case, "triton", special)
 
@@ -75,26 +85,21 @@ def test_lean(cell, layout, dtype):
     against_the_independent(case, "triton", layout, memory="lean")
 
 
-def test_lean_in_steps(stepwise):
+@in_parts
+def test_lean_in_parts(form):
     case = draw("gru_reset_before", T=4, H=18, dtype=torch.float32, **STATEFUL)
     against_the_independent(case, "triton", "lean in steps", memory="lean")
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("memory", ["full", "lean"])
 @pytest.mark.parametrize("dtype, P", [(torch.float32, 3), (torch.bfloat16, 6), (torch.float64, 1)])
-def test_projection(form, memory, dtype, P, request):
-    if form == "step":
-        request.getfixturevalue("stepwise")
+def test_projection(form, memory, dtype, P):
     case = draw("lstm", T=4, H=6, P=P, directions=2, lengths=[1, 4, 3], dtype=dtype)
     against_the_independent(case, "triton", f"P={P}", memory=memory, trajectory=P == 3)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
-def test_projected_elman(form, request):
+def test_projected_elman(form):
     """Another cell than PyTorch projects; its gates are kept, since y does not hold them."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     case = draw("rnn_tanh", T=4, H=6, P=3, directions=2, reset=True)
     truth, ours = case.run("eager"), case.run("triton")
     truth |= gradients(truth, case.leaves())
@@ -102,13 +107,10 @@ def test_projected_elman(form, request):
     check_all(ours, None, truth, torch.float64)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("layout", ["dense", "ragged"])
-def test_trajectory(form, dtype, layout, request):
+def test_trajectory(form, dtype, layout):
     """The cell state at every step, and the gradient that flows through it."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     options = {"dense": {}, "ragged": {"lengths": [1, 0, 4], "reset": True}}[layout]
     case = draw("lstm", T=4, directions=2, dtype=dtype, **options)
     against_the_independent(case, "triton", layout, trajectory=True)
@@ -135,12 +137,9 @@ def test_sizes(cell, H, dtype):
     against_the_independent(case, "triton", f"H={H}")
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_is_not_asked_for(cell, form, request):
+def test_what_is_not_asked_for(cell, form):
     """Only some gradients, and a loss on one output alone."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     case = draw(cell, T=3, lengths=[2, 3, 1])
     truth = {"h_n": case.independent()["h_n"]}
     truth = gradients(truth, {"x": case.x})
@@ -162,13 +161,10 @@ def _call(cell, **options):
     return copy.copy(call)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_call_changes_nothing_and_repeats_its_bits(cell, form, request, monkeypatch):
+def test_a_call_changes_nothing_and_repeats_its_bits(cell, form, monkeypatch):
     """NaN in all memory that is handed out shows in no output; rows of padding are zero; inputs
     and what was saved stay as they are; a second forward and backward give the same bits."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     backend = load("triton")
     monkeypatch.setattr(torch, "empty", _full_of_nan(torch.empty))
     call = _call(cell)
@@ -234,12 +230,9 @@ def test_strides_do_not_matter(cell):
     check_all(ours, None, truth, torch.float64)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("T, B", [(3, 0), (0, 2)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_empty(cell, T, B, form, request):
-    if form == "step":
-        request.getfixturevalue("stepwise")
+def test_empty(cell, T, B, form):
     case = draw(cell, T=max(T, 1), B=B, directions=2, dtype=torch.float32)
     x = case.x.detach()[:T].requires_grad_()
     call = Call(cell, x.detach(), None, [s.detach() for s in case.states], case.weights, (0, 1))

@@ -30,8 +30,8 @@ from fastseq.cells import CELLS
 
 #: What a compiler and the tiling know of a device.
 TARGETS = {
-    "sm_90": (GPUTarget("cuda", 90, 32), Device(232448)),
-    "sm_80": (GPUTarget("cuda", 80, 32), Device(166912)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Device(232448, processors=132)),
+    "sm_80": (GPUTarget("cuda", 80, 32), Device(166912, processors=108)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Device(65536, 64)),
 }
 TYPES = {

@@ -31,9 +31,21 @@ from torch.nn.functional import pad
 from ..cells import CELLS, Cell, arguments
 from .contract import Call, Gradients, OutputGradients, Problem, Result, Shape, Wanted, Weights
 from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel
-from .triton_tiling import LEAST, Device, Precision, Tiling, pointwise_tiling, tiling
+from .triton_tiling import (
+    LEAST,
+    Device,
+    Form,
+    Precision,
+    Tiling,
+    pointwise_tiling,
+    programs,
+    tiling,
+)
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: How often a program looks for the others at a meeting before it goes on with NaN: for many seconds.
+_PATIENCE = 1 << 26
+_larger: Form = "grid"
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -99,6 +111,18 @@ def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape,
     return layout
 
 
+@contextmanager
+def larger_as(form: Form) -> Iterator[None]:
+    """Sizes that no single program holds run as "grid" or "step", in the whole process: for tests
+    and measurements."""
+    global _larger
+    before, _larger = _larger, form
+    try:
+        yield
+    finally:
+        _larger = before
+
+
 @lru_cache(maxsize=64)
 def _flags(reverse: tuple[bool, ...], device: torch.device) -> Tensor:
     return torch.tensor(reverse, dtype=torch.int32, device=device)
@@ -111,7 +135,10 @@ def _properties(device: torch.device) -> Device:
     if torch.version.hip is not None:
         return Device(65536, 64)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return Device(
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        processors=properties.multi_processor_count,
+    )
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> Precision:
@@ -176,16 +203,8 @@ class _Task:
             offsets, lengths = tables[: self.T], tables[self.T :]
         self.x = call.x.reshape(self.capacity, call.x.shape[-1])[: self.N]
         self.precision: Precision = _precision(self.dtype, self.device)
-        self.tiling: Tiling = tiling(
-            self.cell,
-            self.H,
-            self.P if self.projected else None,
-            self.dtype,
-            self.precision,
-            self.B,
-            _properties(self.device),
-            backward,
-        )
+        self.backward = backward
+        self.tiling = self.tiled(_larger)
         self.values: dict[str, Any] = {
             "T": self.T,
             "B": self.B,
@@ -212,6 +231,12 @@ class _Task:
         for k, state in enumerate(self.cell.states):
             self.values[f"{state}_0_ptr"] = call.states[k].contiguous() if call.states else None
 
+    def tiled(self, larger: Form) -> Tiling:
+        P = self.P if self.projected else None
+        device = _properties(self.device)
+        sizes = (self.H, P, self.dtype, self.precision, self.B, self.R)
+        return tiling(self.cell, *sizes, device, self.backward, larger)
+
     @staticmethod
     def stacked(parts: list[Tensor | None]) -> Tensor | None:
         """(R, ...); of one recurrence the tensor itself."""
@@ -227,7 +252,7 @@ class _Task:
         Masks, and loads of single elements where H is odd, took more registers than there are.
         """
         t, w_hh = self.tiling, self.stacked([w.w_hh for w in self.call.weights])
-        if w_hh is None or t.form == "step":
+        if w_hh is None or t.form != "walk":
             return w_hh
         w_hh = w_hh.view(self.R, -1, self.H, self.P)
         return pad(w_hh, (0, t.block_p - self.P, 0, t.block_h - self.H))
@@ -235,7 +260,7 @@ class _Task:
     def projection_weights(self) -> Tensor | None:
         """(R, P, H); for a walk (R, BLOCK_P, BLOCK_H)."""
         t, w_hr = self.tiling, self.stacked([w.w_hr for w in self.call.weights])
-        if w_hr is None or t.form == "step":
+        if w_hr is None or t.form != "walk":
             return w_hr
         w_hr = w_hr.view(self.R, self.P, self.H)
         return pad(w_hr, (0, t.block_h - self.H, 0, t.block_p - self.P))
@@ -306,33 +331,44 @@ class _Task:
     def walk_forward(self) -> None:
         if self.tiling.form == "walk":
             self.launch("forward_walk", self.tiles(self.B, self.H))
-            return
-        for step in range(self.T):
-            rows = self.sizes[step]
-            if any(self.call.reverse):
-                rows = max(rows, self.sizes[self.T - 1 - step])
-            for k in range(len(self.cell.phases)):
-                self.launch("forward_step", self.tiles(rows, self.H), k, step=step)
-            if self.projected:
-                self.launch("forward_projection", self.tiles(rows, self.P), step=step)
+        elif self.tiling.form == "step" or not self.launch_together("forward_grid"):
+            widths = [self.H] * len(self.cell.phases) + [self.P] * self.projected
+            for step in range(self.T):
+                rows = self.sizes[step]
+                if any(self.call.reverse):
+                    rows = max(rows, self.sizes[self.T - 1 - step])
+                for k, width in enumerate(widths):
+                    self.launch("forward_step", self.tiles(rows, width), k, step=step)
 
     def walk_backward(self) -> None:
         if self.tiling.form == "walk":
             self.launch("backward_walk", self.tiles(self.B, self.H))
-            return
-        last = len(self.cell.phases) - 1
-        for step in range(self.T + 1):  # the last gives the gradient of h_0
-            around = self.sizes[max(step - 1, 0) : step + 1] if any(self.call.reverse) else []
-            around = around + self.sizes[max(self.T - 1 - step, 0) : self.T + 1 - step]
-            rows = max(around, default=0)
-            if self.projected:
-                self.launch("backward_projection", self.tiles(rows, self.P), step=step)
-                if step == self.T:
-                    return
-            for k in range(last, -1, -1):
-                self.launch("backward_step", self.tiles(rows, self.H), k, step=step)
-                if step == self.T:
-                    return
+        elif self.tiling.form == "step" or not self.launch_together("backward_grid"):
+            widths = [self.P] * self.projected + [self.H] * len(self.cell.phases)
+            for step in range(self.T + 1):
+                around = self.sizes[max(step - 1, 0) : step + 1] if any(self.call.reverse) else []
+                around = around + self.sizes[max(self.T - 1 - step, 0) : self.T + 1 - step]
+                rows = max(around, default=0)
+                # the last step gives the gradient of h_0, which the first part makes
+                for k, width in enumerate(widths if step < self.T else widths[:1]):
+                    self.launch("backward_step", self.tiles(rows, width), k, step=step)
+
+    def launch_together(self, kind: str) -> bool:
+        """One launch, of programs that wait for one another; whether the driver started them.
+
+        The count of arrivals belongs to this launch alone, whatever runs beside it.
+        """
+        tiles, R, columns = self.tiles(self.B, max(self.H, self.P))
+        grid = (programs(tiles, R * columns, _properties(self.device).processors), R, columns)
+        counter = torch.zeros(grid[0] * R * 16, dtype=torch.int64, device=self.device)
+        try:
+            self.launch(kind, grid, tiles=tiles, patience=_PATIENCE, counter_ptr=counter)
+        except RuntimeError as error:  # "too many blocks in cooperative launch": a part of a GPU
+            if "cooperative" not in str(error):
+                raise
+            self.tiling = self.tiled("step")
+            self.values |= self.tiling.blocks()
+        return self.tiling.form == "grid"
 
     def previous_h(self, y: Tensor) -> Tensor:
         """What w_hh multiplied at every row, (N, R, P)."""
@@ -345,9 +381,9 @@ class _Task:
 
 
 def _is_kept(task: _Task, full: bool) -> dict[str, int]:
-    """Buffers beside the gates: name -> width. The step form hands values on through them."""
+    """Buffers beside the gates: name -> width. Parts of a step hand values on through them."""
     cell, width = task.cell, task.R * task.H
-    stepwise = task.tiling.form == "step"
+    stepwise = task.tiling.form != "walk"
     kept = {}
     if cell.extras and (full or (stepwise and len(cell.phases) > 1)):
         kept["extra"] = len(cell.extras) * width
@@ -363,7 +399,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     others = task.cell.states[1:]
     with task.on_device():
         y = task.padded(task.rows(task.R * task.P))
-        stepwise = task.tiling.form == "step"  # which carries the other states in memory
+        stepwise = task.tiling.form != "walk"  # the other states' final values are carried there
         finals = [task.state(task.P, task.dtype)]
         finals += [task.state(task.H, task.wide if stepwise else task.dtype) for _ in others]
         if stepwise:

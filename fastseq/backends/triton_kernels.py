@@ -99,9 +99,16 @@ def load_or_zero(ptr, place, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
+def shared(ptr, place, mask, WIDE: tl.constexpr):
+    """From a buffer that programs write in the same launch: past the first-level cache, which is
+    not kept coherent."""
+    return tl.load(ptr + place, mask=mask, other=0.0, cache_modifier=".cg").to(WIDE)
+
+
+@triton.jit
 def previous(along_ptr, start_ptr, place, start, known, fresh, WIDE: tl.constexpr):
     """A state before a step: where ``known`` from all steps, where ``fresh`` the initial one."""
-    value = tl.load(along_ptr + place, mask=known, other=0.0).to(WIDE)
+    value = shared(along_ptr, place, known, WIDE)
     if start_ptr is not None:
         value += tl.load(start_ptr + start, mask=fresh, other=0.0).to(WIDE)
     return value
@@ -154,9 +161,26 @@ def dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     return product
 
 
+@triton.jit
+def meet(counter, goal, patience):
+    """Wait until ``goal`` arrivals were counted: what a program wrote before it came here, all read
+    after. How long to wait at the next meeting: 0, not at all, once it was in vain.
+
+    The barriers join the program's threads; the count is released and acquired on the whole device.
+    """
+    tl.debug_barrier()
+    came = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
+    polls = 0
+    while (came < goal) & (polls < patience):
+        came = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        polls += 1
+    tl.debug_barrier()
+    return tl.where(came < goal, 0, patience)
+
+
 _HELPERS = {
     f.__name__: f
-    for f in (load, load_or_zero, previous, masked, lengths_of, within, first_row, dot)
+    for f in (load, load_or_zero, shared, previous, masked, lengths_of, within, first_row, dot, meet)
 }
 
 # Kernels
@@ -164,7 +188,7 @@ _HELPERS = {
 
 #: Nothing is compiled again for another number of steps, sequences or recurrences. (Where the two
 #: tables lie depends on T.)
-_NOT_SPECIALIZED = ("step", "T", "B", "R", "tiles", "capacity", "lengths_ptr", "offsets_ptr")
+_NOT_SPECIALIZED = tuple("step tiles patience T B R capacity lengths_ptr offsets_ptr".split())
 
 
 class Kernel:
@@ -174,7 +198,7 @@ class Kernel:
         self.function, self.arguments = function, arguments
 
     def __call__(
-        self, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]
+        self, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, Any]
     ) -> None:
         """Launch it, on those of the values that it names; options: of the compiler."""
         given = {name: values[name] for name in self.arguments}
@@ -212,7 +236,7 @@ def kernel(cell: str, kind: str, projected: bool, phase: int = 0) -> Kernel:
     return Kernel(triton.jit(loop, do_not_specialize=fixed), arguments)
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED[1:]])
+@triton.jit(do_not_specialize=["T", "B", "R", "tiles", "capacity", "lengths_ptr", "offsets_ptr"])
 def previous_h_kernel(
     y_ptr, h_0_ptr, h_mask_ptr, reset_ptr, reverse_ptr, lengths_ptr, offsets_ptr, out_ptr,
     T, B, R, P, tiles, capacity, WIDE: tl.constexpr, BLOCK_B: tl.constexpr,

@@ -10,27 +10,32 @@ asserts that nothing spills). No time stands behind any number here: none was me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 
 from ..cells import Cell
 
-Form = Literal["walk", "step"]
+Form = Literal["walk", "step", "grid"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
 class Device(NamedTuple):
-    """shared_memory: bytes that one program may have. warp_size: 64 on AMD's."""
+    """shared_memory: bytes that one program may have. warp_size: 64 on AMD's.
+
+    processors: how many programs are on the chip at once for certain, one on each multiprocessor; 0
+        where programs cannot wait for one another.
+    """
 
     shared_memory: int
     warp_size: int = 32
+    processors: int = 0
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """form: one launch that walks all of time, or one for each step.
+    """form: one launch that walks all of time, one for each step, or one whose programs meet.
 
     A program has block_b sequences and block_h hidden units. block_p is the width of h, where it is
     projected, in a walk; block_k how much of a product's inner length is on the chip at once in a
@@ -46,10 +51,14 @@ class Tiling:
     num_stages: int
     maxnreg: int | None = None
 
-    def options(self) -> dict[str, int]:
-        """Of the compiler."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
+    def options(self) -> dict[str, int | bool]:
+        """Of the compiler and the launch."""
+        found: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None:
+            found["maxnreg"] = self.maxnreg
+        if self.form == "grid":  # the driver starts all programs, or refuses
+            found["launch_cooperative_grid"] = True
+        return found
 
     def blocks(self) -> dict[str, int]:
         """What the kernels take as constants."""
@@ -99,7 +108,36 @@ def pointwise_tiling(H: int, device: Device) -> Tiling:
     return _walk(device, block_h, block_h, 4)
 
 
+def programs(tiles: int, columns: int, processors: int) -> int:
+    """How many programs share the tiles of the batch, where ``columns`` of them must meet."""
+    return max(1, min(tiles, processors // max(columns, 1)))
+
+
 def tiling(
+    cell: Cell,
+    H: int,
+    P: int | None,
+    dtype: torch.dtype,
+    precision: Precision,
+    B: int,
+    R: int,
+    device: Device,
+    backward: bool,
+    larger: Form,
+) -> Tiling:
+    """How one layer's loop over time runs.
+
+    P: the projected size, or None. precision: of float32's products. larger: the form of what no
+    single program holds; "step" takes the place of "grid" where its programs are too many.
+    """
+    found = _tiling(cell, H, P, dtype, precision, B, device, backward)
+    columns = R * -(-max(H, P or 0) // found.block_h)
+    if found.form == "step" and larger == "grid" and columns <= device.processors:
+        return replace(found, form="grid")
+    return found
+
+
+def _tiling(
     cell: Cell,
     H: int,
     P: int | None,
@@ -109,10 +147,6 @@ def tiling(
     device: Device,
     backward: bool,
 ) -> Tiling:
-    """How one layer's loop over time runs.
-
-    P: the projected size, or None. precision: of float32's products.
-    """
     if not cell.recurrent_gates and P is None:
         return pointwise_tiling(H, device)
     block_h = power_of_two(H)
