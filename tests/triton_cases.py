@@ -52,17 +52,19 @@ def in_turn(*axes):
 
 @pytest.fixture(params=["walk", "step", "grid"])
 def form(request, monkeypatch):
-    """The loop walks, or takes a launch for each step, or one whose programs meet: in several tiles,
-    of which each program has more than one."""
+    """The loop walks, or takes a launch for each step, or one whose programs meet, in several tiles;
+    or one whose programs hold their weights besides."""
     if request.param != "walk":
         tiling = triton_tiling.Tiling(request.param, 16, 16, 16, 16, 4, 1)
+        if request.param == "resident":
+            tiling = triton_tiling.Tiling("grid", 16, 16, 32, 32, 4, 1, resident=True)
         monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
-    if request.param == "grid":
+    if request.param in ("grid", "resident"):
         together(monkeypatch)
     return request.param
 
 
-in_parts = pytest.mark.parametrize("form", ["step", "grid"], indirect=True)
+in_parts = pytest.mark.parametrize("form", ["step", "grid", "resident"], indirect=True)
 
 
 @pytest.mark.parametrize("cell, special, dtype", in_turn(SPECIAL))

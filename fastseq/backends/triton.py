@@ -43,7 +43,7 @@ from .triton_tiling import (
 )
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-#: How often a program looks for the others at a meeting before it goes on with NaN: for many seconds.
+#: How often a program looks for the others at a meeting before it goes on with NaN: many seconds.
 _PATIENCE = 1 << 26
 _larger: Form = "grid"
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -278,6 +278,21 @@ class _Task:
     def state(self, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty((self.R, self.B, width), dtype=dtype, device=self.device)
 
+    def final_states(self) -> list[Tensor]:
+        """Where the kernels leave the states, and, in parts, carry them, from the first on."""
+        in_parts = self.tiling.form != "walk"
+        finals = [self.state(self.P, self.dtype)]
+        others = self.cell.states[1:]
+        finals += [self.state(self.H, self.wide if in_parts else self.dtype) for _ in others]
+        if in_parts:
+            for final, state in zip(finals, self.cell.states, strict=True):
+                start = self.values[f"{state}_0_ptr"]
+                final.copy_(start) if start is not None else final.zero_()
+            mask = self.values["h_mask_ptr"]
+            h = finals[0] if mask is None else (finals[0] * mask).to(self.dtype)
+            self.values["operand_ptr"] = torch.stack([h, h])
+        return finals
+
     def w_ih(self) -> Tensor:
         """(R*G*H, I)"""
         weights = [w.w_ih for w in self.call.weights]
@@ -362,7 +377,14 @@ class _Task:
         grid = (programs(tiles, R * columns, _properties(self.device).processors), R, columns)
         counter = torch.zeros(grid[0] * R * 16, dtype=torch.int64, device=self.device)
         try:
-            self.launch(kind, grid, tiles=tiles, patience=_PATIENCE, counter_ptr=counter)
+            self.launch(
+                kind,
+                grid,
+                int(self.tiling.resident),
+                tiles=tiles,
+                patience=_PATIENCE,
+                counter_ptr=counter,
+            )
         except RuntimeError as error:  # "too many blocks in cooperative launch": a part of a GPU
             if "cooperative" not in str(error):
                 raise
@@ -383,11 +405,11 @@ class _Task:
 def _is_kept(task: _Task, full: bool) -> dict[str, int]:
     """Buffers beside the gates: name -> width. Parts of a step hand values on through them."""
     cell, width = task.cell, task.R * task.H
-    stepwise = task.tiling.form != "walk"
+    in_parts = task.tiling.form != "walk"
     kept = {}
-    if cell.extras and (full or (stepwise and len(cell.phases) > 1)):
+    if cell.extras and (full or (in_parts and len(cell.phases) > 1)):
         kept["extra"] = len(cell.extras) * width
-    if task.projected and (full or stepwise):
+    if task.projected and (full or in_parts):
         kept["m"] = width
     return kept
 
@@ -399,13 +421,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     others = task.cell.states[1:]
     with task.on_device():
         y = task.padded(task.rows(task.R * task.P))
-        stepwise = task.tiling.form != "walk"  # the other states' final values are carried there
-        finals = [task.state(task.P, task.dtype)]
-        finals += [task.state(task.H, task.wide if stepwise else task.dtype) for _ in others]
-        if stepwise:
-            for final, state in zip(finals, task.cell.states, strict=True):
-                start = task.values[f"{state}_0_ptr"]
-                final.copy_(start) if start is not None else final.zero_()
+        finals = task.final_states()
         along = []
         if full or trajectory:
             along = [task.rows(task.R * task.H, task.wide if full else task.dtype) for _ in others]
@@ -452,12 +468,8 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     if not along and not cell.extras and not _keeps_gates(cell, task.projected):
         return [], []
     if len(cell.phases) > 1:
-        finals = [task.state(task.P, task.dtype)]
-        finals += [task.state(H, task.wide) for _ in cell.states[1:]]
-        for final, state in zip(finals, cell.states, strict=True):
-            start = task.values[f"{state}_0_ptr"]
-            final.copy_(start) if start is not None else final.zero_()
-        return _walk_forward(task, task.rows(R * task.P), finals, along, True), along
+        y = task.rows(R * task.P)
+        return _walk_forward(task, y, task.final_states(), along, True), along
     task.tiling = pointwise_tiling(H, _properties(task.device))
     task.values |= task.tiling.blocks()
     kept = {name: task.rows(width) for name, width in _is_kept(task, True).items()}

@@ -108,7 +108,7 @@ def shared(ptr, place, mask, WIDE: tl.constexpr):
 @triton.jit
 def previous(along_ptr, start_ptr, place, start, known, fresh, WIDE: tl.constexpr):
     """A state before a step: where ``known`` from all steps, where ``fresh`` the initial one."""
-    value = shared(along_ptr, place, known, WIDE)
+    value = tl.load(along_ptr + place, mask=known, other=0.0).to(WIDE)
     if start_ptr is not None:
         value += tl.load(start_ptr + start, mask=fresh, other=0.0).to(WIDE)
     return value
@@ -180,7 +180,18 @@ def meet(counter, goal, patience):
 
 _HELPERS = {
     f.__name__: f
-    for f in (load, load_or_zero, shared, previous, masked, lengths_of, within, first_row, dot, meet)
+    for f in (
+        load,
+        load_or_zero,
+        shared,
+        previous,
+        masked,
+        lengths_of,
+        within,
+        first_row,
+        dot,
+        meet,
+    )
 }
 
 # Kernels

@@ -5,22 +5,23 @@ Tiles carry the names of the maths: ``a_i``, ``h_prev``, ``da_i``. Three forms o
 - *walk*: one program owns a tile of the batch in one recurrence and walks all of time. The weights
   stand on the chip and the states are carried in registers: nothing that a step writes is read by a
   later step. A tile holds all hidden units, or, in a walk without products, some of them.
-- *step*: one launch for each step and part of it (a phase of the cell, the projection) over tiles of
-  the batch and of the hidden units. The product is made in the kernel, on operands that earlier
+- *step*: one launch for each step and part of it (a phase of the cell, the projection) over tiles
+  of the batch and of the hidden units. The product is made in the kernel, on operands that earlier
   launches have written.
 - *grid*: the same parts in one launch, whose programs walk all of time together. Those that share a
-  tile of the batch meet before each part. Every buffer that a part writes has a row of its own for
-  each step, so nothing that is still to be read is written over; what other programs wrote is read
-  by ``shared`` and ``previous`` alone, past the first-level cache.
+  tile of the batch meet before each part. A part writes where no part reads before the next meeting:
+  each step has rows of its own, or one of two (``operand``). What programs write in the same launch
+  is read by ``shared`` alone, past the first-level cache.
 
 Indices, as tiles: ``batch`` (BLOCK_B, 1) sequences, ``units`` (1, BLOCK_H) hidden units, ``hidden``
 components of h (in a walk all, (1, BLOCK_P), else a tile as of units), ``rows`` and ``at``
-(BLOCK_B, 1) packed rows and rows times recurrences. Masks: ``live`` sequences that this step belongs
-to, ``is_unit``, ``is_hidden``.
+(BLOCK_B, 1) packed rows and rows times recurrences. Masks: ``live`` sequences that this step
+belongs to, ``is_unit``, ``is_hidden``.
 
 Buffers, a row for each of the input: gates, dgates (N, R, G, H); dproduct, s (N, R, G_hh, H);
-extra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). Weights: w_hh
-(R, G_hh, H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
+extra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). operand (2, R, B,
+P): h, masked, as the products of even and odd steps take it, h_0 at first. Weights: w_hh (R, G_hh,
+H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ..cells import Cell, Phase, arguments
 #: In the order of a kernel's arguments; a kernel has those that its text names.
 POINTERS = (
     "gates s w_hh w_hr b_hh unit h_0 h_mask reset reverse lengths offsets y extra m h_n "
-    "dgates dproduct dh_all dy dh dunit counter"
+    "operand dgates dproduct dh_all dy dh dunit counter"
 ).split()
 SIZES = ("step", "tiles", "patience", "T", "B", "R", "H", "P", "capacity")
 CONSTANTS = ("SAVE", "WIDE", "PRECISION", "BLOCK_B", "BLOCK_H", "BLOCK_P", "BLOCK_K")
@@ -166,6 +167,10 @@ class _Names:
 
     def weight(self, gate: str) -> int:
         return self.cell.recurrent_gates.index(gate)
+
+    def weight_row(self, gate: str) -> str:
+        """Where the first of a gate's rows of w_hh is; to be ended by '+ row) * width'."""
+        return f"w_hh_ptr + ((recurrence * {self.G_hh} + {self.weight(gate)}) * H"
 
 
 def _comma(names: tuple[str, ...] | list[str]) -> str:
@@ -326,23 +331,51 @@ def forward_walk(cell: Cell, projected: bool, given: bool) -> str:
     return _kernel(cell, f"{cell.name}_forward_{'given' if given else 'walk'}", "\n".join(text))
 
 
-def _product_loop(
-    results: dict[str, str], operand: str, width: str, exists: str = "is_unit"
-) -> str:
-    """``name = operand @ weight``, BLOCK_K of ``width`` at a time, of an operand in memory.
+@dataclass(frozen=True)
+class _Term:
+    """``result += operand @ weight``. operand: at ``inner`` (1, BLOCK_K). weight: at ``down``
+    (BLOCK_K, 1) and the columns."""
 
-    results: name -> place in its weights at ``down`` (BLOCK_K, 1) and the columns that ``exists``.
-    operand: at ``inner`` (1, BLOCK_K).
-    """
-    loop = ["inner = (first + tl.arange(0, BLOCK_K))[None, :]"]
-    loop.append("down = (first + tl.arange(0, BLOCK_K))[:, None]")
-    loop.append(f"operand = ({operand}).to(y_ptr.dtype.element_ty)")
-    for name, weight in results.items():
-        w = f"tl.load({weight}, mask=(down < {width}) & {exists}, other=0.0)"
-        loop.append(f"{name} += dot(operand, {w}, PRECISION, WIDE)")
+    result: str
+    operand: str
+    weight: str
+    place: str
+
+
+def _products(terms: list[_Term], width: str, exists: str) -> str:
+    """BLOCK_K of ``width`` at a time, from memory."""
+    lines = ["inner = (first + tl.arange(0, BLOCK_K))[None, :]"]
+    lines.append("down = (first + tl.arange(0, BLOCK_K))[:, None]")
+    lines += _dots(terms, [_weight(t, width, exists) for t in terms])
+    results = dict.fromkeys(t.result for t in terms)
+    start = [f"{name} = tl.full((BLOCK_B, BLOCK_H), poison, WIDE)" for name in results]
+    loop = f"for first in range(0, {width}, BLOCK_K):\n" + _indent("\n".join(lines), 1)
+    return "\n".join([*start, loop])
+
+
+def _resident_products(terms: list[_Term], width: str, exists: str) -> tuple[list[str], str]:
+    """Loads of the weights before the first step, and the products with them: in one piece."""
+    block = {"P": "BLOCK_P", "H": "BLOCK_K"}[width]
+    weights = [f"down = tl.arange(0, {block})[:, None]"]
+    weights += [f"{t.weight} = {_weight(t, width, exists)}" for t in terms]
+    results = dict.fromkeys(t.result for t in terms)
     lines = [f"{name} = tl.full((BLOCK_B, BLOCK_H), poison, WIDE)" for name in results]
-    lines += [f"for first in range(0, {width}, BLOCK_K):", _indent("\n".join(loop), 1)]
-    return "\n".join(lines)
+    lines += [f"inner = tl.arange(0, {block})[None, :]", *_dots(terms, [t.weight for t in terms])]
+    return weights, "\n".join(lines)
+
+
+def _weight(term: _Term, width: str, exists: str) -> str:
+    return f"tl.load({term.place}, mask=(down < {width}) & {exists}, other=0.0)"
+
+
+def _dots(terms: list[_Term], weights: list[str]) -> list[str]:
+    lines = []
+    for t, weight in zip(terms, weights, strict=True):
+        operand = f"operand = ({t.operand}).to(y_ptr.dtype.element_ty)"
+        if operand not in lines:
+            lines.append(operand)
+        lines.append(f"{t.result} += dot(operand, {weight}, PRECISION, WIDE)")
+    return lines
 
 
 def _previous(state: str, width: str, columns: str, exists: str) -> str:
@@ -359,10 +392,27 @@ def _previous(state: str, width: str, columns: str, exists: str) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """own: loads of what the loop does not write before, whichever program does. body: the rest."""
+    """What follows one product of a step.
 
+    weights: lines before the first step, where the product's are on the chip.
+    own: loads of what the loop, whichever program runs it, does not write before.
+    """
+
+    weights: list[str]
     own: list[str]
     body: list[str]
+
+
+def _part(
+    terms: list[_Term], width: str, exists: str, own: list[str], body: list[str], resident: bool
+) -> _Part:
+    """The products, then the body."""
+    if not terms:
+        return _Part([], own, body)
+    if not resident:
+        return _Part([], own, [_products(terms, width, exists), *body])
+    weights, products = _resident_products(terms, width, exists)
+    return _Part(weights, own, [products, *body])
 
 
 @dataclass(frozen=True)
@@ -408,7 +458,8 @@ def _grid_kernel(cell: Cell, steps: _Steps) -> str:
     """All steps in one launch, of programs that are on the chip together.
 
     Those with one tile of the batch in one recurrence meet before each part. On the chip over time:
-    what is carried. A program that waited in vain goes on with NaN.
+    what is carried, and the weights where the parts hold them. A program that waited in vain goes
+    on with NaN.
     """
     body = list(steps.step)
     for part in steps.parts:
@@ -419,6 +470,7 @@ def _grid_kernel(cell: Cell, steps: _Steps) -> str:
     walk += [_indent("\n".join(body), 1)]
     walk += [_store(p, place, name, mask) for name, (p, place, mask) in steps.carried.items()]
     text = [_UNITS, _HIDDEN_TILE, *steps.start]
+    text += [line for part in steps.parts for line in part.weights]
     text += ["counter = counter_ptr + (tl.program_id(0) * R + recurrence) * 16  # 128 bytes apart"]
     text += ["goal = tl.full((), 0, tl.int64)"]
     text += ["for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):"]
@@ -426,59 +478,61 @@ def _grid_kernel(cell: Cell, steps: _Steps) -> str:
     return _kernel(cell, f"{cell.name}_{steps.name}_grid", "\n".join(text))
 
 
-def _forward(cell: Cell, projected: bool) -> _Steps:
+def _forward(cell: Cell, projected: bool, resident: bool) -> _Steps:
     """Parts: the phases, and the projection."""
     others = cell.states[1:]
     if others and len(cell.phases) > 1:
         raise NotImplementedError(
             f"{cell.name}: the steps hold a second state in cells of one phase alone"
         )
-    parts = [_forward_phase(cell, projected, k) for k in range(len(cell.phases))]
+    parts = [_forward_phase(cell, projected, k, resident) for k in range(len(cell.phases))]
     if projected:
-        weight = {"h": "w_hr_ptr + (recurrence * P + hidden) * H + down"}
         operand = _shared("m", "at * H + inner", "live & (inner < H)")
-        product = _product_loop(weight, operand, "H", "is_hidden")
-        parts.append(_Part([], [product, *_stores_of_h()]))
-    step = ["time = tl.where(reverse, steps - 1 - step, step)", _ROWS, _KEPT_IN_STEPS, _EARLIER]
-    carried = {
-        f"{s}_last": (f"{s}_n", "state * H + units", "(batch < B) & is_unit") for s in others
-    }
+        weight = "w_hr_ptr + (recurrence * P + hidden) * H + down"
+        terms = [_Term("h", operand, "w_hr", weight)]
+        parts.append(_part(terms, "H", "is_hidden", [], _hand_on_h(cell), resident))
+    step = ["time = tl.where(reverse, steps - 1 - step, step)", _ROWS, _KEPT_IN_STEPS]
+    carried = {"h_last": ("h_n", "state * P + hidden", "(batch < B) & is_hidden")}
+    for s in others:
+        carried[f"{s}_last"] = (f"{s}_n", "state * H + units", "(batch < B) & is_unit")
     start = [*_apart_biases(cell), *_units(cell)]
     return _Steps("forward", start, carried, step, parts)
 
 
-def _stores_of_h() -> list[str]:
-    return [
-        _store("y", "at * P + hidden", "h", "live & is_hidden"),
-        _store("h_n", "state * P + hidden", "h", "live & is_hidden"),
-    ]
+#: Where h is, masked, as a step's product takes it, and where the next step's will.
+_OPERAND = "((step % 2 * R + recurrence) * B + batch) * P + inner"
+_NEXT_OPERAND = "(((step + 1) % 2 * R + recurrence) * B + batch) * P + hidden"
 
 
-def _forward_phase(cell: Cell, projected: bool, k: int) -> _Part:
+def _hand_on_h(cell: Cell) -> list[str]:
+    lines = ["h = h.to(y_ptr.dtype.element_ty)"]
+    lines.append(_store("y", "at * P + hidden", "h", "live & is_hidden"))
+    lines.append("h_last = tl.where(live, h.to(WIDE), h_last)")
+    if any(cell.product_gates(p) and p.operand == "h_prev" for p in cell.phases):
+        value = "masked(h.to(WIDE), h_mask_ptr, state * P + hidden, live & is_hidden)"
+        lines.append(_store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
+    return lines
+
+
+def _forward_phase(cell: Cell, projected: bool, k: int, resident: bool) -> _Part:
     """A phase's product, and its text."""
     names, phase = _Names(cell, projected), cell.phases[k]
     gates = cell.product_gates(phase)
     later = {n for p in cell.phases[k + 1 :] for n in (*arguments(p.forward), p.operand)}
+    if phase.operand == "h_prev":
+        width = "P"
+        operand = _shared("operand", _OPERAND, "kept & (inner < P)")
+    else:
+        width = "H"
+        buffer, place = names.place(phase.operand)
+        operand = _shared(buffer, place.replace("units", "inner"), "live & (inner < H)")
+    terms = [
+        _Term(f"s_{g}", operand, f"w_{g}", f"{names.weight_row(g)} + units) * {width} + down")
+        for g in gates
+    ]
     body = []
-    if gates:
-        if phase.operand == "h_prev":
-            width = "P"
-            operand = _previous("h", "P", "inner", "(inner < P)")
-            operand = f"masked({operand}, h_mask_ptr, state * P + inner, live & (inner < P))"
-        else:
-            width = "H"
-            buffer, place = names.place(phase.operand)
-            operand = _shared(buffer, place.replace("units", "inner"), "live & (inner < H)")
-        weights = {
-            f"s_{g}": f"w_hh_ptr + ((recurrence * {names.G_hh} + {names.weight(g)}) * H + units) "
-            f"* {width} + down"
-            for g in gates
-        }
-        body.append(_product_loop(weights, operand, width))
     for name in arguments(phase.forward):
-        if name == "h_prev":
-            body.append(f"h_prev = {_previous('h', 'P', 'units', 'is_unit')}")
-        elif name.endswith("_prev"):
+        if name.endswith("_prev"):
             body.append(f"{name} = tl.where(kept, {name.removesuffix('_prev')}_last, 0.0)")
         elif name in cell.saved and name[2:] not in gates:  # an earlier phase's
             body.append(f"{name} = {_shared(*names.place(name))}")
@@ -488,8 +542,8 @@ def _forward_phase(cell: Cell, projected: bool, k: int) -> _Part:
         f"{s}_last = tl.where(live, {s}, {s}_last)" for s in cell.states[1:] if s in phase.returns
     ]
     if "h" in phase.returns:
-        body += [_store("m", "at * H + units", "h")] if projected else _stores_of_h()
-    return _Part(_input(cell, phase), body)
+        body += [_store("m", "at * H + units", "h")] if projected else _hand_on_h(cell)
+    return _part(terms, width, "is_unit", _input(cell, phase), body, resident)
 
 
 # Backward
@@ -611,19 +665,19 @@ def backward_walk(cell: Cell, projected: bool) -> str:
     return _kernel(cell, f"{cell.name}_backward_walk", "\n".join(text))
 
 
-def _backward(cell: Cell, projected: bool) -> _Steps:
+def _backward(cell: Cell, projected: bool, resident: bool) -> _Steps:
     """Parts: the gradient of the projected h, the phases from the last to the first.
 
     One step more than forward has: it leaves the gradient of h_0.
     """
     U = len(cell.unit_parameters)
     last = len(cell.phases) - 1
-    parts = [_backward_phase(cell, projected, k) for k in range(last, -1, -1)]
+    parts = [_backward_phase(cell, projected, k, resident) for k in range(last, -1, -1)]
     if projected:
-        own, body = _gradient_of_h(_Names(cell, True))
+        terms, own, body = _gradient_of_h(_Names(cell, True))
         body.append(_store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh_next = tl.where(live, 0.0, dh_next)")
-        parts.insert(0, _Part(own, body))
+        parts.insert(0, _part(terms, "H", "is_hidden", own, body, resident))
     step = ["time = tl.where(reverse, step, steps - 1 - step)", _ROWS, _KEPT_IN_STEPS, _EARLIER]
     carried = {"dh_next": ("dh", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in cell.states[1:]:
@@ -634,32 +688,48 @@ def _backward(cell: Cell, projected: bool) -> _Steps:
     return _Steps("backward", _units(cell), carried, [*step, _LATER], parts, "steps + 1")
 
 
-def _gradient_of_h(names: _Names) -> tuple[list[str], list[str]]:
+def _gradient_of_h(names: _Names) -> tuple[list[_Term], list[str], list[str]]:
     """dh: what the step after this one hands back, or the gradient of the final state, and dy.
 
     The carried ``dh_next`` is the gradient of the final state until a sequence's last step has run,
     and the part that the text itself hands back (dh_prev) from then on. At a sequence's first
     step's predecessor it receives the whole sum, the gradient of h_0.
     """
-    cell, lines, parts = names.cell, [], []
-    for k, phase in enumerate(cell.phases):
-        first, last = cell.product_rows(phase)
-        if last and phase.operand == "h_prev":
-            width = f"{last - first} * H"
-            start = f"{first} * H"
-            weight = f"w_hh_ptr + (recurrence * {names.G_hh} * H + {start} + down) * P + hidden"
-            place = f"at_later * {names.G_hh} * H + {start} + inner"
-            operand = _shared("dproduct", place, f"passes & (inner < {width})")
-            lines.append(_product_loop({f"dh_{k}": weight}, operand, width, "is_hidden"))
-            parts.append(f"dh_{k}")
-    if parts:
+    terms = [
+        t
+        for phase in names.cell.phases
+        if phase.operand == "h_prev"
+        for t in _from_gates(names, phase, "dproduct_h", "at_later", "passes", "P", "hidden")
+    ]
+    body = []
+    if terms:
         mask = "h_mask_ptr, state * P + hidden, (batch < B) & is_hidden"
-        lines.append(f"dh_next += masked({' + '.join(parts)}, {mask})")
-    lines.append("dh = dh_next + dy")
-    return ["dy = load_or_zero(dy_ptr, at * P + hidden, live & is_hidden, WIDE)"], lines
+        body.append(f"dh_next += masked(dproduct_h, {mask})")
+    body.append("dh = dh_next + dy")
+    own = ["dy = load_or_zero(dy_ptr, at * P + hidden, live & is_hidden, WIDE)"]
+    return terms, own, body
 
 
-def _backward_phase(cell: Cell, projected: bool, k: int) -> _Part:
+def _from_gates(
+    names: _Names, phase: Phase, result: str, at: str, exists: str, width: str, columns: str
+) -> list[_Term]:
+    """The gradient of a phase's operand: the gates' gradients times their weights."""
+    return [
+        _Term(
+            result,
+            _shared(
+                "dproduct",
+                f"({at} * {names.G_hh} + {names.weight(g)}) * H + inner",
+                f"{exists} & (inner < H)",
+            ),
+            f"w_{g}",
+            f"{names.weight_row(g)} + down) * {width} + {columns}",
+        )
+        for g in names.cell.product_gates(phase)
+    ]
+
+
+def _backward_phase(cell: Cell, projected: bool, k: int, resident: bool) -> _Part:
     """The product that a phase's incoming gradient is, and its backward text.
 
     The last phase's is of the gate gradients of the step that ran before, an earlier phase's of the
@@ -667,25 +737,19 @@ def _backward_phase(cell: Cell, projected: bool, k: int) -> _Part:
     """
     names = _Names(cell, projected)
     phase, last = cell.phases[k], k == len(cell.phases) - 1
-    own, body = [], []
+    terms: list[_Term] = []
+    own: list[str] = []
+    body: list[str] = []
     if "dh" in arguments(phase.backward):
         if projected:
-            weight = {"dh": "w_hr_ptr + (recurrence * P + down) * H + units"}
             operand = _shared("dh_all", "at * P + inner", "live & (inner < P)")
-            body.append(_product_loop(weight, operand, "P"))
+            weight = "w_hr_ptr + (recurrence * P + down) * H + units"
+            terms = [_Term("dh", operand, "w_hr", weight)]
         else:
-            own, body = _gradient_of_h(names)
+            terms, own, body = _gradient_of_h(names)
     for p in cell.phases[k + 1 :]:
         if p.operand in phase.returns:
-            first, end = cell.product_rows(p)
-            width, start = f"{end - first} * H", f"{first} * H"
-            weight = {
-                f"d{p.operand}": f"w_hh_ptr + (recurrence * {names.G_hh} * H + {start} + down) * H "
-                "+ units"
-            }
-            place = f"at * {names.G_hh} * H + {start} + inner"
-            operand = _shared("dproduct", place, f"live & (inner < {width})")
-            body.append(_product_loop(weight, operand, width))
+            terms += _from_gates(names, p, f"d{p.operand}", "at", "live", "H", "units")
     known = {"h", *(p.operand for p in cell.phases)}
 
     def waits(name: str) -> bool:
@@ -705,8 +769,10 @@ def _backward_phase(cell: Cell, projected: bool, k: int) -> _Part:
         if waits(name):
             body.append(_store("dgates", _gate(cell.G, cell.saved.index(name[1:])), name))
     if last:
-        body += [f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
-                 for s in cell.states[1:]]
+        body += [
+            f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
+            for s in cell.states[1:]
+        ]
     if not projected:
         direct = f"tl.where(kept, dh_prev_{k}, 0.0)" if "dh_prev" in phase.gradients else "0.0"
         if last:
@@ -718,16 +784,17 @@ def _backward_phase(cell: Cell, projected: bool, k: int) -> _Part:
         for u in cell.unit_parameters
         if f"d{u}" in phase.gradients
     ]
-    return _Part(own, body)
+    return _part(terms, "P" if projected else "H", "is_unit", own, body, resident)
 
 
-#: The kinds of loop: text of (cell, projected, phase).
+#: The kinds of loop: text of (cell, projected, k). k: of a step the part, of a grid whether the
+#: weights are on the chip.
 TEXTS: dict[str, Callable[[Cell, bool, int], str]] = {
     "forward_walk": lambda cell, projected, k: forward_walk(cell, projected, given=False),
     "forward_given": lambda cell, projected, k: forward_walk(cell, projected, given=True),
-    "forward_step": lambda cell, projected, k: _step_kernel(cell, _forward(cell, projected), k),
-    "forward_grid": lambda cell, projected, k: _grid_kernel(cell, _forward(cell, projected)),
+    "forward_step": lambda cell, p, k: _step_kernel(cell, _forward(cell, p, False), k),
+    "forward_grid": lambda cell, p, k: _grid_kernel(cell, _forward(cell, p, bool(k))),
     "backward_walk": lambda cell, projected, k: backward_walk(cell, projected),
-    "backward_step": lambda cell, projected, k: _step_kernel(cell, _backward(cell, projected), k),
-    "backward_grid": lambda cell, projected, k: _grid_kernel(cell, _backward(cell, projected)),
+    "backward_step": lambda cell, p, k: _step_kernel(cell, _backward(cell, p, False), k),
+    "backward_grid": lambda cell, p, k: _grid_kernel(cell, _backward(cell, p, bool(k))),
 }

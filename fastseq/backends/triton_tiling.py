@@ -37,9 +37,10 @@ class Device(NamedTuple):
 class Tiling:
     """form: one launch that walks all of time, one for each step, or one whose programs meet.
 
-    A program has block_b sequences and block_h hidden units. block_p is the width of h, where it is
-    projected, in a walk; block_k how much of a product's inner length is on the chip at once in a
-    step.
+    A program has block_b sequences and block_h hidden units. block_p is the width of h in a walk,
+    where it is projected; block_k how much of a product's inner length is on the chip at once in a
+    step. resident: a grid whose programs keep their weights on the chip; block_p and block_k are
+    then the widths of h and of the units.
     """
 
     form: Form
@@ -50,6 +51,7 @@ class Tiling:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    resident: bool = False
 
     def options(self) -> dict[str, int | bool]:
         """Of the compiler and the launch."""
