@@ -5,6 +5,7 @@ Each cell runs each case; the type goes round, and --full takes them all.
 """
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_parity import against_the_independent
 from together import together
 from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
-from fastseq.backends import load, triton_kernels, triton_tiling
+from fastseq.backends import load, triton_kernels, triton_source, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.cells import CELLS
 
@@ -52,8 +53,8 @@ def in_turn(*axes):
 
 @pytest.fixture(params=["walk", "step", "grid"])
 def form(request, monkeypatch):
-    """The loop walks, or takes a launch for each step, or one whose programs meet, in several tiles;
-    or one whose programs hold their weights besides."""
+    """The loop walks, or takes a launch for each step, or one whose programs meet; in several
+    tiles. Resident: they hold their weights besides."""
     if request.param != "walk":
         tiling = triton_tiling.Tiling(request.param, 16, 16, 16, 16, 4, 1)
         if request.param == "resident":
@@ -253,6 +254,71 @@ def test_empty(cell, T, B, form):
         for w, dw in zip(weights.flat(), d.flat(), strict=True):
             assert (w is None) == (dw is None)
             assert dw is None or (dw.shape == w.shape and not dw.any())
+
+
+GRIDS = [
+    (cell, projected, backward, pieces)
+    for cell in CELLS
+    for projected in (False, True)
+    for backward in ("forward", "backward")
+    for pieces in (None, (1, 2))
+    if not projected or cell in ("lstm", "rnn_tanh")
+]
+
+
+@pytest.mark.parametrize("cell, projected, backward, pieces", GRIDS)
+def test_what_programs_hand_over_is_read_after_a_meeting(cell, projected, backward, pieces):
+    """In the text of a grid's step: no load of a buffer that it writes goes by the first-level
+    cache, or comes before the meeting that follows the store. The input products alone are read
+    before, by the program that will write there."""
+    text = triton_source.TEXTS[f"{backward}_grid"](CELLS[cell], projected, pieces)
+    step = text[text.index("for step in") :].splitlines()
+    step = [line for line in step[1:] if line.startswith(" " * 12)]
+    step = [line.replace("dproduct_ptr", "dgates_ptr") for line in step]  # often one buffer
+    stored = {name for line in step for name in re.findall(r"tl\.store\((\w+)_ptr", line)}
+    loaded = 0
+    since_meeting = set()
+    for line in [*step, *step]:
+        if "meet(" in line:
+            since_meeting = set()
+        for how, name in re.findall(r"([\w.]+)\((\w+)_ptr(?:,| \+)", line):
+            if how == "tl.store":
+                since_meeting.add(name)
+            elif name in stored:
+                loaded += 1
+                assert how == "shared", line
+                assert name not in since_meeting or line.strip().startswith("x_"), line
+    assert loaded or cell == "indrnn"
+    assert step.count(" " * 12 + "patience = meet(counter, goal, patience)") >= 1
+
+
+def test_a_program_that_waits_in_vain_ends_with_nan(monkeypatch):
+    """The interpreter runs one after another: the first never meets the second."""
+    backend = load("triton")
+    tiling = triton_tiling.Tiling("grid", 16, 16, 16, 16, 4, 1)
+    monkeypatch.setattr(backend, "tiling", lambda *arguments: tiling)
+    monkeypatch.setattr(backend, "_PATIENCE", 3)
+    found = draw("lstm", T=3, H=18, dtype=torch.float32, grad=False).run("triton")
+    assert found["y"][..., :16].isnan().all() and found["c_n"][..., :16].isnan().all()
+
+
+def test_where_not_all_programs_can_start_steps_take_their_place(monkeypatch):
+    """The driver refuses a cooperative launch on a part of a GPU."""
+    case = draw("lstm", T=3, H=18, dtype=torch.float32)
+    backend = load("triton")
+
+    def only(form, *arguments):
+        return triton_tiling.Tiling(arguments[-1], 16, 16, 16, 16, 4, 1)
+
+    def refuse(self, grid, values, options):
+        if options.get("launch_cooperative_grid"):
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+        launch(self, grid, values, options)
+
+    launch = triton_kernels.Kernel.__call__
+    monkeypatch.setattr(backend, "tiling", only)
+    monkeypatch.setattr(triton_kernels.Kernel, "__call__", refuse)
+    against_the_independent(case, "triton", "refused")
 
 
 def test_splitting_time_gives_the_same():

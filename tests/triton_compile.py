@@ -90,9 +90,9 @@ PAIRS = ((63, 31), (300, 200))
 
 
 def recorded(target, cell, kind, H, P, B, everything):
-    """The launches of a forward and a backward: (kernel, values, options)."""
+    """The launches of a forward and a backward, of each form: (kernel, values, options)."""
     dtype, precision = KINDS[kind]
-    launches = []
+    launches: list = []
 
     def record(self, grid, values, options):
         launches.append((self, {n: values[n] for n in self.arguments}, options))
@@ -114,11 +114,12 @@ def recorded(target, cell, kind, H, P, B, everything):
         torch.zeros(case.directions, rows, dtype=torch.bool) if everything else None,
         case.h_mask,
     )
-    result = backend.forward(call, True, everything)
-    grads = OutputGradients(
-        result.y, [s if everything else None for s in result.states], list(result.trajectory)
-    )
-    backend.backward(call, result, grads, Wanted(True, True, True))
+    for form in ("grid", "step"):
+        with backend.larger_as(form):
+            result = backend.forward(call, True, everything)
+            states = [s if everything else None for s in result.states]
+            grads = OutputGradients(result.y, states, list(result.trajectory))
+            backend.backward(call, result, grads, Wanted(True, True, True))
     call.memory = "lean"
     backend.backward(call, result, grads, Wanted(True, False, False))
     return launches

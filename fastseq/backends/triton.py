@@ -43,8 +43,8 @@ from .triton_tiling import (
 )
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-#: How often a program looks for the others at a meeting before it goes on with NaN: many seconds.
-_PATIENCE = 1 << 26
+#: How often a program looks for the others at a meeting before it goes on with NaN: some seconds.
+_PATIENCE = 1 << 24
 _larger: Form = "grid"
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -233,9 +233,8 @@ class _Task:
 
     def tiled(self, larger: Form) -> Tiling:
         P = self.P if self.projected else None
-        device = _properties(self.device)
         sizes = (self.H, P, self.dtype, self.precision, self.B, self.R)
-        return tiling(self.cell, *sizes, device, self.backward, larger)
+        return tiling(self.cell, *sizes, _properties(self.device), self.backward, larger)
 
     @staticmethod
     def stacked(parts: list[Tensor | None]) -> Tensor | None:
@@ -325,7 +324,7 @@ class _Task:
                 bias[at : at + H] += w.b_hh[place * H : (place + 1) * H]
         return bias
 
-    def launch(self, kind: str, grid: tuple[int, int, int], k: int = 0, **values: Any) -> None:
+    def launch(self, kind: str, grid: tuple[int, int, int], k: Any = None, **values: Any) -> None:
         if min(grid) == 0:
             return
         run = kernel(self.cell.name, kind, self.projected, k)
@@ -377,14 +376,8 @@ class _Task:
         grid = (programs(tiles, R * columns, _properties(self.device).processors), R, columns)
         counter = torch.zeros(grid[0] * R * 16, dtype=torch.int64, device=self.device)
         try:
-            self.launch(
-                kind,
-                grid,
-                int(self.tiling.resident),
-                tiles=tiles,
-                patience=_PATIENCE,
-                counter_ptr=counter,
-            )
+            values = {"tiles": tiles, "patience": _PATIENCE, "counter_ptr": counter}
+            self.launch(kind, grid, self.tiling.pieces(self.P, self.H), **values)
         except RuntimeError as error:  # "too many blocks in cooperative launch": a part of a GPU
             if "cooperative" not in str(error):
                 raise

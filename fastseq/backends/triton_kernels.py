@@ -228,17 +228,17 @@ def _jit_text(text: Any) -> Any:
 
 
 @cache
-def kernel(cell: str, kind: str, projected: bool, phase: int = 0) -> Kernel:
+def kernel(cell: str, kind: str, projected: bool, k: Any = None) -> Kernel:
     """A loop of :mod:`.triton_source`, bound to the texts of its cell."""
     definition = CELLS[cell]
-    text = source.TEXTS[kind](definition, projected, phase)
+    text = source.TEXTS[kind](definition, projected, k)
     names: dict[str, Any] = {"tl": tl, "__name__": __name__, **_HELPERS}
     for p in definition.phases:
         for equations in (p.forward, p.backward):
             names[equations.__name__] = _jit_text(equations)
     name = text[4 : text.index("(")]
     # inspect, by which Triton finds a function's text, asks linecache
-    file = f"<fastseq {name}{' projected' if projected else ''}>"
+    file = f"<fastseq {name}{' projected' if projected else ''} {k}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     exec(compile(text, file, "exec"), names)
     loop: FunctionType = names[name]

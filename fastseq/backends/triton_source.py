@@ -9,7 +9,7 @@ Tiles carry the names of the maths: ``a_i``, ``h_prev``, ``da_i``. Three forms o
   of the batch and of the hidden units. The product is made in the kernel, on operands that earlier
   launches have written.
 - *grid*: the same parts in one launch, whose programs walk all of time together. Those that share a
-  tile of the batch meet before each part. A part writes where no part reads before the next meeting:
+  tile of the batch meet before each part. What a part writes nobody reads before the next meeting:
   each step has rows of its own, or one of two (``operand``). What programs write in the same launch
   is read by ``shared`` alone, past the first-level cache.
 
@@ -30,8 +30,10 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..cells import Cell, Phase, arguments
+from .triton_tiling import AHEAD
 
 #: In the order of a kernel's arguments; a kernel has those that its text names.
 POINTERS = (
@@ -342,39 +344,52 @@ class _Term:
     place: str
 
 
-def _products(terms: list[_Term], width: str, exists: str) -> str:
-    """BLOCK_K of ``width`` at a time, from memory."""
-    lines = ["inner = (first + tl.arange(0, BLOCK_K))[None, :]"]
-    lines.append("down = (first + tl.arange(0, BLOCK_K))[:, None]")
-    lines += _dots(terms, [_weight(t, width, exists) for t in terms])
+def _zeros(terms: list[_Term]) -> list[str]:
+    """NaN where the step's operands never came."""
     results = dict.fromkeys(t.result for t in terms)
-    start = [f"{name} = tl.full((BLOCK_B, BLOCK_H), poison, WIDE)" for name in results]
-    loop = f"for first in range(0, {width}, BLOCK_K):\n" + _indent("\n".join(lines), 1)
-    return "\n".join([*start, loop])
-
-
-def _resident_products(terms: list[_Term], width: str, exists: str) -> tuple[list[str], str]:
-    """Loads of the weights before the first step, and the products with them: in one piece."""
-    block = {"P": "BLOCK_P", "H": "BLOCK_K"}[width]
-    weights = [f"down = tl.arange(0, {block})[:, None]"]
-    weights += [f"{t.weight} = {_weight(t, width, exists)}" for t in terms]
-    results = dict.fromkeys(t.result for t in terms)
-    lines = [f"{name} = tl.full((BLOCK_B, BLOCK_H), poison, WIDE)" for name in results]
-    lines += [f"inner = tl.arange(0, {block})[None, :]", *_dots(terms, [t.weight for t in terms])]
-    return weights, "\n".join(lines)
+    return [f"{name} = tl.full((BLOCK_B, BLOCK_H), poison, WIDE)" for name in results]
 
 
 def _weight(term: _Term, width: str, exists: str) -> str:
     return f"tl.load({term.place}, mask=(down < {width}) & {exists}, other=0.0)"
 
 
-def _dots(terms: list[_Term], weights: list[str]) -> list[str]:
+def _products(terms: list[_Term], width: str, exists: str) -> list[str]:
+    """BLOCK_K of ``width`` at a time, from memory."""
+    loop = ["inner = (first + tl.arange(0, BLOCK_K))[None, :]"]
+    loop.append("down = (first + tl.arange(0, BLOCK_K))[:, None]")
+    for t in terms:
+        operand = f"operand = {t.operand}.to(y_ptr.dtype.element_ty)"
+        if operand not in loop:
+            loop.append(operand)
+        loop.append(f"{t.result} += dot(operand, {_weight(t, width, exists)}, PRECISION, WIDE)")
+    body = _indent("\n".join(loop), 1)
+    return [*_zeros(terms), f"for first in range(0, {width}, BLOCK_K):", body]
+
+
+def _resident_weights(terms: list[_Term], width: str, exists: str, pieces: int) -> list[str]:
     lines = []
-    for t, weight in zip(terms, weights, strict=True):
-        operand = f"operand = ({t.operand}).to(y_ptr.dtype.element_ty)"
-        if operand not in lines:
-            lines.append(operand)
-        lines.append(f"{t.result} += dot(operand, {weight}, PRECISION, WIDE)")
+    for k in range(pieces):
+        lines.append(f"down = ({k} * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]")
+        lines += [f"{t.weight}_{k} = {_weight(t, width, exists)}" for t in terms]
+    return lines
+
+
+def _resident_products(terms: list[_Term], pieces: int) -> list[str]:
+    """With weights that are on the chip."""
+    lines = _zeros(terms)
+    for operand in dict.fromkeys(t.operand for t in terms):
+        for first in range(0, pieces, AHEAD):
+            ahead = range(first, min(first + AHEAD, pieces))
+            for k in ahead:
+                lines.append(f"inner = ({k} * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]")
+                lines.append(f"operand_{k} = {operand}.to(y_ptr.dtype.element_ty)")
+            lines += [
+                f"{t.result} += dot(operand_{k}, {t.weight}_{k}, PRECISION, WIDE)"
+                for k in ahead
+                for t in terms
+                if t.operand == operand
+            ]
     return lines
 
 
@@ -403,16 +418,21 @@ class _Part:
     body: list[str]
 
 
+#: How many pieces of BLOCK_K cover P and H, where a grid's programs hold their weights.
+Pieces = tuple[int, int] | None
+
+
 def _part(
-    terms: list[_Term], width: str, exists: str, own: list[str], body: list[str], resident: bool
+    terms: list[_Term], width: str, exists: str, own: list[str], body: list[str], pieces: Pieces
 ) -> _Part:
     """The products, then the body."""
     if not terms:
         return _Part([], own, body)
-    if not resident:
-        return _Part([], own, [_products(terms, width, exists), *body])
-    weights, products = _resident_products(terms, width, exists)
-    return _Part(weights, own, [products, *body])
+    if pieces is None:
+        return _Part([], own, [*_products(terms, width, exists), *body])
+    count = pieces["PH".index(width)]
+    weights = _resident_weights(terms, width, exists, count)
+    return _Part(weights, own, [*_resident_products(terms, count), *body])
 
 
 @dataclass(frozen=True)
@@ -424,6 +444,7 @@ class _Steps:
     count: how many steps of the longest sequence's ``steps`` there are.
     """
 
+    cell: Cell
     name: str
     start: list[str]
     carried: dict[str, tuple[str, str, str]]
@@ -437,7 +458,7 @@ def _named(lines: list[str], text: str) -> list[str]:
     return [line for line in lines if re.search(rf"\b{line.split(' = ')[0]}\b", text)]
 
 
-def _step_kernel(cell: Cell, steps: _Steps, k: int) -> str:
+def _step_kernel(steps: _Steps, k: int) -> str:
     """One part of one step."""
     part = "\n".join(["steps = T", "poison = 0.0", *steps.step, *steps.parts[k].own])
     part = "\n".join([part, *steps.parts[k].body])
@@ -445,7 +466,7 @@ def _step_kernel(cell: Cell, steps: _Steps, k: int) -> str:
     body = [_PLACE, _HIDDEN_TILE, *_named(steps.start, part)]
     body += [f"{name} = {_load(*place)}" for name, place in carried.items()]
     body += [part, *(_store(p, place, name, mask) for name, (p, place, mask) in carried.items())]
-    return _kernel(cell, f"{cell.name}_{steps.name}_step_{k}", "\n".join(body))
+    return _kernel(steps.cell, f"{steps.cell.name}_{steps.name}_step_{k}", "\n".join(body))
 
 
 _MEET = """\
@@ -454,7 +475,7 @@ patience = meet(counter, goal, patience)
 poison = tl.where(patience > 0, 0.0, float("nan"))"""
 
 
-def _grid_kernel(cell: Cell, steps: _Steps) -> str:
+def _grid_kernel(steps: _Steps) -> str:
     """All steps in one launch, of programs that are on the chip together.
 
     Those with one tile of the batch in one recurrence meet before each part. On the chip over time:
@@ -475,28 +496,28 @@ def _grid_kernel(cell: Cell, steps: _Steps) -> str:
     text += ["goal = tl.full((), 0, tl.int64)"]
     text += ["for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):"]
     text += [_indent("\n".join(walk), 1)]
-    return _kernel(cell, f"{cell.name}_{steps.name}_grid", "\n".join(text))
+    return _kernel(steps.cell, f"{steps.cell.name}_{steps.name}_grid", "\n".join(text))
 
 
-def _forward(cell: Cell, projected: bool, resident: bool) -> _Steps:
+def _forward(cell: Cell, projected: bool, pieces: Pieces) -> _Steps:
     """Parts: the phases, and the projection."""
     others = cell.states[1:]
     if others and len(cell.phases) > 1:
         raise NotImplementedError(
             f"{cell.name}: the steps hold a second state in cells of one phase alone"
         )
-    parts = [_forward_phase(cell, projected, k, resident) for k in range(len(cell.phases))]
+    parts = [_forward_phase(cell, projected, k, pieces) for k in range(len(cell.phases))]
     if projected:
         operand = _shared("m", "at * H + inner", "live & (inner < H)")
         weight = "w_hr_ptr + (recurrence * P + hidden) * H + down"
         terms = [_Term("h", operand, "w_hr", weight)]
-        parts.append(_part(terms, "H", "is_hidden", [], _hand_on_h(cell), resident))
+        parts.append(_part(terms, "H", "is_hidden", [], _hand_on_h(cell), pieces))
     step = ["time = tl.where(reverse, steps - 1 - step, step)", _ROWS, _KEPT_IN_STEPS]
     carried = {"h_last": ("h_n", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in others:
         carried[f"{s}_last"] = (f"{s}_n", "state * H + units", "(batch < B) & is_unit")
     start = [*_apart_biases(cell), *_units(cell)]
-    return _Steps("forward", start, carried, step, parts)
+    return _Steps(cell, "forward", start, carried, step, parts)
 
 
 #: Where h is, masked, as a step's product takes it, and where the next step's will.
@@ -514,7 +535,7 @@ def _hand_on_h(cell: Cell) -> list[str]:
     return lines
 
 
-def _forward_phase(cell: Cell, projected: bool, k: int, resident: bool) -> _Part:
+def _forward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Part:
     """A phase's product, and its text."""
     names, phase = _Names(cell, projected), cell.phases[k]
     gates = cell.product_gates(phase)
@@ -543,7 +564,7 @@ def _forward_phase(cell: Cell, projected: bool, k: int, resident: bool) -> _Part
     ]
     if "h" in phase.returns:
         body += [_store("m", "at * H + units", "h")] if projected else _hand_on_h(cell)
-    return _part(terms, width, "is_unit", _input(cell, phase), body, resident)
+    return _part(terms, width, "is_unit", _input(cell, phase), body, pieces)
 
 
 # Backward
@@ -665,19 +686,19 @@ def backward_walk(cell: Cell, projected: bool) -> str:
     return _kernel(cell, f"{cell.name}_backward_walk", "\n".join(text))
 
 
-def _backward(cell: Cell, projected: bool, resident: bool) -> _Steps:
+def _backward(cell: Cell, projected: bool, pieces: Pieces) -> _Steps:
     """Parts: the gradient of the projected h, the phases from the last to the first.
 
     One step more than forward has: it leaves the gradient of h_0.
     """
     U = len(cell.unit_parameters)
     last = len(cell.phases) - 1
-    parts = [_backward_phase(cell, projected, k, resident) for k in range(last, -1, -1)]
+    parts = [_backward_phase(cell, projected, k, pieces) for k in range(last, -1, -1)]
     if projected:
         terms, own, body = _gradient_of_h(_Names(cell, True))
         body.append(_store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh_next = tl.where(live, 0.0, dh_next)")
-        parts.insert(0, _part(terms, "H", "is_hidden", own, body, resident))
+        parts.insert(0, _part(terms, "H", "is_hidden", own, body, pieces))
     step = ["time = tl.where(reverse, step, steps - 1 - step)", _ROWS, _KEPT_IN_STEPS, _EARLIER]
     carried = {"dh_next": ("dh", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in cell.states[1:]:
@@ -685,7 +706,7 @@ def _backward(cell: Cell, projected: bool, resident: bool) -> _Steps:
     for k, u in enumerate(cell.unit_parameters):
         place = f"((tile * R + recurrence) * {U} + {k}) * H + units"
         carried[f"total_{u}"] = ("dunit", place, "is_unit")
-    return _Steps("backward", _units(cell), carried, [*step, _LATER], parts, "steps + 1")
+    return _Steps(cell, "backward", _units(cell), carried, [*step, _LATER], parts, "steps + 1")
 
 
 def _gradient_of_h(names: _Names) -> tuple[list[_Term], list[str], list[str]]:
@@ -729,7 +750,7 @@ def _from_gates(
     ]
 
 
-def _backward_phase(cell: Cell, projected: bool, k: int, resident: bool) -> _Part:
+def _backward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Part:
     """The product that a phase's incoming gradient is, and its backward text.
 
     The last phase's is of the gate gradients of the step that ran before, an earlier phase's of the
@@ -784,17 +805,17 @@ def _backward_phase(cell: Cell, projected: bool, k: int, resident: bool) -> _Par
         for u in cell.unit_parameters
         if f"d{u}" in phase.gradients
     ]
-    return _part(terms, "P" if projected else "H", "is_unit", own, body, resident)
+    return _part(terms, "P" if projected else "H", "is_unit", own, body, pieces)
 
 
-#: The kinds of loop: text of (cell, projected, k). k: of a step the part, of a grid whether the
-#: weights are on the chip.
-TEXTS: dict[str, Callable[[Cell, bool, int], str]] = {
+#: The kinds of loop: text of (cell, projected, k). k: of a step the part, of a grid the pieces of P
+#: and H in which its programs hold their weights, or None.
+TEXTS: dict[str, Callable[[Cell, bool, Any], str]] = {
     "forward_walk": lambda cell, projected, k: forward_walk(cell, projected, given=False),
     "forward_given": lambda cell, projected, k: forward_walk(cell, projected, given=True),
-    "forward_step": lambda cell, p, k: _step_kernel(cell, _forward(cell, p, False), k),
-    "forward_grid": lambda cell, p, k: _grid_kernel(cell, _forward(cell, p, bool(k))),
+    "forward_step": lambda cell, projected, k: _step_kernel(_forward(cell, projected, None), k),
+    "forward_grid": lambda cell, projected, k: _grid_kernel(_forward(cell, projected, k)),
     "backward_walk": lambda cell, projected, k: backward_walk(cell, projected),
-    "backward_step": lambda cell, p, k: _step_kernel(cell, _backward(cell, p, False), k),
-    "backward_grid": lambda cell, p, k: _grid_kernel(cell, _backward(cell, p, bool(k))),
+    "backward_step": lambda cell, projected, k: _step_kernel(_backward(cell, projected, None), k),
+    "backward_grid": lambda cell, projected, k: _grid_kernel(_backward(cell, projected, k)),
 }

@@ -39,8 +39,7 @@ class Tiling:
 
     A program has block_b sequences and block_h hidden units. block_p is the width of h in a walk,
     where it is projected; block_k how much of a product's inner length is on the chip at once in a
-    step. resident: a grid whose programs keep their weights on the chip; block_p and block_k are
-    then the widths of h and of the units.
+    step, or, in a grid whose programs hold their weights (resident), is one of their pieces.
     """
 
     form: Form
@@ -62,6 +61,10 @@ class Tiling:
             found["launch_cooperative_grid"] = True
         return found
 
+    def pieces(self, P: int, H: int) -> tuple[int, int] | None:
+        """In how many pieces the weights of P and of H are held."""
+        return (-(-P // self.block_k), -(-H // self.block_k)) if self.resident else None
+
     def blocks(self) -> dict[str, int]:
         """What the kernels take as constants."""
         return {
@@ -75,6 +78,8 @@ class Tiling:
 #: tl.dot wants at least 16 in every dimension. A walk takes no more rows than that: more programs
 #: run side by side, and the weights' registers are not shared with a larger tile of gates.
 LEAST = 16
+#: so many pieces of an operand are on their way at once, where a grid holds its weights
+AHEAD = 4
 #: up to this batch a step's programs have 16 rows as well
 FEW_ROWS = 32
 #: what a walk needs in shared memory beside the weights, for exchanging h between warps
@@ -95,6 +100,19 @@ def resident_bytes(cell: Cell, H: int, P: int | None, itemsize: int) -> int:
         for phase in cell.phases
     )
     return itemsize * block_h * (inner + (0 if P is None else block_p))
+
+
+def held_bytes(cell: Cell, H: int, P: int | None, held: Tiling, itemsize: int) -> int:
+    """What a program of a grid takes in shared memory: its columns of all weights, in backward, and
+    the pieces of an operand that are on their way."""
+    k = held.block_k
+    inner = len(cell.recurrent_gates) * -(-H // k) + -(-(P or 0) // k)
+    return itemsize * k * (held.block_h * inner + held.block_b * AHEAD)
+
+
+def _aligned(H: int, P: int | None) -> bool:
+    """Every row starts where 16 numbers can be loaded at once."""
+    return H % 16 == 0 and (P is None or P % 16 == 0)
 
 
 def _walk(device: Device, block_h: int, block_p: int, num_warps: int) -> Tiling:
@@ -134,9 +152,15 @@ def tiling(
     """
     found = _tiling(cell, H, P, dtype, precision, B, device, backward)
     columns = R * -(-max(H, P or 0) // found.block_h)
-    if found.form == "step" and larger == "grid" and columns <= device.processors:
-        return replace(found, form="grid")
-    return found
+    if found.form != "step" or larger != "grid" or columns > device.processors:
+        return found
+    held = Tiling("grid", LEAST, 32, 32, 256 // dtype.itemsize, 4, 1, resident=True)
+    programs_held = -(-B // held.block_b) * R * -(-max(H, P or 0) // held.block_h)
+    small = dtype.itemsize == 2 or precision == "tf32"
+    fits = held_bytes(cell, H, P, held, dtype.itemsize) <= device.shared_memory
+    if small and _aligned(H, P) and fits and programs_held <= device.processors:
+        return held
+    return replace(found, form="grid")
 
 
 def _tiling(
@@ -162,7 +186,7 @@ def _tiling(
     if precision == "tf32x3":
         resident *= 2  # both parts of every weight
     # The widest tiles leave no registers for the addresses of rows that start anywhere.
-    aligned = H % 16 == 0 and (P is None or P % 16 == 0)
+    aligned = _aligned(H, P)
     if precision == "tf32x3":
         most = 32 if aligned else 16
     elif dtype.itemsize == 2:
