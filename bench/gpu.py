@@ -173,7 +173,6 @@ def forms(workload: Workload) -> list[Form]:
             workload.B,
             workload.D,
             backend._properties(device),
-            False,
             larger,
         )
         if plan.form not in found:

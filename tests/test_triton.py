@@ -93,23 +93,21 @@ def tile(cell="lstm", H=64, P=None, dtype=torch.bfloat16, precision="ieee", B=4,
     device = Device(
         more.get("shared_memory", 232448), more.get("warp_size", 32), more.get("processors", 132)
     )
-    backward, larger = more.get("backward", False), more.get("larger", "step")
     sizes = (H, P, dtype, precision, B, more.get("R", 1))
-    return tiling(CELLS[cell], *sizes, device, backward, larger)
+    return tiling(CELLS[cell], *sizes, device, more.get("larger", "step"))
 
 
-@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_fits_on_the_chip_walks(cell, backward):
+def test_what_fits_on_the_chip_walks(cell):
     """In tiles that hold it; all else takes a launch for each step."""
     pytest.importorskip("triton")
     for H in (1, 15, 16, 17, 48, 63, 64, 80, 128):
-        t = tile(cell, H, backward=backward)
+        t = tile(cell, H)
         assert t.form == "walk"
         if cell != "indrnn":
             assert t.block_h // 2 < max(H, 9) <= t.block_h
     assert tile(cell, 64).maxnreg == 255 and tile(cell, 64, warp_size=64).maxnreg is None
-    wide = {tile(cell, H, backward=backward).form for H in (127, 129, 4096)}
+    wide = {tile(cell, H).form for H in (127, 129, 4096)}
     assert wide == ({"walk"} if cell == "indrnn" else {"step"})
 
 

@@ -175,7 +175,7 @@ def _products_as(precision: Precision, device: torch.device) -> Iterator[None]:
 class _Task:
     """One call as the kernels take it."""
 
-    def __init__(self, call: Call, backward: bool) -> None:
+    def __init__(self, call: Call) -> None:
         self.call = call
         self.cell: Cell = call.definition
         self.dtype, self.device = call.x.dtype, call.x.device
@@ -203,7 +203,6 @@ class _Task:
             offsets, lengths = tables[: self.T], tables[self.T :]
         self.x = call.x.reshape(self.capacity, call.x.shape[-1])[: self.N]
         self.precision: Precision = _precision(self.dtype, self.device)
-        self.backward = backward
         self.tiling = self.tiled(_larger)
         self.values: dict[str, Any] = {
             "T": self.T,
@@ -234,7 +233,7 @@ class _Task:
     def tiled(self, larger: Form) -> Tiling:
         P = self.P if self.projected else None
         sizes = (self.H, P, self.dtype, self.precision, self.B, self.R)
-        return tiling(self.cell, *sizes, _properties(self.device), self.backward, larger)
+        return tiling(self.cell, *sizes, _properties(self.device), larger)
 
     @staticmethod
     def stacked(parts: list[Tensor | None]) -> Tensor | None:
@@ -409,7 +408,7 @@ def _is_kept(task: _Task, full: bool) -> dict[str, int]:
 
 @torch.no_grad()
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
-    task = _Task(call, backward=False)
+    task = _Task(call)
     full = save and call.memory == "full"
     others = task.cell.states[1:]
     with task.on_device():
@@ -455,7 +454,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
     A cell with a second product, which needs the result of the first, walks forward again.
     """
-    task = _Task(call, backward=False)
+    task = _Task(call)
     cell, R, H = task.cell, task.R, task.H
     along = [task.rows(R * H, task.wide) for _ in cell.states[1:]]
     if not along and not cell.extras and not _keeps_gates(cell, task.projected):
@@ -487,7 +486,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
-    task = _Task(call, backward=True)
+    task = _Task(call)
     with task.on_device():
         return _backward(task, result, grads, wanted)
 

@@ -162,18 +162,23 @@ def dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def meet(counter, goal, patience):
-    """Wait until ``goal`` arrivals were counted: what a program wrote before it came here, all read
-    after. How long to wait at the next meeting: 0, not at all, once it was in vain.
-
-    The barriers join the program's threads; the count is released and acquired on the whole device.
-    """
+def arrive(counter):
+    """What all threads of this program wrote is to be seen by those who wait."""
     tl.debug_barrier()
-    came = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
-    polls = 0
-    while (came < goal) & (polls < patience):
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter, goal, patience):
+    """Until ``goal`` arrivals are counted; what those programs wrote, all threads may read then.
+
+    How often to look the next time: not at all, 0, once it was in vain.
+    """
+    came = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    looks = 0
+    while (came < goal) & (looks < patience):
         came = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        polls += 1
+        looks += 1
     tl.debug_barrier()
     return tl.where(came < goal, 0, patience)
 
@@ -190,7 +195,8 @@ _HELPERS = {
         within,
         first_row,
         dot,
-        meet,
+        arrive,
+        wait,
     )
 }
 

@@ -220,10 +220,9 @@ def _text(cell: Cell, phase: Phase) -> list[str]:
     return lines
 
 
-def _keep(names: _Names, phase: Phase, always: set[str]) -> list[str]:
-    """Stores of what backward wants, and of what later phases read (``always``)."""
-    cell = names.cell
-    lines = []
+def _saves(names: _Names, phase: Phase) -> dict[str, str]:
+    """name -> store of what backward wants, and perhaps a later phase."""
+    cell, stores = names.cell, {}
     for name in dict.fromkeys((*phase.returns, *arguments(phase.forward))):
         if name not in cell.saved or not (name in phase.returns or name in cell.extras):
             continue
@@ -231,12 +230,21 @@ def _keep(names: _Names, phase: Phase, always: set[str]) -> list[str]:
             continue
         k = cell.saved.index(name)
         if k < cell.G:
-            store = _store("gates", _gate(cell.G, k), name)
+            stores[name] = _store("gates", _gate(cell.G, k), name)
         else:
-            store = _store("extra", _gate(len(cell.extras), k - cell.G), name)
-        lines.append(store if name in always else f"if SAVE:\n    {store}")
+            stores[name] = _store("extra", _gate(len(cell.extras), k - cell.G), name)
+    return stores
+
+
+def _keep(names: _Names, phase: Phase, handed_on: set[str]) -> list[str]:
+    """Stores of what backward wants, where it will run, but for what is stored already."""
+    lines = [
+        f"if SAVE:\n    {store}"
+        for name, store in _saves(names, phase).items()
+        if name not in handed_on
+    ]
     for name in phase.returns:
-        if name in cell.states[1:]:
+        if name in names.cell.states[1:]:
             store = _store(f"{name}_all", "at * H + units", name)
             lines.append(f"if {name}_all_ptr is not None:\n    {store}")
     return lines
@@ -407,15 +415,17 @@ def _previous(state: str, width: str, columns: str, exists: str) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """What follows one product of a step.
+    """A product of a step, and what follows it.
 
     weights: lines before the first step, where the product's are on the chip.
-    own: loads of what the loop, whichever program runs it, does not write before.
+    early: loads that need not wait for the others.
+    late: stores that the others need not wait for.
     """
 
     weights: list[str]
-    own: list[str]
+    early: list[str]
     body: list[str]
+    late: list[str]
 
 
 #: How many pieces of BLOCK_K cover P and H, where a grid's programs hold their weights.
@@ -423,16 +433,26 @@ Pieces = tuple[int, int] | None
 
 
 def _part(
-    terms: list[_Term], width: str, exists: str, own: list[str], body: list[str], pieces: Pieces
+    terms: list[_Term],
+    width: str,
+    exists: str,
+    own: list[str],
+    body: list[str],
+    late: list[str],
+    pieces: Pieces,
 ) -> _Part:
-    """The products, then the body."""
+    """The products, then the body.
+
+    own: loads of what the loop does not write before, whichever program runs it. They come first
+        where the weights are on the chip; beside pieces of weights they would take registers.
+    """
     if not terms:
-        return _Part([], own, body)
+        return _Part([], own, body, late)
     if pieces is None:
-        return _Part([], own, [*_products(terms, width, exists), *body])
+        return _Part([], [], [*_products(terms, width, exists), *own, *body], late)
     count = pieces["PH".index(width)]
     weights = _resident_weights(terms, width, exists, count)
-    return _Part(weights, own, [*_resident_products(terms, count), *body])
+    return _Part(weights, own, [*_resident_products(terms, count), *body], late)
 
 
 @dataclass(frozen=True)
@@ -460,8 +480,8 @@ def _named(lines: list[str], text: str) -> list[str]:
 
 def _step_kernel(steps: _Steps, k: int) -> str:
     """One part of one step."""
-    part = "\n".join(["steps = T", "poison = 0.0", *steps.step, *steps.parts[k].own])
-    part = "\n".join([part, *steps.parts[k].body])
+    part = "\n".join(["steps = T", "poison = 0.0", *steps.step, *steps.parts[k].early])
+    part = "\n".join([part, *steps.parts[k].body, *steps.parts[k].late])
     carried = {n: place for n, place in steps.carried.items() if re.search(rf"\b{n}\b", part)}
     body = [_PLACE, _HIDDEN_TILE, *_named(steps.start, part)]
     body += [f"{name} = {_load(*place)}" for name, place in carried.items()]
@@ -469,22 +489,25 @@ def _step_kernel(steps: _Steps, k: int) -> str:
     return _kernel(steps.cell, f"{steps.cell.name}_{steps.name}_step_{k}", "\n".join(body))
 
 
-_MEET = """\
-goal += tl.num_programs(2)
-patience = meet(counter, goal, patience)
+_WAIT = """\
+patience = wait(counter, goal, patience)
 poison = tl.where(patience > 0, 0.0, float("nan"))"""
+
+_ARRIVE = """\
+arrive(counter)
+goal += tl.num_programs(2)"""
 
 
 def _grid_kernel(steps: _Steps) -> str:
     """All steps in one launch, of programs that are on the chip together.
 
-    Those with one tile of the batch in one recurrence meet before each part. On the chip over time:
-    what is carried, and the weights where the parts hold them. A program that waited in vain goes
-    on with NaN.
+    Those with one tile of the batch in one recurrence wait for one another between parts. On the
+    chip over time: what is carried, and the weights where the parts hold them. A program that
+    waited in vain goes on with NaN.
     """
     body = list(steps.step)
     for part in steps.parts:
-        body += [*part.own, _MEET, *part.body]
+        body += [*part.early, _WAIT, *part.body, _ARRIVE, *part.late]
     walk = [_BATCH]
     walk += [f"{name} = {_load(*place)}" for name, place in steps.carried.items()]
     walk += ["steps = tl.max(length)", f"for step in range({steps.count}):"]
@@ -511,7 +534,7 @@ def _forward(cell: Cell, projected: bool, pieces: Pieces) -> _Steps:
         operand = _shared("m", "at * H + inner", "live & (inner < H)")
         weight = "w_hr_ptr + (recurrence * P + hidden) * H + down"
         terms = [_Term("h", operand, "w_hr", weight)]
-        parts.append(_part(terms, "H", "is_hidden", [], _hand_on_h(cell), pieces))
+        parts.append(_part(terms, "H", "is_hidden", [], *_hand_on_h(cell), pieces))
     step = ["time = tl.where(reverse, steps - 1 - step, step)", _ROWS, _KEPT_IN_STEPS]
     carried = {"h_last": ("h_n", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in others:
@@ -525,14 +548,14 @@ _OPERAND = "((step % 2 * R + recurrence) * B + batch) * P + inner"
 _NEXT_OPERAND = "(((step + 1) % 2 * R + recurrence) * B + batch) * P + hidden"
 
 
-def _hand_on_h(cell: Cell) -> list[str]:
+def _hand_on_h(cell: Cell) -> tuple[list[str], list[str]]:
+    """To the other programs, and what may come late."""
     lines = ["h = h.to(y_ptr.dtype.element_ty)"]
-    lines.append(_store("y", "at * P + hidden", "h", "live & is_hidden"))
-    lines.append("h_last = tl.where(live, h.to(WIDE), h_last)")
     if any(cell.product_gates(p) and p.operand == "h_prev" for p in cell.phases):
         value = "masked(h.to(WIDE), h_mask_ptr, state * P + hidden, live & is_hidden)"
         lines.append(_store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
-    return lines
+    late = [_store("y", "at * P + hidden", "h", "live & is_hidden")]
+    return lines, [*late, "h_last = tl.where(live, h.to(WIDE), h_last)"]
 
 
 def _forward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Part:
@@ -558,13 +581,17 @@ def _forward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Part
         elif name in cell.saved and name[2:] not in gates:  # an earlier phase's
             body.append(f"{name} = {_shared(*names.place(name))}")
     body += _text(cell, phase)
-    body += _keep(names, phase, later)
-    body += [
+    body += [store for name, store in _saves(names, phase).items() if name in later]
+    late = _keep(names, phase, later)
+    late += [
         f"{s}_last = tl.where(live, {s}, {s}_last)" for s in cell.states[1:] if s in phase.returns
     ]
-    if "h" in phase.returns:
-        body += [_store("m", "at * H + units", "h")] if projected else _hand_on_h(cell)
-    return _part(terms, width, "is_unit", _input(cell, phase), body, pieces)
+    if "h" in phase.returns and projected:
+        body.append(_store("m", "at * H + units", "h"))
+    elif "h" in phase.returns:
+        hand_on, last = _hand_on_h(cell)
+        body, late = body + hand_on, late + last
+    return _part(terms, width, "is_unit", _input(cell, phase), body, late, pieces)
 
 
 # Backward
@@ -698,7 +725,7 @@ def _backward(cell: Cell, projected: bool, pieces: Pieces) -> _Steps:
         terms, own, body = _gradient_of_h(_Names(cell, True))
         body.append(_store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh_next = tl.where(live, 0.0, dh_next)")
-        parts.insert(0, _part(terms, "H", "is_hidden", own, body, pieces))
+        parts.insert(0, _part(terms, "H", "is_hidden", own, body, [], pieces))
     step = ["time = tl.where(reverse, step, steps - 1 - step)", _ROWS, _KEPT_IN_STEPS, _EARLIER]
     carried = {"dh_next": ("dh", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in cell.states[1:]:
@@ -805,7 +832,7 @@ def _backward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Par
         for u in cell.unit_parameters
         if f"d{u}" in phase.gradients
     ]
-    return _part(terms, "P" if projected else "H", "is_unit", own, body, pieces)
+    return _part(terms, "P" if projected else "H", "is_unit", own, body, [], pieces)
 
 
 #: The kinds of loop: text of (cell, projected, k). k: of a step the part, of a grid the pieces of P

@@ -142,7 +142,6 @@ def tiling(
     B: int,
     R: int,
     device: Device,
-    backward: bool,
     larger: Form,
 ) -> Tiling:
     """How one layer's loop over time runs.
@@ -150,17 +149,20 @@ def tiling(
     P: the projected size, or None. precision: of float32's products. larger: the form of what no
     single program holds; "step" takes the place of "grid" where its programs are too many.
     """
-    found = _tiling(cell, H, P, dtype, precision, B, device, backward)
-    columns = R * -(-max(H, P or 0) // found.block_h)
-    if found.form != "step" or larger != "grid" or columns > device.processors:
-        return found
-    held = Tiling("grid", LEAST, 32, 32, 256 // dtype.itemsize, 4, 1, resident=True)
-    programs_held = -(-B // held.block_b) * R * -(-max(H, P or 0) // held.block_h)
-    small = dtype.itemsize == 2 or precision == "tf32"
-    fits = held_bytes(cell, H, P, held, dtype.itemsize) <= device.shared_memory
-    if small and _aligned(H, P) and fits and programs_held <= device.processors:
-        return held
-    return replace(found, form="grid")
+    step = _tiling(cell, H, P, dtype, precision, B <= FEW_ROWS, device)
+    if step.form == "walk" or larger == "step":
+        return step
+    columns = R * -(-max(H, P or 0) // step.block_h)
+    if -(-B // LEAST) * columns <= device.processors:  # all of the batch at once
+        held = Tiling("grid", LEAST, 32, 32, 256 // dtype.itemsize, 4, 1, resident=True)
+        fits = held_bytes(cell, H, P, held, dtype.itemsize) <= device.shared_memory
+        if (dtype.itemsize == 2 or precision == "tf32") and _aligned(H, P) and fits:
+            return held
+        return replace(_tiling(cell, H, P, dtype, precision, True, device), form="grid")
+    # with 64 rows, where rows start anywhere, a loop around the steps leaves no registers
+    if columns <= device.processors and (_aligned(H, P) or step.block_b == LEAST):
+        return replace(step, form="grid")
+    return step
 
 
 def _tiling(
@@ -169,9 +171,8 @@ def _tiling(
     P: int | None,
     dtype: torch.dtype,
     precision: Precision,
-    B: int,
+    few: bool,
     device: Device,
-    backward: bool,
 ) -> Tiling:
     if not cell.recurrent_gates and P is None:
         return pointwise_tiling(H, device)
@@ -203,8 +204,8 @@ def _tiling(
     if not cores:
         return Tiling("step", LEAST, 32, 32, 16, 4, 2)
     if precision == "tf32x3":  # three times the operands
-        return Tiling("step", LEAST if B <= FEW_ROWS else 64, 32, 32, 16, 8, 2)
+        return Tiling("step", LEAST if few else 64, 32, 32, 16, 8, 2)
     block_k = 32 if aligned else 16
-    if B <= FEW_ROWS:
+    if few:
         return Tiling("step", LEAST, 32, 32, block_k, 4, 3)
     return Tiling("step", 64, 32, 32, block_k, 8, 3)
