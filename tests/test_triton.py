@@ -91,7 +91,10 @@ def tile(cell="lstm", H=64, P=None, dtype=torch.bfloat16, precision="ieee", B=4,
     from fastseq.backends.triton_tiling import Device, tiling
 
     device = Device(
-        more.get("shared_memory", 232448), more.get("warp_size", 32), more.get("processors", 132)
+        more.get("shared_memory", 232448),
+        more.get("warp_size", 32),
+        more.get("processors", 132),
+        more.get("hopper", True),
     )
     sizes = (H, P, dtype, precision, B, more.get("R", 1))
     return tiling(CELLS[cell], *sizes, device, more.get("larger", "step"))

@@ -138,6 +138,7 @@ def _properties(device: torch.device) -> Device:
     return Device(
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         processors=properties.multi_processor_count,
+        hopper=properties.major == 9,
     )
 
 
@@ -462,7 +463,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     if len(cell.phases) > 1:
         y = task.rows(R * task.P)
         return _walk_forward(task, y, task.final_states(), along, True), along
-    task.tiling = pointwise_tiling(H, _properties(task.device))
+    task.tiling = pointwise_tiling(H, task.dtype, _properties(task.device))
     task.values |= task.tiling.blocks()
     kept = {name: task.rows(width) for name, width in _is_kept(task, True).items()}
     gates = task.input_product()

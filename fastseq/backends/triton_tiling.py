@@ -25,12 +25,13 @@ class Device(NamedTuple):
     """shared_memory: bytes that one program may have. warp_size: 64 on AMD's.
 
     processors: how many programs are on the chip at once for certain, one on each multiprocessor; 0
-        where programs cannot wait for one another.
+        where programs cannot wait for one another. hopper: compute capability 9.
     """
 
     shared_memory: int
     warp_size: int = 32
     processors: int = 0
+    hopper: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ def resident_bytes(cell: Cell, H: int, P: int | None, itemsize: int) -> int:
     return itemsize * block_h * (inner + (0 if P is None else block_p))
 
 
+def _held(dtype: torch.dtype, device: Device) -> Tiling:
+    """A grid whose programs hold their weights."""
+    if device.hopper:
+        return Tiling("grid", LEAST, 32, 32, 256 // dtype.itemsize, 4, 1, resident=True)
+    return Tiling("grid", LEAST, 32, 32, 64, 8, 1, 255, resident=True)
+
+
 def held_bytes(cell: Cell, H: int, P: int | None, held: Tiling, itemsize: int) -> int:
     """What a program of a grid takes in shared memory: its columns of all weights, in backward, and
     the pieces of an operand that are on their way."""
@@ -122,9 +130,9 @@ def _walk(device: Device, block_h: int, block_p: int, num_warps: int) -> Tiling:
     return Tiling("walk", LEAST, block_h, block_p, LEAST, num_warps, 1, maxnreg)
 
 
-def pointwise_tiling(H: int, device: Device) -> Tiling:
+def pointwise_tiling(H: int, dtype: torch.dtype, device: Device) -> Tiling:
     """A walk without products: units see nobody, so any tile of them walks alone."""
-    block_h = min(power_of_two(H), 64)
+    block_h = min(power_of_two(H), 32 if dtype is torch.float64 else 64)
     return _walk(device, block_h, block_h, 4)
 
 
@@ -149,20 +157,25 @@ def tiling(
     P: the projected size, or None. precision: of float32's products. larger: the form of what no
     single program holds; "step" takes the place of "grid" where its programs are too many.
     """
-    step = _tiling(cell, H, P, dtype, precision, B <= FEW_ROWS, device)
-    if step.form == "walk" or larger == "step":
-        return step
-    columns = R * -(-max(H, P or 0) // step.block_h)
-    if -(-B // LEAST) * columns <= device.processors:  # all of the batch at once
-        held = Tiling("grid", LEAST, 32, 32, 256 // dtype.itemsize, 4, 1, resident=True)
+
+    def programs_of(t: Tiling, tiles: int) -> int:
+        return tiles * R * -(-max(H, P or 0) // t.block_h)
+
+    found = _tiling(cell, H, P, dtype, precision, B <= FEW_ROWS, device)
+    if found.form == "walk" or larger == "step":
+        return found
+    few = _tiling(cell, H, P, dtype, precision, True, device)
+    if programs_of(few, -(-B // LEAST)) <= device.processors:  # all of the batch at once
+        held = _held(dtype, device)
         fits = held_bytes(cell, H, P, held, dtype.itemsize) <= device.shared_memory
-        if (dtype.itemsize == 2 or precision == "tf32") and _aligned(H, P) and fits:
+        small = dtype.itemsize == 2 or precision == "tf32"
+        if small and fits and _aligned(H, P) and (device.hopper or len(cell.phases) == 1):
             return held
-        return replace(_tiling(cell, H, P, dtype, precision, True, device), form="grid")
+        return replace(few, form="grid")
     # with 64 rows, where rows start anywhere, a loop around the steps leaves no registers
-    if columns <= device.processors and (_aligned(H, P) or step.block_b == LEAST):
-        return replace(step, form="grid")
-    return step
+    if programs_of(found, 1) <= device.processors and (_aligned(H, P) or found.block_b == LEAST):
+        return replace(found, form="grid")
+    return found
 
 
 def _tiling(
@@ -175,7 +188,7 @@ def _tiling(
     device: Device,
 ) -> Tiling:
     if not cell.recurrent_gates and P is None:
-        return pointwise_tiling(H, device)
+        return pointwise_tiling(H, dtype, device)
     block_h = power_of_two(H)
     block_p = block_h if P is None else power_of_two(P)
     widest = max(block_h, block_p)
@@ -199,13 +212,16 @@ def _tiling(
     if cores and widest <= most and resident + _SLACK <= device.shared_memory:
         # 16 x 64 gates: with 4 warps (of 32) a thread holds 8 of each, and spills
         return _walk(device, block_h, block_p, 4 if widest <= 32 or amd else 8)
+    maxnreg = None if amd else 255
     if dtype is torch.float64:  # sums of outer products, in registers
-        return Tiling("step", LEAST, 32, 32, 4, 4, 1)
+        return Tiling("step", LEAST, 16, 16, 4, 4, 1)
     if not cores:
-        return Tiling("step", LEAST, 32, 32, 16, 4, 2)
-    if precision == "tf32x3":  # three times the operands
-        return Tiling("step", LEAST if few else 64, 32, 32, 16, 8, 2)
-    block_k = 32 if aligned else 16
+        return Tiling("step", LEAST, 32, 32, 16, 8, 2, maxnreg)
+    threefold = precision == "tf32x3"  # the operands
+    block_k = 16 if threefold or not aligned or (amd and dtype.itemsize == 4) else 32
+    num_stages = 2 if threefold or amd else 3
     if few:
-        return Tiling("step", LEAST, 32, 32, block_k, 4, 3)
-    return Tiling("step", 64, 32, 32, block_k, 8, 3)
+        return Tiling("step", LEAST, 32, 32, block_k, 8 if threefold else 4, num_stages, maxnreg)
+    # only Hopper's products read both operands from shared memory
+    block_h = 32 if device.hopper else 16
+    return Tiling("step", 64, block_h, block_h, block_k, 8, num_stages)
