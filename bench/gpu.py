@@ -29,8 +29,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -196,7 +198,7 @@ def measure(workload: Workload, way: str, stage: str, seconds: float) -> Iterato
         with backend.larger_as(form):
             try:
                 _same(workload, theirs, ours, x)
-            except (RuntimeError, AssertionError) as error:
+            except Exception as error:  # one point's; the others go on
                 torch.cuda.synchronize()
                 yield row | {"error": as_line(error)}
             else:
@@ -215,7 +217,7 @@ def timed(
         try:
             call = caller(workload, way, module, x)
             median, best, samples = milliseconds(call, how, seconds)
-        except RuntimeError as error:  # batch_sizes on the CPU, in a graph
+        except Exception as error:  # batch_sizes on the CPU, in a graph; one point's alone
             torch.cuda.synchronize()
             yield row | {"how": how, "error": as_line(error)}
         else:
@@ -254,9 +256,12 @@ def compile_share(share: str, patterns: str | None) -> int:
             try:
                 with backend.larger_as(form):
                     module, x = small.module(fastseq, backend="triton").cuda(), small.input()
-                    small.run(module, x.to("cuda")).float().sum().backward()
+                    x = x.to("cuda")
+                    with torch.no_grad():
+                        small.run(module, x)
+                    small.run(module, x).float().sum().backward()
                     torch.cuda.synchronize()
-            except (RuntimeError, AssertionError) as error:
+            except Exception as error:  # one point's; the others go on
                 failed += 1
                 say(f"build: {small.shape} {kind} {form}: {as_line(error)}")
         say(f"build: {small.shape} {kind}: {time.monotonic() - started:.1f} s")
@@ -327,27 +332,31 @@ def _environment() -> dict[str, str]:
 
 
 def _run(stage: str, commands: list[list[str]], clock: Clock, results: Path) -> bool:
-    """Processes side by side, their output also in files. A spent budget is no failure of the code,
-    but no success either."""
-    logs = [results / f"{stage}-{k}.log" for k in range(len(commands))]
-    running = []
-    for command, log in zip(commands, logs, strict=True):
-        with log.open("w") as file:
-            running.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=_environment(), stdout=file, stderr=subprocess.STDOUT
-                )
+    """Processes side by side, their output also in one file. A spent budget is no failure of the
+    code, but no success either."""
+    with ExitStack() as open_files:
+        files = [open_files.enter_context(TemporaryFile("w+")) for _ in commands]
+        running = [
+            subprocess.Popen(
+                command, cwd=ROOT, env=_environment(), stdout=file, stderr=subprocess.STDOUT
             )
-    codes: list[int | None] = []
-    for process in running:
-        try:
-            codes.append(process.wait(max(clock.left, 1)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            codes.append(None)
-    for code, log in zip(codes, logs, strict=True):
-        say(log.read_text()[-3000:] if code else "".join(log.read_text().splitlines(True)[-1:]))
+            for command, file in zip(commands, files, strict=True)
+        ]
+        codes: list[int | None] = []
+        for process in running:
+            try:
+                codes.append(process.wait(max(clock.left, 1)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                codes.append(None)
+        printed = []
+        for file in files:
+            file.seek(0)
+            printed.append(file.read())
+    (results / f"{stage}.log").write_text("\n".join(printed))
+    for code, text in zip(codes, printed, strict=True):
+        say(text[-3000:] if code else "".join(text.splitlines()[-1:]))
     if None in codes:
         say(f"{stage}: the budget was spent before it ended; give more with BUDGET=seconds")
     return not any(code != 0 for code in codes)

@@ -51,7 +51,7 @@ def in_turn(*axes):
     return found
 
 
-@pytest.fixture(params=["walk", "step", "grid"])
+@pytest.fixture(params=["walk", "grid", pytest.param("step", marks=full)])
 def form(request, monkeypatch):
     """The loop walks, or takes a launch for each step, or one whose programs meet; in several
     tiles. Resident: they hold their weights besides."""
