@@ -1,15 +1,15 @@
 """Fused loops over time for GPUs, in Triton.
 
 One GEMM (torch's) makes the input product of all steps. Kernels of :mod:`.triton_kernels` then walk
-time and write the gates over it: in one launch where a recurrence's weights fit on the chip beside
-a tile of the batch, else in a launch for each step (:mod:`.triton_tiling`). Backward walks once
-more and leaves the gate gradients, from which large GEMMs make the gradients of x and of the
-weights.
+time and write the gates over it: in one launch, of programs that need nobody where a recurrence's
+weights fit on the chip beside a tile of the batch, of programs that wait for one another where not,
+or in a launch for each step (:mod:`.triton_tiling`). Backward walks once more and leaves the gate
+gradients, from which large GEMMs make the gradients of x and of the weights.
 
 Numerics. float16 and bfloat16: y, the states at the ends, saved gates and gate gradients in that
 type; gate arithmetic, and the carried and saved states other than h, in float32. float32 obeys
-``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it. No atomics:
-two identical calls agree bit for bit.
+``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it. No atomics on
+numbers, only on a count of arrivals: two identical calls agree bit for bit.
 
 Memory. Training keeps, per row and recurrence, G*H gates (Elman's cells none), each further saved
 value and each state other than h; with ``memory="lean"`` y alone.
@@ -375,6 +375,8 @@ class _Task:
         tiles, R, columns = self.tiles(self.B, max(self.H, self.P))
         grid = (programs(tiles, R * columns, _properties(self.device).processors), R, columns)
         counter = torch.zeros(grid[0] * R * 16, dtype=torch.int64, device=self.device)
+        if self.T == 0:  # what is carried stays as it is
+            return True
         try:
             values = {"tiles": tiles, "patience": _PATIENCE, "counter_ptr": counter}
             self.launch(kind, grid, self.tiling.pieces(self.P, self.H), **values)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cells import Cell, Phase, arguments
-from .triton_tiling import AHEAD
+from .triton_tiling import ahead_of
 
 #: In the order of a kernel's arguments; a kernel has those that its text names.
 POINTERS = (
@@ -387,8 +387,9 @@ def _resident_products(terms: list[_Term], pieces: int) -> list[str]:
     """With weights that are on the chip."""
     lines = _zeros(terms)
     for operand in dict.fromkeys(t.operand for t in terms):
-        for first in range(0, pieces, AHEAD):
-            ahead = range(first, min(first + AHEAD, pieces))
+        step = ahead_of(pieces)
+        for first in range(0, pieces, step):
+            ahead = range(first, min(first + step, pieces))
             for k in ahead:
                 lines.append(f"inner = ({k} * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]")
                 lines.append(f"operand_{k} = {operand}.to(y_ptr.dtype.element_ty)")
@@ -536,7 +537,9 @@ def _forward(cell: Cell, projected: bool, pieces: Pieces) -> _Steps:
         terms = [_Term("h", operand, "w_hr", weight)]
         parts.append(_part(terms, "H", "is_hidden", [], *_hand_on_h(cell), pieces))
     step = ["time = tl.where(reverse, steps - 1 - step, step)", _ROWS, _KEPT_IN_STEPS]
-    carried = {"h_last": ("h_n", "state * P + hidden", "(batch < B) & is_hidden")}
+    carried = {}
+    if _takes_h(cell):
+        carried["h_last"] = ("h_n", "state * P + hidden", "(batch < B) & is_hidden")
     for s in others:
         carried[f"{s}_last"] = (f"{s}_n", "state * H + units", "(batch < B) & is_unit")
     start = [*_apart_biases(cell), *_units(cell)]
@@ -555,7 +558,16 @@ def _hand_on_h(cell: Cell) -> tuple[list[str], list[str]]:
         value = "masked(h.to(WIDE), h_mask_ptr, state * P + hidden, live & is_hidden)"
         lines.append(_store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
     late = [_store("y", "at * P + hidden", "h", "live & is_hidden")]
-    return lines, [*late, "h_last = tl.where(live, h.to(WIDE), h_last)"]
+    if _takes_h(cell):
+        late.append("h_last = tl.where(live, h.to(WIDE), h_last)")
+    else:
+        late.append(_store("h_n", "state * P + hidden", "h", "live & is_hidden"))
+    return lines, late
+
+
+def _takes_h(cell: Cell) -> bool:
+    """Whether a text takes the last h itself, beside the product."""
+    return any("h_prev" in arguments(phase.forward) for phase in cell.phases)
 
 
 def _forward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Part:

@@ -2,7 +2,7 @@
 
 Nothing here depends on T, and on B only in whether its rows are few, so one compiled kernel serves
 every length and batch of a cell, type and class of H (the power of two that holds it, and whether
-16 divides it).
+16 divides it; in a grid that holds its weights, the pieces that cover it).
 
 Registers and shared memory are what the compiler reports for sm_90 (tests/test_triton_compile.py
 asserts that nothing spills). No time stands behind any number here: none was measured yet.
@@ -79,8 +79,6 @@ class Tiling:
 #: tl.dot wants at least 16 in every dimension. A walk takes no more rows than that: more programs
 #: run side by side, and the weights' registers are not shared with a larger tile of gates.
 LEAST = 16
-#: so many pieces of an operand are on their way at once, where a grid holds its weights
-AHEAD = 4
 #: up to this batch a step's programs have 16 rows as well
 FEW_ROWS = 32
 #: what a walk needs in shared memory beside the weights, for exchanging h between warps
@@ -103,11 +101,18 @@ def resident_bytes(cell: Cell, H: int, P: int | None, itemsize: int) -> int:
     return itemsize * block_h * (inner + (0 if P is None else block_p))
 
 
-def _held(dtype: torch.dtype, device: Device) -> Tiling:
+def ahead_of(pieces: int) -> int:
+    """How many pieces of an operand are on their way at once, where a grid holds its weights."""
+    return pieces if pieces <= 4 else 2
+
+
+def _held(widest: int, dtype: torch.dtype, device: Device) -> Tiling:
     """A grid whose programs hold their weights."""
-    if device.hopper:
-        return Tiling("grid", LEAST, 32, 32, 256 // dtype.itemsize, 4, 1, resident=True)
-    return Tiling("grid", LEAST, 32, 32, 64, 8, 1, 255, resident=True)
+    if not device.hopper:
+        return Tiling("grid", LEAST, 32, 32, 64, 8, 1, 255, resident=True)
+    block_k = 256 // dtype.itemsize
+    num_warps = 4 if widest <= 4 * block_k else 8
+    return Tiling("grid", LEAST, 32, 32, block_k, num_warps, 1, resident=True)
 
 
 def held_bytes(cell: Cell, H: int, P: int | None, held: Tiling, itemsize: int) -> int:
@@ -115,7 +120,8 @@ def held_bytes(cell: Cell, H: int, P: int | None, held: Tiling, itemsize: int) -
     the pieces of an operand that are on their way."""
     k = held.block_k
     inner = len(cell.recurrent_gates) * -(-H // k) + -(-(P or 0) // k)
-    return itemsize * k * (held.block_h * inner + held.block_b * AHEAD)
+    ahead = ahead_of(-(-max(H, P or 0) // k))
+    return itemsize * k * (held.block_h * inner + held.block_b * ahead)
 
 
 def _aligned(H: int, P: int | None) -> bool:
@@ -166,7 +172,7 @@ def tiling(
         return found
     few = _tiling(cell, H, P, dtype, precision, True, device)
     if programs_of(few, -(-B // LEAST)) <= device.processors:  # all of the batch at once
-        held = _held(dtype, device)
+        held = _held(max(H, P or 0), dtype, device)
         fits = held_bytes(cell, H, P, held, dtype.itemsize) <= device.shared_memory
         small = dtype.itemsize == 2 or precision == "tf32"
         if small and fits and _aligned(H, P) and (device.hopper or len(cell.phases) == 1):
@@ -216,7 +222,7 @@ def _tiling(
     if dtype is torch.float64:  # sums of outer products, in registers
         return Tiling("step", LEAST, 16, 16, 4, 4, 1)
     if not cores:
-        return Tiling("step", LEAST, 32, 32, 16, 8, 2, maxnreg)
+        return Tiling("step", LEAST, 16, 16, 16, 4, 2)
     threefold = precision == "tf32x3"  # the operands
     block_k = 16 if threefold or not aligned or (amd and dtype.itemsize == 4) else 32
     num_stages = 2 if threefold or amd else 3
