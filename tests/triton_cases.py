@@ -61,6 +61,7 @@ def form(request, monkeypatch):
             tiling = triton_tiling.Tiling("grid", 16, 16, 32, 32, 4, 1, resident=True)
         monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
     if request.param in ("grid", "resident"):
+        monkeypatch.setattr(load("triton"), "_PATIENCE", 100_000)  # of an error beside them too
         together(monkeypatch)
     return request.param
 
