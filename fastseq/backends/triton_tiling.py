@@ -220,7 +220,7 @@ def _tiling(
         return _walk(device, block_h, block_p, 4 if widest <= 32 or amd else 8)
     maxnreg = None if amd else 255
     if dtype is torch.float64:  # sums of outer products, in registers
-        return Tiling("step", LEAST, 16, 16, 4, 4, 1)
+        return Tiling("step", LEAST, 16, 16, 4, 4, 1, maxnreg)
     if not cores:
         return Tiling("step", LEAST, 16, 16, 16, 4, 2)
     threefold = precision == "tf32x3"  # the operands
