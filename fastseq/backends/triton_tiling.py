@@ -222,12 +222,13 @@ def _tiling(
     if dtype is torch.float64:  # sums of outer products, in registers
         return Tiling("step", LEAST, 16, 16, 4, 4, 1, maxnreg)
     if not cores:
-        return Tiling("step", LEAST, 16, 16, 16, 4, 2)
+        return Tiling("step", LEAST, 16, 16, 8, 4, 1, maxnreg)
     threefold = precision == "tf32x3"  # the operands
     block_k = 16 if threefold or not aligned or (amd and dtype.itemsize == 4) else 32
     num_stages = 2 if threefold or amd else 3
     if few:
-        return Tiling("step", LEAST, 32, 32, block_k, 8 if threefold else 4, num_stages, maxnreg)
+        num_warps = 8 if threefold or not (aligned or P is None) else 4
+        return Tiling("step", LEAST, 32, 32, block_k, num_warps, num_stages, maxnreg)
     # only Hopper's products read both operands from shared memory
     block_h = 32 if device.hopper else 16
     return Tiling("step", 64, block_h, block_h, block_k, 8, num_stages)
