@@ -338,12 +338,19 @@ def test_more_steps_than_cudnn_takes():
 
 
 @each_form
-def test_nothing_compiles_again_for_another_length_or_batch(form, H):
-    from fastseq.backends.triton_kernels import kernel
+def test_nothing_compiles_again_for_another_length_or_batch(form, H, monkeypatch):
+    from fastseq.backends.triton_kernels import Kernel
 
     options = {"device": "cuda", "dtype": torch.bfloat16}
     module = fastseq.LSTM(16, H, backend="triton", **options)
-    k = {("step", 200): 0, ("grid", 256): (2, 2)}.get((form, H))
+    functions = {}
+    launch = Kernel.__call__
+
+    def record(self, *arguments):
+        functions[self.function.__name__] = self.function
+        launch(self, *arguments)
+
+    monkeypatch.setattr(Kernel, "__call__", record)
 
     def run(T, B):
         x = torch.randn(T, B, 16, **options)
@@ -351,15 +358,15 @@ def test_nothing_compiles_again_for_another_length_or_batch(form, H):
             module(x, lengths=lengths)[0].sum().backward()
 
     def compiled():
-        made = [kernel("lstm", f"{way}_{form}", False, k) for way in ("forward", "backward")]
-        return [len(cache[0]) for m in made for cache in m.function.device_caches.values()]
+        caches = [c[0] for f in functions.values() for c in f.device_caches.values()]
+        return len(functions), sum(map(len, caches))
 
     with as_form(form):
         run(4, 3)
         before = compiled()
         for T, B in ((1, 1), (16, 16), (17, 2), (5, 31)):
             run(T, B)
-    assert compiled() == before and len(before) == 2 and min(before) > 0
+    assert compiled() == before and before[1] >= before[0] == 3  # forward, backward, previous_h
 
 
 @each_form
