@@ -85,7 +85,7 @@ def cases(full):
     yield "sm_90", "lstm", "bfloat16", *PAIRS[0], 3, True
     yield "sm_90", "lstm", "bfloat16", *PAIRS[1], 3, True
     yield "sm_80", "lstm", "bfloat16", 63, None, 3, True
-    yield "sm_80", "gru", "bfloat16", 512, None, 3, True
+    yield "sm_80", "gru", "bfloat16", 256, None, 3, True
     yield "gfx942", "lstm", "bfloat16", 63, None, 3, True
     yield "gfx942", "gru", "float32", 300, None, 3, True
 

@@ -174,8 +174,9 @@ def tiling(
     if programs_of(few, -(-B // LEAST)) <= device.processors:  # all of the batch at once
         held = _held(max(H, P or 0), dtype, device)
         fits = held_bytes(cell, H, P, held, dtype.itemsize) <= device.shared_memory
-        small = dtype.itemsize == 2 or precision == "tf32"
-        if small and fits and _aligned(H, P) and (device.hopper or len(cell.phases) == 1):
+        small = dtype.itemsize == 2 or (precision == "tf32" and device.hopper)
+        few_pieces = len(cell.phases) == 1 and max(H, P or 0) <= 4 * held.block_k
+        if small and fits and _aligned(H, P) and (device.hopper or few_pieces):
             return held
         return replace(few, form="grid")
     # with 64 rows, where rows start anywhere, a loop around the steps leaves no registers
@@ -230,5 +231,6 @@ def _tiling(
         num_warps = 8 if threefold or not (aligned or P is None) else 4
         return Tiling("step", LEAST, 32, 32, block_k, num_warps, num_stages, maxnreg)
     # only Hopper's products read both operands from shared memory
-    block_h = 32 if device.hopper else 16
-    return Tiling("step", 64, block_h, block_h, block_k, 8, num_stages)
+    if device.hopper:
+        return Tiling("step", 64, 32, 32, block_k, 8, num_stages)
+    return Tiling("step", 64, 16, 16, block_k, 8, num_stages, maxnreg if threefold else None)
