@@ -20,6 +20,7 @@ import torch
 
 from . import measure, table
 from .peers import named
+from .version import commit
 from .workloads import PEER_WORKLOADS, matching
 
 HERE = Path(__file__).parent
@@ -79,21 +80,6 @@ def as_arguments(options: argparse.Namespace, *names: str) -> list[str]:
     """Those that are set, as they were given."""
     values = ((name, getattr(options, name)) for name in names)
     return [f"--{name}={value}" for name, value in values if value is not None]
-
-
-def commit() -> str:
-    """The short commit, with '-dirty' where files differ from it; 'unversioned' without git."""
-    try:
-        name = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unversioned"
-    return name or "unversioned"
 
 
 def result_path(folder: Path, peers: bool = False) -> Path:

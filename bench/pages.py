@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .__main__ import commit
 from .measure import cpu_name
+from .version import commit
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 

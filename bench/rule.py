@@ -20,8 +20,8 @@ from torch import nn
 
 import fastseq
 
-from .__main__ import commit
 from .measure import machine
+from .version import commit
 
 GRID = {
     "LSTM": ((1, 2, 4, 8, 16, 32, 64, 256), (32, 64, 128, 256, 512, 1024)),

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from bench import aims, deterministic, lean, limit, measure, overhead, pages, table
-from bench.__main__ import arguments, as_arguments, commit, result_path
+from bench.__main__ import arguments, as_arguments, result_path
 from bench.limit import Rates
+from bench.version import commit
 from bench.workloads import PEER_WORKLOADS, WORKLOADS, Workload, by_name, matching
 from fastseq.backends import load
 

@@ -2,6 +2,7 @@
 shows. `make gpu` runs these; without a CUDA device they are skipped."""
 
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from problems import draw
 from rules import check_all, poisoned, same_bits
 
 import fastseq
+from fastseq.backends import load
 from fastseq.cells import CELLS
 
 pytestmark = [
@@ -31,7 +33,9 @@ SPECIAL = {
     "H65": {"H": 65, "T": 3, "directions": 2},
     "H127": {"H": 127, "T": 3, "B": 5},
     "H128": {"H": 128, "T": 7, "B": 33},
-    "H300": {"H": 300, "T": 3, "B": 40},
+    "H256": {"H": 256, "T": 9, "B": 33, "directions": 2},
+    "H300": {"H": 300, "T": 5, "B": 40},
+    "H512": {"H": 512, "T": 3, "B": 20},
     "bare": {"bias": False, "state": False, "H": 20},
     "saturated": {"scale": 50.0, "H": 20},
     "reset": {"reset": True, "directions": 2},
@@ -39,7 +43,19 @@ SPECIAL = {
     "ragged": {"lengths": [2, 5, 3], "directions": 2},
     "all at once": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "directions": 2},
     "all at once H200": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "H": 200},
+    "all at once H256": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "H": 256},
+    "many rows H256": {"T": 4, "B": 2500, "H": 256},
+    "H256 in steps": {"H": 256, "T": 5, "B": 40},
+    "all at once H200 in steps": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "H": 200},
 }
+#: One size for each form: a walk, a grid that reads its weights and one that holds them, and steps.
+FORMS = [("walk", 64), ("grid", 200), ("grid", 256), ("step", 200)]
+each_form = pytest.mark.parametrize("form, H", FORMS)
+
+
+def as_form(form):
+    """Sizes that no single program holds take this one."""
+    return nullcontext() if form == "walk" else load("triton").larger_as(form)
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +125,28 @@ def check(case, what, **options):
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("cell", CELLS)
 def test_against_float64(cell, special, dtype):
-    check(draw(cell, dtype=DTYPES[dtype], **SPECIAL[special]), f"{cell} {special}")
+    with as_form("step" if "in steps" in special else "walk"):
+        check(draw(cell, dtype=DTYPES[dtype], **SPECIAL[special]), f"{cell} {special}")
+
+
+@each_form
+def test_the_form_is_the_one_that_was_asked_for(form, H, monkeypatch):
+    """One launch forward, where it is not a step's."""
+    from fastseq.backends.triton_kernels import Kernel
+
+    launches = []
+    launch = Kernel.__call__
+
+    def record(self, grid, values, options):
+        launches.append((self.function.__name__, options.get("launch_cooperative_grid", False)))
+        launch(self, grid, values, options)
+
+    monkeypatch.setattr(Kernel, "__call__", record)
+    module = fastseq.LSTM(8, H, device="cuda", dtype=torch.bfloat16, backend="triton")
+    with as_form(form), torch.no_grad():
+        module(torch.randn(6, 3, 8, device="cuda", dtype=torch.bfloat16))
+    name = f"lstm_forward_{form}" + ("_0" if form == "step" else "")
+    assert launches == [(name, form == "grid")] * (6 if form == "step" else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,40 +203,67 @@ def flat(case, **options):
     return [*outputs.values(), *gradients_of(outputs, case.leaves()).values()]
 
 
-@pytest.mark.parametrize("H", [64, 200])
+@each_form
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "indrnn"])
-def test_a_hundred_runs_give_the_same_bits(cell, H):
+def test_a_hundred_runs_give_the_same_bits(cell, form, H):
     lengths = [1 + b % 20 for b in range(37)]
-    case = draw(cell, T=20, B=37, H=H, directions=2, lengths=lengths, dtype=torch.float32)
+    case = draw(cell, T=20, B=37, H=H, directions=2, lengths=lengths, dtype=torch.bfloat16)
     case = on_gpu(case)
-    first = flat(case)
-    for _ in range(100):
-        assert all(same_bits(a, b) for a, b in zip(first, flat(case), strict=True))
+    with as_form(form):
+        first = flat(case)
+        for _ in range(100):
+            assert all(same_bits(a, b) for a, b in zip(first, flat(case), strict=True))
 
 
-@pytest.mark.parametrize("H", [64, 200])
-def test_streams_do_not_disturb_each_other(H):
+@each_form
+def test_streams_do_not_disturb_each_other(form, H):
+    """Grids too: each waits for its own programs, and none for another's."""
     cases = [
-        on_gpu(draw("lstm", T=40, B=20, H=H, dtype=torch.float32, seed=seed)) for seed in range(4)
+        on_gpu(draw("lstm", T=40, B=20, H=H, dtype=torch.bfloat16, seed=seed)) for seed in range(4)
     ]
-    alone = [flat(case) for case in cases]
-    torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
-    for _ in range(5):
-        together = []
-        for stream, case in zip(streams, cases, strict=True):
-            with torch.cuda.stream(stream):
-                together.append(flat(case))
+    with as_form(form):
+        alone = [flat(case) for case in cases]
         torch.cuda.synchronize()
-        for one, other in zip(alone, together, strict=True):
-            assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
+        for _ in range(5):
+            together = []
+            for stream, case in zip(streams, cases, strict=True):
+                with torch.cuda.stream(stream):
+                    together.append(flat(case))
+            torch.cuda.synchronize()
+            for one, other in zip(alone, together, strict=True):
+                assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
+
+
+@each_form
+def test_a_busy_gpu_changes_nothing(form, H):
+    """Products that fill the device run on another stream meanwhile."""
+    case = on_gpu(draw("lstm", T=100, B=20, H=H, dtype=torch.bfloat16))
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    with as_form(form):
+        alone = flat(case)
+        torch.cuda.synchronize()
+        for _ in range(5):
+            with torch.cuda.stream(side):
+                for _ in range(40):
+                    a @ a
+            busy = flat(case)
+            torch.cuda.synchronize()
+            assert all(same_bits(x, y) for x, y in zip(alone, busy, strict=True))
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("H", [64, 200])
-def test_a_cuda_graph_records_it(H, training):
-    module = fastseq.GRU(32, H, 2, bidirectional=True, device="cuda", backend="triton")
-    x = torch.randn(12, 5, 32, device="cuda", requires_grad=training)
+@each_form
+def test_a_cuda_graph_records_it(form, H, training):
+    with as_form(form):
+        _records(H, training)
+
+
+def _records(H, training):
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.GRU(32, H, 2, bidirectional=True, backend="triton", **options)
+    x = torch.randn(12, 5, 32, requires_grad=training, **options)
 
     def step():
         with torch.set_grad_enabled(training):
@@ -236,24 +300,27 @@ def test_a_graph_of_ragged_sequences_is_refused_with_the_reason():
                 module(x)
 
 
-def test_another_device():
+@each_form
+def test_another_device(form, H):
     if torch.cuda.device_count() < 2:
         pytest.skip("one device alone")
-    case = draw("lstm", T=5, H=64, directions=2, dtype=torch.float32)
-    one, other = flat(on_gpu(case, "cuda:0")), flat(on_gpu(case, "cuda:1"))
+    case = draw("lstm", T=5, H=H, directions=2, dtype=torch.bfloat16)
+    with as_form(form):
+        one, other = flat(on_gpu(case, "cuda:0")), flat(on_gpu(case, "cuda:1"))
     assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
     assert all(t.device == torch.device("cuda:1") for t in other)
 
 
-@pytest.mark.parametrize("H", [64, 200])
-def test_memory_at_the_end_is_memory_at_the_start(H):
-    case = on_gpu(draw("lstm", T=10, B=9, H=H, directions=2, dtype=torch.float32))
-    flat(case)
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    for _ in range(10):
+@each_form
+def test_memory_at_the_end_is_memory_at_the_start(form, H):
+    case = on_gpu(draw("lstm", T=10, B=9, H=H, directions=2, dtype=torch.bfloat16))
+    with as_form(form):
         flat(case)
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for _ in range(10):
+            flat(case)
     gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
@@ -270,35 +337,44 @@ def test_more_steps_than_cudnn_takes():
     assert torch.equal(whole, torch.cat([first, second])) and torch.equal(last, final)
 
 
-@pytest.mark.parametrize("H", [64, 200])
-def test_nothing_compiles_again_for_another_length_or_batch(H):
-    from fastseq.backends import triton_kernels as kernels
+@each_form
+def test_nothing_compiles_again_for_another_length_or_batch(form, H, monkeypatch):
+    from fastseq.backends.triton_kernels import Kernel
 
-    module = fastseq.LSTM(16, H, device="cuda", backend="triton")
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.LSTM(16, H, backend="triton", **options)
+    functions = {}
+    launch = Kernel.__call__
+
+    def record(self, *arguments):
+        functions[self.function.__name__] = self.function
+        launch(self, *arguments)
+
+    monkeypatch.setattr(Kernel, "__call__", record)
 
     def run(T, B):
-        x = torch.randn(T, B, 16, device="cuda")
+        x = torch.randn(T, B, 16, **options)
         for lengths in (None, torch.arange(B) % T + 1):
             module(x, lengths=lengths)[0].sum().backward()
 
     def compiled():
-        made = [kernels.kernel("lstm", kind, False) for kind in kernels.source.TEXTS]
-        return sum(len(cache[0]) for k in made for cache in k.function.device_caches.values())
+        caches = [c[0] for f in functions.values() for c in f.device_caches.values()]
+        return len(functions), sum(map(len, caches))
 
-    run(4, 3)
-    before = compiled()
-    for T, B in ((1, 1), (16, 16), (17, 2), (5, 31)):
-        run(T, B)
-    assert compiled() == before
+    with as_form(form):
+        run(4, 3)
+        before = compiled()
+        for T, B in ((1, 1), (16, 16), (17, 2), (5, 31)):
+            run(T, B)
+    assert compiled() == before and before[1] >= before[0] == 3  # forward, backward, previous_h
 
 
-@pytest.mark.parametrize("H", [64, 200])
+@each_form
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_is_read_before_it_is_written(cell, H):
-    case = draw(
-        cell, T=5, B=3, H=H, directions=2, lengths=[0, 5, 3], reset=True, dtype=torch.float32
-    )
-    with poisoned():
+def test_nothing_is_read_before_it_is_written(cell, form, H):
+    options = {"directions": 2, "lengths": [0, 5, 3], "reset": True}
+    case = draw(cell, T=5, B=3, H=H, dtype=torch.bfloat16, **options)
+    with poisoned(), as_form(form):
         check(case, "poisoned")
 
 

@@ -1,6 +1,8 @@
 """The triton backend where there is no GPU: under Triton's interpreter, in a process of its own,
 and what an ordinary process sees of it. test_triton_compile.py compiles its kernels."""
 
+import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -88,22 +90,27 @@ def test_without_triton_the_table_gives_the_remedy():
 def tile(cell="lstm", H=64, P=None, dtype=torch.bfloat16, precision="ieee", B=4, **more):
     from fastseq.backends.triton_tiling import Device, tiling
 
-    device = Device(more.pop("shared_memory", 232448), more.pop("warp_size", 32))
-    return tiling(CELLS[cell], H, P, dtype, precision, B, device, more.pop("backward", False))
+    device = Device(
+        more.get("shared_memory", 232448),
+        more.get("warp_size", 32),
+        more.get("processors", 132),
+        more.get("hopper", True),
+    )
+    sizes = (H, P, dtype, precision, B, more.get("R", 1))
+    return tiling(CELLS[cell], *sizes, device, more.get("larger", "step"))
 
 
-@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_fits_on_the_chip_walks(cell, backward):
+def test_what_fits_on_the_chip_walks(cell):
     """In tiles that hold it; all else takes a launch for each step."""
     pytest.importorskip("triton")
     for H in (1, 15, 16, 17, 48, 63, 64, 80, 128):
-        t = tile(cell, H, backward=backward)
+        t = tile(cell, H)
         assert t.form == "walk"
         if cell != "indrnn":
             assert t.block_h // 2 < max(H, 9) <= t.block_h
     assert tile(cell, 64).maxnreg == 255 and tile(cell, 64, warp_size=64).maxnreg is None
-    wide = {tile(cell, H, backward=backward).form for H in (127, 129, 4096)}
+    wide = {tile(cell, H).form for H in (127, 129, 4096)}
     assert wide == ({"walk"} if cell == "indrnn" else {"step"})
 
 
@@ -125,9 +132,45 @@ def test_tiling_knows_types_and_devices():
 
 def test_tiling_depends_on_the_batch_alone_in_whether_it_is_small():
     pytest.importorskip("triton")
-    for H in (64, 512):
-        found = {tile(H=H, B=B) for B in range(0, 4096, 7)}
-        assert len(found) == (1 if H == 64 else 2)
+    for H in (64, 512, 2048):
+        for larger in ("step", "grid"):
+            found = {tile(H=H, B=B, larger=larger) for B in range(0, 4096, 7)}
+            assert len(found) == (1 if H == 64 else 2)
+
+
+def test_programs_that_wait_for_one_another_are_never_more_than_processors():
+    from fastseq.backends.triton_tiling import programs
+
+    for processors in (1, 7, 108, 132):
+        for columns in (1, 3, 16, 132):
+            for tiles in (1, 2, 9, 400):
+                found = programs(tiles, columns, processors)
+                assert 1 <= found <= tiles
+                assert found * columns <= processors or (found == 1 and columns > processors)
+    grid = {"larger": "grid"}
+    for options in ({"H": 200}, {"H": 512}, {"H": 4096}, {"H": 512, "dtype": torch.float64}):
+        for R, processors in itertools.product((1, 2, 4), (0, 1, 14, 108, 132)):
+            t = tile(R=R, processors=processors, **options, **grid)
+            columns = R * -(-options["H"] // t.block_h)
+            assert t.form == ("grid" if columns <= processors else "step")
+    assert tile(H=512, **grid).form == "grid" and tile(H=512).form == "step"
+    assert tile(H=64, **grid).form == "walk"
+    assert tile(H=512, warp_size=64, processors=0, **grid).form == "step"
+
+
+def test_a_grid_holds_its_weights_where_they_fit():
+    """Then each program has 16 sequences; a batch of more than the chip takes reads them."""
+    pytest.importorskip("triton")
+    grid = {"larger": "grid"}
+    held = tile(H=512, **grid)
+    assert held.resident and held.pieces(512, 512) == (4, 4) and held.block_b == 16
+    assert tile(H=512, B=128, **grid).resident and not tile(H=512, B=129, **grid).resident
+    assert not tile(H=512, B=128, R=2, **grid).resident
+    assert tile(H=768, **grid).resident and not tile(H=1024, **grid).resident
+    assert tile("gru", H=1024, **grid).resident
+    assert not tile(H=768, shared_memory=166912, **grid).resident
+    assert not tile(H=300, **grid).resident  # its rows start anywhere
+    assert not tile(H=512, dtype=torch.float64, **grid).resident
 
 
 def test_make_gpu_says_that_there_is_none():
@@ -140,20 +183,98 @@ def test_make_gpu_says_that_there_is_none():
 
 
 def test_the_points_that_a_gpu_measures():
-    """cuDNN over the whole list first, then a sample of the grid, then the rest, each once."""
-    from bench.gpu import TYPES, grid, points
+    """cuDNN over the whole list; both over it, then a sample of the grid, then the rest, each
+    once."""
+    from bench.gpu import STAGES, TYPES, grid, points
     from bench.workloads import matching
 
-    found = list(points(None))
-    listed = sum(w.dtype is torch.float32 for w in matching(None)) * len(TYPES)
-    assert [stage for stage, *_ in found[:listed]] == ["cudnn"] * listed
-    assert all(stage == "both" for stage, *_ in found[listed:])
-    assert len(grid()) * len(TYPES) == 3240 == len(found) - 2 * listed
-    assert len({(stage, w.name, kind) for stage, w, kind in found}) == len(found)
+    assert list(STAGES) == ["build", "test", "sanitize", "cudnn", "bench"]
+    listed = [(w, t) for w in matching(None) if w.dtype is torch.float32 for t in TYPES]
+    assert list(points("cudnn", None)) == listed
+    found = list(points("bench", None))
+    assert found[: len(listed)] == listed
+    assert len(grid()) * len(TYPES) == 3240 == len(found) - len(listed)
+    assert len({(w.name, kind) for w, kind in found}) == len(found)
 
 
-@pytest.mark.parametrize("kind", ["forward_walk", "backward_step", "previous_h"])
-def test_nothing_compiles_again_for_another_length_or_batch(kind):
+@pytest.fixture
+def measured_by_nobody(monkeypatch, tmp_path):
+    """bench.gpu's stages, where each point is measured in no time; what was asked for."""
+    from bench import gpu
+
+    asked = []
+
+    def measure(workload, way, stage, seconds):
+        asked.append((stage, workload.name, workload.dtype, way))
+        yield {"contender": "cudnn", "how": "graph", "ms": "1.0", "best_ms": "1.0", "samples": 5}
+        yield {"contender": "triton", "form": "grid", "how": "calls", "error": "none here"}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "_as_torch_nn", lambda: None)
+    monkeypatch.setattr(gpu, "folder", lambda: tmp_path / "kept")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return gpu, asked
+
+
+def test_a_run_goes_on_where_one_stopped(measured_by_nobody, tmp_path, capsys):
+    pytest.importorskip("triton")
+    gpu, asked = measured_by_nobody
+    assert gpu.cudnn(gpu.Clock(-1), tmp_path, "tiny-*") and not asked
+    assert "the budget is spent" in capsys.readouterr().out
+    assert gpu.cudnn(gpu.Clock(60), tmp_path, "tiny-*")
+    first = len(asked)
+    with (tmp_path / "gpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert first and len(rows) == 2 * first and set(rows[0]) == set(gpu.FIELDS)
+    assert {row["error"] for row in rows} == {"", "none here"}
+    assert capsys.readouterr().out.count("\n") == len(rows)
+    gpu.cudnn(gpu.Clock(60), tmp_path, "tiny-*")
+    assert len(asked) == first  # nothing is measured twice, ..
+    gpu.bench(gpu.Clock(60), tmp_path, "tiny-*")
+    assert len(asked) == 2 * first  # .. but by another stage
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "gpu.csv").rename(tmp_path / "kept/gpu.csv")
+    gpu.bench(gpu.Clock(60), tmp_path, "tiny-*")
+    assert len(asked) == 2 * first  # kept with the device's results, it counts as well
+
+
+def test_no_speed_without_a_green_test(measured_by_nobody, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    gpu, asked = measured_by_nobody
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fastseq, "backends", lambda: {"triton": "available"})
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "test", lambda *arguments: False)
+    given = ["gpu", "--stages", "test cudnn bench", "--workloads", "tiny-*"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert gpu.main() == 1
+    assert {stage for stage, *_ in asked} == {"cudnn"}  # which measures none of our code
+
+
+def test_processes_of_a_stage(tmp_path):
+    from bench.gpu import Clock, _run
+
+    python = [sys.executable, "-c"]
+    assert _run("stage", [[*python, "print(1)"]] * 3, Clock(60), tmp_path)
+    assert (tmp_path / "stage.log").read_text().split() == ["1", "1", "1"]
+    assert not _run("stage", [[*python, "print(1)"], [*python, "1/0"]], Clock(60), tmp_path)
+    sleeps = [*python, "import time; time.sleep(60)"]
+    assert not _run("stage", [sleeps], Clock(0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, k",
+    [
+        ("forward_walk", None),
+        ("backward_step", 0),
+        ("forward_grid", None),
+        ("backward_grid", (2, 2)),
+        ("previous_h", None),
+    ],
+)
+def test_nothing_compiles_again_for_another_length_or_batch(kind, k):
     """What Triton keys a compiled kernel by, for a GPU that need not be there."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -164,7 +285,7 @@ def test_nothing_compiles_again_for_another_length_or_batch(kind):
 
     if INTERPRETED:
         pytest.skip("nothing is compiled")
-    run = PREVIOUS_H if kind == "previous_h" else kernel("lstm", kind, False)
+    run = PREVIOUS_H if kind == "previous_h" else kernel("lstm", kind, False, k)
     target = make_backend(GPUTarget("cuda", 90, 32))
     key_of = create_function_from_signature(run.function.signature, run.function.params, target)
     buffer = torch.zeros(64)

@@ -5,6 +5,7 @@ Each cell runs each case; the type goes round, and --full takes them all.
 """
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import triton.language as tl
 from problems import draw, full, gradients
 from rules import check_all, same_bits
 from test_parity import against_the_independent
+from together import together
 from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
-from fastseq.backends import load, triton_kernels, triton_tiling
+from fastseq.backends import load, triton_kernels, triton_source, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.cells import CELLS
 
@@ -49,11 +51,22 @@ def in_turn(*axes):
     return found
 
 
-@pytest.fixture
-def stepwise(monkeypatch):
-    """The loop takes a launch for each step, in several tiles."""
-    tiling = triton_tiling.Tiling("step", 16, 16, 16, 16, 4, 1)
-    monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
+@pytest.fixture(params=["walk", "grid", pytest.param("step", marks=full)])
+def form(request, monkeypatch):
+    """The loop walks, or takes a launch for each step, or one whose programs meet; in several
+    tiles. Resident: they hold their weights besides."""
+    if request.param != "walk":
+        tiling = triton_tiling.Tiling(request.param, 16, 16, 16, 16, 4, 1)
+        if request.param == "resident":
+            tiling = triton_tiling.Tiling("grid", 16, 16, 32, 32, 4, 1, resident=True)
+        monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
+    if request.param in ("grid", "resident"):
+        monkeypatch.setattr(load("triton"), "_PATIENCE", 100_000)  # of an error beside them too
+        together(monkeypatch)
+    return request.param
+
+
+in_parts = pytest.mark.parametrize("form", ["step", "grid", "resident"], indirect=True)
 
 
 @pytest.mark.parametrize("cell, special, dtype", in_turn(SPECIAL))
@@ -62,8 +75,9 @@ def test_walk(cell, special, dtype):
     against_the_independent(case, "triton", special)
 
 
+@in_parts
 @pytest.mark.parametrize("cell, special, dtype", in_turn(["plain", "all at once", "bare"]))
-def test_step(cell, special, dtype, stepwise):
+def test_in_parts(cell, special, dtype, form):
     case = draw(cell, dtype=dtype, **{"T": 4, "H": 18, **SPECIAL[special]})
     against_the_independent(case, "triton", special)
 
@@ -75,26 +89,21 @@ def test_lean(cell, layout, dtype):
     against_the_independent(case, "triton", layout, memory="lean")
 
 
-def test_lean_in_steps(stepwise):
+@in_parts
+def test_lean_in_parts(form):
     case = draw("gru_reset_before", T=4, H=18, dtype=torch.float32, **STATEFUL)
     against_the_independent(case, "triton", "lean in steps", memory="lean")
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("memory", ["full", "lean"])
 @pytest.mark.parametrize("dtype, P", [(torch.float32, 3), (torch.bfloat16, 6), (torch.float64, 1)])
-def test_projection(form, memory, dtype, P, request):
-    if form == "step":
-        request.getfixturevalue("stepwise")
+def test_projection(form, memory, dtype, P):
     case = draw("lstm", T=4, H=6, P=P, directions=2, lengths=[1, 4, 3], dtype=dtype)
     against_the_independent(case, "triton", f"P={P}", memory=memory, trajectory=P == 3)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
-def test_projected_elman(form, request):
+def test_projected_elman(form):
     """Another cell than PyTorch projects; its gates are kept, since y does not hold them."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     case = draw("rnn_tanh", T=4, H=6, P=3, directions=2, reset=True)
     truth, ours = case.run("eager"), case.run("triton")
     truth |= gradients(truth, case.leaves())
@@ -102,13 +111,10 @@ def test_projected_elman(form, request):
     check_all(ours, None, truth, torch.float64)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("layout", ["dense", "ragged"])
-def test_trajectory(form, dtype, layout, request):
+def test_trajectory(form, dtype, layout):
     """The cell state at every step, and the gradient that flows through it."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     options = {"dense": {}, "ragged": {"lengths": [1, 0, 4], "reset": True}}[layout]
     case = draw("lstm", T=4, directions=2, dtype=dtype, **options)
     against_the_independent(case, "triton", layout, trajectory=True)
@@ -135,12 +141,9 @@ def test_sizes(cell, H, dtype):
     against_the_independent(case, "triton", f"H={H}")
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_is_not_asked_for(cell, form, request):
+def test_what_is_not_asked_for(cell, form):
     """Only some gradients, and a loss on one output alone."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     case = draw(cell, T=3, lengths=[2, 3, 1])
     truth = {"h_n": case.independent()["h_n"]}
     truth = gradients(truth, {"x": case.x})
@@ -162,13 +165,10 @@ def _call(cell, **options):
     return copy.copy(call)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_call_changes_nothing_and_repeats_its_bits(cell, form, request, monkeypatch):
+def test_a_call_changes_nothing_and_repeats_its_bits(cell, form, monkeypatch):
     """NaN in all memory that is handed out shows in no output; rows of padding are zero; inputs
     and what was saved stay as they are; a second forward and backward give the same bits."""
-    if form == "step":
-        request.getfixturevalue("stepwise")
     backend = load("triton")
     monkeypatch.setattr(torch, "empty", _full_of_nan(torch.empty))
     call = _call(cell)
@@ -234,12 +234,9 @@ def test_strides_do_not_matter(cell):
     check_all(ours, None, truth, torch.float64)
 
 
-@pytest.mark.parametrize("form", ["walk", "step"])
 @pytest.mark.parametrize("T, B", [(3, 0), (0, 2)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_empty(cell, T, B, form, request):
-    if form == "step":
-        request.getfixturevalue("stepwise")
+def test_empty(cell, T, B, form):
     case = draw(cell, T=max(T, 1), B=B, directions=2, dtype=torch.float32)
     x = case.x.detach()[:T].requires_grad_()
     call = Call(cell, x.detach(), None, [s.detach() for s in case.states], case.weights, (0, 1))
@@ -258,6 +255,81 @@ def test_empty(cell, T, B, form, request):
         for w, dw in zip(weights.flat(), d.flat(), strict=True):
             assert (w is None) == (dw is None)
             assert dw is None or (dw.shape == w.shape and not dw.any())
+
+
+GRIDS = [
+    (cell, projected, backward, pieces)
+    for cell in CELLS
+    for projected in (False, True)
+    for backward in ("forward", "backward")
+    for pieces in (None, (1, 2))
+    if not projected or cell in ("lstm", "rnn_tanh")
+]
+
+
+@pytest.mark.parametrize("cell, projected, backward, pieces", GRIDS)
+def test_what_programs_hand_over_is_read_after_a_meeting(cell, projected, backward, pieces):
+    """In the text of a grid's step, twice over: no load of a buffer that it writes goes by the
+    first-level cache. What others read (at ``inner``) was stored before its program arrived, and
+    is read after the next wait; what a program stored itself, after one of its barriers. The input
+    products alone are read before: by the program that will write there."""
+    text = triton_source.TEXTS[f"{backward}_grid"](CELLS[cell], projected, pieces)
+    step = text[text.index("for step in") :].splitlines()
+    step = [line for line in step[1:] if line.startswith(" " * 12)]
+    step = [line.replace("dproduct_ptr", "dgates_ptr") for line in step]  # often one buffer
+    stored = {name for line in step for name in re.findall(r"tl\.store\((\w+)_ptr", line)}
+    handed = {
+        name for line in step for name in re.findall(r"shared\((\w+)_ptr", line) if "inner" in line
+    }
+    waits, unseen, unjoined = 0, set(), set()  # stores since the last arrival, or barrier
+    arrived = False
+    for line in [*step, *step]:
+        if "arrive(" in line:
+            arrived, unjoined = True, set()
+            unseen = set()
+        elif "wait(" in line:
+            waits, arrived, unjoined = waits + 1, False, set()
+        for how, name in re.findall(r"([\w.]+)\((\w+)_ptr(?:,| \+)", line):
+            if how == "tl.store":
+                assert not (arrived and name in handed), line
+                unseen.add(name)
+                unjoined.add(name)
+            elif name in stored:
+                assert how == "shared", line
+                if line.strip().startswith("x_"):
+                    continue
+                assert name not in unjoined, line
+                assert "inner" not in line or name not in unseen, line
+    assert waits and (handed & stored or cell == "indrnn")
+
+
+def test_a_program_that_waits_in_vain_ends_with_nan(monkeypatch):
+    """The interpreter runs one after another: the first never meets the second."""
+    backend = load("triton")
+    tiling = triton_tiling.Tiling("grid", 16, 16, 16, 16, 4, 1)
+    monkeypatch.setattr(backend, "tiling", lambda *arguments: tiling)
+    monkeypatch.setattr(backend, "_PATIENCE", 3)
+    found = draw("lstm", T=3, H=18, dtype=torch.float32, grad=False).run("triton")
+    assert found["y"][1:, :, :16].isnan().all() and found["c_n"][..., :16].isnan().all()
+
+
+def test_where_not_all_programs_can_start_steps_take_their_place(monkeypatch):
+    """The driver refuses a cooperative launch on a part of a GPU."""
+    case = draw("lstm", T=3, H=18, dtype=torch.float32)
+    backend = load("triton")
+
+    def only(form, *arguments):
+        return triton_tiling.Tiling(arguments[-1], 16, 16, 16, 16, 4, 1)
+
+    def refuse(self, grid, values, options):
+        if options.get("launch_cooperative_grid"):
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+        launch(self, grid, values, options)
+
+    launch = triton_kernels.Kernel.__call__
+    monkeypatch.setattr(backend, "tiling", only)
+    monkeypatch.setattr(triton_kernels.Kernel, "__call__", refuse)
+    against_the_independent(case, "triton", "refused")
 
 
 def test_splitting_time_gives_the_same():

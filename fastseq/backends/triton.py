@@ -1,15 +1,15 @@
 """Fused loops over time for GPUs, in Triton.
 
 One GEMM (torch's) makes the input product of all steps. Kernels of :mod:`.triton_kernels` then walk
-time and write the gates over it: in one launch where a recurrence's weights fit on the chip beside
-a tile of the batch, else in a launch for each step (:mod:`.triton_tiling`). Backward walks once
-more and leaves the gate gradients, from which large GEMMs make the gradients of x and of the
-weights.
+time and write the gates over it: in one launch, of programs that need nobody where a recurrence's
+weights fit on the chip beside a tile of the batch, of programs that wait for one another where not,
+or in a launch for each step (:mod:`.triton_tiling`). Backward walks once more and leaves the gate
+gradients, from which large GEMMs make the gradients of x and of the weights.
 
 Numerics. float16 and bfloat16: y, the states at the ends, saved gates and gate gradients in that
 type; gate arithmetic, and the carried and saved states other than h, in float32. float32 obeys
-``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it. No atomics:
-two identical calls agree bit for bit.
+``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it. No atomics on
+numbers, only on a count of arrivals: two identical calls agree bit for bit.
 
 Memory. Training keeps, per row and recurrence, G*H gates (Elman's cells none), each further saved
 value and each state other than h; with ``memory="lean"`` y alone.
@@ -31,9 +31,21 @@ from torch.nn.functional import pad
 from ..cells import CELLS, Cell, arguments
 from .contract import Call, Gradients, OutputGradients, Problem, Result, Shape, Wanted, Weights
 from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel
-from .triton_tiling import LEAST, Device, Precision, Tiling, pointwise_tiling, tiling
+from .triton_tiling import (
+    LEAST,
+    Device,
+    Form,
+    Precision,
+    Tiling,
+    pointwise_tiling,
+    programs,
+    tiling,
+)
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: How often a program looks for the others at a meeting before it goes on with NaN: some seconds.
+_PATIENCE = 1 << 24
+_larger: Form = "grid"
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -99,6 +111,18 @@ def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape,
     return layout
 
 
+@contextmanager
+def larger_as(form: Form) -> Iterator[None]:
+    """Sizes that no single program holds run as "grid" or "step", in the whole process: for tests
+    and measurements."""
+    global _larger
+    before, _larger = _larger, form
+    try:
+        yield
+    finally:
+        _larger = before
+
+
 @lru_cache(maxsize=64)
 def _flags(reverse: tuple[bool, ...], device: torch.device) -> Tensor:
     return torch.tensor(reverse, dtype=torch.int32, device=device)
@@ -111,7 +135,11 @@ def _properties(device: torch.device) -> Device:
     if torch.version.hip is not None:
         return Device(65536, 64)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return Device(
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        processors=properties.multi_processor_count,
+        hopper=properties.major == 9,
+    )
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> Precision:
@@ -148,7 +176,7 @@ def _products_as(precision: Precision, device: torch.device) -> Iterator[None]:
 class _Task:
     """One call as the kernels take it."""
 
-    def __init__(self, call: Call, backward: bool) -> None:
+    def __init__(self, call: Call) -> None:
         self.call = call
         self.cell: Cell = call.definition
         self.dtype, self.device = call.x.dtype, call.x.device
@@ -176,16 +204,7 @@ class _Task:
             offsets, lengths = tables[: self.T], tables[self.T :]
         self.x = call.x.reshape(self.capacity, call.x.shape[-1])[: self.N]
         self.precision: Precision = _precision(self.dtype, self.device)
-        self.tiling: Tiling = tiling(
-            self.cell,
-            self.H,
-            self.P if self.projected else None,
-            self.dtype,
-            self.precision,
-            self.B,
-            _properties(self.device),
-            backward,
-        )
+        self.tiling = self.tiled(_larger)
         self.values: dict[str, Any] = {
             "T": self.T,
             "B": self.B,
@@ -212,6 +231,11 @@ class _Task:
         for k, state in enumerate(self.cell.states):
             self.values[f"{state}_0_ptr"] = call.states[k].contiguous() if call.states else None
 
+    def tiled(self, larger: Form) -> Tiling:
+        P = self.P if self.projected else None
+        sizes = (self.H, P, self.dtype, self.precision, self.B, self.R)
+        return tiling(self.cell, *sizes, _properties(self.device), larger)
+
     @staticmethod
     def stacked(parts: list[Tensor | None]) -> Tensor | None:
         """(R, ...); of one recurrence the tensor itself."""
@@ -227,7 +251,7 @@ class _Task:
         Masks, and loads of single elements where H is odd, took more registers than there are.
         """
         t, w_hh = self.tiling, self.stacked([w.w_hh for w in self.call.weights])
-        if w_hh is None or t.form == "step":
+        if w_hh is None or t.form != "walk":
             return w_hh
         w_hh = w_hh.view(self.R, -1, self.H, self.P)
         return pad(w_hh, (0, t.block_p - self.P, 0, t.block_h - self.H))
@@ -235,7 +259,7 @@ class _Task:
     def projection_weights(self) -> Tensor | None:
         """(R, P, H); for a walk (R, BLOCK_P, BLOCK_H)."""
         t, w_hr = self.tiling, self.stacked([w.w_hr for w in self.call.weights])
-        if w_hr is None or t.form == "step":
+        if w_hr is None or t.form != "walk":
             return w_hr
         w_hr = w_hr.view(self.R, self.P, self.H)
         return pad(w_hr, (0, t.block_h - self.H, 0, t.block_p - self.P))
@@ -252,6 +276,21 @@ class _Task:
 
     def state(self, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty((self.R, self.B, width), dtype=dtype, device=self.device)
+
+    def final_states(self) -> list[Tensor]:
+        """Where the kernels leave the states, and, in parts, carry them, from the first on."""
+        in_parts = self.tiling.form != "walk"
+        finals = [self.state(self.P, self.dtype)]
+        others = self.cell.states[1:]
+        finals += [self.state(self.H, self.wide if in_parts else self.dtype) for _ in others]
+        if in_parts:
+            for final, state in zip(finals, self.cell.states, strict=True):
+                start = self.values[f"{state}_0_ptr"]
+                final.copy_(start) if start is not None else final.zero_()
+            mask = self.values["h_mask_ptr"]
+            h = finals[0] if mask is None else (finals[0] * mask).to(self.dtype)
+            self.values["operand_ptr"] = torch.stack([h, h])
+        return finals
 
     def w_ih(self) -> Tensor:
         """(R*G*H, I)"""
@@ -285,7 +324,7 @@ class _Task:
                 bias[at : at + H] += w.b_hh[place * H : (place + 1) * H]
         return bias
 
-    def launch(self, kind: str, grid: tuple[int, int, int], k: int = 0, **values: Any) -> None:
+    def launch(self, kind: str, grid: tuple[int, int, int], k: Any = None, **values: Any) -> None:
         if min(grid) == 0:
             return
         run = kernel(self.cell.name, kind, self.projected, k)
@@ -306,33 +345,47 @@ class _Task:
     def walk_forward(self) -> None:
         if self.tiling.form == "walk":
             self.launch("forward_walk", self.tiles(self.B, self.H))
-            return
-        for step in range(self.T):
-            rows = self.sizes[step]
-            if any(self.call.reverse):
-                rows = max(rows, self.sizes[self.T - 1 - step])
-            for k in range(len(self.cell.phases)):
-                self.launch("forward_step", self.tiles(rows, self.H), k, step=step)
-            if self.projected:
-                self.launch("forward_projection", self.tiles(rows, self.P), step=step)
+        elif self.tiling.form == "step" or not self.launch_together("forward_grid"):
+            widths = [self.H] * len(self.cell.phases) + [self.P] * self.projected
+            for step in range(self.T):
+                rows = self.sizes[step]
+                if any(self.call.reverse):
+                    rows = max(rows, self.sizes[self.T - 1 - step])
+                for k, width in enumerate(widths):
+                    self.launch("forward_step", self.tiles(rows, width), k, step=step)
 
     def walk_backward(self) -> None:
         if self.tiling.form == "walk":
             self.launch("backward_walk", self.tiles(self.B, self.H))
-            return
-        last = len(self.cell.phases) - 1
-        for step in range(self.T + 1):  # the last gives the gradient of h_0
-            around = self.sizes[max(step - 1, 0) : step + 1] if any(self.call.reverse) else []
-            around = around + self.sizes[max(self.T - 1 - step, 0) : self.T + 1 - step]
-            rows = max(around, default=0)
-            if self.projected:
-                self.launch("backward_projection", self.tiles(rows, self.P), step=step)
-                if step == self.T:
-                    return
-            for k in range(last, -1, -1):
-                self.launch("backward_step", self.tiles(rows, self.H), k, step=step)
-                if step == self.T:
-                    return
+        elif self.tiling.form == "step" or not self.launch_together("backward_grid"):
+            widths = [self.P] * self.projected + [self.H] * len(self.cell.phases)
+            for step in range(self.T + 1):
+                around = self.sizes[max(step - 1, 0) : step + 1] if any(self.call.reverse) else []
+                around = around + self.sizes[max(self.T - 1 - step, 0) : self.T + 1 - step]
+                rows = max(around, default=0)
+                # the last step gives the gradient of h_0, which the first part makes
+                for k, width in enumerate(widths if step < self.T else widths[:1]):
+                    self.launch("backward_step", self.tiles(rows, width), k, step=step)
+
+    def launch_together(self, kind: str) -> bool:
+        """One launch, of programs that wait for one another; whether the driver started them.
+
+        The count of arrivals belongs to this launch alone, whatever runs beside it.
+        """
+        tiles, R, columns = self.tiles(self.B, max(self.H, self.P))
+        grid = (programs(tiles, R * columns, _properties(self.device).processors), R, columns)
+        counter = torch.zeros(grid[0] * R * 16, dtype=torch.int64, device=self.device)
+        if self.T == 0:  # what is carried stays as it is
+            return True
+        try:
+            values = {"tiles": tiles, "patience": _PATIENCE, "counter_ptr": counter}
+            self.launch(kind, grid, self.tiling.pieces(self.P, self.H), **values)
+        except RuntimeError as error:  # "too many blocks in cooperative launch": a part of a GPU
+            if "cooperative" not in str(error):
+                raise
+            self.tiling = self.tiled("step")
+            self.values |= self.tiling.blocks()
+        return self.tiling.form == "grid"
 
     def previous_h(self, y: Tensor) -> Tensor:
         """What w_hh multiplied at every row, (N, R, P)."""
@@ -345,31 +398,25 @@ class _Task:
 
 
 def _is_kept(task: _Task, full: bool) -> dict[str, int]:
-    """Buffers beside the gates: name -> width. The step form hands values on through them."""
+    """Buffers beside the gates: name -> width. Parts of a step hand values on through them."""
     cell, width = task.cell, task.R * task.H
-    stepwise = task.tiling.form == "step"
+    in_parts = task.tiling.form != "walk"
     kept = {}
-    if cell.extras and (full or (stepwise and len(cell.phases) > 1)):
+    if cell.extras and (full or (in_parts and len(cell.phases) > 1)):
         kept["extra"] = len(cell.extras) * width
-    if task.projected and (full or stepwise):
+    if task.projected and (full or in_parts):
         kept["m"] = width
     return kept
 
 
 @torch.no_grad()
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
-    task = _Task(call, backward=False)
+    task = _Task(call)
     full = save and call.memory == "full"
     others = task.cell.states[1:]
     with task.on_device():
         y = task.padded(task.rows(task.R * task.P))
-        stepwise = task.tiling.form == "step"  # which carries the other states in memory
-        finals = [task.state(task.P, task.dtype)]
-        finals += [task.state(task.H, task.wide if stepwise else task.dtype) for _ in others]
-        if stepwise:
-            for final, state in zip(finals, task.cell.states, strict=True):
-                start = task.values[f"{state}_0_ptr"]
-                final.copy_(start) if start is not None else final.zero_()
+        finals = task.final_states()
         along = []
         if full or trajectory:
             along = [task.rows(task.R * task.H, task.wide if full else task.dtype) for _ in others]
@@ -410,19 +457,15 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
     A cell with a second product, which needs the result of the first, walks forward again.
     """
-    task = _Task(call, backward=False)
+    task = _Task(call)
     cell, R, H = task.cell, task.R, task.H
     along = [task.rows(R * H, task.wide) for _ in cell.states[1:]]
     if not along and not cell.extras and not _keeps_gates(cell, task.projected):
         return [], []
     if len(cell.phases) > 1:
-        finals = [task.state(task.P, task.dtype)]
-        finals += [task.state(H, task.wide) for _ in cell.states[1:]]
-        for final, state in zip(finals, cell.states, strict=True):
-            start = task.values[f"{state}_0_ptr"]
-            final.copy_(start) if start is not None else final.zero_()
-        return _walk_forward(task, task.rows(R * task.P), finals, along, True), along
-    task.tiling = pointwise_tiling(H, _properties(task.device))
+        y = task.rows(R * task.P)
+        return _walk_forward(task, y, task.final_states(), along, True), along
+    task.tiling = pointwise_tiling(H, task.dtype, _properties(task.device))
     task.values |= task.tiling.blocks()
     kept = {name: task.rows(width) for name, width in _is_kept(task, True).items()}
     gates = task.input_product()
@@ -446,7 +489,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
-    task = _Task(call, backward=True)
+    task = _Task(call)
     with task.on_device():
         return _backward(task, result, grads, wanted)
 

@@ -99,6 +99,13 @@ def load_or_zero(ptr, place, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
+def shared(ptr, place, mask, WIDE: tl.constexpr):
+    """From a buffer that programs write in the same launch: past the first-level cache, which is
+    not kept coherent."""
+    return tl.load(ptr + place, mask=mask, other=0.0, cache_modifier=".cg").to(WIDE)
+
+
+@triton.jit
 def previous(along_ptr, start_ptr, place, start, known, fresh, WIDE: tl.constexpr):
     """A state before a step: where ``known`` from all steps, where ``fresh`` the initial one."""
     value = tl.load(along_ptr + place, mask=known, other=0.0).to(WIDE)
@@ -154,9 +161,43 @@ def dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     return product
 
 
+@triton.jit
+def arrive(counter):
+    """What all threads of this program wrote is to be seen by those who wait."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter, goal, patience):
+    """Until ``goal`` arrivals are counted; what those programs wrote, all threads may read then.
+
+    How often to look the next time: not at all, 0, once it was in vain.
+    """
+    came = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    looks = 0
+    while (came < goal) & (looks < patience):
+        came = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        looks += 1
+    tl.debug_barrier()
+    return tl.where(came < goal, 0, patience)
+
+
 _HELPERS = {
     f.__name__: f
-    for f in (load, load_or_zero, previous, masked, lengths_of, within, first_row, dot)
+    for f in (
+        load,
+        load_or_zero,
+        shared,
+        previous,
+        masked,
+        lengths_of,
+        within,
+        first_row,
+        dot,
+        arrive,
+        wait,
+    )
 }
 
 # Kernels
@@ -164,7 +205,7 @@ _HELPERS = {
 
 #: Nothing is compiled again for another number of steps, sequences or recurrences. (Where the two
 #: tables lie depends on T.)
-_NOT_SPECIALIZED = ("step", "T", "B", "R", "tiles", "capacity", "lengths_ptr", "offsets_ptr")
+_NOT_SPECIALIZED = tuple("step tiles patience T B R capacity lengths_ptr offsets_ptr".split())
 
 
 class Kernel:
@@ -174,7 +215,7 @@ class Kernel:
         self.function, self.arguments = function, arguments
 
     def __call__(
-        self, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, int]
+        self, grid: tuple[int, ...], values: dict[str, Any], options: dict[str, Any]
     ) -> None:
         """Launch it, on those of the values that it names; options: of the compiler."""
         given = {name: values[name] for name in self.arguments}
@@ -193,17 +234,17 @@ def _jit_text(text: Any) -> Any:
 
 
 @cache
-def kernel(cell: str, kind: str, projected: bool, phase: int = 0) -> Kernel:
+def kernel(cell: str, kind: str, projected: bool, k: Any = None) -> Kernel:
     """A loop of :mod:`.triton_source`, bound to the texts of its cell."""
     definition = CELLS[cell]
-    text = source.TEXTS[kind](definition, projected, phase)
+    text = source.TEXTS[kind](definition, projected, k)
     names: dict[str, Any] = {"tl": tl, "__name__": __name__, **_HELPERS}
     for p in definition.phases:
         for equations in (p.forward, p.backward):
             names[equations.__name__] = _jit_text(equations)
     name = text[4 : text.index("(")]
     # inspect, by which Triton finds a function's text, asks linecache
-    file = f"<fastseq {name}{' projected' if projected else ''}>"
+    file = f"<fastseq {name}{' projected' if projected else ''} {k}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     exec(compile(text, file, "exec"), names)
     loop: FunctionType = names[name]
@@ -212,7 +253,7 @@ def kernel(cell: str, kind: str, projected: bool, phase: int = 0) -> Kernel:
     return Kernel(triton.jit(loop, do_not_specialize=fixed), arguments)
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED[1:]])
+@triton.jit(do_not_specialize=["T", "B", "R", "tiles", "capacity", "lengths_ptr", "offsets_ptr"])
 def previous_h_kernel(
     y_ptr, h_0_ptr, h_mask_ptr, reset_ptr, reverse_ptr, lengths_ptr, offsets_ptr, out_ptr,
     T, B, R, P, tiles, capacity, WIDE: tl.constexpr, BLOCK_B: tl.constexpr,
