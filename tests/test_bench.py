@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import aims, deterministic, lean, limit, measure, overhead, pages, table
+from bench import aims, deterministic, lean, limit, measure, overhead, pages, ragged, table
 from bench.__main__ import arguments, as_arguments, result_path
 from bench.limit import Rates
 from bench.version import commit
@@ -434,3 +434,12 @@ def test_what_small_pages_are_made_of():
     if not isinstance(load("native"), str):
         line = deterministic.row("GRU", 1, 1, 8, 0.01)
         assert len(line) == len(deterministic.HEADER) and float(line[3]) > 0
+
+
+def test_ragged_beside_its_dense_twin():
+    (dense, all_tokens), (packed, tokens), (padded, same) = ragged.calls("gru", training=True)
+    assert all_tokens == 50 * 32 and tokens == same < all_tokens
+    for run in (dense, packed, padded):
+        run()
+    name, *ratios = ragged.row("lstm", training=False, seconds=0.02)
+    assert name == "LSTM, forward" and all(0.2 < float(r) < 20 for r in ratios)
