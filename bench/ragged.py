@@ -1,8 +1,8 @@
 """What a token of a ragged batch costs, over one of a dense batch: ``python -m bench.ragged``.
 
-The taggers of the list of workloads, packed, beside their dense twins, and padded with ``lengths=``;
+The taggers of the list of workloads, packed, and padded with ``lengths=``, beside their dense twins;
 fastseq alone, in turn. In the whole list each call follows one of torch.nn's, which takes a ragged
-batch sequence by sequence on one thread while the others fall asleep.
+batch step by step on one thread, while the others fall asleep.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def row(cell: str, training: bool, seconds: float) -> list[str]:
         run()
     end = time.perf_counter() + seconds
     with quiet_collector():
-        while time.perf_counter() < end:
+        while time.perf_counter() < end or not samples[0]:
             for (run, tokens), times in zip(ways, samples, strict=True):
                 before = time.perf_counter()
                 run()
