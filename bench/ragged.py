@@ -1,6 +1,6 @@
 """What a token of a ragged batch costs, over one of a dense batch: ``python -m bench.ragged``.
 
-The taggers of the list of workloads, packed, and padded with ``lengths=``, beside their dense twins;
+The taggers of the list of workloads, packed, and padded with ``lengths=``, beside dense twins;
 fastseq alone, in turn. In the whole list each call follows one of torch.nn's, which takes a ragged
 batch step by step on one thread, while the others fall asleep.
 """
