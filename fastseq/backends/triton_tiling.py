@@ -228,7 +228,8 @@ def _tiling(
     block_k = 16 if threefold or not aligned or (amd and dtype.itemsize == 4) else 32
     num_stages = 2 if threefold or amd else 3
     if few:
-        num_warps = 8 if threefold or not (aligned or P is None) else 4
+        wide = not aligned and (P is not None or dtype.itemsize == 4)
+        num_warps = 8 if threefold or wide else 4
         return Tiling("step", LEAST, 32, 32, block_k, num_warps, num_stages, maxnreg)
     # only Hopper's products read both operands from shared memory
     if device.hopper:
