@@ -58,7 +58,7 @@ def draw(results: Results, path: Path, everything: bool = False) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_title("fastseq against torch.nn: times faster, CPU, float32", fontsize=11, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     figure.supxlabel(provenance(results), fontsize=7, color="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
