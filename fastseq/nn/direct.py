@@ -14,6 +14,8 @@ def _may(module: Any, input: Any) -> bool:
         whole.serves(module.cell)
         and module.backend in (None, "native")
         and type(input) is torch.Tensor
+        and input.is_cpu
+        and input.dtype in whole.DTYPES
         and not input.is_nested
         and not input.is_neg()  # else its data are its numbers
         and whole.is_plain()

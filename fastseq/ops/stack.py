@@ -339,6 +339,8 @@ def _whole(stack: Stack, task: Problem) -> tuple[Tensor, list[Tensor], Trajector
         return None
     if (task.training and task.memory != "full") or not whole.serves(stack.cell):
         return None
+    if task.dtype not in whole.DTYPES:
+        return None
     shape = whole.Shape(
         stack.cell,
         stack.layers,

@@ -36,6 +36,7 @@ class Shape(NamedTuple):
 
 
 TIME_FIRST, BATCH_FIRST, ONE_STEP = range(3)
+DTYPES = (torch.float32, torch.float64)
 
 
 class Declined(Exception):
