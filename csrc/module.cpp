@@ -82,13 +82,16 @@ const T* dense(PyObject* object) {
   return floats<T>(t);
 }
 
+int64_t numbers(const DLTensor& t) {
+  int64_t size = 1;
+  for (int k = 0; k < t.ndim; ++k) size *= t.shape[k];
+  return size;
+}
+
 // The same of so many numbers: hooks on saved tensors may give back anything.
 template <class T>
 T* sized(PyObject* object, int64_t count) {
-  const DLTensor t = view(object);
-  int64_t size = 1;
-  for (int k = 0; k < t.ndim; ++k) size *= t.shape[k];
-  if (size != count) throw Declined();
+  if (numbers(view(object)) != count) throw Declined();
   return const_cast<T*>(dense<T>(object));
 }
 
@@ -228,6 +231,20 @@ const Kernels<T>& kernels() {
   else return instruction_set().f64;
 }
 
+// What batch_sizes says of the packed rows of x.
+template <class T>
+void read_sizes(const DLTensor& sizes, const DLTensor& x, Input<T>* in, std::vector<int64_t>* offsets) {
+  if (sizes.dtype.code != 0 || sizes.dtype.bits != 64 || !contiguous(sizes)) throw Declined();
+  in->sizes = static_cast<const int64_t*>(sizes.data);
+  in->steps = sizes.shape[0];
+  offsets->resize(in->steps + 1);
+  for (int64_t t = 0; t < in->steps; ++t) (*offsets)[t + 1] = (*offsets)[t] + in->sizes[t];
+  in->offsets = offsets->data();
+  in->rows = (*offsets)[in->steps];
+  in->batch = in->steps ? in->sizes[0] : 0;
+  in->x_row = x.strides[0];
+}
+
 template <class T>
 struct Common {
   Cell cell;
@@ -260,17 +277,8 @@ struct Common {
       in.x_step = x.strides[0], in.x_row = x.strides[1];
       if (in.batch == 1) in.x_row = in.x_step;
     } else {
-      const DLTensor sizes = view(a[SIZES]);
-      if (sizes.dtype.code != 0 || sizes.dtype.bits != 64 || !contiguous(sizes)) throw Declined();
-      in.sizes = static_cast<const int64_t*>(sizes.data);
-      in.steps = sizes.shape[0];
-      offsets.resize(in.steps + 1);
-      for (int64_t t = 0; t < in.steps; ++t) offsets[t + 1] = offsets[t] + in.sizes[t];
-      in.offsets = offsets.data();
-      in.rows = offsets[in.steps];
-      in.batch = in.steps ? in.sizes[0] : 0;
+      read_sizes(view(a[SIZES]), x, &in, &offsets);
       capacity = x.shape[0];
-      in.x_row = x.strides[0];
     }
     int matrices = 0, halved = 0;
     for (int r = 0; r < R; ++r) {
@@ -549,8 +557,12 @@ struct Layers {
       h_0 = shaped<T>(item(a[L_STATES], 0), of_states(in.P));
       if (shape.has_c) c_0 = shaped<T>(item(a[L_STATES], 1), of_states(in.H));
     }
-    for (Py_ssize_t k = 0; k < PyTuple_Size(a[L_MASKS]); ++k)
-      masks.push_back(static_cast<const uint8_t*>(view(item(a[L_MASKS], k)).data));
+    for (Py_ssize_t k = 0; k < PyTuple_Size(a[L_MASKS]); ++k) {
+      const DLTensor mask = view(item(a[L_MASKS], k));
+      if (mask.dtype.bits != 8 || !contiguous(mask) || numbers(mask) != in.rows * D * in.P)
+        throw Declined();
+      masks.push_back(static_cast<const uint8_t*>(mask.data));
+    }
   }
 
   PyObject* weight(int layer, int d, int place) const {
@@ -612,17 +624,8 @@ struct Layers {
     first.x = floats<T>(x);
     first.I = x.shape[x.ndim - 1];
     if (packed) {
-      const DLTensor sizes = plain(a[L_SIZES]);
-      if (sizes.dtype.code != 0 || sizes.dtype.bits != 64 || !contiguous(sizes)) throw Declined();
-      first.sizes = static_cast<const int64_t*>(sizes.data);
-      first.steps = sizes.shape[0];
-      offsets.resize(first.steps + 1);
-      for (int64_t t = 0; t < first.steps; ++t) offsets[t + 1] = offsets[t] + first.sizes[t];
-      first.offsets = offsets.data();
-      first.rows = offsets[first.steps];
+      read_sizes(plain(a[L_SIZES]), x, &first, &offsets);
       if (first.rows != x.shape[0]) throw Declined();
-      first.batch = first.steps ? first.sizes[0] : 0;
-      first.x_row = x.strides[0];
       lead = {first.rows};
     } else if (order == ONE_STEP) {
       first.steps = 1, first.batch = first.rows = x.shape[0];

@@ -7,7 +7,8 @@ so second and higher derivatives exist for every backend.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,9 @@ class RecurrenceFunction(torch.autograd.Function):
             return (None,) * (1 + layout.n_inputs)
         if not torch.compiler.is_compiling():
             if any(map(is_batched, used)):
-                return (None, *batched_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
+                # for is_grads_batched, whose vmap knows torch's operations alone
+                eagerly = partial(eager_outputs, layout)
+                return (None, *gradients_again(eagerly, inputs, ctx.needs_input_grad[1:], used))
             if torch.autograd.forward_ad._current_level >= 0:  # a kernel would lose the tangents
                 return (None, *eager_gradients(layout, inputs, ctx.needs_input_grad[1:], used))
         need = ctx.needs_input_grad
@@ -199,18 +202,18 @@ def is_batched(gradient: Tensor | None) -> bool:
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def batched_gradients(
-    layout: Layout,
+def gradients_again(
+    outputs_of: Callable[[list[Any]], Sequence[Tensor]],
     inputs: Sequence[Any],
     need: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """For ``is_grads_batched``, whose vmap knows torch's operations alone: the eager form's."""
+    """Those of another way to the same outputs: ``outputs_of(inputs)``, run once more."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # a view of each, so that a tensor that serves as two inputs has two gradients
         views = [t.view_as(t) if n else t for t, n in zip(inputs, need, strict=True)]
-        outputs = eager_outputs(layout, views)
+        outputs = outputs_of(views)
     live = [k for k, g in enumerate(grads) if g is not None]
     found = list(
         torch.autograd.grad(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import load
 from ..backends.choice import is_outer_product
-from .autograd import Layout, differentiable_recurrence, is_batched
+from .autograd import Layout, differentiable_recurrence, gradients_again, is_batched
 
 #: cell -> number in the extension, or None where the extension is not there
 _numbers: dict[str, int] | None = None
@@ -177,8 +177,14 @@ class StackFunction(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(need)
         if torch.is_grad_enabled() or not all(map(_is_ordinary, grads)) or not is_plain():
+            # the layers' own Functions have derivatives of every order, and in every mode
+
+            def one_by_one(inputs):
+                x, batch_sizes, *rest = inputs
+                return _layer_by_layer(shape, x, batch_sizes, rest[:n], rest[n:], masks)
+
             inputs = (x, batch_sizes, *states, *weights)
-            return (None, None, *_gradients_again(shape, n, inputs, masks, need[2:], grads))
+            return (None, None, *gradients_again(one_by_one, inputs, need[2:], grads))
         dy, *dstates = [g if g is None else g.resolve_neg().contiguous() for g in grads]
         found = _native.layers_backward(
             *_arguments(shape, x, batch_sizes, states, weights, masks),
@@ -200,35 +206,6 @@ class StackFunction(torch.autograd.Function):
 
 def _is_ordinary(gradient: Tensor | None) -> bool:
     return gradient is None or (type(gradient) is Tensor and not is_batched(gradient))
-
-
-def _gradients_again(
-    shape: Shape,
-    n: int,
-    inputs: Sequence[Any],
-    masks: list[Tensor],
-    need: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Through the layers' own Functions, which have derivatives of every order, and every mode."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # a view of each, so that a tensor that serves as two inputs has two gradients
-        views = [t.view_as(t) if wanted else t for t, wanted in zip(inputs, need, strict=True)]
-        outputs = _layer_by_layer(
-            shape, views[0], views[1], views[2 : 2 + n], views[2 + n :], masks
-        )
-    live = [k for k, g in enumerate(grads) if g is not None]
-    found = list(
-        torch.autograd.grad(
-            [outputs[k] for k in live],
-            [t for t, wanted in zip(views, need, strict=True) if wanted],
-            [grads[k] for k in live],
-            allow_unused=True,
-            create_graph=create_graph,
-        )
-    )
-    return [found.pop(0) if wanted else None for wanted in need]
 
 
 def _layer_by_layer(
