@@ -7,16 +7,15 @@ where it has them packed, so that a sum over k has the same order as in a large 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
+from functools import partial
 
 import torch
 
 import fastseq
 
 from . import table
-from .measure import quiet_collector
+from .measure import in_turn
 from .pages import note, write
 
 SHAPES = (  # T, B, H = I
@@ -33,17 +32,9 @@ HEADER = ["inference", "microseconds", "deterministic", "ratio"]
 def row(cell: str, T: int, B: int, H: int, seconds: float) -> list[str]:
     ways = [getattr(fastseq, cell)(H, H, deterministic=d).eval() for d in (False, True)]
     x = torch.randn(T, B, H)
-    samples: list[list[float]] = [[], []]
-    with torch.inference_mode(), quiet_collector():
-        for module in ways:
-            module(x)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for module, times in zip(ways, samples, strict=True):
-                before = time.perf_counter()
-                module(x)
-                times.append(time.perf_counter() - before)
-    plain, fixed = (1e6 * statistics.median(times) for times in samples)
+    with torch.inference_mode():
+        found = in_turn([partial(module, x) for module in ways], seconds)
+    plain, fixed = (1e6 * time for time in found)
     shape = f"{cell} T{T} B{B} I{H} H{H}"
     return [shape, f"{plain:.3g}", f"{fixed:.3g}", f"{fixed / plain:.2f}"]
 

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -300,3 +301,18 @@ class quiet_collector:
 
     def __exit__(self, *error: object) -> None:
         gc.enable()
+
+
+def in_turn(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
+    """Median seconds of each call, one after the other for so long, and once at least."""
+    samples: list[list[float]] = [[] for _ in calls]
+    with quiet_collector():
+        for call in calls:
+            call()
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or not samples[0]:
+            for call, times in zip(calls, samples, strict=True):
+                before = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - before)
+    return [median(times) for times in samples]

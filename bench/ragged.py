@@ -8,9 +8,7 @@ batch step by step on one thread, while the others fall asleep.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 import fastseq
 
 from . import table
-from .measure import quiet_collector
+from .measure import in_turn
 from .pages import note, write
 from .workloads import by_name
 
@@ -51,17 +49,8 @@ def calls(cell: str, training: bool) -> list[tuple[Callable[[], Any], int]]:
 
 def row(cell: str, training: bool, seconds: float) -> list[str]:
     ways = calls(cell, training)
-    samples: list[list[float]] = [[] for _ in ways]
-    for run, _ in ways:
-        run()
-    end = time.perf_counter() + seconds
-    with quiet_collector():
-        while time.perf_counter() < end or not samples[0]:
-            for (run, tokens), times in zip(ways, samples, strict=True):
-                before = time.perf_counter()
-                run()
-                times.append((time.perf_counter() - before) / tokens)
-    dense, *others = (statistics.median(times) for times in samples)
+    times = in_turn([run for run, _ in ways], seconds)
+    dense, *others = (time / tokens for time, (_, tokens) in zip(times, ways, strict=True))
     name = f"{cell.upper()}, {'training' if training else 'forward'}"
     return [name, *(f"{other / dense:.2f}" for other in others)]
 
