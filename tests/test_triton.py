@@ -161,16 +161,42 @@ def test_programs_that_wait_for_one_another_are_never_more_than_processors():
 def test_a_grid_holds_its_weights_where_they_fit():
     """Then each program has 16 sequences; a batch of more than the chip takes reads them."""
     pytest.importorskip("triton")
+    from fastseq.backends.triton_tiling import Device, pieces_of
+
     grid = {"larger": "grid"}
     held = tile(H=512, **grid)
-    assert held.resident and held.pieces(512, 512) == (4, 4) and held.block_b == 16
+    assert held.resident and held.block_b == 16 and held.block_h == 32
     assert tile(H=512, B=128, **grid).resident and not tile(H=512, B=129, **grid).resident
     assert not tile(H=512, B=128, R=2, **grid).resident
-    assert tile(H=768, **grid).resident and not tile(H=1024, **grid).resident
-    assert tile("gru", H=1024, **grid).resident
-    assert not tile(H=768, shared_memory=166912, **grid).resident
+    assert tile(H=768, **grid).resident
+    assert tile("gru", H=1024, **grid).block_h == 32 and tile("gru", H=1024, **grid).resident
+    assert not tile(H=768, shared_memory=166912, processors=40, **grid).resident
     assert not tile(H=300, **grid).resident  # its rows start anywhere
     assert not tile(H=512, dtype=torch.float64, **grid).resident
+
+    def pieces(cell, H, backward, shared_memory=232448):
+        device = Device(shared_memory, processors=132, hopper=True)
+        return pieces_of(CELLS[cell], H, None, tile(cell, H, **grid), 2, backward, device)
+
+    assert pieces("lstm", 512, False).counts == (("P", 4),)
+    assert pieces("lstm", 512, True).counts == (("4 * H", 16),)
+    assert pieces("gru", 528, True).counts == (("3 * H", 13),)
+    assert pieces("lstm", 512, True).ahead == 12 and pieces("lstm", 768, True).ahead == 8
+    assert pieces("lstm", 512, False, shared_memory=131072) is None
+
+
+def test_a_grid_takes_sixteen_units_where_that_makes_its_weights_fit():
+    """As many programs again; and where a gate's product alone is not narrower than the warps."""
+    pytest.importorskip("triton")
+    grid = {"larger": "grid"}
+    held = tile(H=1024, **grid)
+    assert held.resident and held.block_h == 16 and held.paired
+    assert tile(H=1024, B=32, **grid).resident and not tile(H=1024, B=33, **grid).resident
+    assert not tile("gru", H=2048, **grid).resident
+    tf32 = {"dtype": torch.float32, "precision": "tf32"}
+    assert tile(H=256, **tf32, **grid).block_h == 16 and tile(H=768, **tf32, **grid).block_h == 16
+    assert tile("gru", H=256, **tf32, **grid).block_h == 32
+    assert not tile(H=512, **grid).paired and not tile(H=128).paired and tile(H=16).paired
 
 
 def test_make_gpu_says_that_there_is_none():
@@ -270,7 +296,7 @@ def test_processes_of_a_stage(tmp_path):
         ("forward_walk", None),
         ("backward_step", 0),
         ("forward_grid", None),
-        ("backward_grid", (2, 2)),
+        ("backward_grid", "held"),
         ("previous_h", None),
     ],
 )
@@ -282,9 +308,12 @@ def test_nothing_compiles_again_for_another_length_or_batch(kind, k):
     from triton.runtime.jit import create_function_from_signature
 
     from fastseq.backends.triton_kernels import INTERPRETED, PREVIOUS_H, kernel
+    from fastseq.backends.triton_text import Pieces
 
     if INTERPRETED:
         pytest.skip("nothing is compiled")
+    if k == "held":
+        k = Pieces((("4 * H", 2),), 2)
     run = PREVIOUS_H if kind == "previous_h" else kernel("lstm", kind, False, k)
     target = make_backend(GPUTarget("cuda", 90, 32))
     key_of = create_function_from_signature(run.function.signature, run.function.params, target)
@@ -297,7 +326,7 @@ def test_nothing_compiles_again_for_another_length_or_batch(kind, k):
                 # the tables of ragged sequences lie one behind the other
                 values[name] = buffer[shift:] if name in ("lengths_ptr", "offsets_ptr") else buffer
             else:
-                fixed = name in ("H", "P", "SAVE", "WIDE", "PRECISION") or name.startswith("BLOCK")
+                fixed = name in ("H", "P") or (name.isupper() and len(name) > 1)
                 values[name] = 64 if fixed else size
         return str(key_of(**values, num_warps=4)[1])
 

@@ -18,7 +18,7 @@ from test_parity import against_the_independent
 from together import together
 from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
-from fastseq.backends import load, triton_kernels, triton_source, triton_tiling
+from fastseq.backends import load, triton_kernels, triton_source, triton_text, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.cells import CELLS
 
@@ -58,7 +58,7 @@ def form(request, monkeypatch):
     if request.param != "walk":
         tiling = triton_tiling.Tiling(request.param, 16, 16, 16, 16, 4, 1)
         if request.param == "resident":
-            tiling = triton_tiling.Tiling("grid", 16, 16, 32, 32, 4, 1, resident=True)
+            tiling = triton_tiling.Tiling("grid", 16, 16, 16, 32, 4, 1, resident=True)
         monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
     if request.param in ("grid", "resident"):
         monkeypatch.setattr(load("triton"), "_PATIENCE", 100_000)  # of an error beside them too
@@ -257,12 +257,16 @@ def test_empty(cell, T, B, form):
             assert dw is None or (dw.shape == w.shape and not dw.any())
 
 
+#: Of every inner length that a product has.
+PIECES = triton_text.Pieces(
+    tuple((f"{n}{w}", 2) for n in ("", "2 * ", "3 * ", "4 * ") for w in "HP"), 1
+)
 GRIDS = [
     (cell, projected, backward, pieces)
     for cell in CELLS
     for projected in (False, True)
     for backward in ("forward", "backward")
-    for pieces in (None, (1, 2))
+    for pieces in (None, PIECES)
     if not projected or cell in ("lstm", "rnn_tanh")
 ]
 
@@ -294,13 +298,15 @@ def test_what_programs_hand_over_is_read_after_a_meeting(cell, projected, backwa
                 assert not (arrived and name in handed), line
                 unseen.add(name)
                 unjoined.add(name)
+            elif name in stored and how == "ahead":
+                # of the step after this one, into whose rows nobody has stored
+                assert name == "gates" and backward == "forward" and "at_next" in line, line
             elif name in stored:
                 assert how == "shared", line
-                if line.strip().startswith("x_"):
-                    continue
                 assert name not in unjoined, line
                 assert "inner" not in line or name not in unseen, line
     assert waits and (handed & stored or cell == "indrnn")
+    assert text.count("ahead(") == 2 * len(set(re.findall(r"(\w+_ahead) = ", text)))
 
 
 def test_a_program_that_waits_in_vain_ends_with_nan(monkeypatch):

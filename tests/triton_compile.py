@@ -3,29 +3,30 @@
 The host code runs on CPU tensors with its launches recorded, so that types, constants and absent
 buffers are those of a real call; what was recorded is then compiled for each target, in parallel.
 
-    python tests/triton_compile.py [--full [--every 13]] [--jobs N]
+    python tests/triton_compile.py [--full [--every 13] | --sizes] [--jobs N]
+
+``--sizes``: LSTM and GRU at every usual size, whose steps are read as machine code besides
+(triton_sass.py).
 """
 
 import argparse
 import re
-import subprocess
 import sys
-import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
+import triton_sass
 from problems import draw
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastseq.backends import triton as backend
-from fastseq.backends import triton_kernels
+from fastseq.backends import triton_kernels, triton_source
 from fastseq.backends.contract import Call, OutputGradients, Wanted
-from fastseq.backends.triton_tiling import Device
+from fastseq.backends.triton_tiling import Device, Tiling, pieces_of, tiling
 from fastseq.cells import CELLS
 
 #: What a compiler and the tiling know of a device.
@@ -43,7 +44,6 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 #: float32's products, and each 16-bit type
 KINDS = {
     "bfloat16": (torch.bfloat16, "ieee"),
@@ -88,6 +88,8 @@ def cases(full):
     yield "sm_90", "lstm", "float64", 15, None, 3, True
     yield "sm_90", "lstm", "bfloat16", *PAIRS[0], 3, True
     yield "sm_90", "lstm", "bfloat16", *PAIRS[1], 3, True
+    yield "sm_90", "gru", "float16", 768, None, 3, False
+    yield "sm_90", "lstm", "bfloat16", 1024, None, 3, False
     yield "sm_80", "lstm", "bfloat16", 63, None, 3, True
     yield "sm_80", "gru", "bfloat16", 256, None, 3, True
     yield "gfx942", "lstm", "bfloat16", 63, None, 3, True
@@ -95,6 +97,14 @@ def cases(full):
 
 
 PAIRS = ((63, 31), (300, 200))
+
+
+def cases_of_sizes():
+    """What cuDNN is measured against; no option on, as in most calls."""
+    for kind in ("bfloat16", "tf32"):
+        for cell in ("lstm", "gru"):
+            for H in (64, 128, 256, 512, 768, 1024):
+                yield "sm_90", cell, kind, H, None, 3, False
 
 
 def recorded(target, cell, kind, H, P, B, everything, full=True):
@@ -167,49 +177,82 @@ def compiled(case, full=False):
         target, device = TARGETS[case[0]]
         out = triton.compile(made, target=target, options=options | {"enable_fp_fusion": True})
         taken = resources(out) | {"shared": out.metadata.shared}
-        bad = taken["spilled"] or taken["shared"] > device.shared_memory
+        step = taken.pop("step", "")
+        # with every option on a grid may keep a few registers aside, but not in a step
+        around = 16 if case[-1] and "_grid" in kernel.function.__name__ else 0
+        wrong = ["it spills"] if "X" in step or taken["spilled"] > around else []
+        if taken["shared"] > device.shared_memory:
+            wrong.append("it does not fit")
+        if case[0] == "sm_90":
+            wrong += faults_of_a_step(case, kernel.function, step, out.metadata.num_warps)
         name = f"{kernel.function.__name__} {' '.join(map(str, case))}"
-        lines.append(f"{'BAD' if bad else 'ok'} {name} {taken}")
+        lines.append(f"{'BAD' if wrong else 'ok'} {name} {taken} {'; '.join(wrong)}".rstrip())
     return lines
 
 
 def resources(out):
-    if "cubin" not in out.asm:
-        text = out.asm["amdgcn"]
+    if "cubin" in out.asm:
+        code = triton_sass.read(out.asm["cubin"])
+        return {"registers": code.registers, "spilled": code.spilled, "step": code.step}
+    text = out.asm["amdgcn"]
 
-        def count(name):
-            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+    def count(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
-        # scalar registers spill into lanes of vector registers: what reaches memory counts
-        spilled = count("vgpr_spill_count") + count("private_segment_fixed_size")
-        return {"registers": count("vgpr_count"), "spilled": spilled}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(out.asm["cubin"])
-        file.flush()
-        command = [str(CUOBJDUMP), "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # a load or store of local memory is a spill: the kernels have no arrays of their own
-    return {
-        "registers": int(re.search(r"REG:(\d+)", text)[1]),
-        "spilled": len(re.findall(r"\b(?:STL|LDL)\b", text)),
-    }
+    # scalar registers spill into lanes of vector registers: what reaches memory counts
+    spilled = count("vgpr_spill_count") + count("private_segment_fixed_size")
+    return {"registers": count("vgpr_count"), "spilled": spilled}
+
+
+def faults_of_a_step(case, function, step, num_warps):
+    """Of a walk at a usual size, and of a grid whose programs hold their weights."""
+    target, cell, kind, H, P, B, everything = case
+    name, (dtype, precision) = function.__name__, KINDS[kind]
+    walks, held = name.endswith("_walk"), "operand_0 = " in function.src
+    if everything or not (held or (walks and H in (64, 128) and "h" in step)):
+        return []
+    device, backward = TARGETS[target][1], "backward" in name
+    t = tiling(CELLS[cell], H, P, dtype, precision, B, 1, device, "grid")
+    made, needed = step.count("h") * num_warps, products(CELLS[cell], H, P, t, dtype, backward)
+    found = [] if made == needed else [f"{made} products of the tensor cores where {needed} do"]
+    if held:
+        found += triton_sass.faults_of_a_grid(step, backward)
+    # seven in and around a wait, most of the rest for changes of layout
+    most = 22 if walks else 20 if not backward else 24
+    barriers = step.count("B")
+    return found + ([f"{barriers} barriers in a step"] if barriers > most else [])
+
+
+def products(cell, H, P, t: Tiling, dtype, backward):
+    """How many m16n8k16 (TF32: m16n8k8) a step takes, on whole tiles."""
+    inner = 32 // dtype.itemsize
+    if t.form == "walk":
+        gates = len(cell.recurrent_gates) * t.block_h * t.block_p
+        return (gates + (0 if P is None else t.block_h * t.block_p)) // (8 * inner)
+    pieces = pieces_of(cell, H, P, t, dtype.itemsize, backward, TARGETS["sm_90"][1])
+    terms = triton_source.terms_of(cell, P is not None, backward)
+    columns = sum(term.n * t.block_h * pieces.of(term.width) for term in terms)
+    return columns * t.block_k // (8 * inner)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--every", type=int, default=1, help="take each n-th case alone")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    todo = [c for c in cases(given.full) if given.only in " ".join(map(str, c))][:: given.every]
+    todo = cases_of_sizes() if given.sizes else cases(given.full)
+    todo = [c for c in todo if given.only in " ".join(map(str, c))][:: given.every]
     failed = 0
     with ProcessPoolExecutor(given.jobs) as pool:
         for lines in pool.map(partial(compiled, full=given.full), todo):
             print("\n".join(lines), flush=True)
             failed += sum(line.startswith("BAD") for line in lines)
-    print(f"{len(todo)} cases, {failed} kernels that spill or do not fit")
+    version = triton.__version__
+    print(f"Triton {version}: {len(todo)} cases, {failed} kernels that spill or do not fit")
     sys.exit(failed > 0)
 
 

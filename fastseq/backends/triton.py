@@ -31,12 +31,15 @@ from torch.nn.functional import pad
 from ..cells import CELLS, Cell, arguments
 from .contract import Call, Gradients, OutputGradients, Problem, Result, Shape, Wanted, Weights
 from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel
+from .triton_text import Pieces
 from .triton_tiling import (
     LEAST,
     Device,
     Form,
     Precision,
     Tiling,
+    aligned,
+    pieces_of,
     pointwise_tiling,
     programs,
     tiling,
@@ -236,6 +239,17 @@ class _Task:
         sizes = (self.H, P, self.dtype, self.precision, self.B, self.R)
         return tiling(self.cell, *sizes, _properties(self.device), larger)
 
+    @property
+    def aligned(self) -> bool:
+        return aligned(self.H, self.P)
+
+    def pieces(self, backward: bool) -> Pieces | None:
+        """How the programs of a grid hold their weights, if they do."""
+        if not self.tiling.resident:
+            return None
+        sizes = (self.H, self.P if self.projected else None, self.tiling, self.dtype.itemsize)
+        return pieces_of(self.cell, *sizes, backward, _properties(self.device))
+
     @staticmethod
     def stacked(parts: list[Tensor | None]) -> Tensor | None:
         """(R, ...); of one recurrence the tensor itself."""
@@ -344,7 +358,7 @@ class _Task:
 
     def walk_forward(self) -> None:
         if self.tiling.form == "walk":
-            self.launch("forward_walk", self.tiles(self.B, self.H))
+            self.launch("forward_walk", self.tiles(self.B, self.H), self.aligned)
         elif self.tiling.form == "step" or not self.launch_together("forward_grid"):
             widths = [self.H] * len(self.cell.phases) + [self.P] * self.projected
             for step in range(self.T):
@@ -356,7 +370,7 @@ class _Task:
 
     def walk_backward(self) -> None:
         if self.tiling.form == "walk":
-            self.launch("backward_walk", self.tiles(self.B, self.H))
+            self.launch("backward_walk", self.tiles(self.B, self.H), self.aligned)
         elif self.tiling.form == "step" or not self.launch_together("backward_grid"):
             widths = [self.P] * self.projected + [self.H] * len(self.cell.phases)
             for step in range(self.T + 1):
@@ -379,7 +393,7 @@ class _Task:
             return True
         try:
             values = {"tiles": tiles, "patience": _PATIENCE, "counter_ptr": counter}
-            self.launch(kind, grid, self.tiling.pieces(self.P, self.H), **values)
+            self.launch(kind, grid, self.pieces(kind == "backward_grid"), **values)
         except RuntimeError as error:  # "too many blocks in cooperative launch": a part of a GPU
             if "cooperative" not in str(error):
                 raise
@@ -482,7 +496,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     task.values |= {f"{name}_ptr": kept.get(name) for name in ("extra", "m")}
     for state, every in zip(cell.states[1:], along, strict=True):
         task.values[f"{state}_all_ptr"] = every
-    task.launch("forward_given", task.tiles(task.B, H))
+    task.launch("forward_given", task.tiles(task.B, H), task.aligned)
     keeps = [gates] if _keeps_gates(cell, task.projected) else []
     return [*keeps, *kept.values()], along
 

@@ -106,19 +106,75 @@ def shared(ptr, place, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
-def previous(along_ptr, start_ptr, place, start, known, fresh, WIDE: tl.constexpr):
-    """A state before a step: where ``known`` from all steps, where ``fresh`` the initial one."""
-    value = tl.load(along_ptr + place, mask=known, other=0.0).to(WIDE)
-    if start_ptr is not None:
-        value += tl.load(start_ptr + start, mask=fresh, other=0.0).to(WIDE)
+def ahead(ptr, place, mask):
+    """For a later step, as it is stored; nobody waits for it here. Zeros for a buffer that is not
+    there. Past the first-level cache: each value is read once."""
+    if ptr is None:
+        value = tl.zeros_like(mask).to(tl.float32)
+    else:
+        value = tl.load(ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
     return value
 
 
+# Tiles of gates. The values of n gates, n two or four, are one tile (BLOCK_B, n * BLOCK_H), and so
+# is their product. A gate's units stand side by side in its columns; or, in a product whose warps
+# cover more columns than a gate has (PAIRED), the units of two gates take turns. Then a thread
+# holds all gates of its units, and to take them apart moves nothing. A tile of three dimensions
+# would say the same, but Triton 3.6 changes its layout in many rounds.
+
+
 @triton.jit
-def masked(value, mask_ptr, place, exists):
-    """value * h_mask, where there is one."""
+def columns(n: tl.constexpr, BLOCK_H: tl.constexpr, PAIRED: tl.constexpr):
+    """Gate and unit of each column, (1, n * BLOCK_H)."""
+    column = tl.arange(0, n * BLOCK_H)[None, :]
+    if PAIRED:
+        gate = column // (2 * BLOCK_H) * 2 + column % 2
+        unit = column % (2 * BLOCK_H) // 2
+    else:
+        gate = column // BLOCK_H
+        unit = column % BLOCK_H
+    return gate, tl.program_id(2) * BLOCK_H + unit
+
+
+@triton.jit
+def apart2(tile, BLOCK_H: tl.constexpr, PAIRED: tl.constexpr):
+    """Two gates' values, (BLOCK_B, BLOCK_H) each."""
+    if PAIRED:
+        tile = tile.reshape(tile.shape[0], BLOCK_H, 2)
+    else:
+        tile = tile.reshape(tile.shape[0], 2, BLOCK_H).permute(0, 2, 1)
+    return tile.split()
+
+
+@triton.jit
+def apart4(tile, BLOCK_H: tl.constexpr, PAIRED: tl.constexpr):
+    if PAIRED:
+        tile = tile.reshape(tile.shape[0], 2, BLOCK_H, 2).permute(0, 2, 1, 3)
+    else:
+        tile = tile.reshape(tile.shape[0], 2, 2, BLOCK_H).permute(0, 3, 1, 2)
+    even, odd = tile.split()
+    a, c = even.split()
+    b, d = odd.split()
+    return a, b, c, d
+
+
+@triton.jit
+def together2(a, b):
+    """The tile of two gates."""
+    return tl.join(a, b).permute(0, 2, 1).reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def together4(a, b, c, d):
+    tile = tl.join(tl.join(a, c), tl.join(b, d))
+    return tile.permute(0, 2, 3, 1).reshape(a.shape[0], 4 * a.shape[1])
+
+
+@triton.jit
+def masked(value, mask_ptr, mask):
+    """value * mask, where there is one."""
     if mask_ptr is not None:
-        value = value * tl.load(mask_ptr + place, mask=exists, other=0.0).to(value.dtype)
+        value = value * mask.to(value.dtype)
     return value
 
 
@@ -162,6 +218,48 @@ def dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def slices(k: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k-th BLOCK_K numbers in four slices, (4, 1, BLOCK_K / 4)."""
+    quarter: tl.constexpr = BLOCK_K // 4
+    first = k * BLOCK_K + tl.arange(0, 4)[:, None, None] * quarter
+    return first + tl.arange(0, quarter)[None, None, :]
+
+
+@triton.jit
+def sliced_dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """Products of four slices of the inner length, (4, BLOCK_B, columns): one for each warp.
+
+    a: (4, BLOCK_B, inner), b: (4, inner, columns), of a quarter of the inner length each.
+    """
+    if _INTERPRETED:
+        product = tl.dot(a.to(WIDE), b.to(WIDE), input_precision=PRECISION, out_dtype=WIDE)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=WIDE)
+    return product
+
+
+@triton.jit
+def sum_of_slices(product):
+    """(4, BLOCK_B, columns), a slice a warp, to (BLOCK_B, columns), an element a thread. (tl.sum
+    would leave the whole of it in every warp.)"""
+    tile = product.permute(1, 2, 0).reshape(product.shape[1], product.shape[2], 2, 2)
+    even, odd = tile.split()
+    a, c = even.split()
+    b, d = odd.split()
+    return (a + b) + (c + d)
+
+
+@triton.jit
+def dot_apart(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """A product that leaves the tensor cores' layout: else all that it meets in a text, however
+    many loads and stores, would be brought into that."""
+    product = dot(a, b, PRECISION, WIDE)
+    half: tl.constexpr = product.shape[1] // 2
+    left, right = product.reshape(product.shape[0], 2, half).permute(0, 2, 1).split()
+    return together2(left, right)
+
+
+@triton.jit
 def arrive(counter):
     """What all threads of this program wrote is to be seen by those who wait."""
     tl.debug_barrier()
@@ -189,7 +287,16 @@ _HELPERS = {
         load,
         load_or_zero,
         shared,
-        previous,
+        ahead,
+        columns,
+        apart2,
+        apart4,
+        together2,
+        together4,
+        slices,
+        sliced_dot,
+        sum_of_slices,
+        dot_apart,
         masked,
         lengths_of,
         within,
@@ -281,11 +388,10 @@ def previous_h_kernel(
     at = rows * R + recurrence
     for first in range(0, P, BLOCK_P):
         hidden = (first + tl.arange(0, BLOCK_P))[None, :]
-        value = previous(
-            y_ptr, h_0_ptr, at_earlier * P + hidden, state * P + hidden, known & (hidden < P),
-            fresh & (hidden < P), WIDE
-        )  # fmt: skip
-        value = masked(value, h_mask_ptr, state * P + hidden, live & (hidden < P))
+        value = load(y_ptr, at_earlier * P + hidden, known & (hidden < P), WIDE)
+        value += load_or_zero(h_0_ptr, state * P + hidden, fresh & (hidden < P), WIDE)
+        mask = load_or_zero(h_mask_ptr, state * P + hidden, live & (hidden < P), WIDE)
+        value = masked(value, h_mask_ptr, mask)
         tl.store(out_ptr + at * P + hidden, value, mask=live & (hidden < P))
 
 

@@ -13,170 +13,140 @@ Tiles carry the names of the maths: ``a_i``, ``h_prev``, ``da_i``. Three forms o
   each step has rows of its own, or one of two (``operand``). What programs write in the same launch
   is read by ``shared`` alone, past the first-level cache.
 
-Indices, as tiles: ``batch`` (BLOCK_B, 1) sequences, ``units`` (1, BLOCK_H) hidden units, ``hidden``
-components of h (in a walk all, (1, BLOCK_P), else a tile as of units), ``rows`` and ``at``
-(BLOCK_B, 1) packed rows and rows times recurrences. Masks: ``live`` sequences that this step
-belongs to, ``is_unit``, ``is_hidden``.
-
-Buffers, a row for each of the input: gates, dgates (N, R, G, H); dproduct, s (N, R, G_hh, H);
-extra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). operand (2, R, B,
-P): h, masked, as the products of even and odd steps take it, h_0 at first. Weights: w_hh (R, G_hh,
-H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
+What no other program writes is asked for a step ahead, but where rows start anywhere: there every
+number takes an address of its own. So the latency of memory passes while the step before is
+computed. :mod:`.triton_text` says what the names and the buffers are.
 """
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..cells import Cell, Phase, arguments
-from .triton_tiling import ahead_of
-
-#: In the order of a kernel's arguments; a kernel has those that its text names.
-POINTERS = (
-    "gates s w_hh w_hr b_hh unit h_0 h_mask reset reverse lengths offsets y extra m h_n "
-    "operand dgates dproduct dh_all dy dh dunit counter"
-).split()
-SIZES = ("step", "tiles", "patience", "T", "B", "R", "H", "P", "capacity")
-CONSTANTS = ("SAVE", "WIDE", "PRECISION", "BLOCK_B", "BLOCK_H", "BLOCK_P", "BLOCK_K")
-
-
-def state_pointers(cell: Cell) -> list[str]:
-    """Of the states other than h: first, at every step, last; and their gradients."""
-    return [
-        name
-        for state in cell.states[1:]
-        for name in (f"{state}_0", f"{state}_all", f"{state}_n", f"d{state}", f"d{state}_all")
-    ]
-
-
-def _indent(text: str, levels: int) -> str:
-    return textwrap.indent(text, "    " * levels)
-
-
-def _kernel(cell: Cell, name: str, body: str) -> str:
-    pointers = [f"{pointer}_ptr" for pointer in (*POINTERS, *state_pointers(cell))]
-
-    def used(names: list[str] | tuple[str, ...]) -> list[str]:
-        return [n for n in names if re.search(rf"\b{n}\b", body)]
-
-    signature = [*used(pointers), *(n for n in used(SIZES) if f"for {n} in" not in body)]
-    signature += [f"{constant}: tl.constexpr" for constant in used(CONSTANTS)]
-    lines = textwrap.fill(", ".join(signature), 96, break_long_words=False)
-    return f"def {name}(\n{_indent(lines, 1)}\n):\n{_indent(body, 1)}\n"
-
-
-_UNITS = """\
-recurrence = tl.program_id(1).to(tl.int64)
-units = (tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-is_unit = units < H
-reverse = tl.load(reverse_ptr + recurrence) != 0"""
-
-_BATCH = """\
-batch = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
-length = lengths_of(lengths_ptr, batch, B, T)
-state = recurrence * B + batch"""
-
-_PLACE = f"{_UNITS}\ntile = tl.program_id(0)\n{_BATCH}"
-
-_HIDDEN = """\
-hidden = tl.arange(0, BLOCK_P)[None, :]
-is_hidden = hidden < P"""
-
-_HIDDEN_ARE_UNITS = """\
-hidden = units
-is_hidden = is_unit"""
-
-_HIDDEN_TILE = """\
-hidden = units
-is_hidden = hidden < P"""
-
-_ROWS = """\
-live = within(time, length)
-rows = first_row(offsets_ptr, time, T, B) + batch
-at = rows * R + recurrence"""
-
-#: The row before this one in the recurrence's own direction, and whether there is one.
-_EARLIER = """\
-earlier = tl.where(reverse, time + 1, time - 1)
-known = live & within(earlier, length)
-at_earlier = (first_row(offsets_ptr, earlier, T, B) + batch) * R + recurrence
-fresh = live & (known == 0)"""
-
-#: Sequences whose state goes on from the step before.
-_KEPT = """\
-if reset_ptr is not None:
-    kept = (tl.load(reset_ptr + recurrence * capacity + rows, mask=live, other=0) == 0)"""
-
-_KEPT_IN_STEPS = "kept = live\n" + _KEPT.replace("kept =", "kept = live &")
-
-#: The row after this one, and whether a gradient comes from it, and passes through its product.
-_LATER = """\
-later = tl.where(reverse, time - 1, time + 1)
-comes = within(later, length)
-rows_later = first_row(offsets_ptr, later, T, B) + batch
-at_later = rows_later * R + recurrence
-passes = comes
-if reset_ptr is not None:
-    reset = tl.load(reset_ptr + recurrence * capacity + rows_later, mask=comes, other=0)
-    passes = comes & (reset == 0)"""
+from .triton_text import (
+    EARLIER,
+    HIDDEN,
+    HIDDEN_ARE_UNITS,
+    KEPT,
+    KEPT_IN_STEPS,
+    LATER,
+    PLACE,
+    ROWS,
+    Load,
+    Part,
+    Pieces,
+    Steps,
+    Term,
+    apart,
+    comma,
+    gate_place,
+    grid_kernel,
+    groups,
+    indent,
+    load,
+    load_columns,
+    load_gates,
+    load_one,
+    load_previous,
+    shared,
+    step_kernel,
+    store,
+    store_gates,
+    together,
+    walk_kernel,
+)
 
 
 def _hidden(projected: bool) -> str:
-    return _HIDDEN if projected else _HIDDEN_ARE_UNITS
+    return HIDDEN if projected else HIDDEN_ARE_UNITS
 
 
-def _load(pointer: str, place: str, mask: str = "live & is_unit") -> str:
-    return f"load({pointer}_ptr, {place}, {mask}, WIDE)"
+#: The same at every step: loaded once.
+_MASK = "h_mask = load_or_zero(h_mask_ptr, state * P + hidden, (batch < B) & is_hidden, WIDE)"
 
 
-def _shared(pointer: str, place: str, mask: str = "live & is_unit") -> str:
-    """Of a buffer that programs write in the same launch."""
-    return f"shared({pointer}_ptr, {place}, {mask}, WIDE)"
-
-
-def _store(pointer: str, place: str, value: str, mask: str = "live & is_unit") -> str:
-    return f"tl.store({pointer}_ptr + {place}, {value}, mask={mask})"
-
-
-def _gate(count: int, k: int) -> str:
-    return f"(at * {count} + {k}) * H + units"
+def _masks(cell: Cell) -> bool:
+    """Whether a product takes h, which may be masked."""
+    return any(cell.product_gates(p) and p.operand == "h_prev" for p in cell.phases)
 
 
 class _Names:
-    """Where the values of a cell live in memory."""
+    """Where the values of a cell live in memory, and which of its gates are one tile."""
 
-    def __init__(self, cell: Cell, projected: bool) -> None:
-        self.cell, self.projected = cell, projected
+    def __init__(self, cell: Cell, projected: bool, joint: bool = True) -> None:
+        self.cell, self.projected, self.joint = cell, projected, joint
         self.G_hh = len(cell.recurrent_gates)
         self.keeps_gates = projected or cell.saved != cell.states[:1]
+
+    def slots(self, pointer: str) -> tuple[str, ...]:
+        """The values that stand side by side in a row of a buffer."""
+        return self.cell.saved[: self.cell.G] if pointer == "gates" else self.cell.extras
 
     def place(self, name: str) -> tuple[str, str]:
         """Buffer and place of a value that forward saves, or of h and the other states."""
         cell = self.cell
         if name == "h" and not self.projected:
             return "y", "at * P + units"
-        if name in cell.saved[: cell.G]:
-            return "gates", _gate(cell.G, cell.saved.index(name))
-        if name in cell.extras:
-            return "extra", _gate(len(cell.extras), cell.extras.index(name))
+        for pointer in ("gates", "extra"):
+            slots = self.slots(pointer)
+            if name in slots:
+                return pointer, gate_place(len(slots), slots.index(name))
         if name in cell.states[1:]:
             return f"{name}_all", "at * H + units"
         raise NotImplementedError(f"{cell.name}: {name} is used in another phase and not saved")
 
+    def runs(self, gates: Iterable[str], order: Sequence[str]) -> list[tuple[str, ...]]:
+        """The gates that are one tile, neighbours in ``order``."""
+        return groups(gates, order) if self.joint else [(g,) for g in order if g in set(gates)]
+
+    def load_saved(self, names: Iterable[str]) -> list[Load]:
+        """Loads of what forward left, neighbours together."""
+        wanted, found = list(names), []
+        for pointer in ("gates", "extra"):
+            slots = self.slots(pointer)
+            own = {n for n in wanted if self.place(n)[0] == pointer}
+            for run in self.runs(own, slots):
+                found.append(load_gates("", run, pointer, len(slots), slots.index(run[0])))
+        found += [
+            load_one(n, *self.place(n))
+            for n in wanted
+            if self.place(n)[0] not in ("gates", "extra")
+        ]
+        return found
+
+    def store_saved(self, names: Iterable[str]) -> list[tuple[tuple[str, ...], str]]:
+        """(names, store): neighbours together."""
+        wanted, found = set(names), []
+        for pointer in ("gates", "extra"):
+            slots = self.slots(pointer)
+            for run in self.runs(wanted & set(slots), slots):
+                first = slots.index(run[0])
+                found.append((run, store_gates(pointer, len(slots), first, run)))
+        return found
+
     def weight(self, gate: str) -> int:
         return self.cell.recurrent_gates.index(gate)
 
-    def weight_row(self, gate: str) -> str:
-        """Where the first of a gate's rows of w_hh is; to be ended by '+ row) * width'."""
-        return f"w_hh_ptr + ((recurrence * {self.G_hh} + {self.weight(gate)}) * H"
+    def product_groups(self, phase: Phase) -> list[tuple[str, ...]]:
+        """The gates whose products are one: neighbours whose parts enter in the same way."""
+        gates, taken = self.cell.product_gates(phase), arguments(phase.forward)
+        return [
+            group
+            for kind in ("a", "s")
+            for group in self.runs(
+                [g for g in gates if f"{kind}_{g}" in taken], self.cell.recurrent_gates
+            )
+        ]
+
+    def row(self, group: tuple[str, ...]) -> str:
+        """The number of the first of some gates' blocks of w_hh."""
+        return f"recurrence * {self.G_hh} + {self.weight(group[0])}"
 
 
-def _comma(names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(names) + ("," if len(names) == 1 else "")
+def _tile(kind: str, group: tuple[str, ...]) -> str:
+    """The name of a tile of gates: s_i_f_g_o."""
+    return f"{kind}_{'_'.join(group)}"
 
 
 # Forward
@@ -195,76 +165,97 @@ def _apart_biases(cell: Cell) -> list[str]:
 def _units(cell: Cell) -> list[str]:
     U = len(cell.unit_parameters)
     return [
-        f"{u} = {_load('unit', f'(recurrence * {U} + {k}) * H + units', 'is_unit')}"
+        f"{u} = {load('unit', f'(recurrence * {U} + {k}) * H + units', 'is_unit')}"
         for k, u in enumerate(cell.unit_parameters)
     ]
 
 
-def _input(cell: Cell, phase: Phase) -> list[str]:
-    """The input products of the gates that a phase takes."""
-    gates = [name[2:] for name in arguments(phase.forward) if name[:2] in ("a_", "x_")]
-    return [f"x_{g} = {_shared('gates', _gate(cell.G, cell.gates.index(g)))}" for g in gates]
+def _input(names: _Names, phase: Phase) -> list[Load]:
+    """The input products of the gates that a phase takes, as one tile where they are added to
+    one."""
+    cell, gates, taken = names.cell, names.cell.gates, arguments(phase.forward)
+    loads = [
+        load_gates("x_", (g,), "gates", cell.G, gates.index(g)) for g in gates if f"x_{g}" in taken
+    ]
+    return loads + [
+        load_columns(_tile("x", group), len(group), "gates", cell.G, gates.index(group[0]))
+        for group in names.product_groups(phase)
+        if f"a_{group[0]}" in taken
+    ]
 
 
-def _text(cell: Cell, phase: Phase) -> list[str]:
-    """The arguments from the input product and the recurrent one, and the text."""
-    lines, given = [], []
-    for name in arguments(phase.forward):
-        kind, _, gate = name.partition("_")
-        given.append("h_prev.to(WIDE)" if name == "h_prev" else name)
-        if gate in cell.gates and kind == "a":
-            lines.append(f"a_{gate} = x_{gate} + s_{gate}")
-        elif gate in cell.gates and kind == "s":
-            lines.append(f"s_{gate} = s_{gate} + b_{gate}")
-    lines.append(f"{_comma(phase.returns)} = {phase.forward.__name__}({', '.join(given)})")
+def _gate_sums(phase: Phase, group: tuple[str, ...]) -> list[str]:
+    """What the text takes of some gates, out of their product and input product."""
+    tile, kind = _tile("s", group), "s"
+    lines = []
+    if f"a_{group[0]}" in arguments(phase.forward):
+        tile, kind = _tile("a", group), "a"
+        lines.append(f"{tile} = {_tile('x', group)} + {_tile('s', group)}")
+    if len(group) > 1:
+        lines.append(apart([f"{kind}_{g}" for g in group], tile, "PAIRED"))
     return lines
 
 
-def _saves(names: _Names, phase: Phase) -> dict[str, str]:
-    """name -> store of what backward wants, and perhaps a later phase."""
-    cell, stores = names.cell, {}
-    for name in dict.fromkeys((*phase.returns, *arguments(phase.forward))):
-        if name not in cell.saved or not (name in phase.returns or name in cell.extras):
-            continue
-        if name == "h" and not names.keeps_gates:
-            continue
-        k = cell.saved.index(name)
-        if k < cell.G:
-            stores[name] = _store("gates", _gate(cell.G, k), name)
-        else:
-            stores[name] = _store("extra", _gate(len(cell.extras), k - cell.G), name)
-    return stores
+def _text(cell: Cell, phase: Phase) -> list[str]:
+    """What stands apart gets its bias; and the text."""
+    names = arguments(phase.forward)
+    lines = [f"s_{g} = s_{g} + b_{g}" for g in cell.gates if f"s_{g}" in names]
+    given = ", ".join("h_prev.to(WIDE)" if name == "h_prev" else name for name in names)
+    return [*lines, f"{comma(phase.returns)} = {phase.forward.__name__}({given})"]
+
+
+def _saved_by(names: _Names, phase: Phase) -> list[str]:
+    """What backward wants of a phase's values, and perhaps a later phase."""
+    cell = names.cell
+    known = dict.fromkeys((*phase.returns, *arguments(phase.forward)))
+    return [
+        n
+        for n in known
+        if n in cell.saved
+        and (n in phase.returns or n in cell.extras)
+        and (n != "h" or names.keeps_gates)
+    ]
 
 
 def _keep(names: _Names, phase: Phase, handed_on: set[str]) -> list[str]:
     """Stores of what backward wants, where it will run, but for what is stored already."""
-    lines = [
-        f"if SAVE:\n    {store}"
-        for name, store in _saves(names, phase).items()
-        if name not in handed_on
-    ]
-    for name in phase.returns:
-        if name in names.cell.states[1:]:
-            store = _store(f"{name}_all", "at * H + units", name)
-            lines.append(f"if {name}_all_ptr is not None:\n    {store}")
+    wanted = [n for n in _saved_by(names, phase) if n not in handed_on]
+    return [f"if SAVE:\n    {line}" for _, line in names.store_saved(wanted)]
+
+
+def _carry(cell: Cell, phase: Phase, suffix: str) -> list[str]:
+    """The other states that a phase gives, on to the next step, and stores of them at every step:
+    of what is carried, so that the change of layout for the store comes no sooner."""
+    lines = []
+    for s in cell.states[1:]:
+        if s in phase.returns:
+            carried = f"{s}_{suffix}"
+            every = store(f"{s}_all", "at * H + units", carried)
+            lines.append(f"{carried} = tl.where(live, {s}, {carried})")
+            lines.append(f"if {s}_all_ptr is not None:\n    {every}")
     return lines
 
 
 def _resident(names: _Names, backward: bool) -> list[str]:
-    """Loads of all weights, one tile a gate, that stay on the chip: padded to tiles by the host.
+    """Loads of all weights, one tile for gates that are neighbours, that stay on the chip: padded
+    to tiles by the host.
 
-    Forward: (inner, units), what a product of the operand's rows multiplies. Backward: (units,
-    inner), what the gates' gradients multiply.
+    Forward: (inner, gates and units), what a product of the operand's rows multiplies. Backward:
+    (gates and units, inner), what the gates' gradients multiply.
     """
     lines = ["units_down = tl.trans(units)", "hidden_down = tl.trans(hidden)"]
-    for phase in names.cell.phases:
-        unit, inner = ("units_down", "{}") if backward else ("units", "{}_down")
-        inner = inner.format("hidden" if phase.operand == "h_prev" else "units")
-        lines += [
-            f"w_{g} = tl.load(w_hh_ptr + ((recurrence * {names.G_hh} + {names.weight(g)}) "
-            f"* BLOCK_H + {unit}) * BLOCK_P + {inner})"
-            for g in names.cell.product_gates(phase)
-        ]
+    found = [(p, group) for p in names.cell.phases for group in names.product_groups(p)]
+    for phase, group in found:
+        n, of_h = len(group), phase.operand == "h_prev"
+        if backward:
+            inner = "hidden" if of_h else "units"
+            rows = f"tl.arange(0, {n} * BLOCK_H)[:, None]" if n > 1 else "units_down"
+            place = f"(({names.row(group)}) * BLOCK_H + {rows}) * BLOCK_P + {inner}"
+        else:
+            inner = "hidden_down" if of_h else "units_down"
+            gate, unit = (f" + gate_{n}", f"unit_{n}") if n > 1 else ("", "units")
+            place = f"(({names.row(group)}{gate}) * BLOCK_H + {unit}) * BLOCK_P + {inner}"
+        lines.append(f"{_tile('w', group)} = tl.load(w_hh_ptr + {place})")
     if names.projected:
         place = f"(recurrence * BLOCK_P + {'hidden_down' if backward else 'hidden'}) * BLOCK_H"
         lines.append(
@@ -275,24 +266,26 @@ def _resident(names: _Names, backward: bool) -> list[str]:
 
 def _reset(carried: list[str]) -> str:
     zeros = [f"{name} = tl.where(kept, {name}, 0.0).to({name}.dtype)" for name in carried]
-    return _KEPT + "\n" + _indent("\n".join(zeros), 1)
+    return KEPT + "\n" + indent(zeros)
 
 
-def forward_walk(cell: Cell, projected: bool, given: bool) -> str:
+def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
     """All steps in one launch.
 
     On the chip over time: w_hh and w_hr, the states. A step reads the gates' G*H input products and
     writes y and what is saved.
 
+    ahead: as of ``walk_kernel``; where not, every gate is a tile of its own.
     given: the products of h with w_hh are known, in s, and so is y; what forward would have saved
         is made again, over any tile of the units.
     """
-    names = _Names(cell, projected)
+    names = _Names(cell, projected, joint=ahead and not given)
     others = cell.states[1:]
     carries_h = not (given and projected)
-    start = [_PLACE, _hidden(projected), *_apart_biases(cell), *_units(cell)]
+    start = [PLACE, _hidden(projected), *_apart_biases(cell), *_units(cell)]
     if not given:
         start += _resident(names, backward=False)
+        start += [_MASK] if _masks(cell) else []
     if carries_h:
         start.append(
             "h_prev = load_or_zero(h_0_ptr, state * P + hidden, (batch < B) & is_hidden, WIDE)"
@@ -304,264 +297,85 @@ def forward_walk(cell: Cell, projected: bool, given: bool) -> str:
     ]
 
     carried = [f"{s}_prev" for s in others] + (["h_prev"] if carries_h else [])
-    body = ["time = tl.where(reverse, steps - 1 - done, done)", _ROWS]
-    if carried:
-        body.append(_reset(carried))
+    loads: list[Load] = []
+    body = [_reset(carried)] if carried else []
     for phase in cell.phases:
+        own = _input(names, phase)
         gates = cell.product_gates(phase)
         if gates and given:
-            body += [f"s_{g} = {_load('s', _gate(names.G_hh, names.weight(g)))}" for g in gates]
+            for g in gates:
+                own.append(load_gates("s_", (g,), "s", names.G_hh, names.weight(g)))
+                body += _gate_sums(phase, (g,))
         elif gates:
             operand = phase.operand
             if operand == "h_prev":
-                mask = "h_mask_ptr, state * P + hidden, live & is_hidden"
-                operand = f"masked(h_prev.to(WIDE), {mask})"
+                operand = "masked(h_prev.to(WIDE), h_mask_ptr, h_mask)"
             body.append(f"operand = {operand}.to(gates_ptr.dtype.element_ty)")
-            body += [f"s_{g} = dot(operand, w_{g}, PRECISION, WIDE)" for g in gates]
-        body += _input(cell, phase)
+            for group in names.product_groups(phase):
+                weights = _tile("w", group)
+                body.append(f"{_tile('s', group)} = dot(operand, {weights}, PRECISION, WIDE)")
+                body += _gate_sums(phase, group)
         body += _text(cell, phase)
-        body += _keep(names, phase, set())
-    body += [f"{s}_prev = tl.where(live, {s}, {s}_prev)" for s in others]
+        body += _keep(names, phase, set()) + _carry(cell, phase, "prev")
+        loads += own
     if projected:
-        body.append(f"if m_ptr is not None:\n    {_store('m', 'at * H + units', 'h')}")
+        body.append(f"if m_ptr is not None:\n    {store('m', 'at * H + units', 'h')}")
         if not given:
             body.append("h = dot(h.to(h_prev.dtype), w_hr, PRECISION, WIDE)")
     if carries_h:
         body.append("h_prev = tl.where(live, h.to(h_prev.dtype), h_prev)")
     end = []
     if not given:
-        body.append(_store("y", "at * P + hidden", "h_prev", "live & is_hidden"))
-        end.append(_store("h_n", "state * P + hidden", "h_prev", "(batch < B) & is_hidden"))
+        body.append(store("y", "at * P + hidden", "h_prev", "live & is_hidden"))
+        end.append(store("h_n", "state * P + hidden", "h_prev", "(batch < B) & is_hidden"))
         end += [
-            _store(f"{s}_n", "state * H + units", f"{s}_prev", "(batch < B) & is_unit")
+            store(f"{s}_n", "state * H + units", f"{s}_prev", "(batch < B) & is_unit")
             for s in others
         ]
-    text = [*start, "steps = tl.max(length)", "for done in range(steps):"]
-    text += [_indent("\n".join(body), 1), *end]
-    return _kernel(cell, f"{cell.name}_forward_{'given' if given else 'walk'}", "\n".join(text))
+    step = ["time = tl.where(reverse, steps - 1 - done, done)", ROWS]
+    name = f"forward_{'given' if given else 'walk'}"
+    return walk_kernel(cell, name, start, step, loads, body, end, ahead)
 
 
-@dataclass(frozen=True)
-class _Term:
-    """``result += operand @ weight``. operand: at ``inner`` (1, BLOCK_K). weight: at ``down``
-    (BLOCK_K, 1) and the columns."""
-
-    result: str
-    operand: str
-    weight: str
-    place: str
-
-
-def _zeros(terms: list[_Term]) -> list[str]:
-    """NaN where the step's operands never came."""
-    results = dict.fromkeys(t.result for t in terms)
-    return [f"{name} = tl.full((BLOCK_B, BLOCK_H), poison, WIDE)" for name in results]
-
-
-def _weight(term: _Term, width: str, exists: str) -> str:
-    return f"tl.load({term.place}, mask=(down < {width}) & {exists}, other=0.0)"
-
-
-def _products(terms: list[_Term], width: str, exists: str) -> list[str]:
-    """BLOCK_K of ``width`` at a time, from memory."""
-    loop = ["inner = (first + tl.arange(0, BLOCK_K))[None, :]"]
-    loop.append("down = (first + tl.arange(0, BLOCK_K))[:, None]")
-    for t in terms:
-        operand = f"operand = {t.operand}.to(y_ptr.dtype.element_ty)"
-        if operand not in loop:
-            loop.append(operand)
-        loop.append(f"{t.result} += dot(operand, {_weight(t, width, exists)}, PRECISION, WIDE)")
-    body = _indent("\n".join(loop), 1)
-    return [*_zeros(terms), f"for first in range(0, {width}, BLOCK_K):", body]
-
-
-def _resident_weights(terms: list[_Term], width: str, exists: str, pieces: int) -> list[str]:
-    lines = []
-    for k in range(pieces):
-        lines.append(f"down = ({k} * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]")
-        lines += [f"{t.weight}_{k} = {_weight(t, width, exists)}" for t in terms]
-    return lines
-
-
-def _resident_products(terms: list[_Term], pieces: int) -> list[str]:
-    """With weights that are on the chip."""
-    lines = _zeros(terms)
-    for operand in dict.fromkeys(t.operand for t in terms):
-        step = ahead_of(pieces)
-        for first in range(0, pieces, step):
-            ahead = range(first, min(first + step, pieces))
-            for k in ahead:
-                lines.append(f"inner = ({k} * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]")
-                lines.append(f"operand_{k} = {operand}.to(y_ptr.dtype.element_ty)")
-            lines += [
-                f"{t.result} += dot(operand_{k}, {t.weight}_{k}, PRECISION, WIDE)"
-                for k in ahead
-                for t in terms
-                if t.operand == operand
-            ]
-    return lines
-
-
-def _previous(state: str, width: str, columns: str, exists: str) -> str:
-    """A state before the step: from the row before, or the initial one; zero where reset."""
-    along = "y" if state == "h" else f"{state}_all"
-    return (
-        f"previous({along}_ptr, {state}_0_ptr, at_earlier * {width} + {columns}, "
-        f"state * {width} + {columns}, known & kept & {exists}, fresh & kept & {exists}, WIDE)"
-    )
-
-
-# Steps in parts: one launch each, or all in one
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A product of a step, and what follows it.
-
-    weights: lines before the first step, where the product's are on the chip.
-    early: loads that need not wait for the others.
-    late: stores that the others need not wait for.
-    """
-
-    weights: list[str]
-    early: list[str]
-    body: list[str]
-    late: list[str]
-
-
-#: How many pieces of BLOCK_K cover P and H, where a grid's programs hold their weights.
-Pieces = tuple[int, int] | None
-
-
-def _part(
-    terms: list[_Term],
-    width: str,
-    exists: str,
-    own: list[str],
-    body: list[str],
-    late: list[str],
-    pieces: Pieces,
-) -> _Part:
-    """The products, then the body.
-
-    own: loads of what the loop does not write before, whichever program runs it. They come first
-        where the weights are on the chip; beside pieces of weights they would take registers.
-    """
-    if not terms:
-        return _Part([], own, body, late)
-    if pieces is None:
-        return _Part([], [], [*_products(terms, width, exists), *own, *body], late)
-    count = pieces["PH".index(width)]
-    weights = _resident_weights(terms, width, exists, count)
-    return _Part(weights, own, [*_resident_products(terms, count), *body], late)
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """A loop over time in parts.
-
-    start, step: lines before the first step, and before the first part of each.
-    carried: name -> pointer, place and mask of what a program hands on to itself alone.
-    count: how many steps of the longest sequence's ``steps`` there are.
-    """
-
-    cell: Cell
-    name: str
-    start: list[str]
-    carried: dict[str, tuple[str, str, str]]
-    step: list[str]
-    parts: list[_Part]
-    count: str = "steps"
-
-
-def _named(lines: list[str], text: str) -> list[str]:
-    """Those assignments whose names occur in a text."""
-    return [line for line in lines if re.search(rf"\b{line.split(' = ')[0]}\b", text)]
-
-
-def _step_kernel(steps: _Steps, k: int) -> str:
-    """One part of one step."""
-    part = "\n".join(["steps = T", "poison = 0.0", *steps.step, *steps.parts[k].early])
-    part = "\n".join([part, *steps.parts[k].body, *steps.parts[k].late])
-    carried = {n: place for n, place in steps.carried.items() if re.search(rf"\b{n}\b", part)}
-    body = [_PLACE, _HIDDEN_TILE, *_named(steps.start, part)]
-    body += [f"{name} = {_load(*place)}" for name, place in carried.items()]
-    body += [part, *(_store(p, place, name, mask) for name, (p, place, mask) in carried.items())]
-    return _kernel(steps.cell, f"{steps.cell.name}_{steps.name}_step_{k}", "\n".join(body))
-
-
-_WAIT = """\
-patience = wait(counter, goal, patience)
-poison = tl.where(patience > 0, 0.0, float("nan"))"""
-
-_ARRIVE = """\
-arrive(counter)
-goal += tl.num_programs(2)"""
-
-
-def _grid_kernel(steps: _Steps) -> str:
-    """All steps in one launch, of programs that are on the chip together.
-
-    Those with one tile of the batch in one recurrence wait for one another between parts. On the
-    chip over time: what is carried, and the weights where the parts hold them. A program that
-    waited in vain goes on with NaN.
-    """
-    body = list(steps.step)
-    for part in steps.parts:
-        body += [*part.early, _WAIT, *part.body, _ARRIVE, *part.late]
-    walk = [_BATCH]
-    walk += [f"{name} = {_load(*place)}" for name, place in steps.carried.items()]
-    walk += ["steps = tl.max(length)", f"for step in range({steps.count}):"]
-    walk += [_indent("\n".join(body), 1)]
-    walk += [_store(p, place, name, mask) for name, (p, place, mask) in steps.carried.items()]
-    text = [_UNITS, _HIDDEN_TILE, *steps.start]
-    text += [line for part in steps.parts for line in part.weights]
-    text += ["counter = counter_ptr + (tl.program_id(0) * R + recurrence) * 16  # 128 bytes apart"]
-    text += ["goal = tl.full((), 0, tl.int64)"]
-    text += ["for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):"]
-    text += [_indent("\n".join(walk), 1)]
-    return _kernel(steps.cell, f"{steps.cell.name}_{steps.name}_grid", "\n".join(text))
-
-
-def _forward(cell: Cell, projected: bool, pieces: Pieces) -> _Steps:
+def _forward(cell: Cell, projected: bool) -> Steps:
     """Parts: the phases, and the projection."""
     others = cell.states[1:]
     if others and len(cell.phases) > 1:
         raise NotImplementedError(
             f"{cell.name}: the steps hold a second state in cells of one phase alone"
         )
-    parts = [_forward_phase(cell, projected, k, pieces) for k in range(len(cell.phases))]
+    parts = [_forward_phase(cell, projected, k) for k in range(len(cell.phases))]
     if projected:
-        operand = _shared("m", "at * H + inner", "live & (inner < H)")
+        operand = ("m", "at * H", "live")
         weight = "w_hr_ptr + (recurrence * P + hidden) * H + down"
-        terms = [_Term("h", operand, "w_hr", weight)]
-        parts.append(_part(terms, "H", "is_hidden", [], *_hand_on_h(cell), pieces))
-    step = ["time = tl.where(reverse, steps - 1 - step, step)", _ROWS, _KEPT_IN_STEPS]
+        terms = [Term("h", operand, "w_hr", weight, "H", "is_hidden")]
+        parts.append(Part(terms, [], *_hand_on_h(cell)))
+    step = ["time = tl.where(reverse, steps - 1 - step, step)", ROWS, KEPT_IN_STEPS]
     carried = {}
     if _takes_h(cell):
         carried["h_last"] = ("h_n", "state * P + hidden", "(batch < B) & is_hidden")
     for s in others:
         carried[f"{s}_last"] = (f"{s}_n", "state * H + units", "(batch < B) & is_unit")
-    start = [*_apart_biases(cell), *_units(cell)]
-    return _Steps(cell, "forward", start, carried, step, parts)
+    start, initial = [*_apart_biases(cell), *_units(cell)], [_MASK] if _masks(cell) else []
+    return Steps(cell, "forward", start, initial, carried, step, parts)
 
 
 #: Where h is, masked, as a step's product takes it, and where the next step's will.
-_OPERAND = "((step % 2 * R + recurrence) * B + batch) * P + inner"
+_OPERAND = "((step % 2 * R + recurrence) * B + batch) * P"
 _NEXT_OPERAND = "(((step + 1) % 2 * R + recurrence) * B + batch) * P + hidden"
 
 
 def _hand_on_h(cell: Cell) -> tuple[list[str], list[str]]:
     """To the other programs, and what may come late."""
     lines = ["h = h.to(y_ptr.dtype.element_ty)"]
-    if any(cell.product_gates(p) and p.operand == "h_prev" for p in cell.phases):
-        value = "masked(h.to(WIDE), h_mask_ptr, state * P + hidden, live & is_hidden)"
-        lines.append(_store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
-    late = [_store("y", "at * P + hidden", "h", "live & is_hidden")]
+    if _masks(cell):
+        value = "masked(h.to(WIDE), h_mask_ptr, h_mask)"
+        lines.append(store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
+    late = [store("y", "at * P + hidden", "h", "live & is_hidden")]
     if _takes_h(cell):
         late.append("h_last = tl.where(live, h.to(WIDE), h_last)")
     else:
-        late.append(_store("h_n", "state * P + hidden", "h", "live & is_hidden"))
+        late.append(store("h_n", "state * P + hidden", "h", "live & is_hidden"))
     return lines, late
 
 
@@ -570,57 +384,60 @@ def _takes_h(cell: Cell) -> bool:
     return any("h_prev" in arguments(phase.forward) for phase in cell.phases)
 
 
-def _forward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Part:
+def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
     """A phase's product, and its text."""
     names, phase = _Names(cell, projected), cell.phases[k]
     gates = cell.product_gates(phase)
     later = {n for p in cell.phases[k + 1 :] for n in (*arguments(p.forward), p.operand)}
     if phase.operand == "h_prev":
         width = "P"
-        operand = _shared("operand", _OPERAND, "kept & (inner < P)")
+        operand = ("operand", _OPERAND, "kept")
     else:
         width = "H"
         buffer, place = names.place(phase.operand)
-        operand = _shared(buffer, place.replace("units", "inner"), "live & (inner < H)")
-    terms = [
-        _Term(f"s_{g}", operand, f"w_{g}", f"{names.weight_row(g)} + units) * {width} + down")
-        for g in gates
-    ]
-    body = []
+        operand = (buffer, place.removesuffix(" + units"), "live")
+    terms, body = [], []
+    for group in names.product_groups(phase):
+        n = len(group)
+        gate, unit = (f" + gate_{n}", f"unit_{n}") if n > 1 else ("", "units")
+        place = f"w_hh_ptr + (({names.row(group)}{gate}) * H + {unit}) * {width} + down"
+        exists = "is_unit" if n == 1 else f"(unit_{n} < H)"
+        result, weights = _tile("s", group), _tile("w", group)
+        terms.append(Term(result, operand, weights, place, width, exists, n))
+        body += _gate_sums(phase, group)
     for name in arguments(phase.forward):
         if name.endswith("_prev"):
             body.append(f"{name} = tl.where(kept, {name.removesuffix('_prev')}_last, 0.0)")
         elif name in cell.saved and name[2:] not in gates:  # an earlier phase's
-            body.append(f"{name} = {_shared(*names.place(name))}")
+            body.append(f"{name} = {shared(*names.place(name))}")
     body += _text(cell, phase)
-    body += [store for name, store in _saves(names, phase).items() if name in later]
-    late = _keep(names, phase, later)
-    late += [
-        f"{s}_last = tl.where(live, {s}, {s}_last)" for s in cell.states[1:] if s in phase.returns
-    ]
+    handed_on = [n for n in _saved_by(names, phase) if n in later]
+    body += [line for _, line in names.store_saved(handed_on)]
+    late = _keep(names, phase, later) + _carry(cell, phase, "last")
     if "h" in phase.returns and projected:
-        body.append(_store("m", "at * H + units", "h"))
+        body.append(store("m", "at * H + units", "h"))
     elif "h" in phase.returns:
         hand_on, last = _hand_on_h(cell)
         body, late = body + hand_on, late + last
-    return _part(terms, width, "is_unit", _input(cell, phase), body, late, pieces)
+    return Part(terms, _input(names, phase), body, late)
 
 
 # Backward
 
 
-def _received(names: _Names, phase: Phase) -> list[str]:
-    """The arguments of a backward text but for gradients, from what forward left."""
-    cell, lines = names.cell, []
+def _received(names: _Names, phase: Phase) -> tuple[list[str], list[Load]]:
+    """The arguments of a backward text but for gradients, from what forward left: lines before the
+    first step, and loads."""
+    cell = names.cell
+    start, previous, saved = [], [], []
     for name in arguments(phase.backward):
-        if name == "h_prev":
-            lines.append(f"h_prev = {_previous('h', 'P', 'units', 'is_unit')}")
-        elif name.endswith("_prev"):
-            state = name.removesuffix("_prev")
-            lines.append(f"{name} = {_previous(state, 'H', 'units', 'is_unit')}")
+        if name.endswith("_prev"):
+            line, one = load_previous(name.removesuffix("_prev"))
+            start.append(line)
+            previous.append(one)
         elif name in (*cell.saved, *cell.states):
-            lines.append(f"{name} = {_load(*names.place(name))}")
-    return lines
+            saved.append(name)
+    return start, names.load_saved(saved) + previous
 
 
 def _gradients(names: _Names, k: int) -> list[str]:
@@ -628,24 +445,27 @@ def _gradients(names: _Names, k: int) -> list[str]:
     cell, phase = names.cell, names.cell.phases[k]
     results = [f"dh_prev_{k}" if n == "dh_prev" else n for n in phase.gradients]
     lines = [
-        f"{_comma(results)} = {phase.backward.__name__}({', '.join(arguments(phase.backward))})"
+        f"{comma(results)} = {phase.backward.__name__}({', '.join(arguments(phase.backward))})"
     ]
+    of_gate = {"da": {}, "dx": {}, "ds": {}}  # type: dict[str, dict[str, str]]
     for name in phase.gradients:
         kind, _, gate = name.partition("_")
-        if kind not in ("da", "dx", "ds") or gate not in cell.gates:
-            continue
-        if kind != "ds":
-            lines.append(_store("dgates", _gate(cell.G, cell.gates.index(gate)), name))
-        if kind != "dx" and cell.apart_gates:
-            lines.append(_store("dproduct", _gate(names.G_hh, names.weight(gate)), name))
+        if kind in of_gate and gate in cell.gates:
+            of_gate[kind][gate] = name
+    inputs, recurrent = of_gate["da"] | of_gate["dx"], of_gate["da"] | of_gate["ds"]
+    for run in names.runs(inputs, cell.gates):
+        first = cell.gates.index(run[0])
+        lines.append(store_gates("dgates", cell.G, first, [inputs[g] for g in run]))
+    if cell.apart_gates:
+        for run in names.runs(recurrent, cell.recurrent_gates):
+            values = [recurrent[g] for g in run]
+            lines.append(store_gates("dproduct", names.G_hh, names.weight(run[0]), values))
     return lines
 
 
-def _product_gradients(cell: Cell, phase: Phase) -> list[str]:
-    """The gradient of each gate's recurrent part."""
-    return [
-        f"ds_{g}" if f"ds_{g}" in phase.gradients else f"da_{g}" for g in cell.product_gates(phase)
-    ]
+def _product_gradient(phase: Phase, group: tuple[str, ...]) -> str:
+    """The tile of the gradients of some gates' recurrent parts."""
+    return together([f"ds_{g}" if f"ds_{g}" in phase.gradients else f"da_{g}" for g in group])
 
 
 def _sum_of_direct(cell: Cell) -> str:
@@ -653,102 +473,106 @@ def _sum_of_direct(cell: Cell) -> str:
     return " + ".join(parts)
 
 
-def _state_gradients(cell: Cell) -> list[str]:
-    return [
-        f"d{s} = d{s}_next + load_or_zero(d{s}_all_ptr, at * H + units, live & is_unit, WIDE)"
-        for s in cell.states[1:]
-    ]
+def _state_gradient(state: str) -> Load:
+    """The gradient of a state at every step."""
+    return load_one(f"d{state}_all", f"d{state}_all", "at * H + units")
 
 
-def backward_walk(cell: Cell, projected: bool) -> str:
+_DY = load_one("dy", "dy", "at * P + hidden", "live & is_hidden")
+
+
+def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
     """All steps in one launch, last to first.
 
     On the chip over time: w_hh and w_hr, the gradients of the states. A step reads dy and what was
     saved, and writes the gates' gradients.
+
+    ahead: as in forward.
     """
-    names = _Names(cell, projected)
+    names = _Names(cell, projected, joint=ahead)
     others, U = cell.states[1:], len(cell.unit_parameters)
-    start = [_PLACE, _hidden(projected), *_units(cell), *_resident(names, backward=True)]
-    start.append(f"dh_next = {_load('dh', 'state * P + hidden', '(batch < B) & is_hidden')}")
+    start = [PLACE, _hidden(projected), *_units(cell), *_resident(names, backward=True)]
+    start += [_MASK] if _masks(cell) else []
+    start.append(f"dh_next = {load('dh', 'state * P + hidden', '(batch < B) & is_hidden')}")
     start += [
-        f"d{s}_next = {_load(f'd{s}', 'state * H + units', '(batch < B) & is_unit')}"
-        for s in others
+        f"d{s}_next = {load(f'd{s}', 'state * H + units', '(batch < B) & is_unit')}" for s in others
     ]
     start += [f"total_{u} = tl.zeros((BLOCK_B, BLOCK_H), WIDE)" for u in cell.unit_parameters]
 
-    body = ["time = tl.where(reverse, done, steps - 1 - done)", _ROWS, "kept = live"]
-    body += [_KEPT.replace("kept =", "kept = live &"), _EARLIER]
-    body.append("dh = dh_next + load_or_zero(dy_ptr, at * P + hidden, live & is_hidden, WIDE)")
+    loads = [_DY]
+    body = ["dh = dh_next + dy"]
     if projected:
-        body.append(_store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
+        body.append(store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh = dot(dh.to(y_ptr.dtype.element_ty), w_hr, PRECISION, WIDE)")
-    body += _state_gradients(cell)
-    products = []
+    for s in others:
+        loads.append(_state_gradient(s))
+        body.append(f"d{s} = d{s}_next + d{s}_all")
+    sums = []
     for k, phase in reversed(list(enumerate(cell.phases))):
-        body += _received(names, phase)
+        first, own = _received(names, phase)
+        start += [line for line in first if line not in start]
+        loads += [one for one in own if one not in loads]
         body += _gradients(names, k)
-        parts = _product_gradients(cell, phase)
-        if not parts:
-            continue
         product = " + ".join(
-            f"dot({d}.to(y_ptr.dtype.element_ty), w_{g}, PRECISION, WIDE)"
-            for d, g in zip(parts, cell.product_gates(phase), strict=True)
+            f"dot_apart({_product_gradient(phase, group)}.to(y_ptr.dtype.element_ty), "
+            f"{_tile('w', group)}, PRECISION, WIDE)"
+            for group in names.product_groups(phase)
         )
-        if phase.operand == "h_prev":
-            products.append(product)
-        else:
+        if product and phase.operand == "h_prev":
+            sums.append(product)
+        elif product:
             body.append(f"d{phase.operand} = {product}")
     direct = _sum_of_direct(cell)
-    if products:
-        mask = "h_mask_ptr, state * P + hidden, live & is_hidden"
-        body.append(f"dh_prev = masked({' + '.join(products)}, {mask})")
+    if sums:
+        body.append(f"dh_prev = masked({' + '.join(sums)}, h_mask_ptr, h_mask)")
     if direct:
-        body.append(f"dh_prev {'+' if products else ''}= {direct}")
-    elif not products:
+        body.append(f"dh_prev {'+' if sums else ''}= {direct}")
+    elif not sums:
         body.append("dh_prev = tl.zeros_like(dh_next)")
     body += [
         f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
         for s in cell.states
     ]
     body += [f"total_{u} += tl.where(live, d{u}, 0.0)" for u in cell.unit_parameters]
-    end = [_store("dh", "state * P + hidden", "dh_next", "(batch < B) & is_hidden")]
+    end = [store("dh", "state * P + hidden", "dh_next", "(batch < B) & is_hidden")]
     end += [
-        _store(f"d{s}", "state * H + units", f"d{s}_next", "(batch < B) & is_unit") for s in others
+        store(f"d{s}", "state * H + units", f"d{s}_next", "(batch < B) & is_unit") for s in others
     ]
     end += [
         f"tl.store(dunit_ptr + ((tl.program_id(0) * R + recurrence) * {U} + {k}) * H + units, "
         f"tl.sum(total_{u}, 0)[None, :], mask=is_unit)"
         for k, u in enumerate(cell.unit_parameters)
     ]
-    text = [*start, "steps = tl.max(length)", "for done in range(steps):"]
-    text += [_indent("\n".join(body), 1), *end]
-    return _kernel(cell, f"{cell.name}_backward_walk", "\n".join(text))
+    step = ["time = tl.where(reverse, done, steps - 1 - done)", ROWS, KEPT_IN_STEPS, EARLIER]
+    return walk_kernel(cell, "backward_walk", start, step, loads, body, end, ahead)
 
 
-def _backward(cell: Cell, projected: bool, pieces: Pieces) -> _Steps:
+def _backward(cell: Cell, projected: bool) -> Steps:
     """Parts: the gradient of the projected h, the phases from the last to the first.
 
     One step more than forward has: it leaves the gradient of h_0.
     """
     U = len(cell.unit_parameters)
     last = len(cell.phases) - 1
-    parts = [_backward_phase(cell, projected, k, pieces) for k in range(last, -1, -1)]
+    initial = [_MASK] if _masks(cell) else []
+    parts = [_backward_phase(cell, projected, k, initial) for k in range(last, -1, -1)]
     if projected:
         terms, own, body = _gradient_of_h(_Names(cell, True))
-        body.append(_store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
+        body.append(store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh_next = tl.where(live, 0.0, dh_next)")
-        parts.insert(0, _part(terms, "H", "is_hidden", own, body, [], pieces))
-    step = ["time = tl.where(reverse, step, steps - 1 - step)", _ROWS, _KEPT_IN_STEPS, _EARLIER]
+        parts.insert(0, Part(terms, own, body, []))
+    step = ["time = tl.where(reverse, step, steps - 1 - step)", ROWS, KEPT_IN_STEPS, EARLIER, LATER]
     carried = {"dh_next": ("dh", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in cell.states[1:]:
         carried[f"d{s}_next"] = (f"d{s}", "state * H + units", "(batch < B) & is_unit")
     for k, u in enumerate(cell.unit_parameters):
         place = f"((tile * R + recurrence) * {U} + {k}) * H + units"
         carried[f"total_{u}"] = ("dunit", place, "is_unit")
-    return _Steps(cell, "backward", _units(cell), carried, [*step, _LATER], parts, "steps + 1")
+    initial = list(dict.fromkeys(initial))
+    return Steps(cell, "backward", _units(cell), initial, carried, step, parts, "steps + 1")
 
 
-def _gradient_of_h(names: _Names) -> tuple[list[_Term], list[str], list[str]]:
+def _gradient_of_h(names: _Names) -> tuple[list[Term], list[Load], list[str]]:
     """dh: what the step after this one hands back, or the gradient of the final state, and dy.
 
     The carried ``dh_next`` is the gradient of the final state until a sequence's last step has run,
@@ -756,78 +580,81 @@ def _gradient_of_h(names: _Names) -> tuple[list[_Term], list[str], list[str]]:
     step's predecessor it receives the whole sum, the gradient of h_0.
     """
     terms = [
-        t
+        _from_gates(names, phase, "dproduct_h", "at_later", "passes", "P", "hidden")
         for phase in names.cell.phases
-        if phase.operand == "h_prev"
-        for t in _from_gates(names, phase, "dproduct_h", "at_later", "passes", "P", "hidden")
+        if phase.operand == "h_prev" and names.cell.product_gates(phase)
     ]
     body = []
     if terms:
-        mask = "h_mask_ptr, state * P + hidden, (batch < B) & is_hidden"
-        body.append(f"dh_next += masked(dproduct_h, {mask})")
+        body.append("dh_next += masked(dproduct_h, h_mask_ptr, h_mask)")
     body.append("dh = dh_next + dy")
-    own = ["dy = load_or_zero(dy_ptr, at * P + hidden, live & is_hidden, WIDE)"]
-    return terms, own, body
+    return terms, [_DY], body
 
 
 def _from_gates(
     names: _Names, phase: Phase, result: str, at: str, exists: str, width: str, columns: str
-) -> list[_Term]:
-    """The gradient of a phase's operand: the gates' gradients times their weights."""
-    return [
-        _Term(
-            result,
-            _shared(
-                "dproduct",
-                f"({at} * {names.G_hh} + {names.weight(g)}) * H + inner",
-                f"{exists} & (inner < H)",
-            ),
-            f"w_{g}",
-            f"{names.weight_row(g)} + down) * {width} + {columns}",
-        )
-        for g in names.cell.product_gates(phase)
-    ]
+) -> Term:
+    """The gradient of a phase's operand: the gates' gradients, which stand side by side in a row,
+    times their rows of w_hh, which stand one below the other."""
+    first, end = names.cell.product_rows(phase)
+    inner = "H" if end - first == 1 else f"{end - first} * H"
+    weights = f"w_hh_ptr + ((recurrence * {names.G_hh} + {first}) * H + down) * {width} + {columns}"
+    return Term(
+        result,
+        ("dproduct", f"({at} * {names.G_hh} + {first}) * H", exists),
+        _tile("w", names.cell.product_gates(phase)),
+        weights,
+        inner,
+        "is_hidden" if columns == "hidden" else "is_unit",
+        sliced=True,
+    )
 
 
-def _backward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Part:
+def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> Part:
     """The product that a phase's incoming gradient is, and its backward text.
 
     The last phase's is of the gate gradients of the step that ran before, an earlier phase's of the
     gate gradients of the phase that multiplied its result.
+    initial: takes up what stands before the first step.
     """
     names = _Names(cell, projected)
     phase, last = cell.phases[k], k == len(cell.phases) - 1
-    terms: list[_Term] = []
-    own: list[str] = []
+    terms: list[Term] = []
+    own: list[Load] = []
     body: list[str] = []
     if "dh" in arguments(phase.backward):
         if projected:
-            operand = _shared("dh_all", "at * P + inner", "live & (inner < P)")
+            operand = ("dh_all", "at * P", "live")
             weight = "w_hr_ptr + (recurrence * P + down) * H + units"
-            terms = [_Term("dh", operand, "w_hr", weight)]
+            terms = [Term("dh", operand, "w_hr", weight, "P", "is_unit", sliced=True)]
         else:
             terms, own, body = _gradient_of_h(names)
     for p in cell.phases[k + 1 :]:
         if p.operand in phase.returns:
-            terms += _from_gates(names, p, f"d{p.operand}", "at", "live", "H", "units")
+            terms.append(_from_gates(names, p, f"d{p.operand}", "at", "live", "H", "units"))
     known = {"h", *(p.operand for p in cell.phases)}
 
     def waits(name: str) -> bool:
         """The gradient of another phase's value is where its gate's gradient will be."""
         return name[0] == "d" and name[1:] in cell.saved[: cell.G] and name[1:] not in known
 
+    def gradient_place(name: str) -> str:
+        return gate_place(cell.G, cell.saved.index(name[1:]))
+
     for name in arguments(phase.backward):
         if waits(name):
-            body.append(f"{name} = {_shared('dgates', _gate(cell.G, cell.saved.index(name[1:])))}")
-    own += _received(names, phase)
+            body.append(f"{name} = {shared('dgates', gradient_place(name))}")
+    start, received = _received(names, phase)
+    initial += start
+    own = own + received
     if last:
         for s in cell.states[1:]:
-            own.append(f"d{s} = load_or_zero(d{s}_all_ptr, at * H + units, live & is_unit, WIDE)")
-            body.append(f"d{s} += d{s}_next")
+            own.append(_state_gradient(s))
+            body.append(f"d{s} = d{s}_next + d{s}_all")
     body += _gradients(names, k)
     for name in phase.gradients:
         if waits(name):
-            body.append(_store("dgates", _gate(cell.G, cell.saved.index(name[1:])), name))
+            body.append(store("dgates", gradient_place(name), name))
     if last:
         body += [
             f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
@@ -844,17 +671,26 @@ def _backward_phase(cell: Cell, projected: bool, k: int, pieces: Pieces) -> _Par
         for u in cell.unit_parameters
         if f"d{u}" in phase.gradients
     ]
-    return _part(terms, "P" if projected else "H", "is_unit", own, body, [], pieces)
+    return Part(terms, own, body, [])
 
 
-#: The kinds of loop: text of (cell, projected, k). k: of a step the part, of a grid the pieces of P
-#: and H in which its programs hold their weights, or None.
+def terms_of(cell: Cell, projected: bool, backward: bool) -> list[Term]:
+    """The products of a step in parts: for the tiling, how wide they are and for how many gates."""
+    steps = (_backward if backward else _forward)(cell, projected)
+    return [term for part in steps.parts for term in part.terms]
+
+
+#: The kinds of loop: text of (cell, projected, k). k: of a step the part; of a grid the Pieces in
+#: which its programs hold their weights, or None; of a walk whether it asks for a step's values in
+#: the step before.
 TEXTS: dict[str, Callable[[Cell, bool, Any], str]] = {
-    "forward_walk": lambda cell, projected, k: forward_walk(cell, projected, given=False),
-    "forward_given": lambda cell, projected, k: forward_walk(cell, projected, given=True),
-    "forward_step": lambda cell, projected, k: _step_kernel(_forward(cell, projected, None), k),
-    "forward_grid": lambda cell, projected, k: _grid_kernel(_forward(cell, projected, k)),
-    "backward_walk": lambda cell, projected, k: backward_walk(cell, projected),
-    "backward_step": lambda cell, projected, k: _step_kernel(_backward(cell, projected, None), k),
-    "backward_grid": lambda cell, projected, k: _grid_kernel(_backward(cell, projected, k)),
+    "forward_walk": lambda cell, projected, k: forward_walk(cell, projected, k, given=False),
+    "forward_given": lambda cell, projected, k: forward_walk(cell, projected, k, given=True),
+    "forward_step": lambda cell, projected, k: step_kernel(_forward(cell, projected), k),
+    "forward_grid": lambda cell, projected, k: grid_kernel(_forward(cell, projected), k),
+    "backward_walk": lambda cell, projected, k: backward_walk(cell, projected, k),
+    "backward_step": lambda cell, projected, k: step_kernel(_backward(cell, projected), k),
+    "backward_grid": lambda cell, projected, k: grid_kernel(_backward(cell, projected), k),
 }
+
+__all__ = ["TEXTS", "Pieces", "terms_of"]

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..cells import Cell
+from .triton_source import terms_of
+from .triton_text import Pieces
 
 Form = Literal["walk", "step", "grid"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
@@ -41,6 +43,7 @@ class Tiling:
     A program has block_b sequences and block_h hidden units. block_p is the width of h in a walk,
     where it is projected; block_k how much of a product's inner length is on the chip at once in a
     step, or, in a grid whose programs hold their weights (resident), is one of their pieces.
+    maxnreg: how many registers a thread may have.
     """
 
     form: Form
@@ -62,13 +65,15 @@ class Tiling:
             found["launch_cooperative_grid"] = True
         return found
 
-    def pieces(self, P: int, H: int) -> tuple[int, int] | None:
-        """In how many pieces the weights of P and of H are held."""
-        return (-(-P // self.block_k), -(-H // self.block_k)) if self.resident else None
+    @property
+    def paired(self) -> bool:
+        """Whether the warps side by side are more than the columns of one gate."""
+        return self.block_b == LEAST and 8 * self.num_warps > self.block_h
 
-    def blocks(self) -> dict[str, int]:
+    def blocks(self) -> dict[str, int | bool]:
         """What the kernels take as constants."""
         return {
+            "PAIRED": self.paired,
             "BLOCK_B": self.block_b,
             "BLOCK_H": self.block_h,
             "BLOCK_P": self.block_p,
@@ -101,30 +106,36 @@ def resident_bytes(cell: Cell, H: int, P: int | None, itemsize: int) -> int:
     return itemsize * block_h * (inner + (0 if P is None else block_p))
 
 
-def ahead_of(pieces: int) -> int:
-    """How many pieces of an operand are on their way at once, where a grid holds its weights."""
-    return pieces if pieces <= 4 else 2
+def _held(block_h: int, dtype: torch.dtype) -> Tiling:
+    """A grid whose programs hold their weights. With more warps each would read all of the operand
+    from shared memory once more; told how many registers it may take, ptxas spills some."""
+    sizes = (LEAST, block_h, block_h, 256 // dtype.itemsize, 4, 1)
+    return Tiling("grid", *sizes, resident=True)
 
 
-def _held(widest: int, dtype: torch.dtype, device: Device) -> Tiling:
-    """A grid whose programs hold their weights."""
-    if not device.hopper:
-        return Tiling("grid", LEAST, 32, 32, 64, 8, 1, 255, resident=True)
-    block_k = 256 // dtype.itemsize
-    num_warps = 4 if widest <= 4 * block_k else 8
-    return Tiling("grid", LEAST, 32, 32, block_k, num_warps, 1, resident=True)
+#: Pieces of an operand on their way at once; each takes 8 registers of a thread.
+_ON_THEIR_WAY = 12
 
 
-def held_bytes(cell: Cell, H: int, P: int | None, held: Tiling, itemsize: int) -> int:
-    """What a program of a grid takes in shared memory: its columns of all weights, in backward, and
-    the pieces of an operand that are on their way."""
-    k = held.block_k
-    inner = len(cell.recurrent_gates) * -(-H // k) + -(-(P or 0) // k)
-    ahead = ahead_of(-(-max(H, P or 0) // k))
-    return itemsize * k * (held.block_h * inner + held.block_b * ahead)
+def pieces_of(
+    cell: Cell, H: int, P: int | None, held: Tiling, itemsize: int, backward: bool, device: Device
+) -> Pieces | None:
+    """How the programs of a grid hold their weights; None where they do not fit."""
+    piece = held.block_k * itemsize
+    counts, taken = {}, 0
+    for term in terms_of(cell, P is not None, backward):
+        gates, _, size = term.width.rpartition(" * ")
+        width = int(gates or 1) * {"H": H, "P": P or H}[size]
+        counts[term.width] = -(-width // held.block_k)
+        taken += counts[term.width] * piece * term.n * held.block_h
+    room = (device.shared_memory - taken) // (piece * held.block_b)
+    most = max(counts.values(), default=1)
+    if room < min(2, most):
+        return None
+    return Pieces(tuple(counts.items()), min(most, room, _ON_THEIR_WAY))
 
 
-def _aligned(H: int, P: int | None) -> bool:
+def aligned(H: int, P: int | None) -> bool:
     """Every row starts where 16 numbers can be loaded at once."""
     return H % 16 == 0 and (P is None or P % 16 == 0)
 
@@ -172,15 +183,21 @@ def tiling(
         return found
     few = _tiling(cell, H, P, dtype, precision, True, device)
     if programs_of(few, -(-B // LEAST)) <= device.processors:  # all of the batch at once
-        held = _held(max(H, P or 0), dtype, device)
-        fits = held_bytes(cell, H, P, held, dtype.itemsize) <= device.shared_memory
         small = dtype.itemsize == 2 or (precision == "tf32" and device.hopper)
-        few_pieces = len(cell.phases) == 1 and max(H, P or 0) <= 4 * held.block_k
-        if small and fits and _aligned(H, P) and (device.hopper or few_pieces):
-            return held
+        # sixteen units where 32 do not fit; and in TF32, whose transposed weights take an address
+        # register each, since ldmatrix transposes 16 bits alone
+        blocks = (32, 16) if dtype.itemsize == 2 else (16, 32)
+        for block_h in blocks if small and aligned(H, P) else ():
+            held = _held(block_h, dtype)
+            sizes = (cell, H, P, held, dtype.itemsize)
+            fits = all(pieces_of(*sizes, backward, device) for backward in (False, True))
+            # narrower than the warps' columns, each warp would make all of a product
+            wide = min(t.n for t in terms_of(cell, P is not None, False)) * block_h >= 32
+            if fits and wide and programs_of(held, -(-B // LEAST)) <= device.processors:
+                return held
         return replace(few, form="grid")
     # with 64 rows, where rows start anywhere, a loop around the steps leaves no registers
-    if programs_of(found, 1) <= device.processors and (_aligned(H, P) or found.block_b == LEAST):
+    if programs_of(found, 1) <= device.processors and (aligned(H, P) or found.block_b == LEAST):
         return replace(found, form="grid")
     return found
 
@@ -207,28 +224,28 @@ def _tiling(
     if precision == "tf32x3":
         resident *= 2  # both parts of every weight
     # The widest tiles leave no registers for the addresses of rows that start anywhere.
-    aligned = _aligned(H, P)
+    even = aligned(H, P)
     if precision == "tf32x3":
-        most = 32 if aligned else 16
+        most = 32 if even else 16
     elif dtype.itemsize == 2:
-        most = 128 if aligned else 64
+        most = 128 if even else 64
     else:
         most = 64
     if amd:
-        most = min(most, 64 if aligned else 32)
+        most = min(most, 64 if even else 32)
     if cores and widest <= most and resident + _SLACK <= device.shared_memory:
         # 16 x 64 gates: with 4 warps (of 32) a thread holds 8 of each, and spills
         return _walk(device, block_h, block_p, 4 if widest <= 32 or amd else 8)
     maxnreg = None if amd else 255
     if dtype is torch.float64:  # sums of outer products, in registers
-        return Tiling("step", LEAST, 16, 16, 4, 4, 1, maxnreg)
+        return Tiling("step", LEAST, 16, 16, 2, 4, 1, maxnreg)
     if not cores:
         return Tiling("step", LEAST, 16, 16, 8, 4, 1, maxnreg)
     threefold = precision == "tf32x3"  # the operands
-    block_k = 16 if threefold or not aligned or (amd and dtype.itemsize == 4) else 32
+    block_k = 16 if threefold or not even or (amd and dtype.itemsize == 4) else 32
     num_stages = 2 if threefold or amd else 3
     if few:
-        wide = not aligned and (P is not None or dtype.itemsize == 4)
+        wide = not even and (P is not None or dtype.itemsize == 4)
         num_warps = 8 if threefold or wide else 4
         return Tiling("step", LEAST, 32, 32, block_k, num_warps, num_stages, maxnreg)
     # only Hopper's products read both operands from shared memory
