@@ -1,6 +1,6 @@
 """Is a wheel one binary for every Python and torch?
 
-    python tools/one_binary.py dist/fastseq-*.whl [PYTHON ...] [--torch 2.10.0]
+    python tools/one_binary.py dist/*.whl [PYTHON ...] [--torch 2.10.0]
 
 Looks into the wheel: its tag, and what its library asks of the system, which is no symbol of torch.
 Then native's tests of parity run on the wheel, away from the sources, in each Python that is named.
