@@ -8,6 +8,7 @@ One that has torch and pytest lends them; for another they are installed beside 
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -94,7 +95,8 @@ def main() -> None:
     pinned = (ROOT / "constraints.txt").read_text().split("\n")
     torch = f"torch=={chosen.torch}" if chosen.torch else pinned[-2]
     for python in chosen.pythons:
-        prove(wheel, shutil.which(python) or python, torch)
+        # absolute, because it is run from another folder; not resolved, which would leave its venv
+        prove(wheel, os.path.abspath(shutil.which(python) or python), torch)
 
 
 if __name__ == "__main__":
