@@ -31,7 +31,7 @@ from .workloads import GATES, Workload
 Call = Callable[[], list[Any]]
 Array = np.ndarray
 
-INSTALL = 'pip install "fastseq[peers]"'
+INSTALL = 'pip install ".[peers]"'
 
 
 @dataclass

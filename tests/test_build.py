@@ -1,6 +1,7 @@
 """How the C++ kernels are built: with a compiler, without one, and as one binary for all."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -202,6 +203,43 @@ def test_make_goes_on_without_a_compiler_and_says_so(tree, monkeypatch, capsys):
     )
 
 
+def environment_that_borrows(folder):
+    """An environment without packages of its own, which finds those of this one, pip included."""
+    run("-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text("\n".join(p for p in sys.path if "site-packages" in p))
+    return folder / "bin" / "python", site
+
+
+def test_make_removes_what_installed_the_tree_under_another_name(tree, tmp_path, capsys):
+    python, site = environment_that_borrows(tmp_path / "environment")
+
+    def install(name, origin):
+        """As pip leaves an editable install there."""
+        info = site / f"{name.replace('-', '_')}-0.dist-info"
+        info.mkdir()
+        (site / f"{name}.pth").write_text(f"{origin}\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+        (info / "INSTALLER").write_text("pip\n")
+        said = {"url": origin.as_uri(), "dir_info": {"editable": True}}
+        (info / "direct_url.json").write_text(json.dumps(said))
+        files = ("METADATA", "INSTALLER", "direct_url.json", "RECORD")
+        record = [f"{name}.pth", *(f"{info.name}/{file}" for file in files)]
+        (info / "RECORD").write_text("".join(f"{file},,\n" for file in record))
+
+    prepare = tool(tree, "prepare")
+    install(prepare.distribution(), tree)
+    install("another-name", tree)
+    install("another-tree", tmp_path)
+    prepare.remove_other_names(str(python))
+    assert "under another name: another-name\n" in capsys.readouterr().err
+    kept = {path.stem for path in site.glob("*.pth")} - {"borrowed"}
+    assert kept == {prepare.distribution(), "another-tree"}
+    assert not list(site.glob("another_name*"))
+    prepare.remove_other_names(str(python))
+    assert not capsys.readouterr().err
+
+
 def test_the_source_archive_holds_all_that_is_compiled(tree):
     run("setup.py", "-q", "sdist", cwd=tree)
     (path,) = (tree / "dist").glob("*.tar.gz")
@@ -222,14 +260,14 @@ def wheel_of(path, *names):
 def test_what_is_not_one_binary_is_refused(tmp_path):
     look = tool(ROOT, "one_binary").look
     with pytest.raises(ValueError, match="expected the tag cp310-abi3"):
-        look(wheel_of(tmp_path / "fastseq-0-py3-none-any.whl", "fastseq/_cpu.abi3.so"))
+        look(wheel_of(tmp_path / "fastseq_rnn-0-py3-none-any.whl", "fastseq/_cpu.abi3.so"))
     with pytest.raises(ValueError, match=r"has no C\+\+ kernels: no compiler"):
-        look(wheel_of(tmp_path / "fastseq-0-cp310-abi3-linux_x86_64.whl", "fastseq/_cpu.txt"))
+        look(wheel_of(tmp_path / "fastseq_rnn-0-cp310-abi3-linux_x86_64.whl", "fastseq/_cpu.txt"))
 
 
 @linux
 def test_a_library_that_is_bound_to_torch_is_refused(tmp_path):
-    path = tmp_path / "fastseq-0-cp310-abi3-linux_x86_64.whl"
+    path = tmp_path / "fastseq_rnn-0-cp310-abi3-linux_x86_64.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(Path(torch.__file__).parent / "lib" / "libshm.so", "fastseq/_cpu.abi3.so")
     with pytest.raises(ValueError, match=r"is bound to torch: .*c10"):
@@ -326,13 +364,8 @@ def test_the_library_loads_in_every_python_and_without_torch(built):
 
 @pytest.mark.full
 def test_an_editable_install_without_a_compiler(tree, tmp_path):
-    """In an environment of its own, which borrows this one's packages."""
-    folder = tmp_path / "environment"
-    run("-m", "venv", "--without-pip", folder, cwd=tmp_path)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "borrowed.pth").write_text("\n".join(p for p in sys.path if "site-packages" in p))
-    python = folder / "bin" / "python"
-    nothing = {"PATH": str(folder / "bin"), "HOME": os.environ["HOME"]}
+    python, _ = environment_that_borrows(tmp_path / "environment")
+    nothing = {"PATH": str(python.parent), "HOME": os.environ["HOME"]}
     command = ["-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
     code = "import fastseq; print(fastseq.__file__, fastseq.backends()['native'])"
     for words in ([*command, "--no-index", "-e", tree], ["-c", code]):

@@ -139,11 +139,21 @@ MISTAKES = {
     "unknown keyword": {"hidden": 4},
     "no sizes": None,
 }
+#: Of these torch 2.10 makes a layer.
+LATER = (
+    "input_size 0",
+    "input_size of NumPy",
+    "bias an int",
+    "bias a string",
+    "batch_first an int",
+)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_in_construction(kind, mistake):
+    if mistake in LATER and torch.__version__.startswith("2.10."):
+        pytest.skip("torch 2.10 makes such a layer")
     given = MISTAKES[mistake]
     arguments = {} if given is None else {"input_size": 3, "hidden_size": 4, **given}
     _assert_same_error(

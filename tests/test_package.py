@@ -12,7 +12,7 @@ import pytest
 import fastseq
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -66,6 +66,44 @@ def test_the_wheel_says_what_it_is(wheel):
     required = re.findall(r"^Requires-Dist: ([A-Za-z0-9_-]+)(?!.*extra ==).*$", text, re.MULTILINE)
     assert sorted(required) == ["numba", "numpy", "torch"]
     assert any(entry.endswith("licenses/LICENSE") for entry in wheel.namelist())
+
+
+def test_the_distribution_has_a_name_of_its_own(wheel):
+    """``fastseq`` on PyPI is another project."""
+    (name,) = re.findall(r'^name = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    assert name != "fastseq" and f"\nName: {name}\n" in wheel.read(metadata).decode()
+    assert Path(wheel.filename).name.startswith(f"{name.replace('-', '_')}-")
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+ANOTHER_PROJECT = re.compile(r"pip\d? (?:install|download)\b[^\n`]*?[\s\"']fastseq(?![-\w./])")
+
+
+@pytest.mark.parametrize(
+    "told, another",
+    [
+        ("pip install fastseq", True),
+        ('pip install "fastseq[peers]"', True),
+        ("pip3 install -U fastseq==0.1 torch", True),
+        ("pip install fastseq-rnn", False),
+        ("pip install dist/fastseq_rnn-0.1.0.whl", False),
+        ("install a C++ compiler, and then fastseq again: pip install .", False),
+    ],
+)
+def test_what_installs_another_project_is_found(told, another):
+    assert bool(ANOTHER_PROJECT.search(told)) is another
+
+
+def test_nothing_tells_to_install_another_project():
+    folders = ("fastseq", "csrc", "bench", "examples", "tools", "docs", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    texts = {".cpp", ".h", ".md", ".py", ".toml", ".txt", ".yml"}
+    files = [path for path in [*files, *ROOT.iterdir()] if path.suffix in texts]
+    files += [ROOT / "Makefile"]
+    assert len(files) > 100
+    told = [str(path) for path in files if ANOTHER_PROJECT.search(path.read_text())]
+    assert not told
 
 
 @pytest.mark.parametrize("code", blocks("README.md", "switching.md"))

@@ -152,6 +152,5 @@ def test_names():
 
 def test_what_is_missing_comes_with_a_remedy(monkeypatch):
     monkeypatch.setattr(PEERS["jax"], "packages", ("json", "not_installed_anywhere"))
-    assert PEERS["jax"].available() == (
-        'no not_installed_anywhere here; pip install "fastseq[peers]"'
-    )
+    said = PEERS["jax"].available()
+    assert said == 'no not_installed_anywhere here; pip install ".[peers]"'

@@ -1,6 +1,6 @@
 """Is a wheel one binary for every Python and torch?
 
-    python tools/one_binary.py dist/fastseq-*.whl [PYTHON ...] [--torch 2.10.0]
+    python tools/one_binary.py dist/*.whl [PYTHON ...] [--torch 2.10.0]
 
 Looks into the wheel: its tag, and what its library asks of the system, which is no symbol of torch.
 Then native's tests of parity run on the wheel, away from the sources, in each Python that is named.
@@ -8,6 +8,7 @@ One that has torch and pytest lends them; for another they are installed beside 
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -94,7 +95,8 @@ def main() -> None:
     pinned = (ROOT / "constraints.txt").read_text().split("\n")
     torch = f"torch=={chosen.torch}" if chosen.torch else pinned[-2]
     for python in chosen.pythons:
-        prove(wheel, shutil.which(python) or python, torch)
+        # absolute, because it is run from another folder; not resolved, which would leave its venv
+        prove(wheel, os.path.abspath(shutil.which(python) or python), torch)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 An active virtual environment is used (VIRTUAL_ENV, or a conda environment other than base), else
 .venv is made. A torch that is there is kept, else constraints.txt says which one is installed; then
-fastseq itself, editable, with its extras. A stamp in the environment remembers what was done. The
-C++ kernels are built where they are missing or older than their sources.
+fastseq itself, editable, with its extras; an editable install of this tree under another name is
+removed. A stamp in the environment remembers what was done. The C++ kernels are built where they
+are missing or older than their sources.
 ``--python`` prints the interpreter that is used and does nothing else.
 
 This file parses on every Python, so that one that is too old is told so.
@@ -13,6 +14,7 @@ This file parses on every Python, so that one that is too old is told so.
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -40,6 +42,17 @@ print(sys.prefix)
 print(int(find_spec("pip") is not None))
 print(torch())
 print(",".join(name for name in sys.argv[1:] if find_spec(name) is None))
+"""
+
+# Runs there too: the names of the distributions that are editable installs of a tree.
+EDITABLE = """
+import json, pathlib, sys
+from importlib import metadata
+tree = pathlib.Path(sys.argv[1]).as_uri()
+for found in metadata.distributions(path=[p for p in sys.path if p.startswith(sys.prefix)]):
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    if origin.get("url") == tree and origin.get("dir_info", {}).get("editable"):
+        print(found.metadata["Name"])
 """
 
 
@@ -142,6 +155,22 @@ def build_kernels(python):
             say("going on without the C++ kernels: " + file.read().strip())
 
 
+def distribution():
+    """The name under which pip knows this tree."""
+    with open(os.path.join(ROOT, "pyproject.toml")) as file:
+        return re.search(r'^name = "(.+)"$', file.read(), re.MULTILINE).group(1)
+
+
+def remove_other_names(python):
+    """They would keep fastseq importable when pip has uninstalled the distribution."""
+    command = [python, "-c", EDITABLE, ROOT]
+    names = subprocess.check_output(command, cwd=os.path.join(ROOT, "tools")).decode().split()
+    other = sorted(set(names) - {distribution()})
+    if other:
+        say("removing what installed this tree under another name: " + ", ".join(other))
+        run([python, "-m", "pip", "uninstall", "--quiet", "--yes"] + other)
+
+
 def wanted():
     """What the stamp holds when nothing is to be done."""
     digest = hashlib.sha256()
@@ -193,6 +222,7 @@ def main():
         torch = probe(python)[3]
     keep = [] if torch == "unknown" else ["torch==" + torch]
     run(install + ["--no-build-isolation", "-e", "%s[%s]" % (ROOT, EXTRAS)] + keep)
+    remove_other_names(python)
     build_kernels(python)
     with open(stamp, "w") as file:
         file.write(stamp_text)
