@@ -35,7 +35,8 @@ CASES = {
 
 @pytest.fixture(params=["cudnn", "loop"])
 def way(request, monkeypatch):
-    """torch's layers on the CPU go the way that they go on a GPU, on cuDNN or without it."""
+    """torch's layers on the CPU go the way that they go on a GPU, on cuDNN or without it; what
+    cuDNN was asked for, or None."""
     torch._dynamo.reset()
     choice.judge.cache_clear()
     supports = backend.supports
@@ -45,8 +46,9 @@ def way(request, monkeypatch):
     with contextlib.ExitStack() as stack:
         if request.param == "cudnn":
             monkeypatch.setattr(cudnn, "serves", lambda x, steps: True)
-            stack.enter_context(cudnn_on_cpu())
-        yield request.param
+            yield stack.enter_context(cudnn_on_cpu()).calls
+        else:
+            yield None
     choice.judge.cache_clear()
     cudnn._places.cache_clear()
     torch._dynamo.reset()
@@ -99,7 +101,7 @@ def test_what_is_not_asked_for(cell, way):
         check_all(ours, None, truth, torch.float64)
 
 
-def _call(cell, sizes=(3, 2, 1, 0), rows=8):
+def ragged_call(cell, sizes=(3, 2, 1, 0), rows=8):
     """Packed rows, some of them padding, of sequences some of which are empty, and strided."""
     case = draw(cell, B=4, directions=2, dtype=torch.float32, grad=False)
     x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0))[:, ::2]
@@ -107,44 +109,48 @@ def _call(cell, sizes=(3, 2, 1, 0), rows=8):
     return Call(cell, x, torch.tensor(sizes), case.states, weights, (False, True))
 
 
-def _flat(gradients):
+def flat(gradients):
     weights = [w for ws in gradients.weights for w in ws.flat() if w is not None]
     return [gradients.x, *gradients.states, *weights]
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_call_changes_nothing_and_repeats_its_bits(cell, way):
-    """Weights stay in their storage, backward leaves what forward saved, and what a call gives is
-    memory of its own."""
-    call = _call(cell)
+def check_repeats(call):
+    """Weights stay in their storage, backward leaves what forward saved, what a call gives is
+    memory of its own, and a second one gives the same bits. For ``ragged_call``, on any device."""
     given = [call.x, call.batch_sizes, *call.states, *(w for ws in call.weights for w in ws[:4])]
     before = [(t.clone(), t.untyped_storage().data_ptr(), t.stride()) for t in given]
-    with poisoned():
-        results = [backend.forward(call, True, False) for _ in range(2)]
-        first = results[0]
-        saved = [t.clone() for t in (first.y, *first.states, *first.saved)]
-        dy = torch.randn(first.y.shape, generator=torch.Generator().manual_seed(1))
-        grads = OutputGradients(dy, [None, *map(torch.ones_like, first.states[1:])], [])
-        wanted = Wanted(True, True, True)
-        found = [_flat(backend.backward(call, first, grads, wanted)) for _ in range(2)]
-    outputs = [[r.y, *r.states, *r.saved] for r in results]
+    results = [backend.forward(call, True, False) for _ in range(2)]
+    first = results[0]
+    saved = [t.clone() for t in (first.y, *first.states, *first.saved)]
+    dy = torch.randn(first.y.shape, generator=torch.Generator().manual_seed(1)).to(first.y)
+    grads = OutputGradients(dy, [None, *map(torch.ones_like, first.states[1:])], [])
+    wanted = Wanted(True, True, True)
+    found = [flat(backend.backward(call, first, grads, wanted)) for _ in range(2)]
+    outputs = [[r.y, *r.states] for r in results]
+    kept = [*outputs[0], *first.saved]
     assert not first.y[6:].any() and not found[0][0][6:].any()
     assert torch.equal(first.states[0][:, 3:], call.states[0][:, 3:])
-    for one, other in (outputs, found, (outputs[0], saved)):
+    for one, other in (outputs, found, (kept, saved)):
         for a, b in zip(one, other, strict=True):
             assert bool(a.isfinite().all()) and same_bits(a, b)
     for tensor, (value, storage, stride) in zip(given, before, strict=True):
         assert same_bits(tensor, value) and tensor.stride() == stride
         assert tensor.untyped_storage().data_ptr() == storage
-    mine = [t.untyped_storage().data_ptr() for t in (*outputs[0], *found[0]) if t.numel()]
+    mine = [t.untyped_storage().data_ptr() for t in (*kept, *found[0]) if t.numel()]
     assert len(set(mine)) == len(mine)
     assert not set(mine) & {storage for _, storage, _ in before}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_call_changes_nothing_and_repeats_its_bits(cell, way):
+    with poisoned():
+        check_repeats(ragged_call(cell))
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), ()], ids=["steps", "none"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_sequence_has_a_step(cell, sizes, way):
-    call = _call(cell, sizes)
+    call = ragged_call(cell, sizes)
     result = backend.forward(call, True, False)
     assert result.y.shape == (8, 12) and not result.y.any()
     assert all(same_bits(a, b) for a, b in zip(result.states, call.states, strict=True))
@@ -152,7 +158,7 @@ def test_no_sequence_has_a_step(cell, sizes, way):
     grads = OutputGradients(torch.ones_like(result.y), [*ones[:-1], None], [])
     found = backend.backward(call, result, grads, Wanted(True, True, True))
     assert all(torch.equal(d, one) for d, one in zip(found.states[:-1], ones, strict=False))
-    assert not any(d.any() for d in (found.x, found.states[-1], *_flat(found)[1 + len(ones) :]))
+    assert not any(d.any() for d in (found.x, found.states[-1], *flat(found)[1 + len(ones) :]))
     assert found.x.shape == call.x.shape
 
 
@@ -163,7 +169,7 @@ def test_empty(T, B, way):
     result = backend.forward(call, True, False)
     assert result.y.shape == (T, B, 6) and torch.equal(result.states[0], case.states[0])
     grads = OutputGradients(torch.ones_like(result.y), [None], [])
-    found = _flat(backend.backward(call, result, grads, Wanted(True, True, True)))
+    found = flat(backend.backward(call, result, grads, Wanted(True, True, True)))
     assert [d.shape for d in found] == [call.x.shape, case.states[0].shape] + [
         w.shape for w in case.weights[0].flat() if w is not None
     ]
@@ -273,13 +279,46 @@ def test_compiled_by_inductor(name, way):
 
 
 @compiles_cpp
+@pytest.mark.parametrize("way", ["cudnn"], indirect=True)
 def test_inductor(way):
     train("dense", "inductor", sizes=((7, 5), (3, 2)))
 
 
 def test_backward_in_evaluation(way):
-    """cuDNN alone refuses it of a layer in evaluation."""
+    """cuDNN refuses it of a layer that ran in evaluation."""
     train("dense", "aot_eager", sizes=((7, 5),), training=False)
+    assert way in (None, ["training", "backward"] * 2)
+
+
+def test_a_graph_that_holds_a_backward(way):
+    """As compiled autograd makes them: where it runs, torch's own autograd is off."""
+    call = ragged_call("lstm")
+    weights = [w for ws in call.weights for w in ws.flat()]
+    layer = ("lstm", "torch", call.x, call.batch_sizes, call.states, weights, [False, True])
+    layer = (*layer, None, None, "full", False)
+    outputs = torch.ops.fastseq.recurrence(*layer, True, False)
+    dy = torch.ones_like(outputs[0])
+
+    def gradients(outputs, dy):
+        given = (outputs, dy, [None, None], [], False, [True, True, True])
+        return torch.ops.fastseq.recurrence_backward(*layer, *given)
+
+    compiled = torch.compile(gradients, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(compiled(outputs, dy), gradients(outputs, dy))
+
+
+def test_the_operator_has_no_gradient(way):
+    """As an exported program holds it: torch's functions in it are not followed."""
+    call = ragged_call("gru", (3, 2, 1))
+    weights = [w.requires_grad_() if w is not None else w for w in call.weights[0].flat()]
+    states = [call.states[0][:1, :3]]
+    found = torch.ops.fastseq.recurrence(
+        "gru", "torch", call.x, call.batch_sizes, states, weights, [False], None, None, "full",
+        False, False, False,
+    )  # fmt: skip
+    assert not any(t.requires_grad for t in found)
+    assert way in (None, ["inference"])
 
 
 def test_inference_keeps_nothing(way):

@@ -232,7 +232,7 @@ def _loop(call: Call, training: bool) -> list[Tensor]:
     function = getattr(_VF, call.cell)
     hidden = call.states if call.cell == "lstm" else call.states[0]
     tail = (call.weights[0].b_ih is not None, 1, 0.0, training, len(call.weights) == 2)
-    with _without_cudnn() if _steps(call) > _LONGEST else nullcontext():
+    with without_cudnn() if _steps(call) > _LONGEST else nullcontext():
         if call.batch_sizes is None:
             return list(function(call.x, hidden, _given(call), *tail, False))
         return list(function(call.x, call.batch_sizes, hidden, _given(call), *tail))
@@ -277,7 +277,7 @@ def _recorded() -> Iterator[None]:
 
 
 @contextmanager
-def _without_cudnn() -> Iterator[None]:
+def without_cudnn() -> Iterator[None]:
     """The setting is the process's: what other threads run meanwhile does without cuDNN too."""
     before = torch.backends.cudnn.enabled
     torch._C._set_cudnn_enabled(False)
