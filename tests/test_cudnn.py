@@ -12,7 +12,7 @@ from standins import cudnn_on_cpu
 from test_compile import call_of, compare, plain
 from test_parity import against_the_independent
 from torch._dynamo.testing import CompileCounterWithBackend
-from twins import LAYERS, assert_same, compiles_cpp
+from twins import assert_same, compiles_cpp
 
 import fastseq
 from fastseq.backends import choice, cudnn, layout
@@ -235,9 +235,10 @@ ROWS = {
 }
 
 
-def in_part(rows):
-    """In the ordinary run the first of them."""
-    return [name if k < 3 else pytest.param(name, marks=full) for k, name in enumerate(rows)]
+def in_part(ordinary):
+    """Each row both ways; those that are not in ``ordinary`` are marked full."""
+    every = [(name, way) for name in ROWS for way in ("cudnn", "loop")]
+    return [pytest.param(*row, marks=() if row in ordinary else full) for row in every]
 
 
 def operators(graph):
@@ -264,7 +265,11 @@ def train(name, compiler, sizes=((7, 5), (9, 4), (3, 2)), training=True):
     assert {operators(graph) for graph in counter.graphs} == {1 + stacked}
 
 
-@pytest.mark.parametrize("name", in_part(ROWS))
+@pytest.mark.parametrize(
+    "name, way",
+    in_part([("dense", "cudnn"), ("packed", "cudnn"), ("lengths", "loop")]),
+    indirect=["way"],
+)
 def test_compiled(name, way):
     """Forward and training, for every T, B and length."""
     train(name, "aot_eager")
@@ -333,10 +338,9 @@ def test_inference_keeps_nothing(way):
     assert node.args[1] == "torch" and node.args[-2] is False
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_trained_by_a_step(kind, way):
+def test_trained_by_a_step(way):
     """What an optimizer writes to the weights is what the next call reads."""
-    module = getattr(fastseq, kind)(4, 6, backend="torch")
+    module = fastseq.GRU(4, 6, backend="torch")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     optimizer = torch.optim.SGD(module.parameters(), 0.5)
     x = torch.randn(5, 3, 4)
