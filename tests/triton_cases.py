@@ -20,6 +20,7 @@ from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
 from fastseq.backends import load, triton_kernels, triton_source, triton_text, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
+from fastseq.backends.layout import saved_layout
 from fastseq.cells import CELLS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -198,7 +199,7 @@ def test_a_call_changes_nothing_and_repeats_its_bits(cell, form, monkeypatch):
     pairs += zip((*first.saved, first.y, *first.trajectory), saved, strict=True)
     for now, then in pairs:
         assert same_bits(now, then)
-    layout = backend.saved_layout(call, (8,), True)
+    layout = saved_layout("triton", call, (8,), True)
     assert [(tuple(t.shape), t.dtype) for t in first.saved] == layout
     storages = {t.untyped_storage().data_ptr() for t in given}
     for tensor in (*outputs[0], *flat[0], *first.saved):

@@ -25,12 +25,18 @@ BACKENDS: dict[str, tuple[str, str]] = {
 
 
 @cache
-def load(name: str) -> ModuleType | str:
-    """The backend's module, or why it cannot run here."""
+def imported(name: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported."""
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
         return f"{error}; {BACKENDS[name][1]}"
-    return module.unavailable() or module
+
+
+@cache
+def load(name: str) -> ModuleType | str:
+    """The backend's module, or why it cannot run here."""
+    module = imported(name)
+    return module if isinstance(module, str) else module.unavailable() or module

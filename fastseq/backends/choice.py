@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import BACKENDS, load
+from . import BACKENDS, imported, load
 from .contract import Problem
 from .torch import uses_onednn
 
@@ -63,7 +63,8 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
         pays = problem.device == "cpu" and T is not None and T >= repaid
         return (*kernels, "eager") if pays else ("eager",)
     if problem.device != "cpu":
-        return ("torch", "eager")
+        traced = problem.mode == "compile"  # where the eager form is a graph for each T
+        return ("torch", "triton", "eager") if traced else ("torch", "eager")
     if T is None or B is None or H is None:
         return ours
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
@@ -128,9 +129,15 @@ def names(backend: Backend) -> tuple[str, ...]:
     return found
 
 
+def is_elsewhere(device: str) -> bool:
+    """Whether a problem is for another machine: this one has no such device, so that the tensors
+    are fake, and what is traced with them runs where there is one."""
+    return device == "cuda" and not torch.cuda.is_available()
+
+
 def reason_against(name: str, problem: Problem) -> str | None:
     """Why a backend does not run a problem; None if it does."""
-    module = load(name)
+    module = imported(name) if is_elsewhere(problem.device) else load(name)
     if isinstance(module, str):
         return f"not available: {module}"
     if problem.zoneout and name != "eager":

@@ -4,11 +4,13 @@ A *raw* backend is a module with
 
 - ``unavailable() -> str | None``: why it cannot run on this machine, and the remedy;
 - ``supports(problem) -> str | None``: why it declines this problem, in words a user can act on;
-- ``saved_layout(call, rows, trajectory) -> list[(shape, dtype)]``: what forward saves for backward;
 - ``forward(call, save, trajectory) -> Result`` and
   ``backward(call, result, grads, wanted) -> Gradients``, which neither write to what they are given
   nor return views of it. ``backward`` may be called twice with the same arguments and then gives
   the same bits.
+
+What its forward saves for backward, shapes and dtypes, is written in :mod:`.layout`: a graph can be
+traced where the backend itself cannot run.
 
 A backend that is made of torch operations may offer a way that autograd sees through, and is then
 called without an autograd formula of ours:

@@ -1,11 +1,20 @@
-"""What our CPU kernels share: what they run, keep for backward, and compute in."""
+"""What each backend keeps for backward, and what our CPU kernels share besides.
+
+Nothing here asks what the machine has, and no backend is imported: a graph can be traced for
+another machine.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from ..cells import CELLS, Cell, arguments
 from .contract import Call, Problem, Shape
+
+#: (shape, dtype) of each tensor; a size of None is known when the kernel has run.
+Layout = list[tuple[tuple[int | None, ...], torch.dtype]]
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -43,17 +52,68 @@ def declined(name: str, problem: Problem) -> str | None:
     return None
 
 
-def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
-    """Per recurrence the gates, the extras and the unprojected h; then the other states, unless
+def saved_layout(backend: str, call: Call, rows: Shape, trajectory: bool) -> Layout:
+    """What ``backend`` saves of a call in training; ``rows`` is the shape of x but for the last."""
+    return LAYOUTS[backend](call, rows, trajectory)
+
+
+def by_recurrence(call: Call, rows: Shape, trajectory: bool) -> Layout:
+    """Of each recurrence the gates, the extras and the unprojected h; then the other states, unless
     the trajectory holds them in the same type."""
     if call.memory == "lean":
         return []
-    cell, H = call.definition, call.H
+    cell, H, R, dtype = call.definition, call.H, len(call.weights), wide(call.x.dtype)
     N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
     projected = call.weights[0].w_hr is not None
-    one: list[Shape] = [(N, cell.G * H)] if keeps_gates(cell, projected) else []
-    one += [(N, H)] * (len(cell.extras) + projected)
-    shapes = one * len(call.weights)
-    if not trajectory or call.x.dtype is not wide(call.x.dtype):
-        shapes += [(*rows, len(call.weights) * H)] * (len(cell.states) - 1)
-    return [(shape, wide(call.x.dtype)) for shape in shapes]
+    one: Layout = [((N, cell.G * H), dtype)] if keeps_gates(cell, projected) else []
+    one += [((N, H), dtype)] * (len(cell.extras) + projected)
+    return one * R + _other_states(call, rows, trajectory)
+
+
+def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
+    """Gates, extras and the unprojected h, with the columns of all recurrences side by side; then
+    the other states, unless the trajectory holds them in the same type."""
+    if call.memory == "lean":
+        return []
+    cell, dtype, width = call.definition, call.x.dtype, len(call.weights) * call.H
+    projected = call.weights[0].w_hr is not None
+    layout: Layout = []
+    if keeps_gates(cell, projected):
+        layout.append(((*rows, cell.G * width), dtype))
+    if cell.extras:
+        layout.append(((*rows, len(cell.extras) * width), dtype))
+    if projected:
+        layout.append(((*rows, width), dtype))
+    return layout + _other_states(call, rows, trajectory)
+
+
+def _other_states(call: Call, rows: Shape, trajectory: bool) -> Layout:
+    dtype = wide(call.x.dtype)
+    if trajectory and call.x.dtype is dtype:
+        return []
+    others = len(call.definition.states) - 1
+    return [((*rows, len(call.weights) * call.H), dtype)] * others
+
+
+def opaque(call: Call, rows: Shape, trajectory: bool) -> Layout:
+    """Bytes, as many as the library knows alone: oneDNN's workspaces, or cuDNN's reserve."""
+    return [((None,), torch.uint8)] * (len(call.weights) if on_onednn(call) else 1)
+
+
+def on_onednn(call: Call) -> bool:
+    """Whether torch trains the layer on oneDNN, a recurrence at a time."""
+    return call.x.device.type == "cpu"
+
+
+def nothing(call: Call, rows: Shape, trajectory: bool) -> Layout:
+    """Backward runs forward again."""
+    return []
+
+
+LAYOUTS: dict[str, Callable[[Call, Shape, bool], Layout]] = {
+    "native": by_recurrence,
+    "numba": by_recurrence,
+    "triton": side_by_side,
+    "torch": opaque,
+    "reference": nothing,
+}

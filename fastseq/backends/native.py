@@ -27,7 +27,7 @@ from .contract import (
     Weights,
     unflatten,
 )
-from .layout import declined, keeps_gates, saved_layout, wide
+from .layout import declined, keeps_gates, wide
 
 FOLDER = Path(__file__).parents[1]
 try:
@@ -40,7 +40,7 @@ except ImportError as error:
     why = note.read_text().strip() if note.exists() else error
     raise ImportError(f"fastseq was built without its C++ kernels: {why}") from error
 
-__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+__all__ = ["backward", "forward", "supports", "unavailable"]
 
 X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}

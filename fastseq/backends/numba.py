@@ -25,13 +25,13 @@ from .contract import (
     Wanted,
     Weights,
 )
-from .layout import declined, keeps_gates, saved_layout, wide
+from .layout import declined, keeps_gates, wide
 from .numba_loops import SLOTS, Kernel, backward_kernel, forward_kernel
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
 
-__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+__all__ = ["backward", "forward", "supports", "unavailable"]
 
 _NO_ROWS = np.zeros(0, np.int64)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .contract import Call, Gradients, OutputGradients, Problem, Result, Shape, Wanted, Weights
+from .contract import Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
 
 
 def unavailable() -> str | None:
@@ -71,10 +71,6 @@ def _options(call: Call, r: int, N: int) -> dict[str, Any]:
         "h_mask": None if call.h_mask is None else _array(call.h_mask[r]),
         "reset": None if call.reset is None else call.reset[r, :N].numpy(),
     }
-
-
-def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
-    return []
 
 
 def forward(call: Call, save: bool, trajectory: bool) -> Result:

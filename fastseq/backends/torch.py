@@ -1,9 +1,10 @@
 """torch's own implementation as a backend: oneDNN, cuDNN, and torch's composite loops elsewhere.
 
-It is called as torch.nn calls it, a whole stack at a time, and autograd is torch's. The exception
-is the training of an LSTM on oneDNN, whose layer backward torch cannot differentiate again: there
-oneDNN's two layer operations stand behind the same contract as our kernels, and get their second
-derivatives from the eager form.
+It is called as torch.nn calls it, a whole stack at a time, and autograd is torch's, with two
+exceptions, in which a layer stands behind the same contract as our kernels. One is the training of
+an LSTM on oneDNN, whose layer backward torch cannot differentiate again: second derivatives come
+from the eager form. The other is a graph that is compiled or exported for a GPU, where torch.nn's
+layers are no operator: there :mod:`.cudnn` runs a layer.
 """
 
 from __future__ import annotations
@@ -14,16 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import _VF, Tensor
 
-from .contract import (
-    Call,
-    Gradients,
-    OutputGradients,
-    Problem,
-    Result,
-    Shape,
-    Wanted,
-    Weights,
-)
+from . import cudnn, layout
+from .contract import Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
 
 _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _STEPS: dict[str, Any] = {cell: getattr(_VF, f"{cell}_cell") for cell in _CELLS}
@@ -76,7 +69,7 @@ def supports(problem: Problem) -> str | None:
         return "torch's kernels have no rules for torch.func; choose numba or eager"
     if problem.mode == "dual":
         return "torch's kernels have no forward-mode derivative; choose eager"
-    if problem.mode == "compile":
+    if problem.mode == "compile" and problem.device != "cuda":
         return "torch's recurrent layers break a compiled graph; choose eager or numba"
     return None
 
@@ -111,7 +104,10 @@ def single_step(problem: Problem) -> bool:
 
 
 def stacks(problem: Problem) -> bool:
-    """Whether autograd is torch's own: always, but for an LSTM trained on oneDNN."""
+    """Whether autograd is torch's own: always, but in a graph that is compiled, and for an LSTM
+    trained on oneDNN."""
+    if problem.mode == "compile":
+        return False
     if problem.mode == "trace" or single_step(problem):
         return True
     return not (problem.training and uses_onednn(problem))
@@ -182,17 +178,24 @@ def _layer_weights(call: Call, weights: Weights) -> list[Tensor]:
     return [w.detach() for w in (w_ih, w_hh, *biases)]  # type: ignore[union-attr]
 
 
-def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
-    raise NotImplementedError("oneDNN alone knows the size of its workspace")
-
-
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
-    """One LSTM layer on oneDNN; saves its workspace."""
+    if save and layout.on_onednn(call):
+        return _onednn_forward(call)
+    return cudnn.forward(call, save, trajectory)
+
+
+def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    run = _onednn_backward if layout.on_onednn(call) else cudnn.backward
+    return run(call, result, grads, wanted)
+
+
+def _onednn_forward(call: Call) -> Result:
+    """One LSTM layer; saves a workspace for each direction."""
     h_0, c_0 = (s.detach() for s in call.states or call.zero_states())
     H, x = call.H, call.x.detach().contiguous()
     ys, hs, cs, saved = [], [], [], []
     for r, weights in enumerate(call.weights):
-        with torch.set_grad_enabled(save):  # without it oneDNN keeps no workspace
+        with torch.enable_grad():  # without it oneDNN keeps no workspace
             y, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(
                 x,
                 *_layer_weights(call, weights),
@@ -206,17 +209,19 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
                 True,
                 False,
                 False,
-                save,
+                True,
             )
         ys.append(y)
         hs.append(h_n)
         cs.append(c_n)
         saved.append(workspace)
     y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
-    return Result(y, [torch.stack(hs), torch.stack(cs)], [], saved if save else [])
+    return Result(y, [torch.stack(hs), torch.stack(cs)], [], saved)
 
 
-def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+def _onednn_backward(
+    call: Call, result: Result, grads: OutputGradients, wanted: Wanted
+) -> Gradients:
     h_0, c_0 = call.states or call.zero_states()
     H, x = call.H, call.x.contiguous()
     dx: Tensor | None = None

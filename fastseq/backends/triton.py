@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import CELLS, Cell, arguments
-from .contract import Call, Gradients, OutputGradients, Problem, Result, Shape, Wanted, Weights
+from .contract import Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
 from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel
 from .triton_text import Pieces
 from .triton_tiling import (
@@ -93,25 +93,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def _keeps_gates(cell: Cell, projected: bool) -> bool:
     """Elman's cells need their output alone, and y holds it."""
     return projected or cell.saved != cell.states[:1]
-
-
-def saved_layout(call: Call, rows: Shape, trajectory: bool) -> list[tuple[Shape, torch.dtype]]:
-    """Gates, extras and the unprojected h, all recurrences side by side in columns; then the other
-    states, unless the trajectory holds them in the same type."""
-    if call.memory == "lean":
-        return []
-    cell, dtype, width = call.definition, call.x.dtype, len(call.weights) * call.H
-    projected = call.weights[0].w_hr is not None
-    layout: list[tuple[Shape, torch.dtype]] = []
-    if _keeps_gates(cell, projected):
-        layout.append(((*rows, cell.G * width), dtype))
-    if cell.extras:
-        layout.append(((*rows, len(cell.extras) * width), dtype))
-    if projected:
-        layout.append(((*rows, width), dtype))
-    if not trajectory or dtype is not wide(dtype):
-        layout += [((*rows, width), wide(dtype))] * (len(cell.states) - 1)
-    return layout
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends import load
+from ..backends.layout import saved_layout
 from ..cells import CELLS
 from .library import make_call
 
@@ -205,7 +205,7 @@ def _joined(layout: Layout, V: int, inputs: Tensors) -> int:
             h_mask,
             layout.memory,
         )
-        return len(load(layout.backend).saved_layout(call, x.shape[:-1], layout.trajectory))  # type: ignore[union-attr]
+        return len(saved_layout(layout.backend, call, x.shape[:-1], layout.trajectory))
 
     one = count(1)
     return one - (count(V) - one) // (V - 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..backends.contract import (
     Wanted,
     unflatten,
 )
+from ..backends.layout import saved_layout
 from ..cells import CELLS
 
 _LAYER = (
@@ -60,6 +62,14 @@ def named_range(cell: str, backend: str, way: str = "") -> AbstractContextManage
     if torch.autograd._profiler_enabled():
         return torch.autograd.profiler.record_function(f"fastseq::{cell}{way} {backend}")
     return nullcontext()
+
+
+def available(backend: str) -> ModuleType:
+    """The backend's module. A program that another machine exported may name one that is not."""
+    module = load(backend)
+    if isinstance(module, str):
+        raise RuntimeError(f"fastseq::recurrence: backend {backend!r} is not available: {module}")
+    return module
 
 
 def make_call(
@@ -120,7 +130,7 @@ def recurrence(
         cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
     )
     with as_given(), named_range(cell, backend):
-        result = load(backend).forward(call, save, trajectory)  # type: ignore[union-attr]
+        result = available(backend).forward(call, save, trajectory)
     return [result.y, *result.states, *result.trajectory, *result.saved]
 
 
@@ -147,7 +157,7 @@ def recurrence_backward(
         cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
     )
     with as_given(), named_range(cell, backend, " backward"):
-        gradients = load(backend).backward(  # type: ignore[union-attr]
+        gradients = available(backend).backward(
             call,
             split_outputs(cell, outputs, trajectory),
             OutputGradients(dy, list(dstates), list(dtrajectory)),
@@ -165,6 +175,11 @@ def recurrence_backward(
 
 library.impl("recurrence", recurrence, "CompositeExplicitAutograd")
 library.impl("recurrence_backward", recurrence_backward, "CompositeExplicitAutograd")
+
+
+def unknown_size() -> Any:
+    """In a fake kernel, a size that is known when the kernel has run."""
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 @torch.library.register_fake("fastseq::recurrence", lib=library)
@@ -190,14 +205,15 @@ def recurrence_fake(
     lead = tuple(x.shape[:-1])
     others = len(call.definition.states) - 1
     # a fake batch_sizes holds no number
-    B = call.B if states or batch_sizes is None else torch.library.get_ctx().new_dynamic_size()
+    B = call.B if states or batch_sizes is None else unknown_size()
     outputs = [x.new_empty((*lead, R * P))]
     outputs += [x.new_empty((R, B, size)) for size in [P, *[H] * others]]
     if trajectory:
         outputs += [x.new_empty((*lead, R * H)) for _ in range(others)]
     if save:
-        layout = load(backend).saved_layout(call, lead, trajectory)
-        outputs += [x.new_empty(shape, dtype=dtype) for shape, dtype in layout]
+        for shape, dtype in saved_layout(backend, call, lead, trajectory):
+            known = [unknown_size() if size is None else size for size in shape]
+            outputs.append(x.new_empty(known, dtype=dtype))
     return outputs
 
 

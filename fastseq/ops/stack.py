@@ -300,7 +300,7 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
         part = slice(layer * D, (layer + 1) * D)
         if layer and stack.training and stack.dropout > 0:
             x = torch.dropout(x, stack.dropout, True)
-        h_mask = None if stack.h_mask is None else stack.h_mask[part]
+        h_mask = None if stack.h_mask is None else stack.h_mask.narrow(0, layer * D, D)
         stay = None
         if stack.zoneout is not None:
             place = stack.first_layer + layer
@@ -310,7 +310,7 @@ def _run(stack, task, name) -> tuple[Tensor, list[Tensor], Trajectory]:
             name,
             task.training,
             x,
-            [s[part] for s in stack.states] if stack.layers > 1 else stack.states,
+            [s.narrow(0, layer * D, D) for s in stack.states] if stack.layers > 1 else stack.states,
             stack.weights[part],
             reset,
             h_mask,
