@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from ..backends import choice, eager
+from ..backends import choice, cuda_rule, eager
 from ..backends import torch as torch_backend
 from ..backends.contract import Memory, Mode, Problem, Weights
 from ..cells import CELLS
@@ -123,10 +123,16 @@ def problem(stack: Stack) -> Problem:
     if not traced:
         T = len(stack.batch_sizes) if stack.batch_sizes is not None else stack.x.shape[0]
         B = stack.batch
+    device = stack.x.device
+    capability, tf32, recording = None, False, False
+    if device.type == "cuda":
+        capability = cuda_rule.capability(device)
+        tf32 = cuda_rule.uses_tf32(stack.x.dtype)
+        recording = ragged and now == "eager" and torch.cuda.is_current_stream_capturing()
     return Problem(
         cell=stack.cell,
         dtype=stack.x.dtype,
-        device=stack.x.device.type,
+        device=device.type,
         T=T,
         B=B,
         I=width,
@@ -148,6 +154,9 @@ def problem(stack: Stack) -> Problem:
         dropout=True if stack.training and stack.dropout > 0 else False,
         threads=1 if traced else torch.get_num_threads(),
         mode=now,
+        capability=capability,
+        tf32=tf32,
+        recording=recording,
     )
 
 
