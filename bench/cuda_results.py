@@ -234,7 +234,7 @@ def points(rows: Iterable[Row]) -> list[Point]:
 class Tested:
     """Which forms of the kernels passed their tests.
 
-    Tests are of a form, a cell and a type, and not of a point: a row that was measured before they
+    Tests are of a form, cell, type and way, and not of a point: a row that was measured before they
     ran takes the word of one that was measured after, of the same commit on the same device.
     """
 
@@ -246,7 +246,7 @@ class Tested:
 
     @staticmethod
     def _key(row: Row) -> tuple[str, ...]:
-        return row.device, row.commit, row.cell, row.type, row.form
+        return row.device, row.commit, row.cell, row.type, row.way, row.form
 
     def is_green(self, row: Row) -> bool:
         words = self._words[self._key(row)]

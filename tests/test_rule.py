@@ -301,12 +301,13 @@ def test_the_form_counts_that_runs_where_none_is_asked_for(ruled):
     assert order() == TRITON
 
 
-def test_tests_that_ran_later_count_for_the_same_commit_cell_type_and_form(ruled):
-    """Of the same device too."""
+def test_tests_that_ran_later_count_for_the_same_code_and_form(ruled):
+    """Of the same device, commit, cell, type and way."""
     later = {"name": "other", "B": 1}
     ruled(point(tested="") + point(**later))
     assert order() == TRITON
-    for other in ({"commit": "def"}, {"cell": "gru"}, {"type": "tf32"}, {"form": "grid"}):
+    others = [{"commit": "def"}, {"cell": "gru"}, {"type": "tf32"}, {"way": "training"}]
+    for other in (*others, {"form": "grid"}):
         ruled(point(tested="") + point(**later, **other))
         assert order()[0] == "torch", other
     ruled(point(tested=""), point(**later, device=H200))
