@@ -80,6 +80,7 @@ table: setup
 	@$(RUN) -m bench.table --write $(RESULTS)
 	@$(RUN) -m bench.plot --out docs/speed.png $(RESULTS)
 	@$(RUN) -m bench.aims --write $(RESULTS)
+	@$(RUN) -m bench.rule --gpu
 
 capabilities: setup
 	@$(RUN) -m bench.capabilities --write $(ARGS)

@@ -3,6 +3,9 @@
 torch.nn against the kernels (``--backend native`` or ``numba``) over a grid of sizes, interleaved,
 medians; a ratio above 1 says that the kernels are faster. ``fastseq.backends.choice.preferred``
 states the rule that follows.
+
+``python -m bench.rule --gpu`` measures nothing: it writes the rule for GPUs, and their tables, from
+what ``make gpu`` measured (bench/cuda_rule.py).
 """
 
 from __future__ import annotations
@@ -74,15 +77,21 @@ def ratio(
     return statistics.median(samples[theirs]) / statistics.median(samples[ours])
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--gpu" in argv:
+        from . import cuda_rule
+
+        return cuda_rule.main([word for word in argv if word != "--gpu"])
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="the rule for GPUs; see --gpu --help")
     parser.add_argument("--backend", default="native", choices=("native", "numba"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.4)
     parser.add_argument("--cells", default="LSTM GRU RNN")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
     parser.add_argument("--out", type=Path, help="a JSON file of the same figures")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     rows = []

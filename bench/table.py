@@ -2,7 +2,8 @@
 
 Without FILE it takes the newest under bench/results. ``--write`` puts the short table between the
 marks of README.md and the full one between those of docs/performance.md, and there, between marks
-of their own, the newest comparison with other libraries for each count of threads.
+of their own, the newest comparison with other libraries for each count of threads. The GPU's tables
+are made here and written by ``python -m bench.rule --gpu``.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from math import isinf
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
+from .cuda_results import Point
 from .workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 TORCH, OURS = "torch.nn", "fastseq"
 BEGIN, END = "<!-- speed: begin (make table) -->", "<!-- speed: end -->"
 PEERS_BEGIN, PEERS_END = "<!-- peers: begin (make table) -->", "<!-- peers: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu: begin (python -m bench.rule --gpu) -->", "<!-- gpu: end -->"
 
 # The rows of README.md: what people run, the shapes where torch.nn is hard to beat among them.
 HEADLINES = (
@@ -32,6 +37,22 @@ HEADLINES = (
     "deepspeech2-gru",
     "speaker-encoder",
     "vad-streaming",
+    "long-gru",
+)
+
+# The rows of a GPU's table: a published point, what people run, and small and long calls.
+GPU_HEADLINES = (
+    "flashrnn-point",
+    "char-rnn-h512-lstm",
+    "char-rnn-h512-gru",
+    "small-b1-h128-lstm",
+    "small-b1-h128-gru",
+    "small-b1-h128-rnn",
+    "speaker-encoder",
+    "ptb-medium",
+    "tagger-lstm",
+    "rl-policy-b8",
+    "deepspeech2-gru",
     "long-gru",
 )
 
@@ -196,14 +217,89 @@ def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
     )
 
 
-def insert(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put ``text`` between the marks of a file."""
+def gpu(points: Iterable[Point]) -> str:
+    """The headlines of a device, cuDNN beside triton, and what all of its points say together.
+
+    No ratio stands beside a form of the kernels whose tests were not green.
+    """
+    points = list(points)
+    headlines = [point for point in points if point.row.name in GPU_HEADLINES]
+    place = {name: k for k, name in enumerate(GPU_HEADLINES)}
+    headlines.sort(key=lambda point: place[point.row.name])
+    rows = [
+        [
+            f"{point.row.name} ({point.row.shape})",
+            point.row.type,
+            point.row.way,
+            point.row.form,
+            _gpu_time(point.cudnn),
+            _gpu_time(point.triton),
+            *(_gpu_ratio(point, how) for how in ("calls", "graph")),
+        ]
+        for point in headlines
+    ]
+    header = ["workload", "type", "way", "form", "cuDNN ms", "triton ms", "faster", "in a graph"]
+    parts = [markdown(header, rows)] if rows else ["None of the headlines is among the results."]
+    if points:
+        parts.append(_gpu_summary(points))
+    errors = [
+        f"- {point.row.name}, {row.type}, {row.way}, {row.contender}, {how}: {row.error}"
+        for point in headlines
+        for rows_of in (point.cudnn, point.triton)
+        for how, row in rows_of.items()
+        if row.error
+    ]
+    if errors:
+        parts.append("No time:\n\n" + "\n".join(errors))
+    return "\n\n".join(parts)
+
+
+def _gpu_time(rows: dict[str, Any]) -> str:
+    row = rows.get("calls")
+    return "" if row is None else "error" if row.error else milliseconds(row.ms)
+
+
+def _gpu_ratio(point: Point, how: str) -> str:
+    if not point.green:
+        return "not tested"
+    ratio = point.ratio(how)
+    return "" if ratio is None or ratio == 0 or isinf(ratio) else _times(ratio)
+
+
+def _gpu_summary(points: list[Point]) -> str:
+    """All workloads and points of the grid, by cell, type and way."""
+    groups: dict[tuple[str, str, str], list[Point]] = {}
+    for point in points:
+        if point.green:
+            groups.setdefault((point.row.cell, point.row.type, point.row.way), []).append(point)
+    rows = []
+    for key, some in sorted(groups.items()):
+        row = [*key]
+        for how in ("calls", "graph"):
+            found = [point.ratio(how) for point in some]
+            ratios = [ratio for ratio in found if ratio and not isinf(ratio)]
+            ahead = sum(ratio > 1 for ratio in ratios)
+            row += [f"{ahead} of {len(ratios)}", _times(geometric_mean(ratios)) if ratios else ""]
+        rows.append(row)
+    if not rows:
+        return "No form of the kernels was tested."
+    header = ["all points", "type", "way", "faster in calls", "mean", "in a graph", "mean"]
+    return markdown(header, rows)
+
+
+def inserted(path: Path, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """A file with ``text`` between its marks."""
     page = path.read_text()
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise ValueError(f"{path}: expected one line {begin} and after it one line {end}")
     before, rest = page.split(begin)
     after = rest.split(end)[1]
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def insert(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put ``text`` between the marks of a file."""
+    path.write_text(inserted(path, text, begin, end))
 
 
 def note(results: Results, path: Path) -> str:

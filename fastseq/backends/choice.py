@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import BACKENDS, imported, load
+from . import BACKENDS, cuda_rule, imported, load
 from .contract import Problem
 from .torch import uses_onednn
 
@@ -48,6 +48,8 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     - Under torch.func, eager over numba at I32 H64, 10 members that share an input / 16 per-sample
       gradients: GRU 0.9 / 0.5 at T4, 1.5 / 0.8 at T8; RNN 1.0 / 0.5 at T8. GRU T100, 10 members of
       B1 / 32 per-sample gradients: 6.6 / 5. Our way there costs 0.4 ms a call.
+
+    On CUDA :mod:`.cuda_rule` decides, from what was measured on each compute capability.
     """
     kernels = ("native", "numba") if native else ("numba",)
     ours, theirs = (*kernels, "torch", "eager"), ("torch", *kernels, "eager")
@@ -62,9 +64,10 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
         repaid = 12 if problem.cell.startswith("rnn") else 8
         pays = problem.device == "cpu" and T is not None and T >= repaid
         return (*kernels, "eager") if pays else ("eager",)
+    if problem.device == "cuda":
+        return cuda_rule.ruling(problem).order
     if problem.device != "cpu":
-        traced = problem.mode == "compile"  # where the eager form is a graph for each T
-        return ("torch", "triton", "eager") if traced else ("torch", "eager")
+        return ("torch", "eager")
     if T is None or B is None or H is None:
         return ours
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
@@ -106,6 +109,13 @@ def of_a_cell(problem: Problem) -> tuple[str, ...]:
 def left_to_us(problem: Problem) -> tuple[str, ...]:
     """:func:`preferred` on this machine."""
     return preferred(problem, native=not isinstance(load("native"), str))
+
+
+def measured(problem: Problem) -> str | None:
+    """The measurement that decided, in words, where a table of them does."""
+    if problem.device == "cuda" and problem.mode in ("eager", "compile"):
+        return cuda_rule.ruling(problem).reason
+    return None
 
 
 class Verdict(NamedTuple):

@@ -45,7 +45,10 @@ class Problem(NamedTuple):
     """What the choice of a backend may depend on. No tensors: it is hashable and testable.
 
     ``T`` is the longest sequence and ``B`` the batch. While a graph is traced both are None, so
-    that no choice can depend on them; torch.compile knows no size at all.
+    that no choice can depend on them; torch.compile knows no size at all. ``capability`` is that
+    of the CUDA device at hand, '9.0' say, in which the devices of one process may differ; ``tf32``
+    says whether torch multiplies float32 in TF32 there, and ``recording`` whether a ragged call
+    is recorded into a CUDA graph.
     """
 
     cell: str
@@ -71,6 +74,9 @@ class Problem(NamedTuple):
     dropout: bool = False
     threads: int = 1
     mode: Mode = "eager"
+    capability: str | None = None
+    tf32: bool = False
+    recording: bool = False
 
 
 class Weights(NamedTuple):

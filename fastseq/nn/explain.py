@@ -24,6 +24,8 @@ def explain(
 ) -> str | None:
     """Print which backend will run ``module(input, ...)``, and why each other one will not.
 
+    On CUDA, where no backend is named, the measurement behind the choice is printed too.
+
     Args:
         module: a layer or a cell of fastseq.
         input: as for the call; only its shape, dtype and device count, and whether a gradient is
@@ -47,6 +49,9 @@ def explain(
     print(f"{type(module).__name__} {size}, {task.dtype} on {task.device}, {purpose}")
     tried = choice.left_to_us(task) if backend is None else choice.names(backend)
     print(f"backend={stack.backend!r}: tries {', '.join(dict.fromkeys(tried))}")
+    measured = choice.measured(task)
+    if backend is None and measured is not None:
+        print(f"measured: {measured}")
     for name in BACKENDS:
         reason = choice.reason_against(name, task)
         if name == verdict.chosen:

@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from ..backends import choice, eager
+from ..backends import choice, cuda_rule, eager
 from ..backends import torch as torch_backend
 from ..backends.contract import Memory, Mode, Problem, Weights
 from ..cells import CELLS
@@ -80,7 +80,7 @@ class Stack:
 
     def needs_grad(self) -> bool:
         # an exported program records the operator alone, which has no autograd formula
-        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if not torch.is_grad_enabled() or is_exporting():
             return False
         if autograd.in_transform():  # the tensors' own word is that of the innermost transform
             every = [self.x, *self.states, *(w for ws in self.weights for w in ws.flat())]
@@ -88,6 +88,12 @@ class Stack:
         if self.x.requires_grad or any(s.requires_grad for s in self.states):
             return True
         return any(w is not None and w.requires_grad for ws in self.weights for w in ws.flat())
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces us. torch.compiler.is_exporting() is true under torch.compile as
+    well, in torch 2.10 and 2.11, whose compiled layers would then have no gradients."""
+    return torch.compiler._is_exporting_flag
 
 
 def mode() -> Mode:
@@ -123,10 +129,16 @@ def problem(stack: Stack) -> Problem:
     if not traced:
         T = len(stack.batch_sizes) if stack.batch_sizes is not None else stack.x.shape[0]
         B = stack.batch
+    device = stack.x.device
+    capability, tf32, recording = None, False, False
+    if device.type == "cuda":
+        capability = cuda_rule.capability(device)
+        tf32 = cuda_rule.uses_tf32(stack.x.dtype)
+        recording = ragged and now == "eager" and torch.cuda.is_current_stream_capturing()
     return Problem(
         cell=stack.cell,
         dtype=stack.x.dtype,
-        device=stack.x.device.type,
+        device=device.type,
         T=T,
         B=B,
         I=width,
@@ -148,6 +160,9 @@ def problem(stack: Stack) -> Problem:
         dropout=True if stack.training and stack.dropout > 0 else False,
         threads=1 if traced else torch.get_num_threads(),
         mode=now,
+        capability=capability,
+        tf32=tf32,
+        recording=recording,
     )
 
 
@@ -226,7 +241,7 @@ def _run_masked(
 
 
 def _run_as_given(stack: Stack) -> tuple[Tensor, list[Tensor], Trajectory]:
-    if torch.compiler.is_exporting() and onnx.is_exporting():
+    if is_exporting() and onnx.is_exporting():
         reason = onnx.reason_against(stack)
         if reason is None:
             return onnx.run(stack)
