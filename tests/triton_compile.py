@@ -218,7 +218,7 @@ def faults_of_a_step(case, function, step, num_warps):
     if held:
         found += triton_sass.faults_of_a_grid(step, backward)
     # seven in and around a wait, most of the rest for changes of layout
-    most = 22 if walks else 20 if not backward else 24
+    most = 28 if walks else 24 if backward else 20
     barriers = step.count("B")
     return found + ([f"{barriers} barriers in a step"] if barriers > most else [])
 
