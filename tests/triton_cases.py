@@ -300,8 +300,9 @@ def test_what_programs_hand_over_is_read_after_a_meeting(cell, projected, backwa
                 unseen.add(name)
                 unjoined.add(name)
             elif name in stored and how == "ahead":
-                # of the step after this one, into whose rows nobody has stored
-                assert name == "gates" and backward == "forward" and "at_next" in line, line
+                # the program's own rows, of this step or the next, into which it has not yet stored
+                assert name == "gates" and backward == "forward", line
+                assert ("at_next" in line) == (pieces is not None), line
             elif name in stored:
                 assert how == "shared", line
                 assert name not in unjoined, line
