@@ -1,0 +1,162 @@
+"""The files of a run, written as things become known; what was measured before is not again.
+
+gpu.csv and smoke.csv have a row a time, tests.xml the tests, log.txt all that was said and what
+children printed, summary.md the page at the end, sanitize.log the sanitizer's reports.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..version import same_code
+from . import forms, junit
+from .junit import Case
+from .points import FIELDS, Point, Unit
+
+ROOT = Path(__file__).parents[2]
+#: Where a run's files are where nothing else is asked for; copies of what is not to be measured again
+#: where something is. git ignores it.
+DEFAULT = ROOT / "out/gpu"
+KEPT = ROOT / "bench/results"
+KEYS = ("name", "type", "way", "contender", "form", "how")
+
+
+def folder_of(device: str) -> str:
+    """Under bench/results."""
+    return "-".join(device.lower().split())
+
+
+class Results:
+    """The files of one run, of one device and one state of the code.
+
+    commit: of the code that is measured; rows and tests of another are left alone. again: nothing
+    that was measured before counts.
+    """
+
+    def __init__(self, folder: Path, columns: dict[str, str], again: bool = False) -> None:
+        self.folder, self.columns = folder, columns
+        self._same_code = cache(partial(same_code, now=columns["commit"]))
+        self.folders = list(dict.fromkeys([folder, DEFAULT]))
+        for each in self.folders:
+            each.mkdir(parents=True, exist_ok=True)
+        kept = KEPT / folder_of(columns["device"])
+        sources = [*self.folders, kept] if not again else []
+        self.rows: list[dict[str, Any]] = _merged(sources, "gpu.csv", self._same)
+        self.smoke: list[dict[str, Any]] = []
+        self.cases: dict[str, Case] = {}
+        for source in reversed(sources):
+            cases, properties = junit.read(source / "tests.xml")
+            if self._same(properties):
+                self.cases |= {case.nodeid: case for case in cases}
+        self.carried = len(self.rows), len(self.cases)
+        self.write_rows()
+        self.write_tests()
+
+    def _same(self, row: dict[str, Any]) -> bool:
+        """Whether it is of this device and this code."""
+        return row.get("device") == self.columns["device"] and self._same_code(
+            row.get("commit") or ""
+        )
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def measured(self) -> dict[tuple[str, str, str], set[Unit]]:
+        """The units of each point that have a row."""
+        found: dict[tuple[str, str, str], set[Unit]] = {}
+        for row in self.rows:
+            key = (row["name"], row["type"], row["way"])
+            found.setdefault(key, set()).add(Unit(row["contender"], row["form"], row["how"]))
+        return found
+
+    def row(self, point: Point, unit: Unit, fields: dict[str, Any], date: str) -> dict[str, Any]:
+        found = dict.fromkeys(FIELDS, "") | point.fields() | unit._asdict() | fields
+        found |= self.columns | {"date": date}
+        return {k: str(v) for k, v in found.items()}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """To the files at once."""
+        row["tested"] = self.tested(row, self.verdicts())
+        self.rows.append(row)
+        for folder in self.folders:
+            _append(folder / "gpu.csv", [row])
+
+    def add_smoke(self, row: dict[str, Any]) -> None:
+        self.smoke.append(row)
+        _append(self.folder / "smoke.csv", [row])
+
+    def verdicts(self) -> dict[str, str]:
+        return junit.verdicts(self.cases.values())
+
+    @staticmethod
+    def tested(row: dict[str, Any], verdicts: dict[str, str]) -> str:
+        if row["contender"] != "triton":
+            return ""
+        return junit.tested(map(str, forms.needed(row)), verdicts)
+
+    def set_cases(self, cases: Iterable[Case]) -> None:
+        self.cases |= {case.nodeid: case for case in cases}
+        self.write_tests()
+
+    def write_tests(self) -> None:
+        if self.cases:
+            for folder in self.folders:
+                junit.write(folder / "tests.xml", self.cases.values(), self.columns)
+
+    def write_rows(self) -> None:
+        """All rows anew: what their tests say may be known only now."""
+        verdicts = self.verdicts()
+        for row in self.rows:
+            row["tested"] = self.tested(row, verdicts)
+        if not self.rows:
+            return
+        for folder in self.folders:
+            part = folder / "gpu.csv.part"
+            part.unlink(missing_ok=True)
+            # DEFAULT may hold other states of the code; they stay
+            others = [r for r in _read(folder / "gpu.csv") if not self._same(r)]
+            _append(part, [*others, *self.rows])
+            os.replace(part, folder / "gpu.csv")
+
+    def begin(self) -> None:
+        """smoke.csv is a run's own."""
+        (self.folder / "smoke.csv").unlink(missing_ok=True)
+
+    def write_summary(self, text: str) -> None:
+        part = self.folder / "summary.md.part"
+        part.write_text(text)
+        shutil.move(part, self.folder / "summary.md")
+
+
+def _append(file: Path, rows: list[dict[str, Any]]) -> None:
+    new = not file.exists() or file.stat().st_size == 0
+    with file.open("a", newline="") as sink:
+        table = csv.DictWriter(sink, FIELDS, restval="", extrasaction="ignore")
+        if new:
+            table.writeheader()
+        table.writerows(rows)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """Its rows; none where there is no such file, or one of other columns."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as given:
+        rows = [row for row in csv.DictReader(given) if set(FIELDS) <= row.keys()]
+    return [{k: row[k] or "" for k in FIELDS} for row in rows]
+
+
+def _merged(sources: list[Path], name: str, wanted: Any) -> list[dict[str, Any]]:
+    """The rows that are wanted, each once: the first source's of two of the same."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for source in sources:
+        for row in filter(wanted, _read(source / name)):
+            found.setdefault(tuple(row[k] for k in KEYS), row)
+    return list(found.values())
