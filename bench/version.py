@@ -45,7 +45,7 @@ def state() -> str:
 
 
 def same_code(name: str, now: str) -> bool:
-    """Whether the package of commit ``name`` is that of the present state, as far as git can tell."""
+    """Whether the package of commit ``name`` is the present one, as far as git can tell."""
     if name == now:
         return True
     if not name or "-dirty" in name + now or "unversioned" in name + now:

@@ -5,9 +5,11 @@ not made: the backend's host code runs as it is, up to the launch, and the numbe
 are those of the CPU's kernels. Events read the host's clock, a graph replays what torch dispatched.
 So numbers and the way through the program are real; times, and whether a kernel works, are not.
 
-FAKE_GPU in the environment plants faults, as JSON: a pattern of launches, 'cell way form type', to
-what happens there. 'hang' sleeps in C without Python's lock, 'held' with it; 'sticky' is a CUDA error,
-after which every call of that process fails; 'lost' ends the process; 'wrong' makes numbers wrong.
+FAKE_GPU in the environment plants faults, as JSON: a pattern of launches, 'cell way form type' (and
+' build' behind them while kernels are only compiled), to what happens there. 'hang' sleeps in C
+without Python's lock, 'held' with it; 'sticky' is a CUDA error, after which every call of that
+process fails; 'lost' ends the process; 'wrong' makes numbers wrong.
+
 With FAKE_GPU_JIT set, Triton compiles each kernel for sm_90, with a driver that loads and launches
 nothing.
 """
@@ -26,7 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.gpu import forms
+from bench import workloads
+from bench.gpu import barrier, crew, forms, smoke
 from fastseq.backends import native, triton_kernels
 from fastseq.backends import triton as backend
 from fastseq.backends.triton_tiling import Device
@@ -38,6 +41,15 @@ LAUNCHES = []
 _broken = False
 
 torch.set_num_threads(1)
+
+#: Short, of a size that takes a grid or steps.
+workloads.WORKLOADS += (
+    workloads.Workload("fake-wide", "lstm", T=3, B=2, I=8, H=256, source="a rehearsal"),
+)
+smoke.T, smoke.B = 3, 2
+_meet = barrier.meet
+barrier.meet = lambda programs, meetings: _meet(programs, meetings).fill_(1)  # all came
+smoke.SIZES = {"walk": (32,), "grid-resident": (256,), "grid": (200,), "step": (200,)}
 
 
 def alive():
@@ -92,13 +104,15 @@ class Graph:
 
     def __init__(self):
         self.calls = []
+        self.form = backend._larger
 
     def replay(self):
         alive()
-        with torch.no_grad():
+        with torch.no_grad(), backend.larger_as(self.form):
             for function, args, kwargs, before in self.calls:
                 for old, new in zip(before, tree_leaves(function(*args, **kwargs)), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    both = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
+                    if both and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
 
@@ -179,7 +193,9 @@ def _fault(launch):
     """What is planted there; 'wrong' is found where the numbers are made."""
     global _broken
     alive()
-    kinds = [kind for pattern, kind in FAULTS.items() if fnmatchcase(" ".join(launch), pattern)]
+    building = crew._progress is not None and b"compiling" in crew._progress.text
+    name = " ".join(launch) + " build" * building
+    kinds = [kind for pattern, kind in FAULTS.items() if fnmatchcase(name, pattern)]
     if "hang" in kinds:
         ctypes.CDLL(None).sleep(10**6)
     if "held" in kinds:
@@ -233,4 +249,5 @@ def _backward(call, result, grads, wanted):
 backend.forward, backend.backward = _forward, _backward
 OnTheCPU().__enter__()
 # the first listener of launches: whoever listens as well has heard of them before a fault comes
-forms.heard(_heard).__enter__()
+_listening = forms.heard(_heard)
+_listening.__enter__()

@@ -30,6 +30,7 @@ from . import (
 from .budget import Clock
 from .points import Point, Unit
 from .summary import Run, Stage
+from .suspects import Suspects
 
 DEFAULT_STAGES = "smoke build core test bench sanitize"
 DEFAULT_MINUTES = 15.0
@@ -53,16 +54,17 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--workloads", help="patterns of names, such as 'rl-* long-*'; no grid then")
     found.add_argument("--out", type=Path, help="where the files go: $OUT, else out/gpu")
+    found.add_argument(
+        "--keep", type=Path, default=results.DEFAULT, help="copies for the next run: out/gpu"
+    )
     found.add_argument("--commit", help="what is measured, where there is no git: $FASTSEQ_COMMIT")
-    found.add_argument(
-        "--again", action="store_true", help="measure anew what is known"
-    )
+    found.add_argument("--again", action="store_true", help="measure anew what is known")
     found.add_argument("--processes", type=int, default=machine.PROCESSES, help="side by side")
-    found.add_argument("--hang", type=float, default=12.0, help="seconds that a step may show no sign")
-    found.add_argument("--seconds", type=float, default=0.12, help="of samples, a contender")
     found.add_argument(
-        "--test-limit", type=float, default=60.0, help="seconds a test"
+        "--hang", type=float, default=12.0, help="seconds that a step may show no sign"
     )
+    found.add_argument("--seconds", type=float, default=0.12, help="of samples, a contender")
+    found.add_argument("--test-limit", type=float, default=60.0, help="seconds a test")
     found.add_argument("--tests", default=testing.FILES, help="files of tests")
     found.add_argument("--preload", help="a module that every process imports first")
     found.add_argument("--exercise", choices=sanitize.SIZES, help=argparse.SUPPRESS)
@@ -89,14 +91,15 @@ class Session:
         if "missing" in told:
             self.say(f"make gpu: {told['missing']}")
             return 1
+        importlib.import_module("torch._dynamo")  # a child's first call would import it otherwise
         columns = told["columns"] | {"commit": self.given.commit or state()}
-        self.results = results.Results(self.folder, columns, self.given.again)
+        self.results = results.Results(self.folder, columns, self.given.keep, self.given.again)
         self.results.begin()
         self.kinds = told["kinds"]
-        self.built = build.Built(self.kinds, self.given.processes, str(self.log))
-        self.options = timings.Options(
-            self.given.hang, str(self.log), self.given.seconds
+        self.built = build.Built(
+            self.kinds, self.given.processes, self.given.hang, str(self.log), Suspects()
         )
+        self.options = timings.Options(self.given.hang, str(self.log), self.given.seconds)
         about = machine.tools() | {"CUDA": told["cuda"], "memory": told["memory"]}
         self.page = Run(self.results, about)
         self.say("\n".join(f"{k}: {v or 'none'}" for k, v in (columns | about).items()))
@@ -109,9 +112,7 @@ class Session:
                 seconds = budget.share(stage, stages[place + 1 :], self.clock.left)
                 self.stage(stage, seconds)
         except KeyboardInterrupt:
-            self.page.stages.append(
-                Stage("interrupted", 0, False, "the files have what was known")
-            )
+            self.page.stages.append(Stage("interrupted", 0, False, "the files have what was known"))
         self.results.write_rows()
         self.results.write_summary(summary.page(self.page))
         print("\n" + summary.printed(self.page), flush=True)
@@ -169,13 +170,12 @@ class Session:
         return not red, text
 
     def bench(self, clock: Clock) -> tuple[bool | None, str]:
-        before = len(self.results.rows)
         known = self.results.measured()
         left = timings.run(
             self.listed(), known, self.kinds, self.built, clock, self.options, self.keep, self.say
         )
         self.results.write_rows()
-        return self.judged(self.results.rows[before:], left, "bench")
+        return self.judged(self.results.rows, left, "bench")
 
     def sanitize(self, clock: Clock) -> tuple[bool | None, str]:
         log = self.folder / "sanitize.log"
@@ -228,6 +228,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     asked = parser()
     given = asked.parse_args(argv)
+    if given.preload:
+        importlib.import_module(given.preload)
     stages = given.stages.replace(",", " ").split()
     for stage in stages:
         if stage not in budget.SHARES:
@@ -240,8 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         list(points.matching(given.workloads))
     except ValueError as error:
         asked.error(f"--workloads: {error}")
-    if given.preload:
-        importlib.import_module(given.preload)
     if given.exercise:
         sanitize.exercise(given.exercise)
         return 0

@@ -17,15 +17,20 @@ from . import forms
 from .budget import Clock
 from .crew import Leave, as_line, crew, doing, tick
 from .points import Point
-
-#: Seconds in which a kernel is compiled.
-COMPILING = 60.0
+from .suspects import Suspects
 
 
 @dataclass(frozen=True)
 class Task:
+    """silence: seconds in which what was launched ends; to compile it may take longer."""
+
     point: Point
     forms: tuple[str, ...]
+    silence: float
+
+
+#: How much longer a kernel may take to compile.
+COMPILING = 3
 
 
 def compile_point(task: Task) -> Iterator[tuple[str, str]]:
@@ -34,16 +39,20 @@ def compile_point(task: Task) -> Iterator[tuple[str, str]]:
     small = replace(point.typed, T=2)
     with forms.precision(point.type), forms.short_patience(), forms.heard(lambda *told: tick()):
         for form in task.forms:
-            doing(f"{form} of {small.shape} {point.type}", COMPILING)
             try:
                 with forms.as_form(form):
+                    doing(f"{form}, compiling", COMPILING * task.silence)
                     module, x = small.module(fastseq, backend="triton").cuda(), small.input()
                     x = x.to("cuda")
                     with torch.no_grad():
                         small.run(module, x)
-                    if small.training:
-                        small.run(module, x).float().sum().backward()
+                    doing(f"{form}, running forward", task.silence)
                     torch.cuda.synchronize()
+                    if small.training:
+                        doing(f"{form}, compiling", COMPILING * task.silence)
+                        small.run(module, x).float().sum().backward()
+                        doing(f"{form}, running backward", task.silence)
+                        torch.cuda.synchronize()
             except Exception as error:  # the process may be broken
                 yield form, as_line(error)
                 raise Leave from error
@@ -52,8 +61,11 @@ def compile_point(task: Task) -> Iterator[tuple[str, str]]:
 class Built:
     """Which classes of kernels were compiled in this run, and what could not be."""
 
-    def __init__(self, kinds: forms.Kinds, processes: int, log: str) -> None:
-        self.kinds, self.processes, self.log = kinds, processes, log
+    def __init__(
+        self, kinds: forms.Kinds, processes: int, silence: float, log: str, suspects: Suspects
+    ) -> None:
+        self.kinds, self.processes, self.silence, self.log = kinds, processes, silence, log
+        self.suspects = suspects
         self.classes: set[Any] = set()
         self.failed: dict[str, str] = {}
 
@@ -67,30 +79,34 @@ class Built:
         """How many classes of those that the points need were compiled now, in many processes."""
         waiting: dict[Any, Task] = {}
         for point in points:
-            found = tuple(forms.forms(point.typed, point.type, self.kinds))
+            every = forms.forms(point.typed, point.type, self.kinds)
+            found = tuple(f for f in every if not self.suspects.reason(point, f))
             if point not in self:
-                waiting.setdefault(self._class(point), Task(point, found))
-        queue = iter(list(waiting.items()))
+                waiting.setdefault(self._class(point), Task(point, found, self.silence))
         classes = {task: name for name, task in waiting.items()}
+        queue = iter(classes)
         done = 0
-
-        def following() -> Task | None:
-            return next(queue, (None, None))[1]
-
-        options = {"processes": self.processes, "silence": COMPILING, "log": self.log}
-        for event in crew(following, compile_point, clock, **options):  # type: ignore[arg-type]
+        for event in crew(
+            lambda: next(queue, None),
+            compile_point,
+            clock,
+            processes=self.processes,
+            silence=2 * COMPILING * self.silence,
+            log=self.log,
+        ):
             task = event.task
-            shape = f"{task.point.workload.shape} {task.point.type}"
             if event.kind == "told":
-                form, error = event.message
-                self._fail(f"{shape} {form}", error, say)
+                self._fail(task, *event.message, say)
             elif event.kind in ("lost", "failed"):
-                self._fail(f"{shape}", f"{event.text} ({event.doing})", say)
+                form, _, at = event.doing.partition(", ")
+                self._fail(task, form, f"{event.text} ({at})", say)
             if event.kind not in ("told", "stopped"):
                 self.classes.add(classes[task])
                 done += 1
         return done
 
-    def _fail(self, what: str, error: str, say: Callable[[str], None]) -> None:
+    def _fail(self, task: Task, form: str, error: str, say: Callable[[str], None]) -> None:
+        what = f"{task.point.workload.shape} {task.point.type} {form}"
         self.failed[what] = error
+        self.suspects.blame(task.point, form, error)
         say(f"build: {what}: {error}")

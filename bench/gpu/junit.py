@@ -82,7 +82,7 @@ def _printable(text: str) -> str:
 
 
 def read(path: Path) -> tuple[list[Case], dict[str, str]]:
-    """The cases and the suite's properties; nothing where there is no such file, or a broken one."""
+    """The cases and the suite's properties; nothing where the file is missing or broken."""
     try:
         suite = ET.parse(path).getroot().find("testsuite")
     except (OSError, ET.ParseError):
@@ -109,7 +109,7 @@ def read(path: Path) -> tuple[list[Case], dict[str, str]]:
 
 
 def verdicts(cases: Iterable[Case]) -> dict[str, str]:
-    """Of each launched loop: 'no' where a test that launched it is red, else 'yes' where one passed."""
+    """Of each launched loop: 'no' where a test that launched it is red, 'yes' where some passed."""
     found: dict[str, str] = {}
     for case in cases:
         for launch in case.launched:

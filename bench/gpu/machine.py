@@ -23,7 +23,7 @@ PROCESSES = max(1, min(14, CORES - 2))
 
 
 def probe(task: Any) -> Iterator[dict[str, Any]]:
-    """In a child: columns of every row, and what decides on forms; or why there is nothing to run."""
+    """In a child: a row's columns, and what decides on forms; or why there is nothing to run."""
     if not torch.cuda.is_available():
         yield {
             "missing": "torch sees no CUDA device on this machine; there is nothing to run it on"

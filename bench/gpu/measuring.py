@@ -21,7 +21,9 @@ from .points import HOWS, Point, Unit
 @dataclass(frozen=True)
 class Task:
     """todo: the units that have no time yet. silence: seconds that a step may take without a sign.
-    built: its kernels are compiled. seconds: of samples, for each contender and way to call."""
+
+    built: its kernels are compiled. seconds: of samples, for each contender and way to call.
+    """
 
     point: Point
     todo: tuple[Unit, ...]
@@ -42,8 +44,9 @@ WITH_TRUTH = 6
 
 def measure(task: Task) -> Iterator[Message]:
     """Rows for the units of a point. It leaves its process after an error, which may be broken."""
-    with forms.precision(task.point.type), forms.short_patience(), timing.memory_returned():
+    with forms.precision(task.point.type), forms.short_patience():
         yield from _Measured(task).rows()
+    torch.cuda.empty_cache()  # the next point may want it in other pieces
 
 
 class _Measured:
@@ -121,9 +124,10 @@ class _Measured:
         try:
             with forms.as_form(form), forms.heard(listener):
                 found = outputs(self.workload, self.training, ours, self.x)
-                torch.cuda.synchronize()
+            self.say(unit, "first call's end")  # launches come back before they end
+            torch.cuda.synchronize()
             if form not in launched or (form.startswith("grid") and "step" in launched):
-                text = f"{' and '.join(sorted(launched))} ran: the driver refused the launch"
+                text = f"{' and '.join(sorted(launched))} ran in its place"
                 yield from self.given_up(units, text)
             self.say(unit, "numbers", 4 * self.task.silence)
             theirs, truth = self.expected()

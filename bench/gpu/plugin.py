@@ -24,6 +24,8 @@ import pytest
 STICKY = "CUDA error", "CUDA driver error", "device-side assert", "illegal memory access"
 #: How a process ends that leaves.
 LEFT = 3
+#: Among the records, what is to be launched no more: too many tests were lost that launched it.
+SUSPECTS = "suspects.txt"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,6 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class _Recorder:
     def __init__(self, config: pytest.Config) -> None:
         folder: Path = config.getoption("--gpu-records")
+        self.suspects = folder / SUSPECTS
         stem = folder / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}-{os.getpid()}"
         self.limit: float = config.getoption("--gpu-limit")
         self.records = stem.with_suffix(".jsonl").open("a", buffering=1)
@@ -136,6 +139,8 @@ class _Recorder:
         elif text not in self.launched:
             self.launched.add(text)
             self.record(launched=text)
+            if self.suspects.exists() and text in self.suspects.read_text().splitlines():
+                pytest.fail(f"not launched: {text}, at which too many tests were lost")
 
 
 def sticky(error: BaseException) -> bool:

@@ -27,8 +27,8 @@ SAMPLE = 80
 HOWS = ("graph", "calls")
 
 FIELDS = (
-    "name shape cell T B I H layers directions ragged type way contender form how ms best_ms samples "
-    "tested error device capability torch triton cudnn fastseq commit date"
+    "name shape cell T B I H layers directions ragged type way contender form how ms best_ms "
+    "samples tested error device capability torch triton cudnn fastseq commit date"
 ).split()
 
 

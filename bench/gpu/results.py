@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
@@ -20,8 +19,8 @@ from .junit import Case
 from .points import FIELDS, Point, Unit
 
 ROOT = Path(__file__).parents[2]
-#: Where a run's files are where nothing else is asked for; copies of what is not to be measured again
-#: where something is. git ignores it.
+#: Where a run's files are where nothing else is asked for; where something is, copies of what is
+#: not to be measured again. git ignores it.
 DEFAULT = ROOT / "out/gpu"
 KEPT = ROOT / "bench/results"
 KEYS = ("name", "type", "way", "contender", "form", "how")
@@ -35,14 +34,16 @@ def folder_of(device: str) -> str:
 class Results:
     """The files of one run, of one device and one state of the code.
 
-    commit: of the code that is measured; rows and tests of another are left alone. again: nothing
-    that was measured before counts.
+    columns: those that say of what; rows and tests of other code are left alone. keep: a second
+    folder for what the next run needs. again: nothing that was measured before counts.
     """
 
-    def __init__(self, folder: Path, columns: dict[str, str], again: bool = False) -> None:
+    def __init__(
+        self, folder: Path, columns: dict[str, str], keep: Path = DEFAULT, again: bool = False
+    ) -> None:
         self.folder, self.columns = folder, columns
         self._same_code = cache(partial(same_code, now=columns["commit"]))
-        self.folders = list(dict.fromkeys([folder, DEFAULT]))
+        self.folders = list(dict.fromkeys([folder, keep]))
         for each in self.folders:
             each.mkdir(parents=True, exist_ok=True)
         kept = KEPT / folder_of(columns["device"])
@@ -113,26 +114,23 @@ class Results:
     def write_rows(self) -> None:
         """All rows anew: what their tests say may be known only now."""
         verdicts = self.verdicts()
-        for row in self.rows:
+        for row in (*self.rows, *self.smoke):
             row["tested"] = self.tested(row, verdicts)
+        if self.smoke:
+            _replace(self.folder / "smoke.csv", self.smoke)
         if not self.rows:
             return
         for folder in self.folders:
-            part = folder / "gpu.csv.part"
-            part.unlink(missing_ok=True)
-            # DEFAULT may hold other states of the code; they stay
+            # a folder may hold other devices and states of the code; they stay
             others = [r for r in _read(folder / "gpu.csv") if not self._same(r)]
-            _append(part, [*others, *self.rows])
-            os.replace(part, folder / "gpu.csv")
+            _replace(folder / "gpu.csv", [*others, *self.rows])
 
     def begin(self) -> None:
         """smoke.csv is a run's own."""
         (self.folder / "smoke.csv").unlink(missing_ok=True)
 
     def write_summary(self, text: str) -> None:
-        part = self.folder / "summary.md.part"
-        part.write_text(text)
-        shutil.move(part, self.folder / "summary.md")
+        (self.folder / "summary.md").write_text(text)
 
 
 def _append(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -142,6 +140,14 @@ def _append(file: Path, rows: list[dict[str, Any]]) -> None:
         if new:
             table.writeheader()
         table.writerows(rows)
+
+
+def _replace(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Whole: one that is read meanwhile, or whose writer is killed, is the old or the new."""
+    part = file.with_name(file.name + ".part")
+    part.unlink(missing_ok=True)
+    _append(part, rows)
+    os.replace(part, file)
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

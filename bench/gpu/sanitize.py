@@ -1,6 +1,6 @@
 """The stage ``sanitize``: small shapes of each form under compute-sanitizer's tools, side by side.
 
-A finding fails the stage. What does not end, or does not work on this machine, is said and left out.
+A finding fails the stage. What does not end, or does not work here, is said and left out.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SIZES = {"walk": 64, "grid-resident": 256, "grid": 200, "step": 200}
 
 
 def exercise(form: str) -> None:
-    """What runs under the sanitizer: an LSTM and a GRU in bfloat16, and one in TF32, with sequences of
-    different lengths, forward and backward."""
+    """What runs under the sanitizer: an LSTM and a GRU in bfloat16 and an LSTM in TF32, forward and
+    backward, on sequences of one length and of several."""
     import torch
 
     import fastseq

@@ -1,4 +1,4 @@
-"""The stage ``smoke``: in about a minute, whether each form runs, how far its numbers are right, how
+"""The stage ``smoke``: in about a minute, whether each form runs and its numbers are right, how
 fast it is beside cuDNN, and what a meeting of programs costs."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .crew import crew
 from .points import FIRST_TYPES, Point, Unit
 
 T, B = 128, 16
-#: Sizes tried for a form, the most telling first: multiples of 128 and 16 rows, where cuDNN keeps the
-#: weights of an LSTM in float16 on the chip.
+#: Sizes tried for a form, the most telling first: multiples of 128 and 16 rows, where cuDNN keeps
+#: the weights of an LSTM in float16 on the chip.
 SIZES = {
     "walk": (128, 64, 32),
     "grid-resident": (512, 256, 128),
@@ -52,12 +52,12 @@ def run(
     keep: timings.Keep,
     say: Callable[[str], None],
 ) -> int:
-    """How many points are left."""
+    """How many points are left. Meetings first, which a grid cannot do without."""
     every = listed(kinds)
     half = len(every) // 2
     quick = timings.Options(options.silence, options.log, seconds=0.04)
+    _meetings(kinds, Clock(clock.left / 3), options, keep)
     left = timings.run(every[:half], {}, kinds, built, clock, quick, keep, say)
-    _meetings(kinds, Clock(clock.left / 2), options, keep)
     return left + timings.run(every[half:], {}, kinds, built, clock, quick, keep, say)
 
 

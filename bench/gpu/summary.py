@@ -12,6 +12,7 @@ from .results import Results
 
 #: What is printed fits where only the end of an output is kept.
 MOST_ROWS, MOST_FAILURES, MOST_LETTERS = 60, 15, 11_000
+WAYS = ("forward", "backward")
 
 
 @dataclass
@@ -60,20 +61,20 @@ def page(run: Run) -> str:
     if run.failures:
         shown = run.failures[:MOST_FAILURES]
         more = len(run.failures) - len(shown)
-        lines = [f"- {_cell(text)[:300]}" for text in shown]
+        lines = [f"- {_cell(text)[:200]}" for text in shown]
         parts.append("## Failures\n\n" + "\n".join(lines + [f"- and {more} more"] * (more > 0)))
+    speeds = speed_ups(run.results.rows, run.results)
+    if speeds:
+        parts.append("## Speed beside cuDNN\n\n" + speeds)
     parts += [text for text in (_forms(run.results), _meetings(run.results.smoke)) if text]
     smoke = speed_ups(run.results.smoke, run.results)
     if smoke:
-        parts.append("## Smoke: beside cuDNN, T = 128, B = 16\n\n" + smoke)
-    parts.append(
-        "## Speed beside cuDNN\n\n" + (speed_ups(run.results.rows, run.results) or "None.")
-    )
+        parts.append("## Smoke: beside cuDNN\n\n" + smoke)
     return "\n\n".join(parts) + "\n"
 
 
 def printed(run: Run) -> str:
-    """As much of the page as is kept of an output: its middle is the first to go."""
+    """As much of the page as is kept of an output: what says most stands first."""
     text = page(run)
     if len(text) <= MOST_LETTERS:
         return text
@@ -106,9 +107,6 @@ def _forms(results: Results) -> str:
     return "## Tests, by what they launched\n\n" + table(("cell", "form", *names), rows)
 
 
-WAYS = ("forward", "backward")
-
-
 def _meetings(rows: list[dict[str, Any]]) -> str:
     found = [r for r in rows if r["name"].startswith("barrier-")]
     if not found:
@@ -118,7 +116,7 @@ def _meetings(rows: list[dict[str, Any]]) -> str:
 
 
 def speed_ups(rows: list[dict[str, Any]], results: Results) -> str:
-    """cuDNN's time over ours, for each point and form; none where the form's tests are not green."""
+    """cuDNN's time over ours, by point and form; none where the form's tests are not green."""
     verdicts = results.verdicts()
     times: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Any]]] = {}
     for row in rows:
@@ -136,9 +134,8 @@ def speed_ups(rows: list[dict[str, Any]], results: Results) -> str:
             lines.append(cells)
     if not lines:
         return ""
-    header = ("", "type", "way", "form")
-    header += ("graph: cuDNN ms", "ours ms", "times")  # type: ignore[assignment]
-    header += ("calls: cuDNN ms", "ours ms", "times")  # type: ignore[assignment]
+    header = ["", "type", "way", "form", "graph: cuDNN ms", "ours ms", "times"]
+    header += ["calls: cuDNN ms", "ours ms", "times"]
     more = len(lines) - MOST_ROWS
     end = f"\n\n{more} more rows are in the CSV." if more > 0 else ""
     return table(header, lines[:MOST_ROWS]) + end
@@ -167,9 +164,9 @@ def _times(
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """What went wrong in measuring, a line each."""
-    return [
-        " ".join((r["name"], r["type"], r["way"], r["form"], r["how"])) + ": " + r["error"]
-        for r in rows
-        if is_fault(r)
-    ]
+    """What went wrong in measuring, a line for each point, form and reason."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in filter(is_fault, rows):
+        key = (row["name"], row["type"], row["way"], row["form"], row["error"])
+        found.setdefault(key, []).append(row["how"])
+    return [f"{' '.join(k[:4])} {' and '.join(hows)}: {k[4]}" for k, hows in found.items()]

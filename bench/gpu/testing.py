@@ -24,9 +24,12 @@ from pathlib import Path
 from .budget import Clock
 from .crew import end_with_parent
 from .junit import Case
+from .plugin import SUSPECTS
 
 ROOT = Path(__file__).parents[2]
 FILES = "tests/test_gpu*.py"
+#: A lost test takes its whole limit: what this many of them launched is launched no more.
+ENOUGH = 3
 #: Seconds between two looks at the records.
 LOOK = 0.5
 #: Seconds between two lines about how far it is.
@@ -80,13 +83,21 @@ class Records:
                 continue
             case = self._at[file]
             stacks = file.with_suffix(".stacks")
-            where = stacks.read_text()[-5000:] if stacks.exists() else ""
+            where = stacks.read_text()[:5000] if stacks.exists() else ""  # the last call is first
             case.seconds = round(time.monotonic() - self._since[file], 3)
             ended = "it ran past its limit" if "Timeout" in where else "its process ended"
             case.text = f"{where}\nlost: {reason or ended}"
             self.cases[case.nodeid] = case
             lost.append(self._at.pop(file))
         return lost
+
+    def suspect(self) -> None:
+        """Tell the processes what so many lost tests launched that no other is to launch it."""
+        count = Counter(x for c in self.cases.values() if c.outcome == "lost" for x in c.launched)
+        text = "\n".join(launch for launch, lost in count.items() if lost >= ENOUGH)
+        part = self.folder / "part.txt"
+        part.write_text(text)
+        os.replace(part, self.folder / SUSPECTS)
 
     def stopped(self) -> list[str]:
         """Those that ran when the time was over: nothing is known of them."""
@@ -99,7 +110,7 @@ class Records:
 
 
 def _alive(file: Path) -> bool:
-    """Whether the process whose records these are still runs; one that nobody waited for does not."""
+    """Whether the process whose records these are still runs; a zombie does not."""
     try:
         status = Path("/proc", file.stem.rsplit("-", 1)[1], "stat").read_text()
     except OSError:
@@ -109,7 +120,7 @@ def _alive(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """mark: 'core', or 'gpu' for all. limit: seconds a test. preload: a module for every process."""
+    """mark: 'core', or 'gpu' for all. limit: seconds a test. preload: imported in every process."""
 
     mark: str
     files: tuple[str, ...] = (FILES,)
@@ -124,22 +135,21 @@ def missing() -> str:
 
 
 def command(options: Options, records: Path, skip: Path) -> list[str]:
-    """Without the tests' own conftest.py, which asks for more than a machine with a GPU may have."""
+    """Without the tests' own conftest.py, which asks for more than such a machine may have."""
     files = [
         str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
         for pattern in options.files
         for path in (sorted(ROOT.glob(pattern)) if not os.path.isabs(pattern) else [Path(pattern)])
     ]
-    found = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+    found = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
+    found += ["--noconftest", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
     found += ["-p", options.preload] if options.preload else []
-    found += ["-p", "bench.gpu.plugin", "-o", "filterwarnings=default", "-m", options.mark]
-    found += ["--continue-on-collection-errors", "--tb=short", f"--gpu-records={records}"]
-    found += [f"--gpu-limit={options.limit:g}", f"--gpu-skip={skip}"]
+    found += ["-p", "bench.gpu.plugin", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    found += [f"--gpu-records={records}", f"--gpu-limit={options.limit:g}", f"--gpu-skip={skip}"]
     if find_spec("xdist"):
-        found += ["-n", str(options.processes), "--dist", "worksteal"]
+        found += ["-p", "xdist.plugin", "-n", str(options.processes), "--dist", "worksteal"]
         found += ["--max-worker-restart", "1000000"]
-    else:
-        found += ["-p", "no:xdist"]
+    found += ["-m", options.mark]
     return found + files
 
 
@@ -168,6 +178,7 @@ def run(
                 break
             for case in records.lose("its process ended"):
                 say(f"tests: LOST {case.nodeid}")
+            records.suspect()
             keep(list(records.cases.values()))
             if not records.remaining() or len(records.cases) == before or clock.left <= 0:
                 break
@@ -210,6 +221,7 @@ def _once(
                     say(f"tests: FAILED {case.nodeid}")
             if len(cases) > told:
                 keep(cases)
+                records.suspect()
             told = len(cases)
             if time.monotonic() > news and records.collected:
                 news = time.monotonic() + NEWS
@@ -236,11 +248,12 @@ def _end(running: subprocess.Popen) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This tree's code, one thread a process. The compiler's cache is as it was."""
+    """This tree's code, one thread a process, and no plugin but those that are named."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return outside | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }

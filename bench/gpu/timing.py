@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ ROUNDS = range(5, 101)
 
 
 def warmed(call: Call) -> Call:
-    """The call after three runs, or one where that is slow, on a stream beside the current one: what
-    a graph's capture wants."""
+    """The call after three runs, or one where that is slow, on a stream beside the current one,
+    which is what a graph's capture wants."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -93,12 +92,3 @@ def figures(samples: list[float]) -> dict[str, Any]:
     """As a row has them: the median, the best, and of how many."""
     median, best = statistics.median(samples), min(samples)
     return {"ms": f"{median:.5g}", "best_ms": f"{best:.5g}", "samples": len(samples)}
-
-
-@contextmanager
-def memory_returned() -> Iterator[None]:
-    """What torch keeps of freed memory goes back: the next point, or process, may want it."""
-    try:
-        yield
-    finally:
-        torch.cuda.empty_cache()

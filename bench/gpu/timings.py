@@ -19,9 +19,10 @@ from .build import Built
 from .crew import Event, crew
 from .measuring import Task, measure
 from .points import Point, Unit
+from .suspects import Suspects
 
-#: Points whose kernels are compiled together, at first and later: the first figures come soon.
-AHEAD = (12, 48)
+#: Points whose kernels are compiled together, at first and at most: the first figures come soon.
+AHEAD = (12, 108)
 #: A point is not begun with less time than this.
 LEAST = 4.0
 #: What a point may take in all.
@@ -59,7 +60,8 @@ class Open:
         said = (*doing.split(), "", "", "")[:3]
         exact = [u for u in self.todo if (u.contender, u.form or "-", u.how) == said]
         of_form = [u for u in self.todo if (u.contender, u.form or "-") == said[:2]]
-        return exact or of_form or list(self.todo)
+        everything = list(self.todo) if len(self.todo) == self.before else []
+        return exact or of_form or everything
 
 
 Keep = Callable[[Point, Unit, dict[str, Any]], None]
@@ -79,9 +81,9 @@ def run(
     pending = [p for p in (_open(point, known, kinds) for point in listed) if p is not None]
     left = iter(pending)
     ended = 0
-    size = AHEAD[0]
+    size, most = AHEAD
     while clock.left > LEAST and (some := list(islice(left, size))):
-        size = AHEAD[1]
+        size = min(3 * size, most)
         new = [p.point for p in some if p.point not in built]
         if new:
             built.compile(new, Clock(clock.left / 2), say)
@@ -98,7 +100,7 @@ def _open(
     return Open(point, todo) if todo else None
 
 
-def measured(some: list[Open], built: Any, clock: Clock, options: Options, keep: Keep) -> int:
+def measured(some: list[Open], built: Built, clock: Clock, options: Options, keep: Keep) -> int:
     """Measure these, one after another; how many ended."""
     queue = iter(some)
     again: list[Open] = []
@@ -117,7 +119,7 @@ def measured(some: list[Open], built: Any, clock: Clock, options: Options, keep:
             if current is None:
                 return None
             for unit in list(current.todo):
-                if reason := points.left_out(current.point, unit):
+                if reason := _left_out(current.point, unit, built.suspects):
                     _row(current, unit, {"error": reason}, keep)
             if current.todo:
                 return current.task(options, current.point in built)
@@ -128,9 +130,9 @@ def measured(some: list[Open], built: Any, clock: Clock, options: Options, keep:
     ):
         assert current is not None
         if event.kind == "told":
-            _told(current, event.message, keep)
+            _told(current, event.message, built.suspects, keep)
             continue
-        _settled(current, event, keep)
+        _settled(current, event, built.suspects, keep)
         if current.todo and event.kind != "stopped":
             again.append(current)
             continue
@@ -141,7 +143,11 @@ def measured(some: list[Open], built: Any, clock: Clock, options: Options, keep:
     return ended
 
 
-def _told(current: Open, message: Any, keep: Keep) -> None:
+def _left_out(point: Point, unit: Unit, suspects: Suspects) -> str:
+    return points.left_out(point, unit) or (suspects.reason(point, unit.form) if unit.form else "")
+
+
+def _told(current: Open, message: Any, suspects: Suspects, keep: Keep) -> None:
     what, unit, fields = message
     if what == "provisional":
         current.provisional[unit] = fields
@@ -149,6 +155,9 @@ def _told(current: Open, message: Any, keep: Keep) -> None:
         current.notes[unit.form] = fields["error"]
     else:
         _row(current, unit, fields, keep)
+        error = fields.get("error", "")
+        if unit.form and error and not error.startswith("left out"):
+            suspects.blame(current.point, unit.form, error)
 
 
 def _row(current: Open, unit: Unit, fields: dict[str, Any], keep: Keep) -> None:
@@ -160,11 +169,14 @@ def _row(current: Open, unit: Unit, fields: dict[str, Any], keep: Keep) -> None:
     keep(current.point, unit, fields)
 
 
-def _settled(current: Open, event: Event, keep: Keep) -> None:
+def _settled(current: Open, event: Event, suspects: Suspects, keep: Keep) -> None:
     """Rows for what ended a child. Each attempt leaves fewer units, so that a point ends."""
     if event.kind in ("lost", "failed"):
         reason = f"{event.text} ({event.doing or 'at its start'})"
-        for unit in current.blamed(event.doing):
+        blamed = current.blamed(event.doing)
+        for form in {unit.form for unit in blamed if unit.form}:
+            suspects.blame(current.point, form, reason)
+        for unit in blamed:
             _row(current, unit, {"error": reason}, keep)
     elif event.kind == "done" and len(current.todo) == current.before:
         for unit in list(current.todo):
