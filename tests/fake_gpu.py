@@ -18,6 +18,7 @@ import ctypes
 import json
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,8 +53,14 @@ barrier.meet = lambda programs, meetings: _meet(programs, meetings).fill_(1)  # 
 smoke.SIZES = {"walk": (32,), "grid-resident": (256,), "grid": (200,), "step": (200,)}
 
 
+#: The process of a run that others are forked from must not touch the device.
+_parent = os.getpid() if sys.argv[0].endswith("bench/gpu/__main__.py") else None
+
+
 def alive():
-    """As every call of a process whose device failed."""
+    """As every call: none of the parent, nor of a process whose device failed."""
+    if os.getpid() == _parent and "--exercise" not in sys.argv:
+        raise AssertionError("the parent touched the device")
     if _broken:
         raise RuntimeError(STICKY)
 
@@ -148,16 +155,23 @@ def _nothing(*args):
 
 
 cuda = torch.cuda
-cuda.is_available = lambda: True
+
+
+def _says(value):
+    def answer(*arguments):
+        alive()
+        return value
+
+    return answer
+
+
+cuda.is_available, cuda.device_count = _says(True), _says(1)
 cuda.is_initialized = lambda: True
-cuda.device_count = lambda: 1
-cuda.current_device = lambda: 0
-cuda.get_device_name = lambda *device: NAME
-cuda.get_device_capability = lambda *device: (9, 0)
-cuda.mem_get_info = lambda *device: (80 * 2**30, 80 * 2**30)
-cuda.memory_allocated = lambda *device: 0
-cuda.empty_cache = alive
-cuda.synchronize = lambda *device: alive()
+cuda.current_device, cuda.get_device_name = _says(0), _says(NAME)
+cuda.get_device_capability = _says((9, 0))
+cuda.mem_get_info = _says((80 * 2**30, 80 * 2**30))
+cuda.memory_allocated = _says(0)
+cuda.empty_cache = cuda.synchronize = _says(None)
 cuda.current_stream = lambda *device: Stream()
 cuda.is_current_stream_capturing = lambda: _recording
 cuda.Event, cuda.Stream, cuda.CUDAGraph = Event, Stream, Graph

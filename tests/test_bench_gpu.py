@@ -21,7 +21,19 @@ from bench.workloads import by_name, matching
 
 pytest.importorskip("triton")
 
-from bench.gpu import budget, build, crew, forms, junit, numbers, points, results, summary, testing
+from bench.gpu import (
+    budget,
+    build,
+    crew,
+    forms,
+    junit,
+    numbers,
+    points,
+    results,
+    sanitize,
+    summary,
+    testing,
+)
 from bench.gpu.__main__ import DEFAULT_STAGES, main
 from bench.gpu.budget import Clock
 from bench.gpu.junit import Case
@@ -81,6 +93,7 @@ def test_the_order_of_the_points():
     assert len(found) - len(listed) == 2 * 3240
     sample = {(p.workload.name, p.type) for p in found[len(listed) : len(listed) + 160]}
     assert len(sample) == 80 and len({name[:9] for name, _ in sample}) > 2
+    assert {p.workload for p in points.points("headline")} == set(matching(points.HEADLINE))
     some = list(points.points("rl-* tiny-layer"))
     assert len(some) == 4 * 4 * 2, "patterns leave the grid out"
 
@@ -451,6 +464,7 @@ def test_red_and_lost_tests_stop_no_other(troubled, tmp_path, monkeypatch):
     assert found["good"] == "yes" and found["walk"] == found["killed"] == "no"
 
 
+@pytest.mark.full
 def test_without_xdist_one_after_another(troubled, tmp_path, monkeypatch):
     """What is known already is not run; what too many lost tests launched is launched no more."""
     monkeypatch.setattr(testing, "find_spec", lambda name: None if name == "xdist" else True)
@@ -467,6 +481,7 @@ def test_without_xdist_one_after_another(troubled, tmp_path, monkeypatch):
     assert sum("go on in another" in line for line in said) == 2
 
 
+@pytest.mark.full
 def test_the_time_ends_for_tests(troubled, tmp_path):
     options = replace(troubled, limit=60)
     cases, left, _, _ = run_tests(options, tmp_path, seconds=4)
@@ -512,7 +527,7 @@ def test_a_rehearsal(tmp_path):
         "lstm backward step float16": "lost",
         "lstm forward grid-resident tf32": "wrong",
     }
-    arguments = ("--stages", "bench", "--workloads", "fake-wide", "--hang", "4")
+    arguments = ("--stages", "bench", "--workloads", "fake-wide", "--hang", "3")
     done, text = rehearse(tmp_path, *arguments, "--minutes", "1.3", faults=faults)
     assert done.returncode == 1, text
     rows = {tuple(r[k] for k in results.KEYS[1:]): r for r in read(tmp_path / "gpu.csv")}
@@ -544,6 +559,77 @@ def test_a_rehearsal(tmp_path):
     said = [line for line in speeds if "x |" in line]
     assert len(said) == 1 and "| bfloat16 | forward | step |" in said[0]
     assert "hang: no sign" in page and "sys.path" not in page
+
+
+def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
+    """A tool in its place, which answers by what it is asked for."""
+    said = []
+    log = tmp_path / "sanitize.log"
+    fake = tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(sanitize, "tool", lambda name: None)
+    passed, text = sanitize.run(Clock(20), log, None, said.append)
+    assert passed and text == "left out: no compute-sanitizer on this machine"
+    monkeypatch.setattr(sanitize, "tool", lambda name: str(fake))
+
+    def answers(script):
+        fake.write_text("#!/bin/sh\necho checked $*\n" + script)
+        fake.chmod(0o755)
+        return sanitize.run(Clock(3), log, "tests.fake_gpu", said.append)
+
+    passed, text = answers("exit 3")
+    assert passed and "a probe ended with status 3" in text
+    passed, text = answers('case "$*" in *racecheck*step*|*racecheck*walk*) exit 9;; esac')
+    assert not passed and text == "7 clean; found something: racecheck walk"
+    assert "sanitize: racecheck walk: FOUND something" in said
+    assert "--exercise grid-resident --preload tests.fake_gpu" in log.read_text()
+    passed, text = answers('case "$*" in *initcheck*) sleep 60;; *synccheck*) exit 5;; esac')
+    assert passed and "6 clean; without a verdict: synccheck grid-resident, initcheck walk" in text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("jit", ["", "1"], ids=["recorded", "compiled"])
+def test_a_rehearsal_of_everything(tmp_path, jit):
+    """The core of the GPU's own tests, with faults; then with Triton's own compiler, none."""
+    faults = {
+        "gru forward walk bfloat16": "held",
+        "lstm forward step float16": "sticky",
+        "rnn_tanh backward grid tf32": "lost",
+        "rnn_tanh forward walk float32": "wrong",
+    }
+    tool = tmp_path / "bin/compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\nwhile [ "${1##*/}" != "${PY##*/}" ]; do shift; done\nexec "$@"\n')
+    tool.chmod(0o755)
+    path = os.pathsep.join([str(tool.parent), os.environ["PATH"]])
+    caches = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = ["--stages", "smoke core bench sanitize", "--workloads", "fake-wide tiny-layer"]
+    arguments += ["--minutes", "14", "--hang", "20", "--test-limit", "40"]
+    done, text = rehearse(
+        tmp_path,
+        *arguments,
+        faults={} if jit else faults,
+        timeout=900,
+        PATH=path,
+        PY=sys.executable,
+        FAKE_GPU_JIT=jit,
+        **caches,
+    )
+    assert done.returncode == int(not jit), text
+    cases = {c.nodeid.partition("[")[2][:-1]: c for c in junit.read(tmp_path / "tests.xml")[0]}
+    assert len(cases) == 45, text
+    red = {name for name, case in cases.items() if case.red}
+    expected = {"GRU-walk-64-bfloat16", "LSTM-step-200-float16", "RNN-walk-32-ieee"}
+    expected |= {"RNN-grid-200-tf32"}
+    assert red == (set() if jit else expected), text
+    rows = read(tmp_path / "gpu.csv")
+    assert {r["tested"] for r in rows if r["contender"] == "triton"} >= {"yes"}
+    bad = {(r["cell"], r["form"], r["type"]) for r in rows if r["tested"] == "no"}
+    bad_rows = {("gru", "walk", "bfloat16"), ("lstm", "step", "float16")}
+    assert bad == (set() if jit else bad_rows)
+    assert "sanitize: 8 clean" in text or not jit
+    smoke = read(tmp_path / "smoke.csv")
+    assert {r["form"] for r in smoke} == {"", *forms.FORMS}
+    assert sum(r["name"].startswith("barrier-") for r in smoke) == 8
 
 
 def test_make_gpu_says_that_there_is_none():

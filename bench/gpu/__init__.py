@@ -26,3 +26,8 @@ and the stages: ``machine`` (asked first, always), ``smoke``, ``build``, ``testi
 
 The parent process never touches the device: whatever does runs in a child that it can lose.
 """
+
+import time
+
+#: A run's minutes count from here: what torch's import takes is among them.
+STARTED = time.monotonic()

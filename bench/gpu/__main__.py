@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 from ..version import state
 from . import (
+    STARTED,
     budget,
     build,
     crew,
@@ -52,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--minutes", type=float, default=DEFAULT_MINUTES, help="for all of it; default 15"
     )
-    found.add_argument("--workloads", help="patterns of names, such as 'rl-* long-*'; no grid then")
+    found.add_argument(
+        "--workloads", help="patterns of names, such as 'rl-* long-*', or headline; no grid then"
+    )
     found.add_argument("--out", type=Path, help="where the files go: $OUT, else out/gpu")
     found.add_argument(
         "--keep", type=Path, default=results.DEFAULT, help="copies for the next run: out/gpu"
@@ -76,7 +80,8 @@ class Session:
 
     def __init__(self, given: argparse.Namespace, folder: Path) -> None:
         self.given = given
-        self.clock = Clock(60 * given.minutes - budget.RESERVE)
+        spent = time.monotonic() - STARTED
+        self.clock = Clock(60 * given.minutes - budget.RESERVE - spent)
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
         self.folder = folder
@@ -92,6 +97,7 @@ class Session:
             self.say(f"make gpu: {told['missing']}")
             return 1
         importlib.import_module("torch._dynamo")  # a child's first call would import it otherwise
+        gc.freeze()  # children collect what is theirs alone
         columns = told["columns"] | {"commit": self.given.commit or state()}
         self.results = results.Results(self.folder, columns, self.given.keep, self.given.again)
         self.results.begin()
@@ -239,12 +245,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.processes < 1:
         asked.error(f"--processes: expected 1 or more, got {given.processes}")
     try:
-        list(points.matching(given.workloads))
+        list(points.points(given.workloads))
     except ValueError as error:
         asked.error(f"--workloads: {error}")
     if given.exercise:
         sanitize.exercise(given.exercise)
         return 0
+    # torch then asks for devices without touching them, so that this process can be forked
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     folder = given.out or Path(os.environ.get("OUT") or results.DEFAULT)
     return Session(given, folder).run(stages)
 

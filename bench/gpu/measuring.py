@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -45,7 +46,9 @@ WITH_TRUTH = 6
 def measure(task: Task) -> Iterator[Message]:
     """Rows for the units of a point. It leaves its process after an error, which may be broken."""
     with forms.precision(task.point.type), forms.short_patience():
+        gc.disable()  # while times are taken
         yield from _Measured(task).rows()
+    gc.collect()
     torch.cuda.empty_cache()  # the next point may want it in other pieces
 
 
@@ -159,8 +162,11 @@ class _Measured:
             return outputs(workload, self.training, module, x)
         except RuntimeError:
             torch.cuda.synchronize()
-            with torch.backends.cudnn.flags(enabled=False):
+            torch.backends.cudnn.enabled = False
+            try:
                 return outputs(workload, self.training, module, x)
+            finally:
+                torch.backends.cudnn.enabled = True
 
     def timed(self, calls: dict[Unit, timing.Call]) -> Iterator[Message]:
         """All of one way to call."""

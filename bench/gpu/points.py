@@ -115,9 +115,11 @@ def tiers(workloads: list[Workload]) -> list[list[Workload]]:
 def points(patterns: str | None) -> Iterator[Point]:
     """In the order of what is learnt from them; without patterns the grid comes after the list.
 
+    patterns: of names; 'headline' stands for those that are measured first.
     A workload runs in every type, so those of another type than float32 are left out.
     """
-    *early, last = tiers([w for w in matching(patterns) if w.dtype is torch.float32])
+    named = HEADLINE if patterns == "headline" else patterns
+    *early, last = tiers([w for w in matching(named) if w.dtype is torch.float32])
     for tier in early:
         for workload in tier:
             for kind in FIRST_TYPES:

@@ -26,7 +26,7 @@ AHEAD = (12, 108)
 #: A point is not begun with less time than this.
 LEAST = 4.0
 #: What a point may take in all.
-MOST = 90.0
+MOST = 60.0
 
 
 @dataclass
