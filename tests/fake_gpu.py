@@ -23,6 +23,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from multiprocessing import parent_process
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -54,7 +55,8 @@ smoke.SIZES = {"walk": (32,), "grid-resident": (256,), "grid": (200,), "step": (
 
 
 #: The process of a run that others are forked from must not touch the device.
-_parent = os.getpid() if sys.argv[0].endswith("bench/gpu/__main__.py") else None
+_main = sys.argv[0].endswith("bench/gpu/__main__.py") and parent_process() is None
+_parent = os.getpid() if _main else None
 
 
 def alive():

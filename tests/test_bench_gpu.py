@@ -604,6 +604,7 @@ def test_a_rehearsal_of_everything(tmp_path, jit):
     caches = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     arguments = ["--stages", "smoke core bench sanitize", "--workloads", "fake-wide tiny-layer"]
     arguments += ["--minutes", "14", "--hang", "20", "--test-limit", "40"]
+    arguments += ["--start", "spawn"] if jit else []
     done, text = rehearse(
         tmp_path,
         *arguments,

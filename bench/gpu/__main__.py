@@ -70,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=float, default=0.12, help="of samples, a contender")
     found.add_argument("--test-limit", type=float, default=60.0, help="seconds a test")
     found.add_argument("--tests", default=testing.FILES, help="files of tests")
+    found.add_argument(
+        "--start", choices=("fork", "spawn"), default="fork", help="how children start"
+    )
     found.add_argument("--preload", help="a module that every process imports first")
     found.add_argument("--exercise", choices=sanitize.SIZES, help=argparse.SUPPRESS)
     return found
@@ -91,13 +94,18 @@ class Session:
         with self.log.open("a") as sink:
             sink.write(text + "\n")
 
+    def ask(self) -> dict[str, Any]:
+        return machine.ask(str(self.log), min(60.0, self.clock.left / 2))
+
     def run(self, stages: Sequence[str]) -> int:
-        told = machine.ask(str(self.log), min(90.0, self.clock.left))
+        told = self.ask()
+        if "missing" not in told and crew.start == "fork":
+            importlib.import_module("torch._dynamo")  # else each child's first call imports it
+            gc.freeze()  # children collect what is theirs alone
+            told = self.ask()  # the import must not have touched the device
         if "missing" in told:
             self.say(f"make gpu: {told['missing']}")
             return 1
-        importlib.import_module("torch._dynamo")  # a child's first call would import it otherwise
-        gc.freeze()  # children collect what is theirs alone
         columns = told["columns"] | {"commit": self.given.commit or state()}
         self.results = results.Results(self.folder, columns, self.given.keep, self.given.again)
         self.results.begin()
@@ -236,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = asked.parse_args(argv)
     if given.preload:
         importlib.import_module(given.preload)
+    crew.start, crew.preload = given.start, given.preload
     stages = given.stages.replace(",", " ").split()
     for stage in stages:
         if stage not in budget.SHARES:

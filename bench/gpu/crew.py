@@ -1,14 +1,16 @@
 """Children that take tasks in turn, each watched: a task may hang, or end its child, and the next
 goes on in a new one.
 
-A child is forked from this process, which never touches the device, so that it starts in
-milliseconds and with all modules loaded. It says what it is about to do and how long that may stay
-silent (:func:`doing`); one that stays silent longer is killed.
+A child is forked from this process, which never touches the device: so it starts in milliseconds,
+with all modules loaded. (Where :data:`start` says "spawn" it is a new process and loads them.) It
+says what it is about to do and how long that may stay silent (:func:`doing`); one that stays silent
+longer is killed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -21,6 +23,10 @@ from typing import Any, NamedTuple
 
 from .budget import Clock
 
+#: How children start.
+start = "fork"
+#: A module that one which was not forked imports first.
+preload: str | None = None
 #: How long a killed child is waited for. One whose driver does not let it go is left behind.
 DEATH = 5.0
 
@@ -78,11 +84,11 @@ def end_with_parent() -> None:
 
 class _Child:
     def __init__(self, work: Callable[[Any], Iterator[Any]], log: str | None) -> None:
-        context = multiprocessing.get_context("fork")
+        context: Any = multiprocessing.get_context(start)
         self.progress: Any = context.RawValue(_Progress)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(work, theirs, self.progress, log), daemon=True
+            target=_serve, args=(work, theirs, self.progress, log, preload), daemon=True
         )
         with warnings.catch_warnings():
             # NumPy's BLAS keeps threads; they are idle, and it knows of forks.
@@ -230,10 +236,13 @@ def _serve(
     connection: Connection,
     progress: Any,
     log: str | None,
+    first: str | None,
 ) -> None:
     """The child's side."""
     global _progress
     _progress = progress
+    if first is not None:
+        importlib.import_module(first)
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

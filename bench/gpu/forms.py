@@ -113,7 +113,7 @@ Listener = Callable[[Launch, bool], None]
 @contextmanager
 def heard(listener: Listener) -> Iterator[None]:
     """Each launch is told to the listener before it is made: (launch, False). (launch, True) says
-    that it was refused after all."""
+    that the driver refused so many programs after all; any other error is what it did."""
     launch = backend._Task.launch
 
     def told(task: Any, kind: str, grid: tuple[int, int, int], *rest: Any, **values: Any) -> None:
@@ -121,8 +121,9 @@ def heard(listener: Listener) -> Iterator[None]:
         listener(described, False)
         try:
             launch(task, kind, grid, *rest, **values)
-        except RuntimeError:
-            listener(described, True)
+        except RuntimeError as error:
+            if "cooperative" in str(error):
+                listener(described, True)
             raise
 
     backend._Task.launch = told  # type: ignore[method-assign]

@@ -55,14 +55,29 @@ def probe(task: Any) -> Iterator[dict[str, Any]]:
 
 
 def ask(log: str, limit: float) -> dict[str, Any]:
-    """What :func:`probe` found; 'missing' says why there is nothing to run."""
+    """What :func:`probe` found; 'missing' says why there is nothing to run.
+
+    Where a forked child gets no answer, as when a library has touched the device in this process,
+    children are started anew from here on.
+    """
+    found = _asked(log, limit)
+    if "missing" in found and found["missing"].startswith(SILENT) and crew.start == "fork":
+        crew.start = "spawn"
+        found = _asked(log, limit)
+    return found
+
+
+SILENT = "the device did not answer"
+
+
+def _asked(log: str, limit: float) -> dict[str, Any]:
     tasks = iter(["probe"])
-    found = {"missing": "the device did not answer"}
+    found: dict[str, Any] = {"missing": SILENT}
     for event in crew.crew(lambda: next(tasks, None), probe, Clock(limit), silence=limit, log=log):
         if event.kind == "told":
             found = event.message
         elif event.kind != "done":
-            found = {"missing": f"the device did not answer: {event.text}"}
+            found = {"missing": f"{SILENT}: {event.text}"}
     return found
 
 

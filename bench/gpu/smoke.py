@@ -3,7 +3,8 @@ fast it is beside cuDNN, and what a meeting of programs costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..workloads import Workload
@@ -66,10 +67,7 @@ def _meetings(
 ) -> None:
     """A row for each number of programs; its H is that number."""
     waiting = iter(barrier.counts(kinds))
-
-    def work(programs: int) -> Iterator[float]:
-        return barrier.microseconds(programs, 4 * options.silence)
-
+    work = partial(barrier.microseconds, silence=4 * options.silence)
     for event in crew(lambda: next(waiting, None), work, clock, log=options.log):
         programs = event.task
         meeting = Workload(
