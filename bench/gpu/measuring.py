@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,7 +114,17 @@ class _Measured:
     def checked(self, form: str, ours: torch.nn.Module) -> Iterator[Message]:
         """Its first call, and its numbers."""
         unit = Unit("triton", form, "")
-        units = [u for u in self.todo if u.form == form]
+        try:
+            bad, far = self.judged(unit, ours)
+        except Exception as error:
+            bad, far = as_line(error), ""
+        if bad:
+            yield from self.given_up([u for u in self.todo if u.form == form], bad)
+        if far:
+            yield "numbers", unit, {"error": far}
+
+    def judged(self, unit: Unit, ours: torch.nn.Module) -> tuple[str, str]:
+        """Why no time is taken, and what is to be said beside one; '' for nothing."""
         launched: set[str] = set()
 
         def listener(launch: forms.Launch, refused: bool) -> None:
@@ -124,24 +134,16 @@ class _Measured:
 
         # what is not compiled yet is compiled now: a launch is a sign
         self.say(unit, "first call", (1 if self.task.built else 4) * self.task.silence)
-        try:
-            with forms.as_form(form), forms.heard(listener):
-                found = outputs(self.workload, self.training, ours, self.x)
-            self.say(unit, "first call's end")  # launches come back before they end
-            torch.cuda.synchronize()
-            if form not in launched or (form.startswith("grid") and "step" in launched):
-                text = f"{' and '.join(sorted(launched))} ran in its place"
-                yield from self.given_up(units, text)
-            self.say(unit, "numbers", 4 * self.task.silence)
-            theirs, truth = self.expected()
-            text = numbers.wrong(found, truth or theirs)
-            far = numbers.too_far(found, theirs, truth) if truth and not text else ""
-        except Exception as error:
-            yield from self.given_up(units, as_line(error))
-        if text:
-            yield from self.given_up(units, text)
-        if far:
-            yield "numbers", unit, {"error": far}
+        with self.form_of(unit), forms.heard(listener):
+            found = outputs(self.workload, self.training, ours, self.x)
+        self.say(unit, "first call's end")  # launches come back before they end
+        torch.cuda.synchronize()
+        if launched != {unit.form}:
+            return f"{' and '.join(sorted(launched))} ran in its place", ""
+        self.say(unit, "numbers", 4 * self.task.silence)
+        theirs, truth = self.expected()
+        bad = numbers.wrong(found, truth or theirs)
+        return bad, "" if bad or truth is None else numbers.too_far(found, theirs, truth)
 
     def expected(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """Theirs, and in float64 by torch.nn where there is memory for it."""
@@ -173,31 +175,21 @@ class _Measured:
         if not calls:
             return
         at: list[Unit] = []
-
-        def before(unit: Unit) -> None:
-            at[:] = [unit]
-            self.say(unit, "samples", 2 * self.task.silence)
-
         try:
-            # the form is read when a layer is called: a replay has it in it
-            bound = {
-                u: call if u.how == "graph" else self.bound(u, call) for u, call in calls.items()
-            }
-            samples = timing.in_turn(bound, self.task.seconds, before)
+            with ExitStack() as form:
+
+                def before(unit: Unit) -> None:
+                    """A layer reads its form when it is called; a replay has it in it."""
+                    self.say(unit, "samples", 2 * self.task.silence)
+                    at[:] = [unit]
+                    form.close()
+                    form.enter_context(self.form_of(unit))
+
+                samples = timing.in_turn(calls, self.task.seconds, before)
         except Exception as error:
             yield from self.given_up(at, as_line(error))
         for unit, times in samples.items():
             yield "row", unit, timing.figures(times)
-
-    def bound(self, unit: Unit, call: timing.Call) -> timing.Call:
-        if not unit.form:
-            return call
-
-        def run() -> Any:
-            with forms.as_form(unit.form):
-                return call()
-
-        return run
 
 
 def caller(workload: Any, training: bool, module: torch.nn.Module, x: Any) -> Callable[[], Any]:

@@ -151,12 +151,15 @@ def _replace(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """Its rows; none where there is no such file, or one of other columns."""
+    """Its whole rows; none where there is no such file, or one of other columns."""
     if not file.exists():
         return []
     with file.open(newline="") as given:
-        rows = [row for row in csv.DictReader(given) if set(FIELDS) <= row.keys()]
-    return [{k: row[k] or "" for k in FIELDS} for row in rows]
+        rows = list(csv.DictReader(given))
+    # of one whose writer was killed the last may be half
+    return [
+        {k: row[k] for k in FIELDS} for row in rows if all(row.get(k) is not None for k in FIELDS)
+    ]
 
 
 def _merged(sources: list[Path], name: str, wanted: Any) -> list[dict[str, Any]]:
