@@ -36,6 +36,8 @@ from .suspects import Suspects
 
 DEFAULT_STAGES = "smoke build core test bench sanitize"
 DEFAULT_MINUTES = 15.0
+#: What a check of the sanitizer may take: so many times what a hang is.
+CHECK = 8
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,7 +195,9 @@ class Session:
 
     def sanitize(self, clock: Clock) -> tuple[bool | None, str]:
         log = self.folder / "sanitize.log"
-        passed, text = sanitize.run(clock, log, self.given.preload, self.say)
+        passed, text = sanitize.run(
+            clock, log, CHECK * self.given.hang, self.given.preload, self.say
+        )
         if not passed:
             self.page.failures.append(f"sanitize: {text}; sanitize.log has the reports")
         return None if text.startswith("left out") else passed, text

@@ -67,20 +67,20 @@ def command(sanitizer: str, check: Check, preload: str | None) -> list[str]:
 
 
 def run(
-    clock: Clock, log: Path, preload: str | None, say: Callable[[str], None]
+    clock: Clock, log: Path, limit: float, preload: str | None, say: Callable[[str], None]
 ) -> tuple[bool, str]:
-    """Whether nothing was found, and what to say of it."""
+    """Whether nothing was found, and what to say of it. limit: seconds for each check."""
     sanitizer = tool("compute-sanitizer")
     if sanitizer is None:
         return True, "left out: no compute-sanitizer on this machine"
-    probe = "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"
+    probe = f"import {preload or 'torch'}, torch; torch.zeros(1, device='cuda').add_(1).cpu()"
     given = [sanitizer, "--error-exitcode", str(FOUND), sys.executable, "-c", probe]
     works = _all([("probe", given)], Clock(min(clock.left / 3, 60)), log)["probe"]
     if works != 0:
         reason = "did not end" if works is None else f"ended with status {works}"
         return True, f"left out: compute-sanitizer does not work here; a probe {reason}"
     commands = [(" ".join(check), command(sanitizer, check, preload)) for check in CHECKS]
-    codes = _all(commands, clock, log)
+    codes = _all(commands, Clock(min(clock.left, limit)), log)
     for name, code in codes.items():
         say(f"sanitize: {name}: {_said(code)}")
     bad = [name for name, code in codes.items() if code == FOUND]
