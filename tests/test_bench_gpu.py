@@ -413,8 +413,8 @@ def test_what_a_child_told_stays_when_it_is_lost(monkeypatch):
 
 # Tests that are lost
 
-TROUBLE = '''
-import ctypes, os, signal, time
+HEAD = '''
+import ctypes, os, signal
 import pytest
 
 pytestmark = pytest.mark.gpu
@@ -438,7 +438,8 @@ def test_good(k):
 @pytest.mark.core
 def test_core():
     pass
-
+'''
+LOST = """
 
 def test_hang():
     ctypes.CDLL(None).sleep(60)
@@ -448,28 +449,24 @@ def test_held():
     ctypes.PyDLL(None).sleep(60)
 
 
+def test_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+FAILED = """
+
 def test_sticky():
     os.environ["BROKEN"] = "yes"
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
-@pytest.mark.parametrize("k", range(4))
-def test_later(k):
-    pass
 
 
 def test_red():
     assert 1 + 1 == 3
 
 
-def test_killed():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.skip(reason="not here")
 def test_skipped():
     pass
-'''
+"""
 FATES = {
     "core": "passed",
     "hang": "lost",
@@ -479,13 +476,13 @@ FATES = {
     "killed": "lost",
     "skipped": "skipped",
 }
-FATES |= {f"good[{k}]": "passed" for k in range(6)} | {f"later[{k}]": "passed" for k in range(4)}
+FATES |= {f"good[{k}]": "passed" for k in range(6)}
 
 
 @pytest.fixture
 def troubled(tmp_path):
     file = tmp_path / "test_trouble.py"
-    file.write_text(TROUBLE)
+    file.write_text(HEAD + LOST + FAILED)
     return testing.Options("gpu", (str(file),), processes=2, limit=1.0)
 
 
@@ -514,6 +511,16 @@ def test_red_and_lost_tests_stop_no_other(troubled, tmp_path, monkeypatch):
     assert found["good"] == "yes" and found["walk"] == found["killed"] == "no"
 
 
+def test_a_process_that_met_a_cuda_error_runs_no_other_test(troubled, tmp_path):
+    pytest.importorskip("xdist")
+    Path(troubled.files[0]).write_text(HEAD + FAILED)
+    cases, left, _, _ = run_tests(replace(troubled, processes=1), tmp_path)
+    assert {name: case.outcome for name, case in cases.items()} == {
+        name: fate for name, fate in FATES.items() if fate != "lost"
+    }
+    assert "assert (1 + 1) == 3" in cases["red"].text and not left
+
+
 @pytest.mark.full
 def test_without_xdist_one_after_another(troubled, tmp_path, monkeypatch):
     """What is known already is not run; what too many lost tests launched is launched no more."""
@@ -526,7 +533,7 @@ def test_without_xdist_one_after_another(troubled, tmp_path, monkeypatch):
     assert not left and "pytest-xdist is missing" in said[0]
     assert cases.keys() == FATES.keys() - {"core"}
     assert cases["hang"].outcome == cases["held"].outcome == "lost"
-    late = cases["red"], cases["killed"]
+    late = cases["red"], cases["sticky"], cases["killed"]
     assert all("not launched: walk" in case.text for case in late)
     assert sum("go on in another" in line for line in said) == 2
 
