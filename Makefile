@@ -10,7 +10,7 @@
 #   make test ARGS="-k gru"
 #   make bench WORKLOADS="small* ptb-medium" THREADS=1 ROUNDS=20 SECONDS=4 BACKENDS="numba eager"
 #   make bench PEERS="onnxruntime openvino jax"
-#   make gpu STAGES="test bench" BUDGET=480 WORKLOADS="rl-* long-*" PYTHON=/path/to/python3
+#   make gpu STAGES="smoke test" MINUTES=8 WORKLOADS="rl-* long-*" OUT=out/gpu PYTHON=/path/to/python3
 #   make table RESULTS=bench/results/<machine>/<file>.json
 
 PYTHON ?= python3
@@ -30,8 +30,8 @@ help:
 	@echo "make integration  Captum, Opacus and Lightning with fastseq's layers; installs them"
 	@echo "make bench     the benchmarks; WORKLOADS, THREADS, ROUNDS, SECONDS, BACKENDS narrow them;"
 	@echo "               PEERS=all, or names, installs other libraries and times them beside"
-	@echo "make gpu       on a GPU, with no network: builds, tests, checks memory, measures; STAGES, BUDGET"
-	@echo "               (seconds a stage) and WORKLOADS narrow it"
+	@echo "make gpu       on a GPU, with no network: smoke, build, core, test, bench, sanitize; STAGES,"
+	@echo "               MINUTES (for all of it) and WORKLOADS narrow it, OUT takes its files"
 	@echo "make table     write the tables and the picture of the README and the docs from the results"
 	@echo "make capabilities  ask torch.nn and fastseq what works, and write docs/capabilities.md"
 	@echo "make build     the C++ kernels, which every target builds where they are old"
@@ -73,8 +73,8 @@ bench: setup
 
 # With the Python that is there, which has torch and Triton: a machine with a GPU may have no network.
 gpu:
-	@$(PYTHON) -m bench.gpu $(if $(STAGES),--stages "$(STAGES)") $(if $(BUDGET),--budget $(BUDGET)) \
-	  $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(ARGS)
+	@$(PYTHON) -m bench.gpu $(if $(STAGES),--stages "$(STAGES)") $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(WORKLOADS),--workloads "$(WORKLOADS)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 table: setup
 	@$(RUN) -m bench.table --write $(RESULTS)

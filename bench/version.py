@@ -1,11 +1,23 @@
 """Which state of the code was measured."""
 
+import hashlib
+import os
 import subprocess
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+#: Where a copy of the tree that has no .git says which commit it is.
+FILE = ROOT / "out/commit"
+
 
 def commit() -> str:
-    """The short commit, with '-dirty' where files differ from it; 'unversioned' without git."""
+    """The short commit, with '-dirty' where files differ from it; 'unversioned' without git.
+
+    Where there is no git, the variable FASTSEQ_COMMIT names it, or the file out/commit.
+    """
+    given = os.environ.get("FASTSEQ_COMMIT", "").strip()
+    if given:
+        return given
     try:
         name = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"],
@@ -15,5 +27,31 @@ def commit() -> str:
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unversioned"
+        name = ""
+    if not name and FILE.exists():
+        name = FILE.read_text().strip()
     return name or "unversioned"
+
+
+def state() -> str:
+    """The commit; where it does not say which code ran, a digest of the package beside it."""
+    name = commit()
+    if not name.endswith("-dirty") and name != "unversioned":
+        return name
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "fastseq").rglob("*.py")):
+        digest.update(file.read_bytes())
+    return f"{name}.{digest.hexdigest()[:7]}"
+
+
+def same_code(name: str, now: str) -> bool:
+    """Whether the package of commit ``name`` is the present one, as far as git can tell."""
+    if name == now:
+        return True
+    if not name or "-dirty" in name + now or "unversioned" in name + now:
+        return False
+    command = ["git", "diff", "--quiet", name, now, "--", "fastseq"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    except OSError:
+        return False

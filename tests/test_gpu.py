@@ -4,6 +4,7 @@ shows. `make gpu` runs these; without a CUDA device they are skipped."""
 import gc
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -104,8 +105,8 @@ def gradients_of(outputs, leaves):
     return {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
-def _random():
-    return torch.Generator().manual_seed(1)
+def _random(seed=1):
+    return torch.Generator().manual_seed(seed)
 
 
 def check(case, what, **options):
@@ -119,6 +120,62 @@ def check(case, what, **options):
     ours = here.run("triton", **options)
     ours |= gradients_of(ours, here.leaves())
     check_all({n: v.cpu() for n, v in ours.items()}, theirs, exact, case.x.dtype, what)
+
+
+class Layers(NamedTuple):
+    """One layer by triton, by cuDNN, and by torch in float64 on the CPU."""
+
+    ours: torch.nn.Module
+    theirs: torch.nn.Module
+    truth: torch.nn.Module
+
+
+def layers(kind, sizes, mode, **options):
+    """mode: a type of 16 bits, or how float32's products are made."""
+    given = {"device": "cuda", "dtype": DTYPES.get(mode, torch.float32), **options}
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, kind)(*sizes, **given)
+    ours = getattr(fastseq, kind)(*sizes, backend="triton", **given)
+    truth = getattr(torch.nn, kind)(*sizes, **options).double()
+    ours.load_state_dict(theirs.state_dict())
+    truth.load_state_dict(theirs.state_dict())
+    return Layers(ours, theirs, truth)
+
+
+def values(module, x):
+    """Name -> outputs and gradients, on the CPU."""
+    x = x.clone().requires_grad_()
+    y, state = module(x)
+    state = state if isinstance(state, tuple) else (state,)
+    found = {"y": y} | dict(zip(("h_n", "c_n"), state, strict=False))
+    found |= gradients_of(found, {"x": x} | dict(module.named_parameters()))
+    return {name: value.cpu() for name, value in found.items()}
+
+
+#: A size for each form and precision; of the products of float32 parts no grid holds its weights.
+CORE = [
+    (form, H, mode)
+    for mode in ("bfloat16", "float16", "tf32", "ieee")
+    for form, H in (("walk", 32 if mode == "ieee" else 64), *FORMS[1:])
+    if (mode, H) != ("ieee", 256)
+]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("form, H, mode", CORE)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_each_form_in_short(kind, form, H, mode):
+    """Numbers no further from float64 than twice cuDNN, the same bits again, and under a graph."""
+    T, B, I = 9, 20, 32  # noqa: E741
+    layer = layers(kind, (I, H), mode)
+    x = torch.randn(T, B, I, generator=_random()).to(layer.ours.weight_hh_l0.dtype)
+    with precision(mode if mode in ("tf32", "ieee") else "ieee"), as_form(form):
+        cudnn, mine = values(layer.theirs, x.cuda()), values(layer.ours, x.cuda())
+        exact = values(layer.truth, x.double())
+        check_all(mine, cudnn, exact, x.dtype, f"{kind} {form} {mode}")
+        again = values(layer.ours, x.cuda())
+        assert all(same_bits(mine[name], again[name]) for name in mine)
+        records(layer.ours, x.cuda(), training=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,29 +229,12 @@ SHAPES = [(64, 16, 40, 64), (33, 5, 20, 100), (20, 64, 128, 128), (16, 48, 100, 
 def test_against_cudnn(kind, shape, mode):
     """No further from float64 than twice cuDNN, in the same precision on both sides."""
     T, B, I, H = shape  # noqa: E741
-    dtype = DTYPES.get(mode, torch.float32)
-    torch.manual_seed(0)
-    theirs = getattr(torch.nn, kind)(I, H, 2, bidirectional=True, device="cuda", dtype=dtype)
-    truth = getattr(torch.nn, kind)(I, H, 2, bidirectional=True).double()
-    truth.load_state_dict(theirs.state_dict())
-    ours = getattr(fastseq, kind)(
-        I, H, 2, bidirectional=True, device="cuda", dtype=dtype, backend="triton"
-    )
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(T, B, I, generator=_random()).to(dtype)
-
-    def run(module, x):
-        x = x.clone().requires_grad_()
-        y, state = module(x)
-        state = state if isinstance(state, tuple) else (state,)
-        found = {"y": y} | dict(zip(("h_n", "c_n"), state, strict=False))
-        found |= gradients_of(found, {"x": x} | dict(module.named_parameters()))
-        return {name: value.cpu() for name, value in found.items()}
-
+    layer = layers(kind, (I, H, 2), mode, bidirectional=True)
+    x = torch.randn(T, B, I, generator=_random()).to(layer.ours.weight_hh_l0.dtype)
     with precision(mode if mode in ("tf32", "ieee") else "ieee"):
-        mine, cudnn = run(ours, x.cuda()), run(theirs, x.cuda())
-    exact = run(truth, x.double())
-    check_all(mine, cudnn, exact, dtype, f"{kind} {shape} {mode}")
+        mine, cudnn = values(layer.ours, x.cuda()), values(layer.theirs, x.cuda())
+    exact = values(layer.truth, x.double())
+    check_all(mine, cudnn, exact, x.dtype, f"{kind} {shape} {mode}")
 
 
 def flat(case, **options):
@@ -256,14 +296,15 @@ def test_a_busy_gpu_changes_nothing(form, H):
 @pytest.mark.parametrize("training", [False, True])
 @each_form
 def test_a_cuda_graph_records_it(form, H, training):
-    with as_form(form):
-        _records(H, training)
-
-
-def _records(H, training):
     options = {"device": "cuda", "dtype": torch.bfloat16}
     module = fastseq.GRU(32, H, 2, bidirectional=True, backend="triton", **options)
-    x = torch.randn(12, 5, 32, requires_grad=training, **options)
+    with as_form(form):
+        records(module, torch.randn(12, 5, 32, **options), training)
+
+
+def records(module, x, training):
+    """A graph of the call, replayed on other numbers, gives what the call gives."""
+    x.requires_grad_(training)
 
     def step():
         with torch.set_grad_enabled(training):
@@ -283,7 +324,7 @@ def _records(H, training):
         recorded = step()
     for seed in range(3):
         with torch.no_grad():
-            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+            x.copy_(torch.randn(x.shape, generator=_random(seed)))
         graph.replay()
         found = [t.clone() for t in recorded]
         assert all(same_bits(a, b) for a, b in zip(found, step(), strict=True))

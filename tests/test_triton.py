@@ -1,7 +1,6 @@
 """The triton backend where there is no GPU: under Triton's interpreter, in a process of its own,
 and what an ordinary process sees of it. test_triton_compile.py compiles its kernels."""
 
-import csv
 import itertools
 import os
 import subprocess
@@ -197,97 +196,6 @@ def test_a_grid_takes_sixteen_units_where_that_makes_its_weights_fit():
     assert tile(H=256, **tf32, **grid).block_h == 16 and tile(H=768, **tf32, **grid).block_h == 16
     assert tile("gru", H=256, **tf32, **grid).block_h == 32
     assert not tile(H=512, **grid).paired and not tile(H=128).paired and tile(H=16).paired
-
-
-def test_make_gpu_says_that_there_is_none():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = subprocess.run(
-        ["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "torch sees no CUDA device" in done.stdout
-
-
-def test_the_points_that_a_gpu_measures():
-    """cuDNN over the whole list; both over it, then a sample of the grid, then the rest, each
-    once."""
-    from bench.gpu import STAGES, TYPES, grid, points
-    from bench.workloads import matching
-
-    assert list(STAGES) == ["build", "test", "sanitize", "cudnn", "bench"]
-    listed = [(w, t) for w in matching(None) if w.dtype is torch.float32 for t in TYPES]
-    assert list(points("cudnn", None)) == listed
-    found = list(points("bench", None))
-    assert found[: len(listed)] == listed
-    assert len(grid()) * len(TYPES) == 3240 == len(found) - len(listed)
-    assert len({(w.name, kind) for w, kind in found}) == len(found)
-
-
-@pytest.fixture
-def measured_by_nobody(monkeypatch, tmp_path):
-    """bench.gpu's stages, where each point is measured in no time; what was asked for."""
-    from bench import gpu
-
-    asked = []
-
-    def measure(workload, way, stage, seconds):
-        asked.append((stage, workload.name, workload.dtype, way))
-        yield {"contender": "cudnn", "how": "graph", "ms": "1.0", "best_ms": "1.0", "samples": 5}
-        yield {"contender": "triton", "form": "grid", "how": "calls", "error": "none here"}
-
-    monkeypatch.setattr(gpu, "measure", measure)
-    monkeypatch.setattr(gpu, "_as_torch_nn", lambda: None)
-    monkeypatch.setattr(gpu, "folder", lambda: tmp_path / "kept")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    return gpu, asked
-
-
-def test_a_run_goes_on_where_one_stopped(measured_by_nobody, tmp_path, capsys):
-    pytest.importorskip("triton")
-    gpu, asked = measured_by_nobody
-    assert gpu.cudnn(gpu.Clock(-1), tmp_path, "tiny-*") and not asked
-    assert "the budget is spent" in capsys.readouterr().out
-    assert gpu.cudnn(gpu.Clock(60), tmp_path, "tiny-*")
-    first = len(asked)
-    with (tmp_path / "gpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert first and len(rows) == 2 * first and set(rows[0]) == set(gpu.FIELDS)
-    assert {row["error"] for row in rows} == {"", "none here"}
-    assert capsys.readouterr().out.count("\n") == len(rows)
-    gpu.cudnn(gpu.Clock(60), tmp_path, "tiny-*")
-    assert len(asked) == first  # nothing is measured twice, ..
-    gpu.bench(gpu.Clock(60), tmp_path, "tiny-*")
-    assert len(asked) == 2 * first  # .. but by another stage
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "gpu.csv").rename(tmp_path / "kept/gpu.csv")
-    gpu.bench(gpu.Clock(60), tmp_path, "tiny-*")
-    assert len(asked) == 2 * first  # kept with the device's results, it counts as well
-
-
-def test_no_speed_without_a_green_test(measured_by_nobody, monkeypatch, tmp_path):
-    pytest.importorskip("triton")
-    gpu, asked = measured_by_nobody
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(fastseq, "backends", lambda: {"triton": "available"})
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu, "test", lambda *arguments: False)
-    given = ["gpu", "--stages", "test cudnn bench", "--workloads", "tiny-*"]
-    monkeypatch.setattr(sys, "argv", given)
-    assert gpu.main() == 1
-    assert {stage for stage, *_ in asked} == {"cudnn"}  # which measures none of our code
-
-
-def test_processes_of_a_stage(tmp_path):
-    from bench.gpu import Clock, _run
-
-    python = [sys.executable, "-c"]
-    assert _run("stage", [[*python, "print(1)"]] * 3, Clock(60), tmp_path)
-    assert (tmp_path / "stage.log").read_text().split() == ["1", "1", "1"]
-    assert not _run("stage", [[*python, "print(1)"], [*python, "1/0"]], Clock(60), tmp_path)
-    sleeps = [*python, "import time; time.sleep(60)"]
-    assert not _run("stage", [sleeps], Clock(0), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,18 @@ def larger_as(form: Form) -> Iterator[None]:
         _larger = before
 
 
+@contextmanager
+def patience(looks: int) -> Iterator[None]:
+    """How often a program of a grid looks for the others before it gives up, in the whole process:
+    for tests and measurements."""
+    global _PATIENCE
+    before, _PATIENCE = _PATIENCE, looks
+    try:
+        yield
+    finally:
+        _PATIENCE = before
+
+
 @lru_cache(maxsize=64)
 def _flags(reverse: tuple[bool, ...], device: torch.device) -> Tensor:
     return torch.tensor(reverse, dtype=torch.int32, device=device)

@@ -1,0 +1,48 @@
+"""The rule by which a point's own numbers are judged before its times are believed.
+
+tests/rules.py has the same rule; a test holds the two to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Further off than this part of the largest number, a time says nothing.
+GROSS = 0.2
+
+
+def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(rms, max) of the difference."""
+    difference = value.double() - truth.double()
+    return float(difference.square().mean().sqrt()), float(difference.abs().max())
+
+
+def wrong(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str:
+    """What is grossly wrong with our numbers; '' where nothing is."""
+    for k, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if mine.numel() == 0:
+            continue
+        bad = int((~torch.isfinite(mine)).sum())
+        if bad:
+            return f"numbers: {bad} of {mine.numel()} in output {k} are not finite"
+        scale, off = float(other.abs().max()), errors(mine, other)[1]
+        if off > GROSS * scale + 1e-3:
+            return f"numbers: output {k} is off by {off:.2g}, where the largest is {scale:.2g}"
+    return ""
+
+
+def too_far(ours: Sequence[Tensor], theirs: Sequence[Tensor], truth: Sequence[Tensor]) -> str:
+    """How our numbers are further from the truth than the rule allows, given theirs in the same
+    type; '' where they are not."""
+    for k, (mine, other, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
+        if mine.numel() == 0:
+            continue
+        grain = 4 * torch.finfo(mine.dtype).eps * float(exact.abs().max())
+        found, allowed = errors(mine, exact), [2 * e + grain for e in errors(other, exact)]
+        for kind, got, limit in zip(("rms", "max"), found, allowed, strict=True):
+            if not got <= limit:
+                return f"numbers: output {k}, {kind} error {got:.2g} where {limit:.2g} is allowed"
+    return ""

@@ -1,0 +1,121 @@
+"""The stage ``sanitize``: small shapes of each form under compute-sanitizer's tools, side by side.
+
+A finding fails the stage. What does not end, or does not work here, is said and left out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from .budget import Clock
+from .machine import tool
+from .testing import ROOT, _apart, _end, environment
+
+#: How compute-sanitizer ends where it found something.
+FOUND = 9
+
+
+class Check(NamedTuple):
+    """tool: of compute-sanitizer. form: what runs under it, see :func:`exercise`."""
+
+    tool: str
+    form: str
+
+
+CHECKS = [
+    *(Check("memcheck", form) for form in ("walk", "grid-resident", "grid", "step")),
+    *(Check("racecheck", form) for form in ("walk", "grid-resident")),
+    Check("synccheck", "grid-resident"),
+    Check("initcheck", "walk"),
+]
+#: The hidden size that takes a form.
+SIZES = {"walk": 64, "grid-resident": 256, "grid": 200, "step": 200}
+
+
+def exercise(form: str) -> None:
+    """What runs under the sanitizer: an LSTM and a GRU in bfloat16 and an LSTM in TF32, forward and
+    backward, on sequences of one length and of several."""
+    import torch
+
+    import fastseq
+
+    from . import forms
+
+    H = SIZES[form]
+    cases = [("LSTM", torch.bfloat16), ("GRU", torch.bfloat16), ("LSTM", torch.float32)]
+    for name, dtype in cases:
+        with forms.precision("tf32"), forms.as_form(form), forms.short_patience():
+            torch.manual_seed(0)
+            layer = getattr(fastseq, name)(24, H, device="cuda", dtype=dtype, backend="triton")
+            x = torch.randn(4, 5, 24, device="cuda", dtype=dtype, requires_grad=True)
+            for lengths in (None, torch.tensor([4, 1, 3, 2, 4])):
+                y = layer(x, lengths=lengths)[0]
+                y.float().sum().backward()
+        torch.cuda.synchronize()
+        print(f"{name} {dtype} {form}: ran", flush=True)
+
+
+def command(sanitizer: str, check: Check, preload: str | None) -> list[str]:
+    found = [sanitizer, "--tool", check.tool, "--error-exitcode", str(FOUND), sys.executable]
+    found += ["-m", "bench.gpu", "--exercise", check.form]
+    return found + (["--preload", preload] if preload else [])
+
+
+def run(
+    clock: Clock, log: Path, limit: float, preload: str | None, say: Callable[[str], None]
+) -> tuple[bool, str]:
+    """Whether nothing was found, and what to say of it. limit: seconds for each check."""
+    sanitizer = tool("compute-sanitizer")
+    if sanitizer is None:
+        return True, "left out: no compute-sanitizer on this machine"
+    probe = f"import {preload or 'torch'}, torch; torch.zeros(1, device='cuda').add_(1).cpu()"
+    given = [sanitizer, "--error-exitcode", str(FOUND), sys.executable, "-c", probe]
+    works = _all([("probe", given)], Clock(min(clock.left / 3, 60)), log)["probe"]
+    if works != 0:
+        reason = "did not end" if works is None else f"ended with status {works}"
+        return True, f"left out: compute-sanitizer does not work here; a probe {reason}"
+    commands = [(" ".join(check), command(sanitizer, check, preload)) for check in CHECKS]
+    codes = _all(commands, Clock(min(clock.left, limit)), log)
+    for name, code in codes.items():
+        say(f"sanitize: {name}: {_said(code)}")
+    bad = [name for name, code in codes.items() if code == FOUND]
+    open_ = [name for name, code in codes.items() if code not in (0, FOUND)]
+    text = f"{len(codes) - len(bad) - len(open_)} clean"
+    text += f"; found something: {', '.join(bad)}" if bad else ""
+    text += f"; without a verdict: {', '.join(open_)}" if open_ else ""
+    return not bad, text
+
+
+def _said(code: int | None) -> str:
+    named = {None: "did not end in its time", 0: "clean", FOUND: "FOUND something"}
+    return named.get(code, f"ended with status {code}")
+
+
+def _all(commands: list[tuple[str, list[str]]], clock: Clock, log: Path) -> dict[str, int | None]:
+    """Run them side by side; how each ended, None where it did not in time."""
+    running = {}
+    with log.open("ab") as sink:
+        for name, given in commands:
+            sink.write(f"--- {name}\n".encode())
+            sink.flush()
+            running[name] = subprocess.Popen(
+                given,
+                cwd=ROOT,
+                # each tensor with memory of its own, so that what lies beside it is nobody's
+                env=environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_apart,
+            )
+    try:
+        while clock.left > 0 and any(process.poll() is None for process in running.values()):
+            time.sleep(0.1)
+        return {name: process.poll() for name, process in running.items()}
+    finally:
+        for process in running.values():
+            _end(process)

@@ -1,0 +1,172 @@
+"""The page at the end, in Markdown: what is printed last, and what a job's page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import forms
+from .points import FIRST_TYPES, is_fault
+from .results import Results
+
+#: What is printed fits where only the end of an output is kept.
+MOST_ROWS, MOST_FAILURES, MOST_LETTERS = 60, 15, 11_000
+WAYS = ("forward", "backward")
+
+
+@dataclass
+class Stage:
+    """What became of one. passed: None where it says nothing either way."""
+
+    name: str
+    seconds: float
+    passed: bool | None
+    text: str
+
+
+@dataclass
+class Run:
+    """All that the page speaks of."""
+
+    results: Results
+    about: dict[str, str]
+    stages: list[Stage] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(stage.passed is not False for stage in self.stages)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(header)
+    lines = [head, ["---"] * len(head), *map(list, rows)]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def page(run: Run) -> str:
+    """The whole of it."""
+    columns = run.results.columns
+    parts = [f"# fastseq on {columns['device']}", _versions(columns)]
+    stages = [
+        (s.name, f"{s.seconds:.0f}", {True: "passed", False: "FAILED", None: "-"}[s.passed], s.text)
+        for s in run.stages
+    ]
+    parts.append(table(("stage", "s", "", "what"), stages))
+    if run.failures:
+        shown = run.failures[:MOST_FAILURES]
+        more = len(run.failures) - len(shown)
+        lines = [f"- {_cell(text)[:200]}" for text in shown]
+        parts.append("## Failures\n\n" + "\n".join(lines + [f"- and {more} more"] * (more > 0)))
+    speeds = speed_ups(run.results.rows, run.results)
+    if speeds:
+        parts.append("## Speed beside cuDNN\n\n" + speeds)
+    parts += [text for text in (_forms(run.results), _meetings(run.results.smoke)) if text]
+    smoke = speed_ups(run.results.smoke, run.results)
+    if smoke:
+        parts.append("## Smoke: beside cuDNN\n\n" + smoke)
+    return "\n\n".join(parts) + "\n"
+
+
+def printed(run: Run) -> str:
+    """As much of the page as is kept of an output: what says most stands first."""
+    text = page(run)
+    if len(text) <= MOST_LETTERS:
+        return text
+    cut = text[: MOST_LETTERS - 100].rpartition("\n")[0]
+    return f"{cut}\n\n(cut here: summary.md has all of it)\n"
+
+
+def _versions(columns: dict[str, str]) -> str:
+    named = ("torch", "triton", "cudnn", "fastseq", "commit")
+    text = ", ".join(f"{name} {columns[name]}" for name in named)
+    return f"Compute capability {columns['capability']}, {text}."
+
+
+def _forms(results: Results) -> str:
+    """Whose tests are green, by form, cell and type."""
+    found = results.verdicts()
+    cells = sorted({launch.split(" / ")[0] for launch in found})
+    if not found:
+        return ""
+    names = (*FIRST_TYPES, "float32", "float64")
+    rows = []
+    for cell in cells:
+        for form in forms.FORMS:
+            states = []
+            for name in names:
+                both = [found.get(f"{cell} / {way} / {form} / {name}") for way in WAYS]
+                states.append("RED" if "no" in both else "green" if "yes" in both else "")
+            if any(states):
+                rows.append((cell, form, *states))
+    return "## Tests, by what they launched\n\n" + table(("cell", "form", *names), rows)
+
+
+def _meetings(rows: list[dict[str, Any]]) -> str:
+    found = [r for r in rows if r["name"].startswith("barrier-")]
+    if not found:
+        return ""
+    cells = [(r["H"], f"{float(r['ms']) * 1e3:.2f}" if r["ms"] else r["error"]) for r in found]
+    return "## A meeting of a grid's programs\n\n" + table(("programs", "us"), cells)
+
+
+def speed_ups(rows: list[dict[str, Any]], results: Results) -> str:
+    """cuDNN's time over ours, by point and form; none where the form's tests are not green."""
+    verdicts = results.verdicts()
+    times: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in rows:
+        if not row["name"].startswith("barrier-"):
+            key = (row["name"], row["shape"], row["type"], row["way"])
+            times.setdefault(key, {})[row["contender"] + row["form"], row["how"]] = row
+    lines = []
+    for key, found in times.items():
+        named = dict.fromkeys(who for who, _ in found if who != "cudnn")
+        for who in named or [""]:
+            cells = [key[0], key[2], key[3], who.removeprefix("triton")]
+            for how in ("graph", "calls"):
+                theirs, ours = found.get(("cudnn", how)), found.get((who, how))
+                cells += [_ms(theirs), _ms(ours), _times(theirs, ours, verdicts)]
+            lines.append(cells)
+    if not lines:
+        return ""
+    header = ["", "type", "way", "form", "graph: cuDNN ms", "ours ms", "times"]
+    header += ["calls: cuDNN ms", "ours ms", "times"]
+    more = len(lines) - MOST_ROWS
+    end = f"\n\n{more} more rows are in the CSV." if more > 0 else ""
+    return table(header, lines[:MOST_ROWS]) + end
+
+
+def _ms(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if not row["ms"]:
+        return "left out" if row["error"].startswith("left out") else "error"
+    return f"{float(row['ms']):.3g}"
+
+
+def _times(
+    theirs: dict[str, Any] | None, ours: dict[str, Any] | None, verdicts: dict[str, str]
+) -> str:
+    """How many times faster; the reason where that is not said."""
+    if not theirs or not ours or not theirs["ms"] or not ours["ms"]:
+        return ""
+    if ours["error"]:
+        return "numbers off"
+    tested = Results.tested(ours, verdicts)
+    if tested != "yes":
+        return "tests red" if tested == "no" else "not tested"
+    return f"{float(theirs['ms']) / float(ours['ms']):.2f}x"
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What went wrong in measuring, a line for each point, form and reason."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in filter(is_fault, rows):
+        key = (row["name"], row["type"], row["way"], row["form"], row["error"])
+        found.setdefault(key, []).append(row["how"])
+    return [f"{' '.join(k[:4])} {' and '.join(hows)}: {k[4]}" for k, hows in found.items()]

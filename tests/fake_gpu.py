@@ -1,0 +1,269 @@
+"""A device that is not there, for rehearsals: python3 -m bench.gpu --preload tests.fake_gpu
+
+Imported first in every process of a run, it makes the CPU answer to 'cuda'. Launches are heard and
+not made: the backend's host code runs as it is, up to the launch, and the numbers it would have got
+are those of the CPU's kernels. Events read the host's clock, a graph replays what torch dispatched.
+So numbers and the way through the program are real; times, and whether a kernel works, are not.
+
+FAKE_GPU in the environment plants faults, as JSON: a pattern of launches, 'cell way form type' (and
+' build' behind them while kernels are only compiled), to what happens there. 'hang' sleeps in C
+without Python's lock, 'held' with it; 'sticky' is a CUDA error, after which every call of that
+process fails; 'lost' ends the process; 'wrong' makes numbers wrong.
+
+With FAKE_GPU_JIT set, Triton compiles each kernel for sm_90, with a driver that loads and launches
+nothing.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from multiprocessing import parent_process
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench import workloads
+from bench.gpu import barrier, crew, forms, smoke
+from fastseq.backends import native, triton_kernels
+from fastseq.backends import triton as backend
+from fastseq.backends.triton_tiling import Device
+
+NAME = "Fake H100"
+FAULTS = json.loads(os.environ.get("FAKE_GPU", "{}"))
+STICKY = "CUDA error: an illegal memory access was encountered"
+LAUNCHES = []
+_broken = False
+
+torch.set_num_threads(1)
+
+#: Short, of a size that takes a grid or steps.
+workloads.WORKLOADS += (
+    workloads.Workload("fake-wide", "lstm", T=3, B=2, I=8, H=256, source="a rehearsal"),
+)
+smoke.T, smoke.B = 3, 2
+_meet = barrier.meet
+barrier.meet = lambda programs, meetings: _meet(programs, meetings).fill_(1)  # all came
+smoke.SIZES = {"walk": (32,), "grid-resident": (256,), "grid": (200,), "step": (200,)}
+
+
+#: The process of a run that others are forked from must not touch the device.
+_main = sys.argv[0].endswith("bench/gpu/__main__.py") and parent_process() is None
+_parent = os.getpid() if _main else None
+
+
+def alive():
+    """As every call: none of the parent, nor of a process whose device failed."""
+    if os.getpid() == _parent and "--exercise" not in sys.argv:
+        raise AssertionError("the parent touched the device")
+    if _broken:
+        raise RuntimeError(STICKY)
+
+
+def _here(value):
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "cuda" else value
+    return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
+
+
+class OnTheCPU(TorchFunctionMode):
+    """'cuda' is the CPU in every call of torch."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.cuda:
+            alive()
+            return args[0]
+        if "device" in kwargs or any(_here(a) is not a for a in args):
+            alive()
+        args = [_here(a) for a in args]
+        return function(*args, **{k: _here(v) for k, v in kwargs.items()})
+
+
+class Event:
+    def __init__(self, enable_timing=False):
+        self.at = 0.0
+
+    def record(self, stream=None):
+        alive()
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        alive()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class Stream:
+    def wait_stream(self, other):
+        alive()
+
+
+class Graph:
+    """What torch dispatched while it was recorded; a replay dispatches it again, into the same
+    tensors."""
+
+    def __init__(self):
+        self.calls = []
+        self.form = backend._larger
+
+    def replay(self):
+        alive()
+        with torch.no_grad(), backend.larger_as(self.form):
+            for function, args, kwargs, before in self.calls:
+                for old, new in zip(before, tree_leaves(function(*args, **kwargs)), strict=True):
+                    both = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
+                    if both and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.graph.calls.append((function, args, kwargs or {}, tree_leaves(result)))
+        return result
+
+
+_recording = False
+
+
+@contextmanager
+def recorded(graph):
+    global _recording
+    alive()
+    _recording = True
+    try:
+        with Recorder(graph):
+            yield
+    finally:
+        _recording = False
+
+
+@contextmanager
+def _nothing(*args):
+    yield
+
+
+cuda = torch.cuda
+
+
+def _says(value):
+    def answer(*arguments):
+        alive()
+        return value
+
+    return answer
+
+
+cuda.is_available, cuda.device_count = _says(True), _says(1)
+cuda.is_initialized = lambda: True
+cuda.current_device, cuda.get_device_name = _says(0), _says(NAME)
+cuda.get_device_capability = _says((9, 0))
+cuda.mem_get_info = _says((80 * 2**30, 80 * 2**30))
+cuda.memory_allocated = _says(0)
+cuda.empty_cache = cuda.synchronize = _says(None)
+cuda.current_stream = lambda *device: Stream()
+cuda.is_current_stream_capturing = lambda: _recording
+cuda.Event, cuda.Stream, cuda.CUDAGraph = Event, Stream, Graph
+cuda.stream, cuda.graph = _nothing, recorded
+
+
+def _kinds(dtype, device):
+    if dtype is not torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+
+
+backend.INTERPRETED = True  # then it takes tensors of the CPU
+backend._properties = lambda device: Device(232448, processors=132, hopper=True)
+backend._precision = _kinds
+
+# Launches
+
+
+def _make(kernel, grid, values, options):
+    LAUNCHES.append((kernel.function.__name__, grid))
+
+
+if os.environ.get("FAKE_GPU_JIT"):
+    from tests import fake_driver
+
+    fake_driver.activate()
+else:
+    triton_kernels.Kernel.__call__ = _make
+
+
+def _fault(launch):
+    """What is planted there; 'wrong' is found where the numbers are made."""
+    global _broken
+    alive()
+    building = crew._progress is not None and b"compiling" in crew._progress.text
+    name = " ".join(launch) + " build" * building
+    kinds = [kind for pattern, kind in FAULTS.items() if fnmatchcase(name, pattern)]
+    if "hang" in kinds:
+        ctypes.CDLL(None).sleep(10**6)
+    if "held" in kinds:
+        ctypes.PyDLL(None).sleep(10**6)
+    if "lost" in kinds:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "sticky" in kinds:
+        _broken = True
+        alive()
+    return "wrong" in kinds
+
+
+_wrong = False
+
+
+def _heard(launch, refused):
+    global _wrong
+    _wrong = _fault(launch) or _wrong
+
+
+_host_forward, _host_backward = backend.forward, backend.backward
+
+
+def _forward(call, save, trajectory):
+    """The host's code for the layout of what it gives; the CPU's kernels for the numbers."""
+    global _wrong
+    _wrong = False
+    result = _host_forward(call, save, trajectory)
+    right = native.forward(replace(call, memory="full"), False, trajectory)
+    for ours, theirs in zip(
+        (result.y, *result.states, *result.trajectory),
+        (right.y, *right.states, *right.trajectory),
+        strict=True,
+    ):
+        ours.copy_(theirs + 1 if _wrong else theirs)
+    return result
+
+
+def _backward(call, result, grads, wanted):
+    global _wrong
+    _wrong = False
+    _host_backward(call, result, grads, wanted)
+    call = replace(call, memory="full")
+    trajectory = bool(grads.trajectory)
+    found = native.backward(call, native.forward(call, True, trajectory), grads, wanted)
+    if _wrong and found.x is not None:
+        found.x += 1
+    return found
+
+
+backend.forward, backend.backward = _forward, _backward
+OnTheCPU().__enter__()
+# the first listener of launches: whoever listens as well has heard of them before a fault comes
+_listening = forms.heard(_heard)
+_listening.__enter__()

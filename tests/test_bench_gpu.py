@@ -1,0 +1,727 @@
+"""bench.gpu where there is no GPU: its plan as pure functions, children that hang or are lost, and
+a rehearsal on a device that is not there (fake_gpu.py), with faults planted."""
+
+import csv
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import rules
+import torch
+
+from bench import version
+from bench.workloads import by_name, matching
+
+pytest.importorskip("triton")
+
+from bench.gpu import (
+    budget,
+    build,
+    crew,
+    forms,
+    junit,
+    numbers,
+    points,
+    results,
+    sanitize,
+    summary,
+    testing,
+    timings,
+)
+from bench.gpu.__main__ import DEFAULT_STAGES, main
+from bench.gpu.budget import Clock
+from bench.gpu.junit import Case
+from bench.gpu.points import FIELDS, Point, Unit
+from bench.gpu.suspects import Suspects
+from fastseq.backends.triton_tiling import Device
+
+ROOT = Path(__file__).parents[1]
+KINDS = forms.Kinds(Device(232448, processors=132, hopper=True), "tf32x3")
+COLUMNS = {"device": "A GPU", "capability": "9.0", "torch": "2", "triton": "3"}
+COLUMNS |= {"cudnn": "9", "fastseq": "0", "commit": "abc1234"}
+
+
+def outside(**more):
+    """The environment of a run of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "OUT"}
+    return kept | {"OMP_NUM_THREADS": "1"} | more
+
+
+# The plan
+
+
+def test_the_minutes_are_split_and_handed_on():
+    stages = DEFAULT_STAGES.split()
+    left, given = 600.0, []
+    for place, stage in enumerate(stages):
+        given.append(budget.share(stage, stages[place + 1 :], left))
+        left -= given[-1]
+    assert sum(given) == pytest.approx(600) and min(given) > 30
+    # what smoke does not spend, all that follow it get
+    unspent = budget.share("bench", ["sanitize"], 500)
+    assert unspent > budget.share("bench", ["sanitize"], 400) > budget.share("bench", ["test"], 400)
+    assert budget.share("bench", [], 123.0) == 123.0, "the last stage has all that is left"
+    assert budget.share("smoke", [], 10_000) == budget.MOST["smoke"]
+    assert budget.share("test", ["bench"], -3.0) == 0.0
+
+
+def test_the_order_of_the_points():
+    """The headline in the types that say most; float32 and the longest late; the grid last."""
+    found = list(points.points(None))
+    names = [p.workload.name for p in found]
+    assert len({p.key for p in found}) == len(found), "nothing is measured twice"
+    first = [(p.workload.name, p.type, p.way) for p in found[:7]]
+    assert first[:2] == [("flashrnn-point", "bfloat16", way) for way in ("forward", "training")]
+    assert [kind for _, kind, way in first if way == "forward"][:3] == list(points.FIRST_TYPES)
+    headline = {w.name for w in matching(points.HEADLINE)}
+    assert set(names[: 6 * len(headline)]) == headline
+    assert names[6 * len(headline)].startswith("peers-")
+    listed = [p for p in found if not p.workload.name.startswith("grid-")]
+    assert found[: len(listed)] == listed
+    assert {p.workload for p in listed} == {w for w in matching(None) if w.dtype is torch.float32}
+    wide = [k for k, p in enumerate(listed) if p.type == "float32"]
+    long = [k for k, p in enumerate(listed) if p.workload.T == 65536]
+    assert long == list(range(long[0], len(listed))), "the longest come last"
+    others = [k for k in wide if k not in long]
+    assert others == list(range(others[0], long[0])), "float32 just before"
+    assert len(found) - len(listed) == 2 * 3240
+    sample = {(p.workload.name, p.type) for p in found[len(listed) : len(listed) + 160]}
+    assert len(sample) == 80 and len({name[:9] for name, _ in sample}) > 2
+    assert {p.workload for p in points.points("headline")} == set(matching(points.HEADLINE))
+    some = list(points.points("rl-* tiny-layer"))
+    assert len(some) == 4 * 4 * 2, "patterns leave the grid out"
+
+
+def test_the_units_of_a_point_and_what_is_left_out():
+    point = Point(by_name("small-b4-h256-lstm"), "bfloat16", "forward")
+    forms_of = forms.forms(point.typed, point.type, KINDS)
+    assert forms_of == ["grid-resident", "step"]
+    units = points.units(point, forms_of)
+    assert units[0] == Unit("cudnn", "", "graph") and len(units) == 6
+    assert not any(points.left_out(point, unit) for unit in units)
+    ragged = Point(by_name("tagger-lstm"), "bfloat16", "forward")
+    assert forms.forms(ragged.typed, "bfloat16", KINDS) == ["walk"]
+    assert "different lengths" in points.left_out(ragged, Unit("triton", "walk", "graph"))
+    assert not points.left_out(ragged, Unit("triton", "walk", "calls"))
+    assert not points.left_out(ragged, Unit("cudnn", "", "graph"))
+    long = Point(replace(point.workload, T=5000), "bfloat16", "forward")
+    assert "launches" in points.left_out(long, Unit("triton", "step", "calls"))
+    assert not points.left_out(long, Unit("triton", "grid-resident", "calls"))
+
+
+@pytest.mark.parametrize(
+    "name, kind, expected",
+    [
+        ("flashrnn-point", "float16", ["grid-resident", "step"]),
+        ("ptb-large", "bfloat16", ["grid", "step"]),
+        ("small-b1-h128-gru", "bfloat16", ["walk"]),
+        ("small-b1-h128-gru", "tf32", ["grid-resident", "step"]),
+        ("small-b1-h64-gru", "float32", ["grid", "step"]),
+    ],
+)
+def test_the_forms_that_a_point_takes(name, kind, expected):
+    point = Point(by_name(name), kind, "forward")
+    assert forms.forms(point.typed, kind, KINDS) == expected
+
+
+def test_kernels_are_compiled_once_for_a_class():
+    built = build.Built(KINDS, 1, 1.0, "", Suspects())
+    one = Point(by_name("small-b1-h64-gru"), "bfloat16", "forward")
+    built.classes.add(built._class(one))
+    for same in ("small-b4-h64-gru", "peers-t200-b16-i64-h64-gru", "rl-policy-b2048-h64"):
+        assert replace(one, workload=by_name(same), way="training") in built
+    for other in ("small-b1-h64-lstm", "small-b1-h128-gru", "streaming-h128-gru"):
+        assert replace(one, workload=by_name(other)) not in built
+    assert replace(one, type="float16") not in built
+    every = list(points.points(None))
+    assert len({built._class(p) for p in every}) < len(every) / 10
+
+
+def test_a_form_that_fails_too_often_is_left_alone():
+    suspects = Suspects()
+    point = Point(by_name("tiny-layer"), "bfloat16", "forward")
+    suspects.blame(point, "walk", "hang: no sign for 12 s")
+    assert not suspects.reason(point, "walk")
+    suspects.blame(replace(point, way="training"), "walk", "hang: no sign for 12 s")
+    assert "gru walk bfloat16 failed too often, first at tiny-layer: hang" in suspects.reason(
+        point, "walk"
+    )
+    assert not suspects.reason(replace(point, type="tf32"), "walk")
+    assert not suspects.reason(point, "step")
+    for _ in range(3):
+        assert not suspects.reason(point, "grid")
+        suspects.blame(point, "grid", "RuntimeError: out of memory")
+    suspects.blame(point, "grid", "RuntimeError: out of memory")
+    assert suspects.reason(point, "grid")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("off", [0.0, 0.5, 1.0, 1.9, 2.5, 4.0, 30.0])
+def test_the_rule_is_that_of_the_tests(dtype, off):
+    random = torch.Generator().manual_seed(0)
+    truth = torch.randn(50, generator=random, dtype=torch.float64)
+    noise = 20 * torch.finfo(dtype).eps * torch.randn(50, generator=random, dtype=torch.float64)
+    theirs, ours = (truth + noise).to(dtype), (truth + off * noise).to(dtype)
+    try:
+        rules.check_close(ours, theirs, truth, dtype, "")
+        allowed = True
+    except pytest.fail.Exception:
+        allowed = False
+    assert (numbers.too_far([ours], [theirs], [truth]) == "") == allowed == (off < 2.5)
+
+
+def test_numbers_that_say_nothing():
+    x = torch.linspace(-1, 1, 5)
+    assert numbers.wrong([x], [x]) == "" == numbers.wrong([x + 0.1], [x])
+    assert "off by 1" in numbers.wrong([x, x + 1], [x, x])
+    assert "1 of 5 in output 0 are not finite" in numbers.wrong([x / x.where(x != 0, 0)], [x])
+    assert numbers.wrong([x[:0]], [x[:0]]) == "" == numbers.too_far([x[:0]], [x[:0]], [x[:0]])
+
+
+# Results
+
+
+def row(
+    name="tiny-layer", kind="bfloat16", way="forward", unit=("triton", "walk", "calls"), **more
+):
+    point, unit = Point(by_name(name), kind, way), Unit(*unit)
+    found = dict.fromkeys(FIELDS, "") | point.fields() | unit._asdict() | COLUMNS | more
+    return {k: str(v) for k, v in found.items()}
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(results, "same_code", lambda name, now: name == now)
+    return tmp_path
+
+
+def results_in(folder, columns=COLUMNS, again=False):
+    return results.Results(folder, columns, folder.parent / "copies", again)
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_was_measured_is_not_measured_again(folders):
+    """By an earlier command, by the files that are kept, or half of a point; of this code alone."""
+    first = results_in(folders / "one")
+    first.add(row(ms="1.0"))
+    first.add(row(unit=("cudnn", "", "graph"), ms="2.0"))
+    first.set_cases([Case("tests/test_gpu.py::test_a", "passed", 1.0)])
+    assert list(read(folders / "one/gpu.csv")[0]) == FIELDS
+    (folders / "kept/a-gpu").mkdir(parents=True)
+    kept = folders / "kept/a-gpu/gpu.csv"
+    results._append(kept, [row(way="training", ms="3.0"), row("tiny-ragged", commit="older00")])
+    with kept.open("a") as file:
+        file.write("half a row")
+
+    second = results_in(folders / "two")  # the first's folder is not there any more
+    assert second.carried == (3, 1)
+    key = ("tiny-layer", "bfloat16", "forward")
+    known = second.measured()
+    assert known[key] == {Unit("triton", "walk", "calls"), Unit("cudnn", "", "graph")}
+    assert (*key[:2], "training") in known and ("tiny-ragged", *key[1:]) not in known
+    assert len(read(folders / "two/gpu.csv")) == 3, "the new folder is complete"
+    assert len(results._read(kept)) == 2, "half a row is none"
+    assert results_in(folders / "two", COLUMNS | {"commit": "other00"}).carried == (0, 0)
+    assert results_in(folders / "two", again=True).carried == (0, 0)
+    assert results_in(folders / "two", COLUMNS | {"device": "Another"}).carried == (0, 0)
+    broken = folders / "three"
+    broken.mkdir()
+    (broken / "gpu.csv").write_text("name,ms\nx,1\n")
+    (broken / "tests.xml").write_text("<half")
+    assert results_in(broken).carried == (3, 1)
+
+
+def test_a_time_is_tested_where_the_loops_it_needs_are_green(folders):
+    def case(outcome, *launched, name="t"):
+        return Case(f"tests/test_gpu.py::{name}", outcome, 1.0, "why\nE  wrong", list(launched))
+
+    forward, backward = (f"gru / {way} / walk / bfloat16" for way in ("forward", "backward"))
+    found = results_in(folders / "out")
+    for way in ("forward", "training"):
+        found.add(row(way=way, ms="1"))
+    found.add(row(unit=("cudnn", "", "calls"), ms="2"))
+    assert [r["tested"] for r in found.rows] == ["", "", ""]
+    found.set_cases([case("passed", forward)])
+    found.write_rows()
+    assert [r["tested"] for r in read(folders / "out/gpu.csv")] == ["yes", "", ""]
+    found.set_cases([case("passed", forward, backward, name="u")])
+    found.write_rows()
+    assert [r["tested"] for r in found.rows] == ["yes", "yes", ""]
+    found.set_cases([case("lost", forward, backward, name="v")])
+    found.write_rows()
+    assert [r["tested"] for r in found.rows] == ["no", "no", ""], "one red test is enough"
+    # a file tells the same
+    cases, properties = junit.read(folders / "out/tests.xml")
+    assert properties["commit"] == "abc1234"
+    assert [c.outcome for c in cases] == ["passed", "passed", "lost"]
+    assert junit.verdicts(cases) == found.verdicts() == {forward: "no", backward: "no"}
+    assert cases[2].nodeid == "tests/test_gpu.py::v" and cases[2].launched == [forward, backward]
+    assert junit.tested([forward], {}) == "" and junit.tested([], {}) == "yes"
+
+
+def test_no_speed_is_said_without_a_green_test(folders):
+    found = results_in(folders / "out")
+    loops = [f"{cell} / forward / walk / bfloat16" for cell in ("gru", "lstm")]
+    found.set_cases([Case("a::b", "passed", launched=loops[:1])])
+    for name, more in (("tiny-layer", {}), ("tiny-ragged", {})):
+        found.add(row(name, unit=("cudnn", "", "calls"), ms="3.0"))
+        found.add(row(name, ms="2.0", **more))
+    text = summary.speed_ups(found.rows, found)
+    green, unknown = text.splitlines()[2:]
+    assert green.endswith("| 3 | 2 | 1.50x |") and unknown.endswith("| 3 | 2 | not tested |")
+    found.set_cases([Case("a::c", "failed", launched=loops)])
+    assert "x |" not in summary.speed_ups(found.rows, found)
+    assert "tests red" in summary.speed_ups(found.rows, found)
+    found.cases = {"a::b": found.cases["a::b"]}
+    found.rows[1]["error"] = "numbers: off"
+    assert "numbers off" in summary.speed_ups(found.rows, found)
+    assert summary.faults(found.rows) == ["tiny-layer bfloat16 forward walk calls: numbers: off"]
+    found.rows[0]["error"], found.rows[1]["error"] = "out of memory", "left out: no memory"
+    assert not summary.faults(found.rows)
+
+
+def test_which_code_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTSEQ_COMMIT", "given00")
+    assert version.commit() == version.state() == "given00"
+    monkeypatch.delenv("FASTSEQ_COMMIT")
+    monkeypatch.setattr(version.subprocess, "run", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        version.commit()
+
+    def no_git(*command, **options):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(version.subprocess, "run", no_git)
+    monkeypatch.setattr(version, "FILE", tmp_path / "commit")
+    assert version.commit() == "unversioned"
+    assert version.state().startswith("unversioned.") and not version.same_code("a", "b")
+    (tmp_path / "commit").write_text("file000\n")
+    assert version.commit() == version.state() == "file000"
+
+
+# Children
+
+
+def trouble(task):
+    """A task is what it does to its process."""
+    yield f"begins {task}"
+    crew.doing(f"{task} now", 0.7)
+    if task == "hang":
+        ctypes.CDLL(None).sleep(60)
+    if task == "held":  # as a driver's call that keeps Python's lock
+        ctypes.PyDLL(None).sleep(60)
+    if task == "lost":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "raise":
+        raise ValueError("of its own")
+    if task == "leave":
+        raise crew.Leave
+    yield f"ends {task} in {os.getpid()}"
+
+
+def test_a_task_may_end_or_stop_its_child():
+    tasks = ["good", "hang", "held", "lost", "raise", "leave", "good", "good"]
+    waiting = iter(tasks)
+    events = list(crew.crew(lambda: next(waiting, None), trouble, Clock(60), silence=20))
+    ended = [e for e in events if e.kind != "told"]
+    kinds = ["done", "lost", "lost", "lost", "failed", "done", "done", "done"]
+    assert [e.kind for e in ended] == kinds and [e.task for e in ended] == tasks
+    assert [e.message for e in events if e.kind == "told" and "begins" in e.message] == [
+        f"begins {task}" for task in tasks
+    ], "what was told before stays"
+    assert ended[1].text == ended[2].text == "hang: no sign for 1 s"
+    assert "SIGKILL" in ended[3].text and ended[4].text == "ValueError: of its own"
+    assert [e.doing for e in ended[1:5]] == ["hang now", "held now", "lost now", "raise now"]
+    where = [e.message.split()[-1] for e in events if e.kind == "told" and "ends" in e.message]
+    assert len(where) == 3 and where[1] == where[2] != where[0], "a good child is used again"
+
+
+def test_the_time_ends_for_all_children():
+    waiting = iter(["sleep"] * 5)
+
+    def work(task):
+        crew.doing(task, 60)
+        time.sleep(60)
+        yield
+
+    found = list(crew.crew(lambda: next(waiting, None), work, Clock(0.5), processes=2))
+    assert [e.kind for e in found] == ["stopped"] * 2
+
+
+def test_a_task_that_goes_on_and_on_is_stopped():
+    waiting = iter(["slow"])
+
+    def work(task):
+        for _ in range(600):
+            crew.tick()
+            time.sleep(0.1)
+        yield
+
+    (event,) = crew.crew(lambda: next(waiting, None), work, Clock(60), limit=0.5)
+    assert event.kind == "lost" and event.text == "hang: not ended after 0 s"
+
+
+def unlucky(task):
+    """A child of bench.gpu.timings: it tells cuDNN's time, and hangs at the first of ours."""
+    ours = [u for u in task.todo if u.contender == "triton"]
+    yield "provisional", Unit("cudnn", "", "graph"), {"ms": "1.0"}
+    if ours:
+        crew.doing(f"triton {ours[0].form} {ours[0].how} samples", 0.5)
+        ctypes.CDLL(None).sleep(60)
+    if task.silence:  # the last of the tasks ends with the time
+        crew.doing("cudnn - graph samples", 60)
+        ctypes.CDLL(None).sleep(60)
+
+
+def test_what_a_child_told_stays_when_it_is_lost(monkeypatch):
+    """A hang is blamed on what the child was at; when the time ends cuDNN's first time stands."""
+    monkeypatch.setattr(timings, "measure", unlucky)
+    monkeypatch.setattr(timings, "LEAST", 0.0)
+    suspects = Suspects()
+    built = build.Built(KINDS, 1, 1.0, "", suspects)
+    point = Point(by_name("small-b4-h256-lstm"), "bfloat16", "forward")
+    some = [timings._open(replace(point, type=kind), {}, KINDS) for kind in ("bfloat16", "tf32")]
+    kept = []
+    ended = timings.measured(
+        some,
+        built,
+        Clock(3),
+        timings.Options(silence=9),
+        lambda point, unit, fields: kept.append((point.type, unit, fields)),
+    )
+    assert ended == 0 and {kind for kind, *_ in kept} == {"bfloat16"}
+    assert kept[-1] == ("bfloat16", Unit("cudnn", "", "graph"), {"ms": "1.0"})
+    hung = [unit for _, unit, fields in kept if "hang: no sign" in fields.get("error", "")]
+    assert hung == [u for u in points.units(point, ["grid-resident", "step"]) if u.form]
+    assert suspects.weights == {("lstm", form, "bfloat16"): 4 for form in ("grid-resident", "step")}
+    assert timings._open(point, {point.key: {u for _, u, _ in kept}}, KINDS).todo == [
+        Unit("cudnn", "", "calls")
+    ]
+
+
+# Tests that are lost
+
+HEAD = '''
+import ctypes, os, signal
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def launches(request):
+    """As the plugin hears them; a walk in every test, and what the test is named for. No test runs
+    in a process that met a CUDA error."""
+    assert "BROKEN" not in os.environ
+    recorder = request.config.pluginmanager.get_plugin("fastseq-gpu-recorder")
+    recorder.heard("walk", False)
+    recorder.heard(request.node.name.partition("[")[0].removeprefix("test_"), False)
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_good(k):
+    pass
+
+
+@pytest.mark.core
+def test_core():
+    pass
+'''
+LOST = """
+
+def test_hang():
+    ctypes.CDLL(None).sleep(60)
+
+
+def test_held():
+    ctypes.PyDLL(None).sleep(60)
+
+
+def test_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+FAILED = """
+
+def test_sticky():
+    os.environ["BROKEN"] = "yes"
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_red():
+    assert 1 + 1 == 3
+
+
+@pytest.mark.skip(reason="not here")
+def test_skipped():
+    pass
+"""
+FATES = {
+    "core": "passed",
+    "hang": "lost",
+    "held": "lost",
+    "sticky": "failed",
+    "red": "failed",
+    "killed": "lost",
+    "skipped": "skipped",
+}
+FATES |= {f"good[{k}]": "passed" for k in range(6)}
+
+
+@pytest.fixture
+def troubled(tmp_path):
+    file = tmp_path / "test_trouble.py"
+    file.write_text(HEAD + LOST + FAILED)
+    return testing.Options("gpu", (str(file),), processes=2, limit=1.0)
+
+
+def run_tests(options, tmp_path, known=(), seconds=100):
+    said, kept = [], []
+    cases, left = testing.run(
+        options, Clock(seconds), known, said.append, tmp_path / "log.txt", kept.append
+    )
+    return {c.nodeid.partition("::test_")[2]: c for c in cases}, left, said, kept
+
+
+def test_red_and_lost_tests_stop_no_other(troubled, tmp_path, monkeypatch):
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(testing, "ENOUGH", 99)
+    cases, left, said, kept = run_tests(troubled, tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert {name: case.outcome for name, case in cases.items()} == FATES, log
+    assert not left and kept
+    assert "it ran past its limit" in cases["hang"].text and "test_hang" in cases["hang"].text
+    assert "it ran past its limit" in cases["held"].text
+    assert "its process ended" in cases["killed"].text
+    assert "assert (1 + 1) == 3" in cases["red"].text
+    assert sum("LOST" in line for line in said) == 3
+    assert cases["hang"].launched == ["walk", "hang"] and cases["core"].launched == ["walk", "core"]
+    found = junit.verdicts(cases.values())
+    assert found["good"] == "yes" and found["walk"] == found["killed"] == "no"
+
+
+def test_a_process_that_met_a_cuda_error_runs_no_other_test(troubled, tmp_path):
+    pytest.importorskip("xdist")
+    Path(troubled.files[0]).write_text(HEAD + FAILED)
+    cases, left, _, _ = run_tests(replace(troubled, processes=1), tmp_path)
+    assert {name: case.outcome for name, case in cases.items()} == {
+        name: fate for name, fate in FATES.items() if fate != "lost"
+    }
+    assert "assert (1 + 1) == 3" in cases["red"].text and not left
+
+
+@pytest.mark.full
+def test_without_xdist_one_after_another(troubled, tmp_path, monkeypatch):
+    """What is known already is not run; what too many lost tests launched is launched no more."""
+    monkeypatch.setattr(testing, "find_spec", lambda name: None if name == "xdist" else True)
+    monkeypatch.setattr(testing, "ENOUGH", 2)
+    core, left, _, _ = run_tests(replace(troubled, mark="core"), tmp_path)
+    assert core.keys() == {"core"} and not left
+    known = [case.nodeid for case in core.values()]
+    cases, left, said, _ = run_tests(troubled, tmp_path, known)
+    assert not left and "pytest-xdist is missing" in said[0]
+    assert cases.keys() == FATES.keys() - {"core"}
+    assert cases["hang"].outcome == cases["held"].outcome == "lost"
+    late = cases["red"], cases["sticky"], cases["killed"]
+    assert all("not launched: walk" in case.text for case in late)
+    assert sum("go on in another" in line for line in said) == 2
+
+
+@pytest.mark.full
+def test_the_time_ends_for_tests(troubled, tmp_path):
+    options = replace(troubled, limit=60)
+    cases, left, _, _ = run_tests(options, tmp_path, seconds=4)
+    assert "hang" not in cases and any(name.endswith("test_hang") for name in left)
+
+
+# The whole
+
+
+def rehearse(folder, *arguments, faults=None, timeout=100, **environment):
+    command = [sys.executable, "-m", "bench.gpu", "--preload", "tests.fake_gpu", *arguments]
+    command += [
+        "--out",
+        str(folder),
+        "--keep",
+        str(folder),
+        "--processes",
+        "2",
+        "--seconds",
+        "0.002",
+    ]
+    given = outside(
+        FAKE_GPU=json.dumps(faults or {}), FASTSEQ_COMMIT=f"{folder.name}", **environment
+    )
+    done = subprocess.run(
+        command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=timeout
+    )
+    return done, done.stdout + done.stderr
+
+
+def test_a_rehearsal(tmp_path):
+    """A hang, a CUDA error that stays, a lost child and wrong numbers: every other row is there."""
+    cases = [
+        Case("t::a", "passed", launched=["lstm / forward / step / bfloat16"]),
+        Case("t::b", "failed", launched=["lstm / forward / step / float16"]),
+    ]
+    junit.write(
+        tmp_path / "tests.xml", cases, COLUMNS | {"device": "Fake H100", "commit": tmp_path.name}
+    )
+    faults = {
+        "lstm backward grid-resident bfloat16": "held",
+        "lstm forward grid-resident float16": "sticky",
+        "lstm backward step float16": "lost",
+        "lstm forward grid-resident tf32": "wrong",
+    }
+    arguments = ("--stages", "bench", "--workloads", "fake-wide", "--hang", "3")
+    done, text = rehearse(tmp_path, *arguments, "--minutes", "1.3", faults=faults)
+    assert done.returncode == 1, text
+    rows = {tuple(r[k] for k in results.KEYS[1:]): r for r in read(tmp_path / "gpu.csv")}
+    assert list(next(iter(rows.values()))) == FIELDS
+    expected = {
+        (kind, way, contender, form, how)
+        for kind, larger in zip(points.TYPES, ["grid-resident"] * 3 + ["grid"], strict=True)
+        for way in ("forward", "training")
+        for contender, form in (("cudnn", ""), ("triton", larger), ("triton", "step"))
+        for how in points.HOWS
+    }
+    assert rows.keys() == expected, text
+    for (kind, way, _, form, how), found in rows.items():
+        where = f"{kind} {way} {form} {how}: {found['error']}"
+        if form == "grid-resident" and (kind, way) != ("bfloat16", "forward"):
+            words = {"bfloat16": "hang: no sign", "float16": "CUDA error", "tf32": "numbers: "}
+            assert words[kind] in found["error"] and not found["ms"], where
+        elif (kind, way, form) == ("float16", "training", "step"):
+            assert "SIGKILL" in found["error"], where
+        else:
+            assert float(found["ms"]) > 0 and not found["error"], where
+    assert rows["bfloat16", "forward", "triton", "step", "calls"]["tested"] == "yes"
+    assert rows["bfloat16", "training", "triton", "step", "calls"]["tested"] == ""
+    assert rows["float16", "forward", "triton", "step", "calls"]["tested"] == "no"
+    page = (tmp_path / "summary.md").read_text()
+    assert page in done.stdout and "FAILED" in page
+    speeds = [line for line in page.splitlines() if line.startswith("| fake-wide")]
+    assert len(speeds) == 16
+    said = [line for line in speeds if "x |" in line]
+    assert len(said) == 1 and "| bfloat16 | forward | step |" in said[0]
+    assert "hang: no sign" in page and "sys.path" not in page
+
+
+def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
+    """A tool in its place, which answers by what it is asked for."""
+    said = []
+    log = tmp_path / "sanitize.log"
+    fake = tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(sanitize, "tool", lambda name: None)
+    passed, text = sanitize.run(Clock(20), log, 9, None, said.append)
+    assert passed and text == "left out: no compute-sanitizer on this machine"
+    monkeypatch.setattr(sanitize, "tool", lambda name: str(fake))
+
+    def answers(script):
+        fake.write_text("#!/bin/sh\necho checked $*\n" + script)
+        fake.chmod(0o755)
+        return sanitize.run(Clock(20), log, 2, "tests.fake_gpu", said.append)
+
+    passed, text = answers("exit 3")
+    assert passed and "a probe ended with status 3" in text
+    passed, text = answers('case "$*" in *racecheck*step*|*racecheck*walk*) exit 9;; esac')
+    assert not passed and text == "7 clean; found something: racecheck walk"
+    assert "sanitize: racecheck walk: FOUND something" in said
+    assert "--exercise grid-resident --preload tests.fake_gpu" in log.read_text()
+    passed, text = answers('case "$*" in *initcheck*) sleep 60;; *synccheck*) exit 5;; esac')
+    assert passed and "6 clean; without a verdict: synccheck grid-resident, initcheck walk" in text
+
+
+@pytest.mark.full
+def test_a_rehearsal_of_everything(tmp_path):
+    """The core of the GPU's own tests, and what follows from them, with faults."""
+    faults = {
+        "gru forward walk bfloat16": "held",
+        "lstm forward step float16": "sticky",
+        "rnn_tanh backward grid tf32": "lost",
+        "rnn_tanh forward walk float32": "wrong",
+    }
+    tool = tmp_path / "bin/compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\nwhile [ "${1##*/}" != "${PY##*/}" ]; do shift; done\nexec "$@"\n')
+    tool.chmod(0o755)
+    path = os.pathsep.join([str(tool.parent), os.environ["PATH"]])
+    arguments = ["--stages", "smoke core bench sanitize", "--workloads", "fake-wide tiny-layer"]
+    arguments += ["--minutes", "14", "--hang", "6", "--test-limit", "40"]
+    done, text = rehearse(
+        tmp_path, *arguments, faults=faults, timeout=900, PATH=path, PY=sys.executable
+    )
+    assert done.returncode == 1, text
+    cases = {c.nodeid.partition("[")[2][:-1]: c for c in junit.read(tmp_path / "tests.xml")[0]}
+    assert len(cases) == 45, text
+    red = {name for name, case in cases.items() if case.red}
+    expected = {"GRU-walk-64-bfloat16", "LSTM-step-200-float16", "RNN-walk-32-ieee"}
+    assert red == expected | {"RNN-grid-200-tf32"}, text
+    rows = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "triton"]
+    bad = {(r["cell"], r["form"], r["type"]) for r in rows if r["tested"] == "no"}
+    assert bad == {("gru", "walk", "bfloat16"), ("lstm", "step", "float16")}
+    assert {r["tested"] for r in rows if (r["cell"], r["type"]) == ("gru", "float16")} == {"yes"}
+    smoke = read(tmp_path / "smoke.csv")
+    assert {r["form"] for r in smoke} == {"", *forms.FORMS}
+    assert sum(r["name"].startswith("barrier-") for r in smoke) == 8
+    words = "sanitize: 5 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
+    assert words in text, "which launch what hangs"
+    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    expected = "gpu.csv smoke.csv tests.xml log.txt summary.md sanitize.log"
+    assert names == set(expected.split())
+
+
+@pytest.mark.full
+def test_a_rehearsal_with_the_compiler(tmp_path):
+    """Triton's own just-in-time compiler makes each form's kernels for sm_90; children that are not
+    forked."""
+    environment = {"FAKE_GPU_JIT": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = ["--stages", "smoke", "--minutes", "4", "--hang", "30", "--start", "spawn"]
+    done, text = rehearse(tmp_path, *arguments, timeout=400, **environment)
+    assert done.returncode == 0, text
+    smoke = read(tmp_path / "smoke.csv")
+    assert {r["form"] for r in smoke} == {"", *forms.FORMS}
+    assert not any(r["error"] for r in smoke)
+    names = {file.stem for file in (tmp_path / "cache").rglob("*.cubin")}
+    kinds = ("walk", "grid", "step_0")
+    expected = {f"{c}_forward_{kind}" for c in ("lstm", "gru") for kind in kinds}
+    assert names >= expected | {"meet_kernel"}
+
+
+def test_make_gpu_says_that_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        ["make", "gpu", f"PYTHON={sys.executable}", "MINUTES=1", "STAGES=smoke"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=outside(),
+    )
+    assert done.returncode != 0 and "torch sees no CUDA device" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--stages", "smoke nothing"], "--stages: expected some of smoke build core"),
+        (["--minutes", "0"], "--minutes: expected more than 0, got 0"),
+        (["--workloads", "nothing"], "no workload matches 'nothing'"),
+        (["--processes", "0"], "--processes: expected 1 or more"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2 and message in capsys.readouterr().err
