@@ -216,7 +216,7 @@ def faults_of_a_step(case, function, step, num_warps):
     made, needed = step.count("h") * num_warps, products(CELLS[cell], H, P, t, dtype, backward)
     found = [] if made == needed else [f"{made} products of the tensor cores where {needed} do"]
     if held:
-        found += triton_sass.faults_of_a_grid(step, backward)
+        found += triton_sass.faults_of_a_grid(step)
     # seven in and around a wait, most of the rest for changes of layout
     most = 28 if walks else 24 if backward else 20
     barriers = step.count("B")

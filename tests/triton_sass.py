@@ -14,9 +14,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import triton
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _LETTERS = {
     "LDG": "G",
     "STG": "W",
@@ -50,11 +47,21 @@ def _letter(instruction: str) -> str:
 
 
 def read(cubin: bytes) -> Code:
+    """By the cuobjdump inside Triton's package."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(CUOBJDUMP), "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(cuobjdump), "-sass", "-res-usage", file.name]
+        return understood(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        )
+
+
+def understood(text: str) -> Code:
+    """What cuobjdump prints."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
     code = [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", what)) for address, what in found]
     return Code(
@@ -83,7 +90,7 @@ def _step(code: list[tuple[int, str]]) -> str:
     return "".join(_letter(what) for _, what in code[start : end + 1])
 
 
-def faults_of_a_grid(step: str, backward: bool) -> list[str]:
+def faults_of_a_grid(step: str) -> list[str]:
     """What is wrong with a step of a grid whose programs hold their weights."""
     found = []
     before, _, after = step.partition("?")

@@ -260,6 +260,13 @@ def dot_apart(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def afresh(tile, patience):
+    """The same number, which a compiler takes for another: what is computed from it again takes no
+    register while the steps run."""
+    return tile + tl.where(patience < 0, 1, 0)
+
+
+@triton.jit
 def arrive(counter):
     """What all threads of this program wrote is to be seen by those who wait."""
     tl.debug_barrier()
@@ -297,6 +304,7 @@ _HELPERS = {
         sliced_dot,
         sum_of_slices,
         dot_apart,
+        afresh,
         masked,
         lengths_of,
         within,

@@ -78,10 +78,13 @@ units = (tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
 is_unit = units < H
 reverse = tl.load(reverse_ptr + recurrence) != 0"""
 
-BATCH = """\
+_SEQUENCES = """\
 batch = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
-length = lengths_of(lengths_ptr, batch, B, T)
 state = recurrence * B + batch"""
+
+BATCH = f"{_SEQUENCES}\nlength = lengths_of(lengths_ptr, batch, B, T)"
+
+AFRESH = f"tile = afresh(tile, patience)\n{_SEQUENCES}"
 
 PLACE = f"{UNITS}\ntile = tl.program_id(0)\n{BATCH}"
 
@@ -467,6 +470,7 @@ def grid_kernel(steps: Steps, pieces: Pieces | None) -> str:
     walk = [BATCH, *steps.initial]
     walk += [f"{name} = {load(*place)}" for name, place in steps.carried.items()]
     walk += ["steps = tl.max(length)", first, f"for step in range({steps.count}):", indent(body)]
+    walk += [AFRESH] if steps.carried else []
     walk += [store(p, place, name, mask) for name, (p, place, mask) in steps.carried.items()]
     text = [UNITS, HIDDEN_TILE, *steps.start]
     text += resident_weights(terms, pieces) if pieces else []
