@@ -699,11 +699,11 @@ def test_a_rehearsal_with_the_compiler(tmp_path):
     assert names >= expected | {"meet_kernel"}
 
 
-def test_make_gpu_says_that_there_is_none():
+def test_make_gpu_says_that_there_is_none(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     done = subprocess.run(
-        ["make", "gpu", f"PYTHON={sys.executable}", "MINUTES=1", "STAGES=smoke"],
+        ["make", "gpu", f"PYTHON={sys.executable}", "MINUTES=1", "STAGES=smoke", f"OUT={tmp_path}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -131,6 +131,7 @@ class Session:
             self.page.stages.append(Stage("interrupted", 0, False, "the files have what was known"))
         self.results.write_rows()
         self.results.write_summary(summary.page(self.page))
+        gc.unfreeze()  # else extension modules complain of leaks, below the page
         print("\n" + summary.printed(self.page), flush=True)
         return int(not self.page.passed)
 
