@@ -37,6 +37,7 @@ SPECIAL = {
     "H256": {"H": 256, "T": 9, "B": 33, "directions": 2},
     "H300": {"H": 300, "T": 5, "B": 40},
     "H512": {"H": 512, "T": 3, "B": 20},
+    "H1024": {"H": 1024, "T": 3, "B": 20},
     "bare": {"bias": False, "state": False, "H": 20},
     "saturated": {"scale": 50.0, "H": 20},
     "reset": {"reset": True, "directions": 2},

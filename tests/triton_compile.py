@@ -178,8 +178,10 @@ def compiled(case, full=False):
         out = triton.compile(made, target=target, options=options | {"enable_fp_fusion": True})
         taken = resources(out) | {"shared": out.metadata.shared}
         step = taken.pop("step", "")
-        # with every option on a grid may keep a few registers aside, but not in a step
-        around = 16 if case[-1] and "_grid" in kernel.function.__name__ else 0
+        # around the steps, not in one, a grid may put a few registers aside with every option on,
+        # and on Triton 3.6 one without
+        around = 16 if case[-1] else 2 if triton.__version__ < "3.9" else 0
+        around *= "_grid" in kernel.function.__name__
         wrong = ["it spills"] if "X" in step or taken["spilled"] > around else []
         if taken["shared"] > device.shared_memory:
             wrong.append("it does not fit")

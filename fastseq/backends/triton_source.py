@@ -569,7 +569,8 @@ def _backward(cell: Cell, projected: bool) -> Steps:
         place = f"((tile * R + recurrence) * {U} + {k}) * H + units"
         carried[f"total_{u}"] = ("dunit", place, "is_unit")
     initial = list(dict.fromkeys(initial))
-    return Steps(cell, "backward", _units(cell), initial, carried, step, parts, "steps + 1")
+    units = _units(cell)
+    return Steps(cell, "backward", units, initial, carried, step, parts, "steps + 1", afresh=True)
 
 
 def _gradient_of_h(names: _Names) -> tuple[list[Term], list[Load], list[str]]:

@@ -407,6 +407,8 @@ class Steps:
     step: lines before the first part of each step.
     carried: name -> pointer, place and mask of what a program hands on to itself alone.
     count: how many steps of the longest sequence's ``steps`` there are.
+    afresh: whether what the end needs is computed there. Triton 3.6 spills without in backward, and
+        with it in forward.
     """
 
     cell: Cell
@@ -417,6 +419,7 @@ class Steps:
     step: list[str]
     parts: list[Part]
     count: str = "steps"
+    afresh: bool = False
 
 
 def _named(lines: list[str], text: str) -> list[str]:
@@ -470,7 +473,7 @@ def grid_kernel(steps: Steps, pieces: Pieces | None) -> str:
     walk = [BATCH, *steps.initial]
     walk += [f"{name} = {load(*place)}" for name, place in steps.carried.items()]
     walk += ["steps = tl.max(length)", first, f"for step in range({steps.count}):", indent(body)]
-    walk += [AFRESH] if steps.carried else []
+    walk += [AFRESH] if steps.afresh else []
     walk += [store(p, place, name, mask) for name, (p, place, mask) in steps.carried.items()]
     text = [UNITS, HIDDEN_TILE, *steps.start]
     text += resident_weights(terms, pieces) if pieces else []
