@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastseq.backends import triton as backend
-from fastseq.backends.triton_tiling import Device, Form, Precision, Tiling, tiling
+from fastseq.backends.triton_tiling import Device, Form, Precision, Tiling, pieces_of, tiling
 from fastseq.cells import CELLS
 
 from ..workloads import TEXTS, Workload
@@ -58,7 +58,13 @@ def kernels(workload: Workload, kind: str, kinds: Kinds) -> tuple[Any, ...]:
     H, P = workload.H, workload.proj or None
     sizes = (H, P, workload.dtype, products, workload.B, workload.D)
     plans = [tiling(cell, *sizes, kinds.device, form) for form in ("grid", "step")]
-    pieces = [plan.pieces(P or H, H) for plan in plans]
+    size = workload.dtype.itemsize
+    pieces = [
+        pieces_of(cell, H, P, plan, size, backward, kinds.device)
+        for plan in plans
+        for backward in (False, True)
+        if plan.resident
+    ]
     aligned = (H % 16 == 0, None if P is None else P % 16 == 0, H == 1)
     return cell.name, kind, aligned, workload.lengths, *plans, *pieces
 
