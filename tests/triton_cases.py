@@ -67,7 +67,10 @@ def form(request, monkeypatch):
     return request.param
 
 
-in_parts = pytest.mark.parametrize("form", ["step", "grid", "resident"], indirect=True)
+#: A step's text is a grid's without the waiting.
+in_parts = pytest.mark.parametrize(
+    "form", ["grid", "resident", pytest.param("step", marks=full)], indirect=True
+)
 
 
 @pytest.mark.parametrize("cell, special, dtype", in_turn(SPECIAL))

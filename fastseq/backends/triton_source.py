@@ -115,14 +115,14 @@ class _Names:
         ]
         return found
 
-    def store_saved(self, names: Iterable[str]) -> list[tuple[tuple[str, ...], str]]:
-        """(names, store): neighbours together."""
+    def store_saved(self, names: Iterable[str]) -> list[str]:
+        """Stores of what backward wants, neighbours together."""
         wanted, found = set(names), []
         for pointer in ("gates", "extra"):
             slots = self.slots(pointer)
             for run in self.runs(wanted & set(slots), slots):
                 first = slots.index(run[0])
-                found.append((run, store_gates(pointer, len(slots), first, run)))
+                found.append(store_gates(pointer, len(slots), first, run))
         return found
 
     def weight(self, gate: str) -> int:
@@ -134,9 +134,7 @@ class _Names:
         return [
             group
             for kind in ("a", "s")
-            for group in self.runs(
-                [g for g in gates if f"{kind}_{g}" in taken], self.cell.recurrent_gates
-            )
+            for group in self.runs([g for g in gates if f"{kind}_{g}" in taken], self.cell.gates)
         ]
 
     def row(self, group: tuple[str, ...]) -> str:
@@ -220,7 +218,7 @@ def _saved_by(names: _Names, phase: Phase) -> list[str]:
 def _keep(names: _Names, phase: Phase, handed_on: set[str]) -> list[str]:
     """Stores of what backward wants, where it will run, but for what is stored already."""
     wanted = [n for n in _saved_by(names, phase) if n not in handed_on]
-    return [f"if SAVE:\n    {line}" for _, line in names.store_saved(wanted)]
+    return [f"if SAVE:\n    {line}" for line in names.store_saved(wanted)]
 
 
 def _carry(cell: Cell, phase: Phase, suffix: str) -> list[str]:
@@ -412,7 +410,7 @@ def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
             body.append(f"{name} = {shared(*names.place(name))}")
     body += _text(cell, phase)
     handed_on = [n for n in _saved_by(names, phase) if n in later]
-    body += [line for _, line in names.store_saved(handed_on)]
+    body += names.store_saved(handed_on)
     late = _keep(names, phase, later) + _carry(cell, phase, "last")
     if "h" in phase.returns and projected:
         body.append(store("m", "at * H + units", "h"))
