@@ -51,9 +51,8 @@ def test_every_usual_size(version, tmp_path):
     assert f"Triton {version}: 24 cases" in compiled("--sizes", PYTHONPATH=path)
 
 
-# In the letters of triton_sass: before the first ? what is asked for ahead, then the wait, then the
-# pieces of h and the products.
-RIGHT = "BtBlBGGlG?BtBlB?tBlGGGGttttBlhlhlhBtlWBWB"
+# In the letters of triton_sass: what is asked for ahead, the wait, the pieces of h, the products.
+RIGHT = "BtBlBGGlG?BtBlBG?tBlBGGGGttttBlhlhlhBtlWBWB"
 
 
 @pytest.mark.parametrize(
@@ -62,6 +61,7 @@ RIGHT = "BtBlBGGlG?BtBlB?tBlGGGGttttBlhlhlhBtlWBWB"
         (RIGHT, None),
         (RIGHT.replace("BGGlG?B", "BGtBlGtBlG?B", 1), "the next step's loads wait"),
         (RIGHT.replace("GGGGtttt", "GGttBlGGtt"), "the operand's pieces wait"),
+        (RIGHT.replace("?", ""), "waits for nobody"),
     ],
 )
 def test_what_is_read_off_a_step(step, words):
@@ -75,6 +75,7 @@ SASS = """
         /*0000*/                   STL [R1], R2 ;
         /*0010*/                   LDG.E R4, desc[UR4][R2.64] ;
         /*0020*/                   LDG.E.64.STRONG.GPU R8, desc[UR4][R6.64] ;
+        /*0028*/                   CCTL.IVALL ;
         /*0030*/              @!P0 BRA 0x20 ;
         /*0040*/                   HMMA.16816.F32.BF16 R12, R8, R4, R12 ;
         /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
@@ -85,4 +86,4 @@ SASS = """
 
 def test_the_loop_over_time_is_the_innermost_that_holds_all_products():
     code = triton_sass.understood(SASS)
-    assert (code.registers, code.spilled, code.step) == (40, 1, "G?hB")
+    assert (code.registers, code.spilled, code.step) == (40, 1, "GG?hB")

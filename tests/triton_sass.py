@@ -3,7 +3,8 @@
 A step is a text of letters, one for each instruction that matters:
 
     G  a load from global memory          W  a store to it
-    ?  a look at the count of arrivals    B  a barrier of the program's threads
+    ?  what follows a look at the count of arrivals: the first-level cache is emptied
+    B  a barrier of the program's threads
     t  to shared memory                   l  from shared memory
     h  a product of the tensor cores      X  local memory: a register that did not fit
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 _LETTERS = {
     "LDG": "G",
     "STG": "W",
+    "CCTL": "?",
     "BAR": "B",
     "STS": "t",
     "STSM": "t",
@@ -40,10 +42,7 @@ class Code:
 
 
 def _letter(instruction: str) -> str:
-    word = instruction.split()[0]
-    if word.startswith("LDG") and "STRONG" in word:
-        return "?"
-    return _LETTERS.get(word.split(".")[0], "")
+    return _LETTERS.get(instruction.split()[0].split(".")[0], "")
 
 
 def read(cubin: bytes) -> Code:
@@ -93,8 +92,10 @@ def _step(code: list[tuple[int, str]]) -> str:
 def faults_of_a_grid(step: str) -> list[str]:
     """What is wrong with a step of a grid whose programs hold their weights."""
     found = []
-    before, _, after = step.partition("?")
-    after = after.rpartition("?")[2]
+    looks = re.search(r"G\?.*G\?|G\?", step)
+    if not looks:
+        return ["it waits for nobody"]
+    before, after = step[: looks.start()], step[looks.end() :]
     asked = re.sub(r"[^GB]", "", before).strip("B")
     if "B" in asked:
         found.append(f"the next step's loads wait for one another: {asked}")
