@@ -14,6 +14,7 @@ from fastseq.backends.layout import LAYOUTS
 
 ROOT = Path(fastseq.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+BENCHMARKS = sorted((ROOT.parent / "bench").rglob("*.py"))  # none beside an installed package
 FLOORS = {"cells": 0, "_cpu": 0, "reference": 1, "backends": 2, "ops": 3, "nn": 4}  # _cpu: compiled
 TOP = 5
 #: What a floor may import from outside, where it is kept plain.
@@ -133,6 +134,32 @@ def test_autograd_lives_in_ops(path):
         "autograd.Function",
     }
     assert not formulas & set(names_used(path.read_text(encoding="utf-8")))
+
+
+def hidden(source):
+    """The names of comprehensions that are names of the file as well."""
+    tree = ast.parse(source)
+    of_file = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            of_file |= {alias.asname or alias.name for alias in node.names}
+    targets = [n.target for n in ast.walk(tree) if isinstance(n, ast.comprehension)]
+    names = (n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+    return [f"line {n.lineno}: {n.id}" for n in names if n.id in of_file]
+
+
+@pytest.mark.parametrize("path", [*FILES, *BENCHMARKS], ids=lambda path: path.stem)
+def test_no_comprehension_hides_a_name_of_its_file(path):
+    """Python 3.12.1 takes the hidden name for the comprehension's own in all comprehensions of that
+    function, and raises UnboundLocalError."""
+    assert not hidden(path.read_text(encoding="utf-8"))
+
+
+def test_a_hidden_name_is_found():
+    source = (
+        "from a import load\ndef f(xs):\n    return [load for load in xs], [load(x) for x in xs]"
+    )
+    assert hidden(source) == ["line 3: load"]
 
 
 def run(code):

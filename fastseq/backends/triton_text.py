@@ -431,7 +431,7 @@ def step_kernel(steps: Steps, k: int) -> str:
     """One part of one step."""
     part = steps.parts[k]
     lines = ["steps = T", "poison = 0.0", *steps.step, *products(part.terms)]
-    lines += [line for load in part.loads for line in (load.ask, load.take)]
+    lines += [line for one in part.loads for line in (one.ask, one.take)]
     lines += part.body + part.late
     text = "\n".join(lines)
     carried = {n: place for n, place in steps.carried.items() if re.search(rf"\b{n}\b", text)}
@@ -459,15 +459,15 @@ def grid_kernel(steps: Steps, pieces: Pieces | None) -> str:
     goes on with NaN.
     """
     terms = [t for part in steps.parts for t in part.terms]
-    loads = list(dict.fromkeys(load for part in steps.parts for load in part.loads))
-    asks = [load.ask for load in loads]
+    loads = list(dict.fromkeys(one for part in steps.parts for one in part.loads))
+    asks = [one.ask for one in loads]
     body, first = list(steps.step), ""
     if pieces:
-        body += [load.take for load in loads]
+        body += [one.take for one in loads]
         body.append(of_the_next_step(asks, steps.step, "step"))
         first = re.sub(r"\bstep\b", "0", "\n".join([*steps.step, *asks]))
     for part in steps.parts:
-        own = [] if pieces else [line for load in part.loads for line in (load.ask, load.take)]
+        own = [] if pieces else [line for one in part.loads for line in (one.ask, one.take)]
         made = resident_products(part.terms, pieces) if pieces else products(part.terms)
         body += [WAIT, *made, *own, *part.body, ARRIVE, *part.late]
     walk = [BATCH, *steps.initial]
@@ -497,8 +497,8 @@ def walk_kernel(
 
     ahead: what the next step takes from memory is asked for before this one's products.
     """
-    asks = [load.ask for load in loads]
-    takes = [load.take for load in loads]
+    asks = [one.ask for one in loads]
+    takes = [one.take for one in loads]
     text = [*start, "steps = tl.max(length)"]
     if ahead:
         text.append(re.sub(r"\bdone\b", "0", "\n".join([*step, *asks])))
