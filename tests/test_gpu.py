@@ -316,6 +316,7 @@ def records(module, x, training):
             )
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # where x and the weights are made
     with torch.cuda.stream(side):
         for _ in range(3):
             step()

@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,20 @@ def test_the_cpu_is_declined_with_the_remedy():
         assert "TRITON_INTERPRET=1" in fastseq.backends()["triton"]
         with pytest.raises(RuntimeError, match=r"triton: not available: .*TRITON_INTERPRET"):
             fastseq.LSTM(3, 4, backend="triton")(torch.randn(2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    "reverse",
+    [(), (False,), (True,), (False, True), (True, False), (False, True) * 3, (False, True, True)],
+    ids=str,
+)
+def test_flags_are_not_kept(reverse):
+    """Under a graph's warm-up they would lie in its memory, which its replays write over."""
+    flags = pytest.importorskip("fastseq.backends.triton")._flags(reverse, torch.device("cpu"))
+    assert flags.tolist() == list(reverse) and flags.dtype is torch.int32
+    kept = weakref.ref(flags)
+    del flags
+    assert kept() is None
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,20 @@ def patience(looks: int) -> Iterator[None]:
         _PATIENCE = before
 
 
-@lru_cache(maxsize=64)
 def _flags(reverse: tuple[bool, ...], device: torch.device) -> Tensor:
-    return torch.tensor(reverse, dtype=torch.int32, device=device)
+    """(R,), not 0 where a recurrence runs backward.
+
+    Written on the device, by each call: a CUDA graph records no copy from the host, and a tensor
+    that outlives its call may lie in the memory of a graph that warms up, and be written over.
+    """
+    flags = torch.zeros(len(reverse), dtype=torch.int32, device=device)
+    if reverse == (False, True) * (len(reverse) // 2):
+        flags[1::2].fill_(1)
+    else:
+        for r in range(len(reverse)):
+            if reverse[r]:
+                flags[r].fill_(1)
+    return flags
 
 
 @lru_cache(maxsize=64)
