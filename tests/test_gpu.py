@@ -332,6 +332,7 @@ def records(module, x, training):
         assert all(same_bits(a, b) for a, b in zip(found, step(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's, as the capture ends
 def test_a_graph_of_ragged_sequences_is_refused_with_the_reason():
     module = fastseq.GRU(3, 4, device="cuda", backend="triton")
     x = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3, device="cuda") for n in (3, 2)])
@@ -377,7 +378,9 @@ def test_more_steps_than_cudnn_takes():
         whole, last = module(x)
         first, state = module(x[:30_000])
         second, final = module(x[30_000:], state)
-    assert torch.equal(whole, torch.cat([first, second])) and torch.equal(last, final)
+    # the input product of another number of rows may be another kernel of cuBLAS
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-5)
 
 
 @each_form
