@@ -127,6 +127,11 @@ def test_random_layers(first):
         check(seed)
 
 
+def test_lean_memory_of_no_rows():
+    """One of the random layers, whose sequences are all empty."""
+    check(387)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("first", range(60, 1000, 47))
 def test_more_random_layers(first):

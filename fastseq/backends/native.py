@@ -195,6 +195,8 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     if call.memory == "lean" and keeps:
         arguments = [*_arguments(call), True, False, call.deterministic, y]
         saved = _run(_cpu.forward, arguments, dtype)
+        if not y.numel():  # it has no address, so that C++ takes it for none and makes all again
+            saved = saved[1 + len(cell.states) :]
     c_all = None
     if others:
         has_own = call.memory == "lean" or not result.trajectory or dtype is not wide(dtype)

@@ -19,6 +19,7 @@ from . import triton_source as source
 #: Under TRITON_INTERPRET=1 kernels run in NumPy, on the CPU. It is read when a kernel is made.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_OLDER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
 # The vocabulary
 
@@ -261,9 +262,11 @@ def dot_apart(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def afresh(tile, patience):
-    """The same number, which a compiler takes for another: what is computed from it again takes no
-    register while the steps run."""
-    return tile + tl.where(patience < 0, 1, 0)
+    """The same number. Triton 3.6 takes it for another, so that what is computed from it again
+    takes no register while the steps run; 3.9 does better by itself."""
+    if _OLDER:
+        tile += tl.where(patience < 0, 1, 0)
+    return tile
 
 
 @triton.jit

@@ -407,7 +407,7 @@ class Steps:
     step: lines before the first part of each step.
     carried: name -> pointer, place and mask of what a program hands on to itself alone.
     count: how many steps of the longest sequence's ``steps`` there are.
-    afresh: whether what the end needs is computed there. Triton 3.6 spills without in backward, and
+    afresh: whether what the end needs is computed there: Triton 3.6 spills without in backward, and
         with it in forward.
     """
 

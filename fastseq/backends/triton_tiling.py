@@ -238,7 +238,7 @@ def _tiling(
         return _walk(device, block_h, block_p, 4 if widest <= 32 or amd else 8)
     maxnreg = None if amd else 255
     if dtype is torch.float64:  # sums of outer products, in registers
-        return Tiling("step", LEAST, 16, 16, 2, 4, 1, maxnreg)
+        return Tiling("step", LEAST, 16, 16, 1, 4, 1, maxnreg)
     if not cores:
         return Tiling("step", LEAST, 16, 16, 8, 4, 1, maxnreg)
     threefold = precision == "tf32x3"  # the operands
