@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 
+from .gpu.points import FIELDS as COLUMNS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-COLUMNS = (
-    "name shape cell T B I H layers directions ragged type way contender form how ms best_ms "
-    "samples tested error device capability torch triton cudnn fastseq commit date"
-).split()
 _ALLOWED = {
     "cell": ("lstm", "gru", "rnn"),
     "type": ("tf32", "float32", "float16", "bfloat16"),

@@ -78,12 +78,6 @@ def behind(**more):
     return point(cudnn=1.0, triton=2.0, **more)
 
 
-def test_the_columns_are_those_that_a_run_writes():
-    from bench.gpu.points import FIELDS
-
-    assert tuple(FIELDS) == tuple(cuda_results.COLUMNS)
-
-
 def write(path, rows, columns=cuda_results.COLUMNS):
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as sink:
