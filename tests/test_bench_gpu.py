@@ -550,7 +550,7 @@ def test_the_time_ends_for_tests(troubled, tmp_path):
 
 
 def rehearse(folder, *arguments, faults=None, timeout=100, **environment):
-    command = [sys.executable, "-m", "bench.gpu", "--preload", "tests.fake_gpu", *arguments]
+    command = [sys.executable, "-m", "bench.gpu", "--preload", "tests.helpers.fake_gpu", *arguments]
     command += [
         "--out",
         str(folder),
@@ -632,14 +632,14 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
     def answers(script):
         fake.write_text("#!/bin/sh\necho checked $*\n" + script)
         fake.chmod(0o755)
-        return sanitize.run(Clock(20), log, 2, "tests.fake_gpu", said.append)
+        return sanitize.run(Clock(20), log, 2, "tests.helpers.fake_gpu", said.append)
 
     passed, text = answers("exit 3")
     assert passed and "a probe ended with status 3" in text
     passed, text = answers('case "$*" in *racecheck*step*|*racecheck*walk*) exit 9;; esac')
     assert not passed and text == "7 clean; found something: racecheck walk"
     assert "sanitize: racecheck walk: FOUND something" in said
-    assert "--exercise grid-resident --preload tests.fake_gpu" in log.read_text()
+    assert "--exercise grid-resident --preload tests.helpers.fake_gpu" in log.read_text()
     passed, text = answers('case "$*" in *initcheck*) sleep 60;; *synccheck*) exit 5;; esac')
     assert passed and "6 clean; without a verdict: synccheck grid-resident, initcheck walk" in text
 

@@ -10,7 +10,7 @@ from twins import CELLS, LAYERS
 
 pytest.importorskip("expecttest")
 
-SUITE = Path(__file__).with_name("torch_suite.py")
+SUITE = Path(__file__).parent / "helpers" / "torch_suite.py"
 
 
 def run(tmp_path, runs, every):

@@ -38,7 +38,15 @@ def test_under_the_interpreter(request):
     triton = pytest.importorskip("triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         pytest.skip("the interpreter of older Tritons fails on NumPy 2.4")
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_cases.py"]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/helpers/triton_cases.py",
+    ]
     if request.config.getoption("--full"):
         command.append("--full")
     printed = child(command, TRITON_INTERPRET="1")

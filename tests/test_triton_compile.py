@@ -13,7 +13,9 @@ from test_triton import child
 
 def compiled(*options, **environment):
     """What triton_compile.py prints, of which nothing may be wrong."""
-    printed = child(["tests/triton_compile.py", *options], TRITON_INTERPRET="0", **environment)
+    printed = child(
+        ["tests/helpers/triton_compile.py", *options], TRITON_INTERPRET="0", **environment
+    )
     assert ", 0 kernels that spill" in printed and "BAD" not in printed
     return printed
 

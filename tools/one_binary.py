@@ -72,7 +72,7 @@ def prove(wheel: Path, python: str, torch: str) -> None:
             run(python, "-m", "venv", folder / "venv")
             python = str(folder / "venv" / "bin" / "python")
             run(python, "-m", "pip", "install", "--quiet", torch, "numba", "pytest", "hypothesis")
-        # beside the tests, where pytest's setting pythonpath = ["."] finds it
+        # beside the tests, where pytest's setting of pythonpath finds it
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel)
         shutil.copytree(ROOT / "tests", folder / "tests")
         shutil.copy(ROOT / "pyproject.toml", folder)

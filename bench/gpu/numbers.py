@@ -1,6 +1,6 @@
 """The rule by which a point's own numbers are judged before its times are believed.
 
-tests/rules.py has the same rule; a test holds the two to each other.
+tests/helpers/rules.py has the same rule; a test holds the two to each other.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Drives torch's own table of module inputs, ``module_db``, for the recurrent modules.
 
-    python tests/torch_suite.py RESULTS.json [--torch] [--every N] [--backend NAME]
+    python tests/helpers/torch_suite.py RESULTS.json [--torch] [--every N] [--backend NAME]
 
 With ``--torch`` the modules are torch.nn's; else fastseq's stand in their place on torch.nn before
 the table is imported. It runs in a process of its own: the table keeps the classes it finds.
@@ -30,7 +30,7 @@ calls = Counter()
 
 def substitute(backend):
     """fastseq's classes in the places of torch.nn's."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     import fastseq
 
     for kind in KINDS:

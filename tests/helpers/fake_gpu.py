@@ -1,4 +1,4 @@
-"""A device that is not there, for rehearsals: python3 -m bench.gpu --preload tests.fake_gpu
+"""A device that is not there, for rehearsals: python3 -m bench.gpu --preload tests.helpers.fake_gpu
 
 Imported first in every process of a run, it makes the CPU answer to 'cuda'. Launches are heard and
 not made: the backend's host code runs as it is, up to the launch, and the numbers it would have got
@@ -198,7 +198,7 @@ def _make(kernel, grid, values, options):
 
 
 if os.environ.get("FAKE_GPU_JIT"):
-    from tests import fake_driver
+    from tests.helpers import fake_driver
 
     fake_driver.activate()
 else:

@@ -3,7 +3,7 @@
 The host code runs on CPU tensors with its launches recorded, so that types, constants and absent
 buffers are those of a real call; what was recorded is then compiled for each target, in parallel.
 
-    python tests/triton_compile.py [--full [--every 13] | --sizes] [--jobs N]
+    python tests/helpers/triton_compile.py [--full [--every 13] | --sizes] [--jobs N]
 
 ``--sizes``: LSTM and GRU at every usual size, whose steps are read as machine code besides
 (triton_sass.py).
