@@ -40,8 +40,10 @@ def way(request, monkeypatch):
     torch._dynamo.reset()
     choice.judge.cache_clear()
     supports = backend.supports
-    monkeypatch.setattr(backend, "supports", lambda task: supports(task._replace(device="cuda")))
-    monkeypatch.setattr(backend, "stacks", lambda task: False)
+    monkeypatch.setattr(
+        backend, "supports", lambda problem: supports(problem._replace(device="cuda"))
+    )
+    monkeypatch.setattr(backend, "stacks", lambda problem: False)
     monkeypatch.setattr(layout, "on_onednn", lambda call: False)
     with contextlib.ExitStack() as stack:
         if request.param == "cudnn":
@@ -84,7 +86,7 @@ def test_projection(P, bias, lengths, way):
 def _run(case):
     """By the torch backend, which in eager code declines to project to H features or more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "supports", lambda task: None)
+        patch.setattr(backend, "supports", lambda problem: None)
         choice.judge.cache_clear()
         return case.run("torch")
 
@@ -356,7 +358,7 @@ def test_exported_and_run_on_the_cpu():
     module = fastseq.GRU(4, 6, 2, bidirectional=True)
     x = torch.randn(5, 3, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "supports", lambda task: None)
+        patch.setattr(backend, "supports", lambda problem: None)
         choice.judge.cache_clear()
         module.backend = "torch"
         program = torch.export.export(module, (x,))

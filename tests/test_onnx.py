@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fastseq
 from fastseq.cells import CELLS
+from fastseq.ops.geometry import Dense
 from fastseq.ops.onnx import STANDARDS
-from fastseq.ops.stack import run
+from fastseq.ops.run import run
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -150,7 +151,7 @@ class OneLayer(nn.Module):
 
     def forward(self, x):
         stack = self.drawn.stack()
-        stack.x, stack.states = x, []
+        stack.x, stack.states, stack.geometry = x, [], Dense(x, False)
         return run(stack)[0]
 
 

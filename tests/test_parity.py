@@ -248,7 +248,7 @@ def test_a_named_decline_is_real(backend):
 
 def test_none_always_runs():
     for cell in CELLS:
-        for mode in ("eager", "compile", "trace", "transform", "dual"):
+        for mode in ("plain", "compile", "trace", "transform", "dual"):
             for options in ({}, {"reset": True, "trajectory": True}, {"memory": "lean"}):
                 if mode == "trace" and options.get("memory"):
                     continue

@@ -20,8 +20,9 @@ import fastseq
 from bench import cuda_results, cuda_rule, rule, table
 from fastseq.backends import choice, load, measured_cuda
 from fastseq.backends import cuda_rule as chooser
-from fastseq.backends.contract import Problem
+from fastseq.backends.contract import Abilities, Problem
 from fastseq.ops import stack as ops_stack
+from fastseq.ops.geometry import Padded
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 TRITON, TORCH = ("triton", "torch", "eager"), ("torch", "eager")
@@ -429,14 +430,14 @@ def fake(monkeypatch):
 
 
 def problem(module, x):
-    return ops_stack.problem(module._stack(x, None, [], False))
+    return ops_stack.problem(module._stack(x, None, None, None, False))
 
 
 def test_two_gpus_of_one_process_have_their_own_rules(gpus, fake, ruled, monkeypatch):
     ruled(point())
     here, there = (problem(*fake(device)) for device in ("cuda:1", "cuda:0"))
     assert here == LSTM._replace(threads=here.threads) and there.capability == "8.6"
-    stand_in = SimpleNamespace(supports=lambda problem: None)
+    stand_in = SimpleNamespace(supports=lambda problem: None, ABILITIES=Abilities())
     monkeypatch.setattr(choice, "load", lambda name: stand_in if name == "triton" else load(name))
     for _ in range(2):
         assert choice.select(here) == "triton" and choice.select(there) == "torch"
@@ -456,8 +457,8 @@ def test_a_ragged_call_knows_whether_it_is_recorded(gpus, fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     module, x = fake("cuda:0")
     assert not problem(module, x).recording
-    stack = module._stack(x, None, [], False)
-    stack.lengths = torch.empty(16, dtype=torch.int64)
+    stack = module._stack(x, None, None, None, False)
+    stack.geometry = Padded(x, False, torch.empty(16, dtype=torch.int64))
     assert ops_stack.problem(stack).recording
 
 

@@ -6,7 +6,7 @@ from problems import full
 
 import fastseq
 from fastseq.backends import load
-from fastseq.nn import direct
+from fastseq.nn import short as short_way
 
 LAYERS = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU, "RNN": fastseq.RNN}
 OPTIONS = [
@@ -173,7 +173,7 @@ needs_native = pytest.mark.skipif(isinstance(load("native"), str), reason=str(lo
 def short(module, *given):
     """What the short way returns, None where it leaves the call to the long one."""
     with torch.no_grad():
-        return direct.run(module, *given)
+        return short_way.layers(module, *given)
 
 
 @needs_native
@@ -240,7 +240,7 @@ def test_what_is_not_plain_goes_the_long_way():
     assert short(m, x, None) is None
     m.backend = None
     m.memory = "lean"
-    assert direct.run(m, x, None) is None  # wants gradients
+    assert short_way.layers(m, x, None) is None  # wants gradients
     assert short(m, x, None) is not None
     m.memory = "full"
     torch.nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")

@@ -6,6 +6,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq.backends import load
+from fastseq.backends.contract import Request
 from fastseq.ops import whole
 
 pytestmark = pytest.mark.skipif(isinstance(load("native"), str), reason=str(load("native")))
@@ -59,7 +60,7 @@ def layer_by_layer(monkeypatch):
 
     def run(function, *arguments):
         with monkeypatch.context() as closed:
-            closed.setattr(whole, "serves", lambda cell: False)
+            closed.setattr(whole, "run", lambda *call: None)
             return function(*arguments)
 
     return run
@@ -225,12 +226,12 @@ def test_an_edited_output_is_noticed_or_harmless():
 def test_a_call_that_is_declined_has_drawn_nothing():
     m = made("LSTM", {"num_layers": 2, "dropout": 0.5})
     x = torch.randn(5, 3, 12)[..., ::2]  # strides that the kernels do not read
-    shape = whole.Shape("lstm", 2, 1, True, False, False, False, 0.5)
+    request = Request("lstm", 2, dropout=0.5, training=True)
     weights = tuple(m.parameters())
     before = torch.get_rng_state()
-    assert whole.run(shape, x, None, (), weights) is None
+    assert whole.run("native", load("native"), request, x, None, (), weights) is None
     with torch.no_grad():
-        assert whole.run(shape, x, None, (), weights) is None
+        assert whole.run("native", load("native"), request, x, None, (), weights) is None
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     y, _ = m(x)

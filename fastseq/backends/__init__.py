@@ -8,35 +8,70 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from types import ModuleType
+from typing import Any, NamedTuple
 
-#: name -> (what it is, how to get what it needs)
-BACKENDS: dict[str, tuple[str, str]] = {
-    "torch": ("torch's own: oneDNN, cuDNN, composite loops", "pip install torch"),
-    "native": (
+from .contract import fault
+
+
+class Entry(NamedTuple):
+    """A backend before it is imported: what it is, how to get what it needs, and its module."""
+
+    what: str
+    remedy: str
+    module: str
+
+
+BACKENDS: dict[str, Entry] = {
+    "torch": Entry(
+        "torch's own: oneDNN, cuDNN, composite loops", "pip install torch", f"{__name__}.torch"
+    ),
+    "native": Entry(
         "fused loops over time for CPU, in C++",
         "install a C++ compiler, such as g++, and then fastseq again: pip install .",
+        f"{__name__}.native",
     ),
-    "numba": ("fused loops over time for CPU, no compiler needed", "pip install numba"),
-    "triton": ("fused loops over time for GPUs", "pip install triton"),
-    "eager": ("torch operations step by step, every device and transform", "pip install torch"),
-    "reference": ("NumPy float64, the truth of the tests", "pip install numpy"),
+    "numba": Entry(
+        "fused loops over time for CPU, no compiler needed",
+        "pip install numba",
+        f"{__name__}.numba",
+    ),
+    "triton": Entry("fused loops over time for GPUs", "pip install triton", f"{__name__}.triton"),
+    "eager": Entry(
+        "torch operations step by step, every device and transform",
+        "pip install torch",
+        f"{__name__}.eager",
+    ),
+    "reference": Entry(
+        "NumPy float64, the truth of the tests", "pip install numpy", f"{__name__}.reference"
+    ),
 }
+
+#: The backend that autograd sees through: derivatives of every order come from it.
+DIFFERENTIABLE = "eager"
 
 
 @cache
-def imported(name: str) -> ModuleType | str:
-    """The backend's module, or why it cannot be imported."""
+def imported(name: str) -> Any:
+    """The backend's module, an :class:`.contract.Implementation`; or why it cannot be imported.
+
+    Raises:
+        ValueError: no backend has this name.
+        TypeError: the module is not what the contract asks for.
+    """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     try:
-        return importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(BACKENDS[name].module)
     except ImportError as error:
-        return f"{error}; {BACKENDS[name][1]}"
+        return f"{error}; {BACKENDS[name].remedy}"
+    wrong = fault(module)
+    if wrong is not None:
+        raise TypeError(f"backend {name!r} ({BACKENDS[name].module}): {wrong}")
+    return module
 
 
 @cache
-def load(name: str) -> ModuleType | str:
+def load(name: str) -> Any:
     """The backend's module, or why it cannot run here."""
     module = imported(name)
     return module if isinstance(module, str) else module.unavailable() or module

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import BACKENDS, cuda_rule, imported, load
-from .contract import Problem
+from . import BACKENDS, DIFFERENTIABLE, Entry, cuda_rule, imported, load
+from .contract import Backend, Problem
 from .torch import uses_onednn
-
-Backend = str | tuple[str, ...] | None
 
 
 def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
@@ -55,10 +53,14 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     ours, theirs = (*kernels, "torch", "eager"), ("torch", *kernels, "eager")
     if problem.deterministic:
         return ("native",)
+    if problem.single:  # torch has cell functions, which cost the least of all but native's call
+        order = preferred(problem._replace(single=False), native)
+        whole = order[0] == "native" and problem.dtype in (torch.float32, torch.float64)
+        return order if whole else ("torch", *order)
     if problem.mode == "trace":
         return ("torch", "eager")
     if problem.mode == "dual":
-        return ("eager",)
+        return (DIFFERENTIABLE,)
     T, B, H = problem.T, problem.B, problem.H
     if problem.mode == "transform":
         repaid = 12 if problem.cell.startswith("rnn") else 8
@@ -99,13 +101,6 @@ def is_outer_product(cell: str, H: int) -> bool:
     return cell != "lstm" and H >= 256
 
 
-def of_a_cell(problem: Problem) -> tuple[str, ...]:
-    """The order for a module that makes one step: torch's cell functions, but for our kernels."""
-    order = left_to_us(problem)
-    ours = order[0] == "native" and problem.dtype in (torch.float32, torch.float64)
-    return order if ours else ("torch", *order)
-
-
 def left_to_us(problem: Problem) -> tuple[str, ...]:
     """:func:`preferred` on this machine."""
     return preferred(problem, native=not isinstance(load("native"), str))
@@ -113,7 +108,7 @@ def left_to_us(problem: Problem) -> tuple[str, ...]:
 
 def measured(problem: Problem) -> str | None:
     """The measurement that decided, in words, where a table of them does."""
-    if problem.device == "cuda" and problem.mode in ("eager", "compile"):
+    if problem.device == "cuda" and problem.mode in ("plain", "compile"):
         return cuda_rule.ruling(problem).reason
     return None
 
@@ -150,12 +145,17 @@ def reason_against(name: str, problem: Problem) -> str | None:
     module = imported(name) if is_elsewhere(problem.device) else load(name)
     if isinstance(module, str):
         return f"not available: {module}"
-    if problem.zoneout and name != "eager":
+    can = module.ABILITIES
+    if problem.zoneout and not can.zoneout:
         return "its loop hands the states on by itself, and zoneout blends them; choose eager"
-    if problem.deterministic and name != "native":
+    if problem.deterministic and not can.deterministic:
         return (
             "its bits may depend on the batch or the threads; deterministic=True takes native alone"
         )
+    if problem.input_product and not can.input_product:
+        return "it makes the input product itself, and takes none that is made already (w_ih=None)"
+    if problem.heads > 1 and not can.heads:
+        return f"it takes one matrix w_hh, not {problem.heads} blocks on its diagonal"
     return module.supports(problem)
 
 
@@ -199,11 +199,68 @@ def select_constant(backend: Backend, *problem: Any) -> str:
 select_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def sees_through(name: str) -> bool:
+    """Whether autograd sees through a backend's forward."""
+    return imported(name).ABILITIES.differentiable
+
+
+sees_through._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def in_one_call(name: str, problem: Problem) -> Any | None:
+    """The module of a backend where it runs all layers of a problem in one call, else None."""
+    module = load(name)
+    stacks = getattr(module, "stacks", None)
+    return module if stacks is not None and stacks(problem) else None
+
+
+def in_one_call_constant(name: str, *problem: Any) -> Any | None:
+    """:func:`in_one_call` for a graph that is traced."""
+    return in_one_call(name, Problem(*problem))
+
+
+in_one_call_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=4096)
+def short_way(
+    cell: str, dtype: torch.dtype, device: str, backend: Backend, lean: bool, single: bool
+) -> tuple[str, Any] | None:
+    """Name and module of the backend that runs plain calls of these in one call whatever their
+    sizes, or None where the sizes, or more than these, decide.
+
+    The modules ask before they look at anything else. A plain call has nothing but an input, a
+    state and weights, in plain code, without reset, masks, lengths or a trajectory.
+    """
+    T, memory = 1 if single else None, "lean" if lean else "full"
+    problem = Problem(cell, dtype, device, T, None, None, None, None, single=single, memory=memory)
+    found = []
+    for training in (False, True):
+        chosen = judge(problem._replace(training=training), backend).chosen
+        if chosen is None:
+            return None
+        module = in_one_call(chosen, problem._replace(training=training))
+        if module is None:
+            return None
+        found.append((chosen, module))
+    return found[0] if found[0] == found[1] else None
+
+
+def streams(cell: str, dtype: torch.dtype, device: str, batch: int, backend: Backend) -> Any | None:
+    """The module of the backend that runs single steps on packed weights, or None."""
+    problem = Problem(cell, dtype, device, 1, batch, None, None, None)
+    for name in left_to_us(problem) if backend is None else names(backend):
+        module = load(name)
+        if hasattr(module, "stream") and module.streams(problem):
+            return module
+    return None
+
+
 class Table(dict[str, str]):
     """name -> 'available', or why not and the remedy; prints as a table."""
 
     def __repr__(self) -> str:
-        rows = [f"{name:<10} {BACKENDS[name][0]:<64} {state}" for name, state in self.items()]
+        rows = [f"{name:<10} {BACKENDS[name].what:<64} {state}" for name, state in self.items()]
         return "\n".join(rows)
 
 
@@ -214,3 +271,25 @@ def backends() -> Table:
         module = load(name)
         table[name] = f"not available: {module}" if isinstance(module, str) else "available"
     return table
+
+
+def register(name: str, what: str, module: str, remedy: str = "") -> None:
+    """Add a backend, which then runs wherever it is named.
+
+    Args:
+        name: as ``backend=`` takes it; a name that is free.
+        what: what it is, for :func:`fastseq.backends`.
+        module: where to import it from, 'package.module'; what it has, :mod:`.contract` says. It is
+            imported when the backend is first asked for.
+        remedy: how to get what it needs, for where it cannot be imported.
+    """
+    if name in BACKENDS:
+        raise ValueError(f"name: there is a backend {name!r} already, {BACKENDS[name].module}")
+    BACKENDS[name] = Entry(what, remedy, module)
+
+
+def unregister(name: str) -> None:
+    """Take out what :func:`register` added."""
+    del BACKENDS[name]
+    for found in (imported, load, judge, short_way):
+        found.cache_clear()

@@ -1,22 +1,10 @@
 """The contract of a backend: what a call is made of, and what it gives back.
 
-A *raw* backend is a module with
+:class:`Implementation` is what a backend's module has, and :func:`fault` holds a module to it when
+it is loaded. Forward and backward neither write to what they are given nor return views of it;
+backward, called twice with the same arguments, gives the same bits.
 
-- ``unavailable() -> str | None``: why it cannot run on this machine, and the remedy;
-- ``supports(problem) -> str | None``: why it declines this problem, in words a user can act on;
-- ``forward(call, save, trajectory) -> Result`` and
-  ``backward(call, result, grads, wanted) -> Gradients``, which neither write to what they are given
-  nor return views of it. ``backward`` may be called twice with the same arguments and then gives
-  the same bits.
-
-What its forward saves for backward, shapes and dtypes, is written in :mod:`.layout`: a graph can be
-traced where the backend itself cannot run.
-
-A backend that is made of torch operations may offer a way that autograd sees through, and is then
-called without an autograd formula of ours:
-
-- ``differentiable(problem) -> bool``: whether ``forward`` is such a way here (``eager``);
-- ``stack(stack) -> (y, states)``: all layers in one call, where ``stacks(problem)`` (``torch``).
+A backend may also run a whole stack, all layers in one call: :class:`WholeStacks`.
 
 Rows. ``x`` is ``(T, B, I)`` with ``batch_sizes=None``, or packed ``(N', I)`` with ``batch_sizes``
 as in ``PackedSequence``: sequences sorted by decreasing length, the rows of one step side by side.
@@ -27,9 +15,10 @@ beyond it are empty, and keep their state.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,18 +26,63 @@ from torch import Tensor
 from ..cells import CELLS, Cell
 
 Memory = Literal["full", "lean"]
-Mode = Literal["eager", "compile", "trace", "transform", "dual"]
+#: What runs a call: plain code, a graph that is compiled, torch.jit's tracer, torch.func, or
+#: forward-mode AD.
+Mode = Literal["plain", "compile", "trace", "transform", "dual"]
 Shape = tuple[int, ...]
+#: (shape, dtype) of each tensor that is saved; a size of None is known when the kernel has run.
+Layout = list[tuple[tuple[int | None, ...], torch.dtype]]
+Backend = str | tuple[str, ...] | None
+
+#: How a dense x is laid out: (T, B, I) or (T, I); (B, T, I); (B, I), one step of a cell.
+TIME_FIRST, BATCH_FIRST, ONE_STEP = range(3)
+
+
+class Request(NamedTuple):
+    """What a caller asks for, besides tensors: layers x directions of one cell.
+
+    dropout: what torch.dropout does between the layers of this call, 0 where it does nothing.
+    trajectory: whether the states other than h are wanted at every step, of the last layer.
+    editable: whether the caller may edit y in place before backward: torch.nn's LSTM has no such
+        output, all else has.
+    """
+
+    cell: str
+    layers: int = 1
+    directions: int = 1
+    biased: bool = True
+    projected: bool = False
+    order: int = TIME_FIRST
+    deterministic: bool = False
+    dropout: float = 0  # no 0.0: a float that Dynamo reads makes it trace twice
+    training: bool = False
+    trajectory: bool = False
+    memory: Memory = "full"
+    backend: Backend = None
+    editable: bool = True
+
+    @property
+    def definition(self) -> Cell:
+        return CELLS[self.cell]
+
+    @property
+    def per_recurrence(self) -> int:
+        """How many tensors a recurrence's weights are."""
+        units = len(CELLS[self.cell].unit_parameters)
+        recurrent = bool(CELLS[self.cell].recurrent_gates)
+        return (1 + recurrent) * (1 + self.biased) + self.projected + units
 
 
 class Problem(NamedTuple):
     """What the choice of a backend may depend on. No tensors: it is hashable and testable.
 
     ``T`` is the longest sequence and ``B`` the batch. While a graph is traced both are None, so
-    that no choice can depend on them; torch.compile knows no size at all. ``capability`` is that
-    of the CUDA device at hand, '9.0' say, in which the devices of one process may differ; ``tf32``
-    says whether torch multiplies float32 in TF32 there, and ``recording`` whether a ragged call
-    is recorded into a CUDA graph.
+    that no choice can depend on them; torch.compile knows no size at all. ``single`` is a step of a
+    module that makes one. ``input_product`` says that x is the input product already, ``heads`` how
+    many blocks on its diagonal w_hh has, ``zoneout`` the rates of the states, or none.
+    ``capability`` is that of the CUDA device at hand, '9.0' say, in which the devices of one
+    process may differ; ``tf32`` says whether torch multiplies float32 in TF32 there, and
+    ``recording`` whether a ragged call is recorded into a CUDA graph.
     """
 
     cell: str
@@ -64,16 +98,18 @@ class Problem(NamedTuple):
     bias: bool = True
     projected: bool = False
     ragged: bool = False
+    single: bool = False
     reset: bool = False
     h_mask: bool = False
-    zoneout: bool = False
+    zoneout: tuple[float, ...] = ()
+    input_product: bool = False
+    heads: int = 1
     trajectory: bool = False
     memory: Memory = "full"
     deterministic: bool = False
     training: bool = False
-    dropout: bool = False
     threads: int = 1
-    mode: Mode = "eager"
+    mode: Mode = "plain"
     capability: str | None = None
     tf32: bool = False
     recording: bool = False
@@ -82,8 +118,8 @@ class Problem(NamedTuple):
 class Weights(NamedTuple):
     """The parameters of one recurrence; G_hh counts the gates that have a recurrent product."""
 
-    w_ih: Tensor  # (G*H, I)
-    w_hh: Tensor | None  # (G_hh*H, P)
+    w_ih: Any  # Tensor (G*H, I), or None: x is the input product already
+    w_hh: Tensor | None  # (G_hh*H, P), or (G_hh*H, P/heads): blocks on the diagonal
     b_ih: Tensor | None  # (G*H,)
     b_hh: Tensor | None  # (G_hh*H,)
     w_hr: Tensor | None  # (P, H)
@@ -92,20 +128,14 @@ class Weights(NamedTuple):
     def flat(self) -> list[Tensor | None]:
         return [self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr, *self.units]
 
+    def given(self) -> list[Tensor]:
+        """Those that there are."""
+        return [w for w in self.flat() if w is not None]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """The same of every tensor that is there."""
-
-        def part(w: Tensor | None) -> Tensor | None:
-            return None if w is None else function(w)
-
-        return Weights(
-            function(self.w_ih),
-            part(self.w_hh),
-            part(self.b_ih),
-            part(self.b_hh),
-            part(self.w_hr),
-            tuple(function(u) for u in self.units),
-        )
+        first = [None if w is None else function(w) for w in self[:5]]  # type: ignore[arg-type]
+        return Weights(*first, tuple(function(u) for u in self.units))  # type: ignore[arg-type]
 
 
 def weights_per_recurrence(cell: Cell) -> int:
@@ -119,6 +149,37 @@ def unflatten(cell: Cell, flat: Sequence[Tensor | None]) -> list[Weights]:
         Weights(*flat[k : k + 5], tuple(flat[k + 5 : k + size]))  # type: ignore[arg-type, call-arg]
         for k in range(0, len(flat), size)
     ]
+
+
+def ways(request: Request, weights: Sequence[Tensor]) -> list[Weights]:
+    """The weights of each layer and direction, from those that there are, in one list."""
+    size = request.per_recurrence
+    recurrent = bool(CELLS[request.cell].recurrent_gates)
+    found = []
+    for first in range(0, len(weights), size):
+        rest = list(weights[first : first + size])
+        w_ih, w_hh = rest.pop(0), rest.pop(0) if recurrent else None
+        b_ih = rest.pop(0) if request.biased else None
+        b_hh = rest.pop(0) if request.biased and recurrent else None
+        w_hr = rest.pop(0) if request.projected else None
+        found.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(rest)))
+    return found
+
+
+@dataclass
+class Masks:
+    """What of a layer is masked at random at every step.
+
+    zoneout: for each state the rate with which it stays as it was. seed: 64 bits, or None outside
+        of training, where that part of it stays. ids: (B,), the sequences' names.
+    stay: the same, drawn: for each recurrence and state (rows, size) bool, where it stays as it was
+        before the step; or the part of it that stays.
+    """
+
+    zoneout: tuple[float, ...]
+    seed: Tensor | None
+    ids: Tensor
+    stay: list[list[Tensor | float]] | None = None
 
 
 @dataclass
@@ -143,6 +204,7 @@ class Call:
     h_mask: Tensor | None = None
     memory: Memory = "full"
     deterministic: bool = False
+    masks: Masks | None = None
 
     @property
     def definition(self) -> Cell:
@@ -150,7 +212,9 @@ class Call:
 
     @property
     def H(self) -> int:
-        return self.weights[0].w_ih.shape[0] // self.definition.G
+        w_ih = self.weights[0].w_ih
+        rows = self.x.shape[-1] if w_ih is None else w_ih.shape[0]
+        return rows // self.definition.G
 
     @property
     def P(self) -> int:
@@ -212,3 +276,132 @@ class Gradients:
     x: Tensor | None
     states: list[Tensor] | None
     weights: list[Weights] | None
+
+
+class Abilities(NamedTuple):
+    """What a backend can do that not every one can; what it cannot is declined in its name.
+
+    differentiable: autograd and torch.func see through ``forward``, so there is no ``backward``.
+    deterministic: its bits depend neither on the batch around a sequence nor on the threads.
+    zoneout: it takes :class:`Masks`. input_product, heads: as in :class:`Problem`.
+    """
+
+    differentiable: bool = False
+    deterministic: bool = False
+    zoneout: bool = False
+    input_product: bool = False
+    heads: bool = False
+
+
+class Implementation(Protocol):
+    """A backend: a module with these, or anything else that has them."""
+
+    ABILITIES: Abilities
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, and the remedy."""
+
+    def supports(self, problem: Problem) -> str | None:
+        """Why it declines this problem, in words that a user can act on. What its abilities say
+        already need not be said again."""
+
+    def saved_layout(self, call: Call, rows: Shape, trajectory: bool) -> Layout:
+        """What forward saves for backward. ``rows`` is the shape of x but for the last. It asks
+        nothing of the machine: a graph can be traced for another one."""
+
+    def forward(self, call: Call, save: bool, trajectory: bool) -> Result: ...
+
+    def backward(
+        self, call: Call, result: Result, grads: OutputGradients, wanted: Wanted
+    ) -> Gradients: ...
+
+
+class WholeStacks(Protocol):
+    """Of a backend that runs all layers in one call, with dropout between them.
+
+    ``layers`` returns y, time first, the final states (layers * D, B, ...), and what it saves; None
+    where it does not take these tensors, and the layers are run one by one. ``x`` is laid out as
+    ``request.order`` says, or packed. The states of ONE_STEP are (B, ...), all others
+    (layers * D, B, ...), without B where x has none. ``weights`` are those of each layer and
+    direction, without the Nones; ``masks`` what dropout keeps of the input of each layer but the
+    first, or nothing where the backend draws itself.
+
+    Without ``layers_backward`` autograd is torch's own.
+    """
+
+    def stacks(self, problem: Problem) -> bool:
+        """Whether it runs the layers of a problem that it supports in one call."""
+
+    def layers(
+        self,
+        request: Request,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        save: bool,
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None: ...
+
+    def layers_backward(
+        self,
+        request: Request,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        y: Tensor,
+        saved: Sequence[Tensor],
+        dy: Tensor | None,
+        dstates: Sequence[Tensor | None],
+        wanted: Wanted,
+    ) -> Sequence[Tensor | None]:
+        """[dx, *dstates, *dweights], None where not wanted; no dweights where none is."""
+
+
+class Streams(Protocol):
+    """Of a backend that runs a stack step by step on packed weights: see nn/streaming.py."""
+
+    def streams(self, problem: Problem) -> bool:
+        """Whether it does so for a problem of one step."""
+
+    def stream(
+        self,
+        request: Request,
+        weights: Sequence[Tensor],
+        h: Tensor,
+        c: Tensor | None,
+        outputs: tuple[Tensor, Tensor],
+    ) -> Any: ...
+
+    def stream_step(self, stream: Any, x: Tensor, threads: int) -> Tensor | None: ...
+
+
+def fault(module: Any) -> str | None:
+    """What a backend has not that the contract asks for; None if it has all."""
+    abilities = getattr(module, "ABILITIES", None)
+    if not isinstance(abilities, Abilities):
+        return f"ABILITIES: expected contract.Abilities, got {type(abilities).__name__}"
+    asked = [(Implementation, name) for name in ("unavailable", "supports", "forward")]
+    if not abilities.differentiable:
+        asked += [(Implementation, "saved_layout"), (Implementation, "backward")]
+    if hasattr(module, "layers"):
+        asked += [(WholeStacks, "stacks"), (WholeStacks, "layers")]
+    if hasattr(module, "layers_backward"):
+        asked.append((WholeStacks, "layers_backward"))
+    if hasattr(module, "stream"):
+        asked += [(Streams, name) for name in ("streams", "stream", "stream_step")]
+    for protocol, name in asked:
+        function = getattr(module, name, None)
+        if not callable(function):
+            return f"it has no function {name}"
+        expected = list(inspect.signature(getattr(protocol, name)).parameters)[1:]  # no self
+        try:
+            found = list(inspect.signature(function).parameters)
+        except ValueError:  # written in C
+            continue
+        if found != expected:
+            taken, asked_for = ", ".join(found), ", ".join(expected)
+            return f"{name} takes ({taken}), the contract asks for ({asked_for})"
+    return None

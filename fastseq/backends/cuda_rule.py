@@ -125,7 +125,7 @@ def ruling(problem: Problem) -> Ruling:
         reason = "triton's call cannot be recorded, as it reads batch_sizes on the CPU; torch stays"
         return Ruling(("torch", "eager"), reason)
     ahead, reason = _ahead(problem)
-    refused = torch_supports(problem._replace(mode="eager"))
+    refused = torch_supports(problem._replace(mode="plain"))
     green = _is_green(problem)
     if refused is None and ahead:
         return Ruling(("triton", "torch", "eager"), reason)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..cells import CELLS, Cell, arguments, bind
 from ..cells.declaration import Text
-from .contract import Call, Problem, Result, Weights
+from .contract import Abilities, Call, Problem, Result, Weights
+
+ABILITIES = Abilities(differentiable=True, zoneout=True)
 
 
 def unavailable() -> str | None:
@@ -51,18 +53,10 @@ def _bound(cell: Cell) -> list[Text]:
 TEXTS = {name: _bound(cell) for name, cell in CELLS.items()}
 
 
-Stay = Sequence[Sequence[Tensor | float]]
-
-
-def forward(
-    call: Call, save: bool = False, trajectory: bool = False, stay: Stay | None = None
-) -> Result:
-    """One layer. 16-bit types compute gates and carry states other than h in float32.
-
-    stay: zoneout, for each recurrence and state: (rows, size) bool, where it stays as it was before
-        the step; or the part of it that stays.
-    """
+def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
+    """One layer. 16-bit types compute gates and carry states other than h in float32."""
     x = call.x
+    stay = None if call.masks is None else call.masks.stay
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     states = call.states or call.zero_states()
     if call.batch_sizes is None:

@@ -6,15 +6,10 @@ another machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ..cells import CELLS, Cell, arguments
-from .contract import Call, Problem, Shape
-
-#: (shape, dtype) of each tensor; a size of None is known when the kernel has run.
-Layout = list[tuple[tuple[int | None, ...], torch.dtype]]
+from .contract import Call, Layout, Problem, Shape
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -46,15 +41,10 @@ def declined(name: str, problem: Problem) -> str | None:
             "compiled; choose eager"
         )
     if problem.mode == "trace":
-        return "torch.jit.trace records no custom kernel; choose torch"
+        return "torch.jit.trace records no custom kernel"
     if problem.projected and reads_h(problem.cell):
         return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
     return None
-
-
-def saved_layout(backend: str, call: Call, rows: Shape, trajectory: bool) -> Layout:
-    """What ``backend`` saves of a call in training; ``rows`` is the shape of x but for the last."""
-    return LAYOUTS[backend](call, rows, trajectory)
 
 
 def by_recurrence(call: Call, rows: Shape, trajectory: bool) -> Layout:
@@ -108,12 +98,3 @@ def on_onednn(call: Call) -> bool:
 def nothing(call: Call, rows: Shape, trajectory: bool) -> Layout:
     """Backward runs forward again."""
     return []
-
-
-LAYOUTS: dict[str, Callable[[Call, Shape, bool], Layout]] = {
-    "native": by_recurrence,
-    "numba": by_recurrence,
-    "triton": side_by_side,
-    "torch": opaque,
-    "reference": nothing,
-}

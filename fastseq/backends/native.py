@@ -18,15 +18,18 @@ from torch import Tensor
 from ..cells import CELLS
 from . import openmp
 from .contract import (
+    Abilities,
     Call,
     Gradients,
     OutputGradients,
     Problem,
+    Request,
     Result,
     Wanted,
     Weights,
     unflatten,
 )
+from .layout import by_recurrence as saved_layout
 from .layout import declined, keeps_gates, wide
 
 FOLDER = Path(__file__).parents[1]
@@ -40,7 +43,20 @@ except ImportError as error:
     why = note.read_text().strip() if note.exists() else error
     raise ImportError(f"fastseq was built without its C++ kernels: {why}") from error
 
-__all__ = ["backward", "forward", "supports", "unavailable"]
+__all__ = [
+    "backward",
+    "forward",
+    "layers",
+    "layers_backward",
+    "saved_layout",
+    "stacks",
+    "stream",
+    "stream_step",
+    "supports",
+    "unavailable",
+]
+
+ABILITIES = Abilities(deterministic=True)
 
 X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
@@ -110,6 +126,19 @@ def supports(problem: Problem) -> str | None:
     if problem.cell not in NUMBER:
         return f"native has no kernel of {problem.cell}"
     return declined("native", problem)
+
+
+def stacks(problem: Problem) -> bool:
+    """Whether the layers go in one call: not with options that are a layer's own."""
+    own = problem.reset or problem.h_mask or problem.trajectory
+    lean = problem.training and problem.memory == "lean"
+    plain = problem.mode == "plain" and problem.dtype in (torch.float32, torch.float64)
+    return plain and not own and not lean
+
+
+def streams(problem: Problem) -> bool:
+    """Whether single steps on packed weights are had."""
+    return problem.dtype in (torch.float32, torch.float64) and supports(problem) is None
 
 
 def _arguments(call: Call) -> list[Any]:
@@ -225,14 +254,91 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     return Gradients(dx, dstates if wanted.states else None, dweights)
 
 
-def stream(cell: str, *arguments: Any) -> Any:
+def _of_stack(
+    request: Request,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+) -> tuple[Any, ...]:
+    return (
+        NUMBER[request.cell],
+        x,
+        batch_sizes,
+        states,
+        weights,
+        request.layers,
+        request.directions,
+        request.biased,
+        request.projected,
+        request.order,
+        torch.get_num_threads(),
+        request.deterministic,
+        masks,
+        1.0 - request.dropout,
+    )
+
+
+def layers(
+    request: Request,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    save: bool,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
+    """All layers, where the extension takes the tensors as they are. All sequences are tuples."""
+    return _cpu.layers(*_of_stack(request, x, batch_sizes, states, weights, masks), save)
+
+
+def layers_backward(
+    request: Request,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    y: Tensor,
+    saved: Sequence[Tensor],
+    dy: Tensor | None,
+    dstates: Sequence[Tensor | None],
+    wanted: Wanted,
+) -> Sequence[Tensor | None] | None:
+    return _cpu.layers_backward(
+        *_of_stack(request, x, batch_sizes, states, weights, masks),
+        y,
+        tuple(saved),
+        dy,
+        tuple(dstates),
+        wanted.x,
+        wanted.weights,
+        wanted.states,
+    )
+
+
+def stream(
+    request: Request,
+    weights: Sequence[Tensor],
+    h: Tensor,
+    c: Tensor | None,
+    outputs: tuple[Tensor, Tensor],
+) -> Any:
     """A handle for steps with packed weights: see :mod:`fastseq.nn.streaming`."""
-    return _cpu.stream(NUMBER[cell], *arguments)
+    return _cpu.stream(
+        NUMBER[request.cell],
+        tuple(weights),
+        request.layers,
+        request.biased,
+        request.projected,
+        h,
+        c,
+        outputs,
+    )
 
 
-stream_step = getattr(_cpu, "stream_step", None)  # another build may have neither
-layers = getattr(_cpu, "layers", None)
-layers_backward = getattr(_cpu, "layers_backward", None)
+stream_step = getattr(_cpu, "stream_step", None)  # another build may have none
 
 
 def instruction_sets() -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..cells import Cell
 from .contract import (
+    Abilities,
     Call,
     Gradients,
     OutputGradients,
@@ -25,13 +26,16 @@ from .contract import (
     Wanted,
     Weights,
 )
+from .layout import by_recurrence as saved_layout
 from .layout import declined, keeps_gates, wide
 from .numba_loops import SLOTS, Kernel, backward_kernel, forward_kernel
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
 
-__all__ = ["backward", "forward", "supports", "unavailable"]
+__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+
+ABILITIES = Abilities()
 
 _NO_ROWS = np.zeros(0, np.int64)
 

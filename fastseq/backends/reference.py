@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .contract import Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
+from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
+from .layout import nothing as saved_layout
+
+__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+
+ABILITIES = Abilities()
 
 
 def unavailable() -> str | None:

@@ -10,35 +10,36 @@ layers are no operator: there :mod:`.cudnn` runs a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import _VF, Tensor
 
+from ..cells import CELLS
 from . import cudnn, layout
-from .contract import Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
+from .contract import (
+    ONE_STEP,
+    Abilities,
+    Call,
+    Gradients,
+    OutputGradients,
+    Problem,
+    Request,
+    Result,
+    Wanted,
+    Weights,
+    ways,
+)
+from .layout import opaque as saved_layout
+from .stacked import one_by_one
+
+__all__ = ["backward", "forward", "layers", "saved_layout", "stacks", "supports", "unavailable"]
+
+ABILITIES = Abilities()
 
 _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _STEPS: dict[str, Any] = {cell: getattr(_VF, f"{cell}_cell") for cell in _CELLS}
 _LSTM_MODE = 2  # at::native's number for LSTM in mkldnn_rnn_layer
-
-
-class Stack(NamedTuple):
-    """A whole stack as torch takes it. states: per state (layers * D, B, ...).
-
-    weights: flat, in torch's order, without the Nones.
-    """
-
-    cell: str
-    x: Tensor
-    batch_sizes: Tensor | None
-    states: Sequence[Tensor]
-    weights: list[Tensor]
-    layers: int
-    directions: int
-    bias: bool
-    dropout: float
-    training: bool
 
 
 def unavailable() -> str | None:
@@ -52,25 +53,25 @@ def supports(problem: Problem) -> str | None:
         return "torch projects the hidden state of an LSTM only"
     P, H = problem.P, problem.H
     if problem.projected and P is not None and H is not None and P >= H:
-        return "torch projects to fewer features only; choose numba or eager"
+        return "torch projects to fewer features only"
     if problem.T == 0:
         return "torch takes no sequence of length 0"
     if problem.R > 2:
         return "torch runs one or two directions, not an ensemble"
     if problem.reset:
-        return "torch cannot reset single rows in mid-sequence; drop reset or choose numba or eager"
+        return "torch cannot reset single rows in mid-sequence (reset=)"
     if problem.h_mask:
-        return "torch cannot mask the recurrent operand; drop h_mask or choose numba or eager"
+        return "torch cannot mask the recurrent operand (h_mask, recurrent_dropout)"
     if problem.trajectory:
-        return "torch gives no cell state but the last; drop all_states or choose numba or eager"
+        return "torch gives no cell state but the last (all_states=True)"
     if problem.memory == "lean" and problem.training:
-        return "torch keeps all gates for backward; memory='lean' needs numba or eager"
+        return "torch keeps all gates for backward, so memory='lean' cannot be had of it"
     if problem.mode == "transform":
-        return "torch's kernels have no rules for torch.func; choose numba or eager"
+        return "torch's kernels have no rules for torch.func"
     if problem.mode == "dual":
-        return "torch's kernels have no forward-mode derivative; choose eager"
+        return "torch's kernels have no forward-mode derivative"
     if problem.mode == "compile" and problem.device != "cuda":
-        return "torch's recurrent layers break a compiled graph; choose eager or numba"
+        return "torch's recurrent layers break a compiled graph"
     return None
 
 
@@ -108,66 +109,100 @@ def stacks(problem: Problem) -> bool:
     trained on oneDNN."""
     if problem.mode == "compile":
         return False
-    if problem.mode == "trace" or single_step(problem):
+    if problem.mode == "trace" or problem.single or single_step(problem):
         return True
     return not (problem.training and uses_onednn(problem))
 
 
-def cell_step(
-    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """The states (B, H) after one step of x (B, I), by torch's cell function."""
+def layers(
+    request: Request,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    save: bool,
+) -> tuple[Tensor, list[Tensor], tuple[()]]:
+    """All layers, as torch.nn calls them; torch draws what dropout keeps."""
+    if request.order == ONE_STEP:
+        finals = _step(request.cell, x, states, ways(request, weights)[0])
+        return finals[0], finals, ()
     if not states:
-        zeros = x.new_zeros((x.shape[0], weights[1].shape[1]))  # type: ignore[union-attr]
-        states = (zeros, zeros)
-    if cell == "lstm":
-        return list(_STEPS[cell](x, states, *weights))
-    return [_STEPS[cell](x, states[0], *weights)]
-
-
-def step(call: Stack) -> tuple[Tensor, list[Tensor]]:
-    """All layers for one time step, x (1, B, I), by torch's cell functions."""
-    per_way = 4 if call.bias else 2
-    x = call.x[0]
-    finals: list[list[Tensor]] = []
-    for layer in range(call.layers):
-        if layer and call.training and call.dropout > 0:
-            x = torch.dropout(x, call.dropout, True)
-        ways = range(layer * call.directions, (layer + 1) * call.directions)
-        for way in ways:
-            weights: list[Tensor | None] = [None] * 4
-            weights[:per_way] = call.weights[way * per_way : (way + 1) * per_way]
-            finals.append(cell_step(call.cell, x, [s[way] for s in call.states], weights))
-        outputs = [finals[way][0] for way in ways]
-        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    if len(finals) == 1:
-        return x.unsqueeze(0), [s.unsqueeze(0) for s in finals[0]]
-    return x.unsqueeze(0), [torch.stack(s) for s in zip(*finals, strict=True)]
-
-
-def stack(call: Stack) -> tuple[Tensor, list[Tensor]]:
-    function = getattr(_VF, call.cell)
-    is_lstm = call.cell == "lstm"
-    tail = (call.bias, call.layers, call.dropout, call.training, call.directions == 2)
-    states = list(call.states)
-    if call.batch_sizes is None:
-        out = function(call.x, states if is_lstm else states[0], call.weights, *tail, False)
-        return out[0], list(out[1:])
+        states = _zero_states(request, x, batch_sizes, weights)
+    traced = torch.jit.is_tracing()
+    one = not traced and batch_sizes is None and x.shape[0] == 1 and not request.projected
+    if one and x.device.type == "cpu":
+        y, finals = _one_step(request, x[0], states, weights)
+        return y.unsqueeze(0), finals, ()
+    function = getattr(_VF, request.cell)
+    tail = (
+        request.biased,
+        request.layers,
+        request.dropout,
+        request.training,
+        request.directions == 2,
+    )
+    hidden: Any = states if len(states) > 1 else states[0]
+    if batch_sizes is None:
+        y, *finals = function(x, hidden, weights, *tail, False)
+        return y, finals, ()
     # torch wants as many states as sequences of length > 0, and one such sequence at least
-    alive = int(call.batch_sizes[0]) if len(call.batch_sizes) else 0
+    alive = int(batch_sizes[0]) if len(batch_sizes) else 0
     if alive == 0:
-        width = call.directions * states[0].shape[-1]
-        nothing = sum((w.sum() for w in call.weights), call.x.sum())  # leads to every gradient
-        return call.x.new_zeros((0, width)) + nothing, [s.clone() for s in states]
-    some = [s.narrow(1, 0, alive) for s in states]
-    out = function(call.x, call.batch_sizes, some if is_lstm else some[0], call.weights, *tail)
+        width = request.directions * states[0].shape[-1]
+        nothing = sum((w.sum() for w in weights), x.sum())  # leads to every gradient
+        return x.new_zeros((0, width)) + nothing, [s.clone() for s in states], ()
+    some: Any = [s.narrow(1, 0, alive) for s in states]
+    y, *finals = function(x, batch_sizes, some if len(some) > 1 else some[0], weights, *tail)
     finals = [
         new
         if alive == old.shape[1]
         else torch.cat([new, old.narrow(1, alive, old.shape[1] - alive)], 1)
-        for new, old in zip(out[1:], states, strict=True)
+        for new, old in zip(finals, states, strict=True)
     ]
-    return out[0], finals
+    return y, finals, ()
+
+
+def _zero_states(
+    request: Request, x: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor]
+) -> list[Tensor]:
+    first = ways(request, weights)[0]
+    H = first.w_ih.shape[0] // request.definition.G  # type: ignore[union-attr]
+    P = H if first.w_hr is None else first.w_hr.shape[0]
+    if batch_sizes is None:
+        B = x.shape[1]
+    else:
+        B = int(batch_sizes[0]) if len(batch_sizes) else 0
+    sizes = (P, *[H] * (len(request.definition.states) - 1))
+    return [x.new_zeros((request.layers * request.directions, B, size)) for size in sizes]
+
+
+def _one_step(
+    request: Request, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """All layers for one time step, x (B, I), by torch's cell functions."""
+
+    def run(
+        layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
+    ) -> tuple[Tensor, list[Tensor]]:
+        ends = [_step(request.cell, x, [s[d] for s in states], w) for d, w in enumerate(weights)]
+        if len(ends) == 1:
+            return ends[0][0], [s.unsqueeze(0) for s in ends[0]]
+        return torch.cat([end[0] for end in ends], -1), [
+            torch.stack(s) for s in zip(*ends, strict=True)
+        ]
+
+    return one_by_one(request, x, states, ways(request, weights), run)
+
+
+def _step(cell: str, x: Tensor, states: Sequence[Tensor], weights: Weights) -> list[Tensor]:
+    """The states (B, H) after one step of x (B, I), by torch's cell function."""
+    if not states:
+        zeros = x.new_zeros((x.shape[0], weights.w_hh.shape[1]))  # type: ignore[union-attr]
+        states = [zeros] * len(CELLS[cell].states)
+    if len(states) == 1:
+        return [_STEPS[cell](x, states[0], *weights[:4])]
+    return list(_STEPS[cell](x, states, *weights[:4]))
 
 
 def _layer_weights(call: Call, weights: Weights) -> list[Tensor]:

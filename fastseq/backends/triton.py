@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import CELLS, Cell, arguments
-from .contract import Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
+from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
+from .layout import side_by_side as saved_layout
 from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel
 from .triton_text import Pieces
 from .triton_tiling import (
@@ -45,6 +46,9 @@ from .triton_tiling import (
     tiling,
 )
 
+__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+
+ABILITIES = Abilities()
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: How often a program looks for the others at a meeting before it goes on with NaN: some seconds.
 _PATIENCE = 1 << 24

@@ -1,7 +1,8 @@
 """Floor 4: modules. Layers, directions, packed sequences, dropout, streaming state."""
 
 from .cells import GRUCell, LSTMCell, RNNCell
-from .convert import Report, replace, restore, to_torch
+from .convert import Report, replace, restore
+from .counterparts import to_torch
 from .explain import explain
 from .layers import GRU, LSTM, RNN
 from .recurrent import Recurrent

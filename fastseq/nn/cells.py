@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.choice import Backend
-from ..backends.contract import Weights
+from ..backends.contract import ONE_STEP, Backend, Request
 from ..cells import CELLS
-from ..ops.checks import autocasts
-from ..ops.stack import Stack, run, step
-from . import direct
-from .recurrent import described, editable, quiet_tracing
+from ..ops.geometry import OneStep
+from ..ops.modes import autocasts
+from ..ops.run import run
+from ..ops.stack import Stack
+from . import counterparts, short
+from .recurrent import described, quiet_tracing
 
 
 class RecurrentCell(nn.Module):
@@ -31,9 +32,7 @@ class RecurrentCell(nn.Module):
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> nn.Module:
-        from .convert import to_torch
-
-        return to_torch(self)
+        return counterparts.to_torch(self)
 
     def extra_repr(self) -> str:
         s = super().extra_repr()
@@ -42,7 +41,7 @@ class RecurrentCell(nn.Module):
     def _step(self, input: Tensor, hx: Sequence[Tensor] | None) -> list[Tensor]:
         """The states after one step; ``hx`` holds as many tensors as the cell has states."""
         if not torch.compiler.is_compiling():
-            finals = direct.step(self, input, hx)
+            finals = short.step(self, input, hx)
             if finals is not None:
                 return list(finals)
         if torch.jit.is_tracing():
@@ -73,23 +72,21 @@ class RecurrentCell(nn.Module):
             if tensor.dtype != dtype or tensor.device != device:
                 self._check_kinds(x, states)
                 break
-        own: Any = self
-        weights = (weight, own.weight_hh, own.bias_ih, own.bias_hh)
-        finals = step(self.cell, x, states, weights, self.backend)
-        if finals is None:
-            finals = [s.squeeze(0) for s in editable(run(self._stack(x, states))[1])]
-        return finals if rank == 2 else [s.squeeze(0) for s in finals]
+        return run(self._stack(input, hx))[1]
 
-    def _stack(self, x: Tensor, states: Sequence[Tensor]) -> Stack:
+    def _stack(self, input: Tensor, hx: Sequence[Tensor]) -> Stack:
         own: Any = self
-        return Stack(
+        weights = [own.weight_ih, own.weight_hh]
+        if self.bias:
+            weights += [own.bias_ih, own.bias_hh]
+        request = Request(
             self.cell,
-            x.unsqueeze(0),
-            [s.unsqueeze(0) for s in states],
-            [Weights(own.weight_ih, own.weight_hh, own.bias_ih, own.bias_hh, None)],
+            biased=self.bias,
+            order=ONE_STEP,
             training=self.training,
             backend=self.backend,
         )
+        return Stack(request, input, list(hx), weights, OneStep(input))
 
     def _check_sizes(self, x: Tensor, states: Sequence[Tensor]) -> None:
         B, size = x.shape
@@ -151,6 +148,8 @@ class RNNCell(RecurrentCell, nn.RNNCellBase):
         self.nonlinearity = nonlinearity
         self.backend = backend
 
+    torch_class = nn.RNNCell
+
     @property
     def cell(self) -> str:
         if self.nonlinearity not in ("tanh", "relu"):
@@ -184,6 +183,7 @@ class LSTMCell(RecurrentCell, nn.RNNCellBase):
         self.backend = backend
 
     cell = "lstm"
+    torch_class = nn.LSTMCell
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -219,6 +219,7 @@ class GRUCell(RecurrentCell, nn.RNNCellBase):
         self.backend = backend
 
     cell = "gru"
+    torch_class = nn.GRUCell
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h' (B, H) of input (B, I) and h (B, H), or all without B; zeros if ``hx`` is None."""

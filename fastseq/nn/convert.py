@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..backends.choice import Backend
-from ..backends.contract import Memory
+from ..backends.contract import Backend, Memory
 from .cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
+from .counterparts import become, counterpart
 from .layers import GRU, LSTM, RNN
 from .recurrent import Recurrent, check_memory
 
 #: torch.nn's class -> fastseq's
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.RNN: RNN,
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNNCell: RNNCell,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
+    ours.torch_class: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
 }
 _NAMES = {theirs.__name__ for theirs in COUNTERPARTS}
-_OPTIONS = ("backend", "memory", "deterministic", "_rates")
 
 
 @dataclass
@@ -128,60 +120,12 @@ def restore(model: nn.Module) -> Report:
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, (Recurrent, RecurrentCell)):
-            theirs = _counterpart(module)
+            theirs = counterpart(module)
             if isinstance(theirs, str):
                 report.left[name] = theirs
                 continue
-            _become(module, theirs)
+            become(module, theirs)
             done.add(module)
         if module in done:
             report.swapped[name] = module
     return report
-
-
-def to_torch(module: nn.Module) -> nn.Module:
-    """A torch.nn module of the same kind with the very parameters, hooks and mode of ``module``.
-
-    ``torch.jit.script`` gets these. The hooks are shared, so that their handles serve both.
-
-    Raises:
-        TypeError: torch.nn has no counterpart that computes the same.
-    """
-    theirs = _counterpart(module)
-    if isinstance(theirs, str):
-        raise TypeError(f"{type(module).__name__} has no counterpart in torch.nn: {theirs}")
-    twin: Any = theirs.__new__(theirs)
-    twin.__dict__.update(module.__dict__)
-    for own in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[own] = twin.__dict__[own].copy()
-    # these hooks hold a weak reference to their module, which scripting lets go
-    hooks: Any = module._load_state_dict_pre_hooks
-    twin._load_state_dict_pre_hooks = OrderedDict(
-        (key, hook if hook.module is None else type(hook)(hook.hook, twin))
-        for key, hook in hooks.items()
-    )
-    _become(twin, theirs)
-    return twin
-
-
-def _counterpart(module: nn.Module) -> type[nn.Module] | str:
-    """torch.nn's class that computes what ``module`` does, or why there is none."""
-    if parametrize.is_parametrized(module):
-        return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
-    for theirs, ours in COUNTERPARTS.items():
-        if isinstance(module, ours):
-            if type(module).forward is not ours.forward:
-                return f"{type(module).__qualname__} has a forward of its own"
-            if rates := getattr(module, "_rates", None):
-                masked = [name for name, rate in rates._asdict().items() if rate]
-                return f"torch.nn has no {', '.join(masked)}; set it to 0 first"
-            return theirs
-    return f"it has no {type(module).__name__}"
-
-
-def _become(module: Any, theirs: type[nn.Module]) -> None:
-    module.__class__ = theirs
-    for own in _OPTIONS:
-        module.__dict__.pop(own, None)
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()  # a list that torch.nn keeps and fastseq does not

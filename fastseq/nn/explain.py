@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import BACKENDS, choice
-from ..ops.padding import Jagged
-from ..ops.stack import Stack, problem
+from ..ops.stack import problem
 from .cells import RecurrentCell
 from .recurrent import Recurrent
 
@@ -38,17 +37,24 @@ def explain(
     Raises:
         TypeError: the module is not one of fastseq's.
     """
-    stack = _stack(module, input, lengths, reset, all_states)
-    task = problem(stack)
-    backend = stack.backend
-    if backend is None and isinstance(module, RecurrentCell):
-        backend = choice.of_a_cell(task)
+    if isinstance(module, RecurrentCell):
+        if isinstance(input, PackedSequence):
+            raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
+        stack = module._stack(input, [])
+    elif isinstance(module, Recurrent):  # with a seed, so that none is drawn
+        stack = module._stack(input, None, lengths, reset, all_states, seed=0)
+    else:
+        raise TypeError(
+            f"module: expected a layer or cell of fastseq, got {type(module).__name__}; "
+            "fastseq.replace(model) swaps torch.nn's"
+        )
+    task, backend = problem(stack), stack.request.backend
     verdict = choice.judge(task, backend)
     size = f"T={task.T} B={task.B} I={task.I} H={task.H} layers={task.layers} directions={task.R}"
     purpose = "training" if task.training else "inference"
     print(f"{type(module).__name__} {size}, {task.dtype} on {task.device}, {purpose}")
     tried = choice.left_to_us(task) if backend is None else choice.names(backend)
-    print(f"backend={stack.backend!r}: tries {', '.join(dict.fromkeys(tried))}")
+    print(f"backend={backend!r}: tries {', '.join(dict.fromkeys(tried))}")
     measured = choice.measured(task)
     if backend is None and measured is not None:
         print(f"measured: {measured}")
@@ -61,37 +67,3 @@ def explain(
         else:
             print(f"  {name:<10} could run it, is not asked first")
     return verdict.chosen
-
-
-def _stack(
-    module: nn.Module,
-    input: Tensor | PackedSequence,
-    lengths: Any,
-    reset: Tensor | None,
-    all_states: bool,
-) -> Stack:
-    if isinstance(module, RecurrentCell):
-        if isinstance(input, PackedSequence):
-            raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
-        return module._stack(input if input.dim() == 2 else input.unsqueeze(0), [])
-    if not isinstance(module, Recurrent):
-        raise TypeError(
-            f"module: expected a layer or cell of fastseq, got {type(module).__name__}; "
-            "fastseq.replace(model) swaps torch.nn's"
-        )
-    if isinstance(input, PackedSequence):
-        stack = module._stack(input.data, input.batch_sizes, [], all_states)
-    elif input.is_nested:
-        module._check_nested(input)
-        nested: Any = input  # offsets is no method of Tensor
-        values = nested.values()
-        jagged = Jagged(nested.offsets(), values.shape[0])
-        stack = module._stack(values, jagged.batch_sizes, [], all_states)
-    else:
-        x = input if input.dim() == 3 else input.unsqueeze(1)
-        if module.batch_first and input.dim() == 3:
-            x = x.transpose(0, 1)
-        stack = module._stack(x, None, [], all_states)
-    stack.lengths, stack.reset = lengths, reset
-    module._mask(stack, stack.batch, None, 0)  # a seed, so that none is drawn
-    return stack

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..backends.choice import Backend
-from ..backends.contract import Memory
+from ..backends.contract import Backend, Memory
 from .recurrent import Recurrent
 
 
@@ -70,6 +69,8 @@ class RNN(Recurrent, nn.RNNBase):
             weight_dropout,
             zoneout,
         )
+
+    torch_class = nn.RNN
 
     @property
     def cell(self) -> str:
@@ -139,6 +140,8 @@ class LSTM(Recurrent, nn.RNNBase):
         )
 
     cell = "lstm"
+    _output_is_editable = False
+    torch_class = nn.LSTM
 
 
 class GRU(Recurrent, nn.RNNBase):
@@ -201,6 +204,7 @@ class GRU(Recurrent, nn.RNNBase):
         )
 
     cell = "gru"
+    torch_class = nn.GRU
 
 
 def _refuse_unknown(name: str, unknown: dict) -> None:

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..backends.choice import Backend
-from ..backends.contract import Memory, Weights
+from ..backends.contract import BATCH_FIRST, TIME_FIRST, Backend, Memory, Request, Weights, ways
 from ..cells import CELLS
 from ..ops import masks
-from ..ops.autograd import RecurrenceFunction
 from ..ops.checks import (
-    autocasts,
     check_feature_size,
     check_lengths,
     check_reset,
@@ -26,9 +23,11 @@ from ..ops.checks import (
     check_states,
     check_steps,
 )
-from ..ops.padding import Jagged
-from ..ops.stack import Stack, run, settle_batch, zero_states
-from . import direct
+from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
+from ..ops.modes import autocasts
+from ..ops.run import run
+from ..ops.stack import Stack
+from . import counterparts, short
 
 
 def check_memory(memory: Memory) -> None:
@@ -58,22 +57,8 @@ def _rate(name: str) -> Any:
     return property(get, put)
 
 
-def editable(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs that the caller may edit in place before backward, as torch.nn's GRU, RNN and cells.
-
-    Backward reads the output of a kernel of ours, so the caller gets a copy: of a layer's y,
-    1/(G+2) of the bytes that training moves through memory.
-    """
-    if torch.compiler.is_compiling():
-        return list(outputs)
-    return [
-        o.clone() if getattr(o.grad_fn, "_forward_cls", None) is RecurrenceFunction else o
-        for o in outputs
-    ]
-
-
 def described(hx: Any) -> str:
-    """A state that is none, in words."""
+    """What was given as a state, in words."""
     if isinstance(hx, Tensor):
         return f"a tensor of shape {tuple(hx.shape)}"
     return f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
@@ -117,6 +102,8 @@ class Recurrent(nn.Module):
     backend: Backend = None
     memory: Memory = "full"
     deterministic: bool = False
+    #: torch.nn's LSTM does not let its output be edited in place before backward; the others do.
+    _output_is_editable = True
     #: None where nothing is masked: torch.compile need not look at numbers that may change.
     _rates: masks.Rates | None = None
     recurrent_dropout = _rate("recurrent_dropout")
@@ -196,9 +183,7 @@ class Recurrent(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles no custom kernels: it gets torch.nn's layer with our parameters."""
-        from .convert import to_torch
-
-        return to_torch(self)
+        return counterparts.to_torch(self)
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -214,24 +199,43 @@ class Recurrent(nn.Module):
         """torch.nn's methods set the list after they set the attributes."""
 
     def weights(self) -> list[Weights]:
-        """The parameters as they are now, layers by directions.
+        """The parameters as they are now, layers by directions."""
+        return ways(self._request(), self._tensors())
+
+    def _tensors(self) -> list[Any]:
+        """The parameters as they are now, in one list.
 
         Read from the module's attributes at each call: parametrizations, weight drop and
         functional_call put other tensors in their place.
         """
-        parameters = self._parameters
-        found: list[Weights] = []
+        parameters, found = self._parameters, []
         for names in self._all_weights:
-            tensors: list[Any] = []
             for name in names:
                 w = parameters.get(name)
-                tensors.append(getattr(self, name) if w is None else w)
-            b_ih, b_hh = tensors[2:4] if self.bias else (None, None)
-            w_hr = tensors[-1] if self.proj_size > 0 else None
-            found.append(Weights(tensors[0], tensors[1], b_ih, b_hh, w_hr))
-        if found[0].w_ih.is_cuda and not torch.compiler.is_compiling():
+                found.append(getattr(self, name) if w is None else w)
+        if found[0].is_cuda and not torch.compiler.is_compiling():
             self._update_flat_weights()  # type: ignore[operator]  # one chunk, for cuDNN
         return found
+
+    def _request(self, all_states: bool = False) -> Request:
+        """What a call asks for, besides tensors."""
+        layers, training = self.num_layers, self.training
+        return Request(
+            self.cell,
+            layers,
+            2 if self.bidirectional else 1,
+            self.bias,
+            self.proj_size > 0,
+            BATCH_FIRST if self.batch_first else TIME_FIRST,
+            self.deterministic,
+            # a float that Dynamo reads makes it trace twice where dynamic=True
+            self.dropout if layers > 1 and training else 0.0,
+            training,
+            all_states,
+            self.memory,
+            self.backend,
+            self._output_is_editable,
+        )
 
     def forward(
         self,
@@ -273,105 +277,15 @@ class Recurrent(nn.Module):
             and lengths is None
             and reset is None
             and not all_states
-            and (out := direct.run(self, input, hx)) is not None
+            and (out := short.layers(self, input, hx)) is not None
         ):
             return out
         if torch.jit.is_tracing():
             with quiet_tracing():
-                return self._forward(input, hx, lengths, reset, all_states, row_ids, seed)
-        return self._forward(input, hx, lengths, reset, all_states, row_ids, seed)
+                return self._run(input, hx, lengths, reset, all_states, row_ids, seed)
+        return self._run(input, hx, lengths, reset, all_states, row_ids, seed)
 
-    def _forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any,
-        lengths: Tensor | Sequence[int] | None,
-        reset: Tensor | None,
-        all_states: bool,
-        row_ids: Any,
-        seed: Any,
-    ) -> Any:
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, reset, all_states, row_ids, seed)
-        if not isinstance(input, Tensor):
-            raise TypeError(
-                f"input: expected a Tensor or PackedSequence, got {type(input).__name__}"
-            )
-        if input.is_nested:
-            return self._forward_nested(input, hx, lengths, reset, all_states, row_ids, seed)
-        rank = input.dim()
-        if rank not in (2, 3):
-            raise ValueError(
-                f"{self._get_name()}: Expected input to be 2D or 3D, got {rank}D instead"
-            )
-        batched = rank == 3
-        x = input if batched else input.unsqueeze(1)
-        if batched and self.batch_first:
-            x = x.transpose(0, 1)
-            reset = self._time_major(reset)
-        states = self._states(hx, batched)
-        stack = self._stack(x, None, states, all_states)
-        check_states(stack, batched)
-        T, B = x.shape[0], x.shape[1]
-        stack.lengths = check_lengths(lengths, T, B, False, batched)
-        stack.reset = check_reset(reset, T, B, batched, x.device)
-        self._mask(stack, B, row_ids, seed)
-        y, finals, along = run(stack)
-        if self.cell != "lstm":  # nn.LSTM's output cannot be edited; ours keeps its memory instead
-            y, *finals = editable([y, *finals])
-
-        if not batched:
-            y = y.squeeze(1)
-            finals = [s.squeeze(1) for s in finals]
-            along = [c.squeeze(1) for c in along]
-        elif self.batch_first:
-            y = y.transpose(0, 1)
-            along = [c.transpose(0, 1) for c in along]
-        state = tuple(finals) if len(finals) > 1 else finals[0]
-        return (y, state, along[0]) if all_states else (y, state)
-
-    def _forward_packed(
-        self,
-        input: PackedSequence,
-        hx: Any,
-        lengths: Any,
-        reset: Tensor | None,
-        all_states: bool,
-        row_ids: Any,
-        seed: Any,
-    ) -> Any:
-        x, batch_sizes, sorted_indices, unsorted_indices = input
-        if x.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
-        states = self._states(hx, True)
-        if sorted_indices is not None:
-            states = [s.index_select(1, sorted_indices) for s in states]
-        if self.batch_first:
-            reset = self._time_major(reset)
-        stack = self._stack(x, batch_sizes, states, all_states)
-        if torch.compiler.is_compiling():
-            settle_batch(stack, sorted_indices, reset)
-        check_states(stack)
-        T, B = batch_sizes.shape[0], stack.batch
-        check_lengths(lengths, T, B, True, True)
-        reset = check_reset(reset, T, B, True, x.device)
-        if reset is not None and sorted_indices is not None:
-            reset = reset.index_select(1, sorted_indices)
-        stack.reset = reset
-        self._mask(stack, B, row_ids, seed, sorted_indices)
-        y, finals, along = run(stack)
-        if self.cell != "lstm":
-            y, *finals = editable([y, *finals])
-        if unsorted_indices is not None:
-            finals = [s.index_select(1, unsorted_indices) for s in finals]
-        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        state = tuple(finals) if len(finals) > 1 else finals[0]
-        if all_states:
-            cells = PackedSequence(along[0], batch_sizes, sorted_indices, unsorted_indices)
-            return output, state, cells
-        return output, state
-
-    def _forward_nested(
+    def _run(
         self,
         input: Any,
         hx: Any,
@@ -381,32 +295,69 @@ class Recurrent(nn.Module):
         row_ids: Any,
         seed: Any,
     ) -> Any:
-        self._check_nested(input)
+        stack = self._stack(input, hx, lengths, reset, all_states, row_ids, seed)
+        y, finals, along = run(stack)
+        state = tuple(finals) if len(finals) > 1 else finals[0]
+        return (y, state, along[0]) if all_states else (y, state)
+
+    def _stack(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Any,
+        reset: Tensor | None,
+        all_states: bool,
+        row_ids: Any = None,
+        seed: Any = None,
+    ) -> Stack:
+        """What the operations run, with everything that a caller gives checked."""
+        geometry: Geometry
+        if isinstance(input, PackedSequence):
+            if input.data.dim() != 2:
+                raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+            batched = True
+        elif not isinstance(input, Tensor):
+            raise TypeError(
+                f"input: expected a Tensor or PackedSequence, got {type(input).__name__}"
+            )
+        elif input.is_nested:
+            self._check_nested(input, lengths, reset)
+            batched = True
+        else:
+            rank = input.dim()
+            if rank not in (2, 3):
+                raise ValueError(
+                    f"{self._get_name()}: Expected input to be 2D or 3D, got {rank}D instead"
+                )
+            batched = rank == 3
+        states = self._states(hx, batched)
+        if isinstance(input, PackedSequence):
+            turned = self.batch_first and isinstance(reset, Tensor) and reset.dim() == 2
+            known = reset.transpose(0, 1) if turned else reset  # type: ignore[union-attr]
+            geometry = Packed(input, self.batch_first, (known, *states))
+        elif input.is_nested:
+            geometry = Jagged(input)
+        else:
+            geometry = Dense(input, self.batch_first)
+        stack = Stack(self._request(all_states), input, states, self._tensors(), geometry)
+        self._check_input(stack)
+        check_states(stack)
+        packed = isinstance(geometry, Packed)
+        lengths = check_lengths(lengths, geometry.T, geometry.B, packed, batched)
+        if lengths is not None:
+            stack.geometry = Padded(input, self.batch_first, lengths)
+        stack.reset = check_reset(reset, stack)
+        self._mask(stack, row_ids, seed)
+        return stack
+
+    def _check_nested(self, input: Any, lengths: Any, reset: Any) -> None:
+        """Its rows are those of the sequences, one behind the other."""
         for name, value in (("lengths", lengths), ("reset", reset)):
             if value is not None:
                 raise ValueError(
                     f"{name}: not taken with a NestedTensor; pass the padded tensor, "
                     "torch.nested.to_padded_tensor(input, 0.0), and lengths"
                 )
-        values, offsets = input.values(), input.offsets()
-        jagged = Jagged(offsets, values.shape[0])
-        states = self._states(hx, True)
-        stack = self._stack(values, jagged.batch_sizes, states, all_states)
-        check_states(stack, batch=jagged.B)
-        stack.x = jagged.pack(values)
-        stack.states = [jagged.sort(s) for s in states or zero_states(stack, jagged.B)]
-        self._mask(stack, jagged.B, row_ids, seed, jagged.order)
-        y, finals, along = run(stack)
-        finals = [jagged.unsort(s) for s in finals]
-
-        def nested(rows: Tensor) -> Tensor:
-            return torch.nested.nested_tensor_from_jagged(jagged.unpack(rows), offsets)
-
-        state = tuple(finals) if len(finals) > 1 else finals[0]
-        return (nested(y), state, nested(along[0])) if all_states else (nested(y), state)
-
-    def _check_nested(self, input: Any) -> None:
-        """Its rows are those of the sequences, one behind the other."""
         if input.layout is not torch.jagged:
             raise TypeError(
                 f"input: expected a NestedTensor of layout torch.jagged, got {input.layout}; make "
@@ -428,12 +379,9 @@ class Recurrent(nn.Module):
                 "pass the padded tensor and lengths"
             )
 
-    def _stack(
-        self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], all_states: bool
-    ) -> Stack:
-        """What the operations run, with the input checked against the parameters."""
-        weights = self.weights()
-        weight = weights[0].w_ih
+    def _check_input(self, stack: Stack) -> None:
+        """The input fits the parameters."""
+        x, weight = stack.data, stack.weights[0]
         if x.dtype != weight.dtype and not autocasts(x):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -445,32 +393,15 @@ class Recurrent(nn.Module):
                 "Input and parameter tensors are not at the same device, found input tensor at "
                 f"{x.device} and parameter tensor at {weight.device}"
             )
-        if all_states and len(CELLS[self.cell].states) == 1:
+        if stack.request.trajectory and len(CELLS[self.cell].states) == 1:
             raise ValueError(
                 f"all_states: {self._get_name()} has no state but h, which the output holds"
             )
-        stack = Stack(
-            self.cell,
-            x,
-            states,
-            weights,
-            batch_sizes,
-            directions=2 if self.bidirectional else 1,
-            # a float that Dynamo reads makes it trace twice where dynamic=True
-            dropout=self.dropout if self.num_layers > 1 else 0.0,
-            training=self.training,
-            trajectory=all_states,
-            memory=self.memory,
-            deterministic=self.deterministic,
-            backend=self.backend,
-        )
         check_steps(stack)
-        return stack
 
-    def _mask(
-        self, stack: Stack, B: int, row_ids: Any, seed: Any, order: Tensor | None = None
-    ) -> None:
-        """Masks for a stack whose batch is the caller's in ``order``."""
+    def _mask(self, stack: Stack, row_ids: Any, seed: Any) -> None:
+        """Give the stack its masks."""
+        B = stack.geometry.B
         if row_ids is not None:
             row_ids = check_row_ids(row_ids, B)
         if seed is not None:
@@ -478,14 +409,12 @@ class Recurrent(nn.Module):
         rates = self._rates
         if rates is None or not (self.training or rates.zoneout):
             return
-        device = stack.x.device
+        device = stack.data.device
         ids = torch.arange(B, device=device) if row_ids is None else row_ids.to(device)
-        if order is not None:
-            ids = ids.index_select(0, order.to(device))
         masks.apply(stack, rates, seed, ids)
 
     def _states(self, hx: Any, batched: bool) -> list[Tensor]:
-        """The given states as a list of 3-D tensors; empty if none."""
+        """The given states as a list; empty if none."""
         if hx is None:
             return []
         rank = 3 if batched else 2
@@ -515,10 +444,4 @@ class Recurrent(nn.Module):
                 raise RuntimeError(
                     f"For {kind} input, hx and cx should also be {rank}-D but got ({ranks}) tensors"
                 )
-        return states if batched else [s.unsqueeze(1) for s in states]
-
-    @staticmethod
-    def _time_major(reset: Tensor | None) -> Tensor | None:
-        if isinstance(reset, Tensor) and reset.dim() == 2:
-            return reset.transpose(0, 1)
-        return reset
+        return states

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import load
-from ..backends.contract import Problem
+from ..backends import choice
 from ..cells import CELLS
 from .recurrent import Recurrent
 
@@ -27,7 +26,7 @@ class Streaming:
             raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
         self.module = module
         self.batch = batch
-        weight = module.weights()[0].w_ih
+        weight = module._tensors()[0]
         self._names = CELLS[module.cell].states
         size = module.proj_size or module.hidden_size
         layers = module.num_layers
@@ -37,41 +36,27 @@ class Streaming:
             self._c = weight.new_zeros((layers, batch, module.hidden_size))
         self._outputs = (self._h[0, -1], self._h[1, -1])
         self._turn = 0
-        self._native = self._native_backend(weight)
+        self._steps = self._backend(weight)
         self.refresh()
 
-    def _native_backend(self, weight: Tensor) -> Any:
-        """The extension module, where its kernels serve this module; else None."""
-        chosen = self.module.backend
+    def _backend(self, weight: Tensor) -> Any:
+        """The backend that runs single steps on packed weights of this module; else None."""
         if self.module.zoneout:  # its kernels hand the state on by themselves
             return None
-        if chosen is not None and "native" not in (
-            chosen if isinstance(chosen, tuple) else [chosen]
-        ):
-            return None
-        native = load("native")
-        if isinstance(native, str) or weight.dtype not in (torch.float32, torch.float64):
-            return None
-        problem = Problem(
-            self.module.cell, weight.dtype, weight.device.type, 1, self.batch, None, None, None
-        )
-        return None if native.supports(problem) else native
+        kind = self.module.cell, weight.dtype, weight.device.type
+        return choice.streams(*kind, self.batch, self.module.backend)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the module's weights again, after they were changed. The state stays."""
         self._handle = None
-        if self._native is not None:
+        if self._steps is not None:
             if self._turn:  # a new handle begins with the first buffer
                 self._h[0] = self._h[1]
                 self._turn = 0
-            weights = [w for ws in self.module.weights() for w in ws.flat() if w is not None]
-            self._handle = self._native.stream(
-                self.module.cell,
-                tuple(w.detach().contiguous() for w in weights),
-                self.module.num_layers,
-                self.module.bias,
-                self.module.proj_size > 0,
+            self._handle = self._steps.stream(
+                self.module._request(),
+                [w.detach().contiguous() for w in self.module._tensors()],
                 self._h,
                 self._c,
                 self._outputs,
@@ -91,7 +76,7 @@ class Streaming:
             ValueError: another shape, dtype or device.
         """
         if self._handle is not None:
-            y = self._native.stream_step(self._handle, x, torch.get_num_threads())
+            y = self._steps.stream_step(self._handle, x, torch.get_num_threads())
             if y is not None:
                 self._turn ^= 1
                 return y
@@ -108,7 +93,7 @@ class Streaming:
                 f"x: expected {self._h.dtype} on {self._h.device}, got {x.dtype} on {x.device}"
             )
         if self._handle is not None:
-            y = self._native.stream_step(self._handle, x.contiguous(), torch.get_num_threads())
+            y = self._steps.stream_step(self._handle, x.contiguous(), torch.get_num_threads())
             self._turn ^= 1
             return y
         h = self._h[self._turn]

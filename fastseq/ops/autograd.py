@@ -9,68 +9,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import eager
+from ..backends import DIFFERENTIABLE, load
 from ..cells import CELLS
 from . import batching, library
-from .library import make_call
+from .library import Layout, make_call
+from .modes import in_transform
+
+#: The form that autograd sees through, from which derivatives of every order come.
+eager = load(DIFFERENTIABLE)
 
 
-class Layout(NamedTuple):
-    """What a call has besides tensors."""
-
-    cell: str
-    backend: str
-    reverse: tuple[bool, ...]
-    memory: str
-    deterministic: bool
-    trajectory: bool
-    n_states: int  # how many of the tensors are initial states
-    n_weights: int  # and how many are weights
-    save: bool = True  # whether forward keeps what backward wants
-
-    @property
-    def n_inputs(self) -> int:
-        """x, batch_sizes, reset, h_mask, states and weights."""
-        return 4 + self.n_states + self.n_weights
-
-    @property
-    def n_outputs(self) -> int:
-        """How many outputs a caller sees: y, the states, the trajectory."""
-        n = len(CELLS[self.cell].states)
-        return 1 + n + (n - 1 if self.trajectory else 0)
-
-
-def in_transform() -> bool:
-    """Whether torch.func runs us: only a Function has rules for its tensors."""
-    if torch.compiler.is_compiling():
-        return _transform_is_traced()
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _transform_is_traced() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# for Dynamo a constant, as backends.choice.select_constant
-_transform_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def tracked(tensor: Tensor) -> bool:
-    """Whether autograd or torch.func.grad follows a tensor, beneath any number of vmaps."""
-    while True:
-        if tensor.requires_grad:
-            return True
-        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
+def needs_no_operator(*tensors: Tensor | None) -> bool:
     """Whether nobody but the kernels has to see a call: then the operator, 15 us, is left out.
 
     No tracer, profile, transform or mode is active, and no tensor stands for something else.
@@ -97,7 +51,7 @@ def operator(
     """The operator: y, final states, trajectory and what it saves."""
     n = layout.n_states
     run: Any = library.recurrence
-    if not is_plain(x, *tensors):
+    if not needs_no_operator(x, *tensors):
         run = torch.ops.fastseq.recurrence
     return run(
         layout.cell,
@@ -275,7 +229,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         outputs = tensors[end:]
         n = len(CELLS[layout.cell].states)
         run: Any = library.recurrence_backward
-        if not is_plain(*tensors):
+        if not needs_no_operator(*tensors):
             run = torch.ops.fastseq.recurrence_backward
         return tuple(
             run(

@@ -16,17 +16,13 @@ same tensors of each recurrence in turn, then tensors with all recurrences side 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.layout import saved_layout
 from ..cells import CELLS
-from .library import make_call
-
-if TYPE_CHECKING:
-    from .autograd import Layout
+from .library import Layout, make_call, saved_layout
 
 Tensors = Sequence[Any]  # of Tensor or None
 Dims = Sequence[Any]  # of int or None: which dimension of a tensor is the members'

@@ -6,38 +6,26 @@ Where torch.nn raises for the same mistake, the class and the leading words are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
-
-if TYPE_CHECKING:
-    from .stack import Stack
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast takes ``x`` to its dtype."""
-    device = x.device.type
-    return (
-        device != "meta"
-        and torch.is_autocast_enabled(device)
-        and x.dtype is not torch.float64
-        and x.is_floating_point()
-    )
+from ..backends.contract import ways
+from .modes import autocasts
+from .stack import Stack
 
 
 def check_layer(stack: Stack) -> None:
     """Input and weights of one layer fit together."""
-    x = stack.x
-    cell = CELLS[stack.cell]
-    if stack.memory not in ("full", "lean"):
-        raise ValueError(f"memory: expected 'full' or 'lean', got {stack.memory!r}")
-    if not isinstance(stack.trajectory, bool):
-        raise TypeError(f"all_states: expected a bool, got {type(stack.trajectory).__name__}")
-    for ways in stack.weights:
-        w_ih, w_hh, b_ih, b_hh, w_hr, _ = ways
+    request, x = stack.request, stack.data
+    cell = request.definition
+    if request.memory not in ("full", "lean"):
+        raise ValueError(f"memory: expected 'full' or 'lean', got {request.memory!r}")
+    if not isinstance(request.trajectory, bool):
+        raise TypeError(f"all_states: expected a bool, got {type(request.trajectory).__name__}")
+    first = None
+    for w_ih, w_hh, b_ih, b_hh, w_hr, _ in ways(request, stack.weights):
+        assert w_ih is not None
         if w_ih.dim() != 2 or w_ih.shape[0] % cell.G:
             raise ValueError(f"w_ih: expected ({cell.G}*H, input_size), got {tuple(w_ih.shape)}")
         H = w_ih.shape[0] // cell.G
@@ -53,8 +41,9 @@ def check_layer(stack: Stack) -> None:
         for name, w in (("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)):
             check_dtype_and_device(x, w, name)
         check_dtype_and_device(x, w_hr, "w_hr")
-        if w_ih.shape[0] != stack.weights[0].w_ih.shape[0] or P != stack.P:
+        if (H, P) != (first or (H, P)):
             raise ValueError("weights: both directions must have the same sizes")
+        first = H, P
         check_feature_size(x, w_ih.shape[1])
     check_steps(stack)
 
@@ -83,9 +72,9 @@ def check_feature_size(x: Tensor, input_size: int) -> None:
 
 def check_steps(stack: Stack) -> None:
     """There is a step, and packed rows are what ``batch_sizes`` says: kernels trust it."""
-    sizes = stack.batch_sizes
+    sizes, x = stack.geometry.batch_sizes, stack.data
     if sizes is None:
-        if stack.x.shape[0] == 0:
+        if stack.geometry.T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -100,52 +89,44 @@ def check_steps(stack: Stack) -> None:
         raise RuntimeError(
             f"batch_sizes: expected sizes that do not increase, got {sizes.tolist()}"
         )
-    if values.sum() != stack.x.shape[0]:
+    if values.sum() != x.shape[0]:
         raise RuntimeError(
-            f"batch_sizes: expected a sum of {stack.x.shape[0]}, the rows of the packed input, got "
+            f"batch_sizes: expected a sum of {x.shape[0]}, the rows of the packed input, got "
             f"{values.sum()}"
         )
 
 
-def check_states(stack: Stack, batched: bool = True, batch: int | None = None) -> None:
-    """Given states have the right number, rank, size, dtype and device.
-
-    batch: where some sequences of a packed input may be empty, so that its rows do not tell it.
-    """
-    names = CELLS[stack.cell].states
+def check_states(stack: Stack) -> None:
+    """Given states have the right number, rank, size, dtype and device."""
+    request, x = stack.request, stack.data
+    names = request.definition.states
     if not stack.states:
         return
     if len(stack.states) != len(names):
         raise ValueError(
             f"hx: expected {len(names)} states ({', '.join(names)}), got {len(stack.states)}"
         )
-    if batch is not None:
-        pass
-    elif stack.batch_sizes is None:
-        batch = stack.x.shape[1]
-    elif torch.compiler.is_compiling():
-        batch = stack.batch  # what settle_batch found
-    else:
-        batch = int(stack.batch_sizes[0]) if len(stack.batch_sizes) else 0
+    batched = stack.geometry.batched
     for k, state in enumerate(stack.states):
         size = stack.P if k == 0 else stack.H
-        expected = (stack.layers * stack.directions, batch, size)
+        layers = request.layers * request.directions
+        expected = (layers, stack.geometry.B, size) if batched else (layers, size)
         label = f"hidden[{k}] size" if len(names) > 1 else "hidden size"
         if tuple(state.shape) != expected:
             raise RuntimeError(
                 f"Expected {label} {expected}, got {list(state.shape)}; it is "
-                "(num_layers * num_directions, batch, "
+                f"(num_layers * num_directions, {'batch, ' if batched else ''}"
                 f"{'proj_size or hidden_size' if k == 0 else 'hidden_size'})"
             )
-        if state.device != stack.x.device:
+        if state.device != x.device:
             raise RuntimeError(
                 "Input and hidden tensors are not at the same device, found input tensor at "
-                f"{stack.x.device} and hidden tensor at {state.device}"
+                f"{x.device} and hidden tensor at {state.device}"
             )
-        if state.dtype != stack.x.dtype and not autocasts(stack.x):
+        if state.dtype != x.dtype and not autocasts(x):
             raise RuntimeError(
-                f"Expected hidden state of dtype {stack.x.dtype}, the input's, got {state.dtype}; "
-                f"convert it: {names[k]}_0.to({stack.x.dtype})"
+                f"Expected hidden state of dtype {x.dtype}, the input's, got {state.dtype}; "
+                f"convert it: {names[k]}_0.to({x.dtype})"
             )
 
 
@@ -175,20 +156,18 @@ def check_lengths(
     return lengths.to(torch.int64)
 
 
-def check_reset(
-    reset: Tensor | None, T: int, B: int, batched: bool, device: torch.device
-) -> Tensor | None:
+def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
     """As a bool tensor (T, B)."""
     if reset is None:
         return None
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset: expected a bool tensor, got {type(reset).__name__}")
-    if not batched and reset.dim() == 1:
-        reset = reset.unsqueeze(1)
     if reset.dtype is not torch.bool:
         raise TypeError(f"reset: expected torch.bool, got {reset.dtype}; use reset.bool()")
+    reset, (T, B) = stack.geometry.times(reset), (stack.geometry.T, stack.geometry.B)
     if tuple(reset.shape) != (T, B):
         raise ValueError(f"reset: expected (T, B) = ({T}, {B}), got {tuple(reset.shape)}")
+    device = stack.data.device
     if reset.device != device:
         raise RuntimeError(f"reset: expected it on the input's device {device}, got {reset.device}")
     return reset
@@ -221,11 +200,12 @@ def check_seed(seed: Tensor | int) -> None:
 def check_mask(h_mask: Tensor | None, stack: Stack) -> Tensor | None:
     if h_mask is None:
         return None
-    expected = (stack.layers * stack.directions, stack.batch, stack.P)
+    request, dtype = stack.request, stack.data.dtype
+    expected = (request.layers * request.directions, stack.geometry.B, stack.P)
     if tuple(h_mask.shape) != expected:
         raise ValueError(f"h_mask: expected {expected}, got {tuple(h_mask.shape)}")
     if h_mask.requires_grad:
         raise ValueError("h_mask: gets no gradient; pass h_mask.detach()")
-    if h_mask.dtype != stack.x.dtype:
-        raise ValueError(f"h_mask: expected the input's dtype {stack.x.dtype}, got {h_mask.dtype}")
+    if h_mask.dtype != dtype:
+        raise ValueError(f"h_mask: expected the input's dtype {dtype}, got {h_mask.dtype}")
     return h_mask

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..backends.choice import Backend
-from ..backends.contract import Memory, Weights
+from ..backends.contract import Backend, Memory, Request
 from ..cells import CELLS
 from .checks import check_layer, check_lengths, check_mask, check_reset, check_states
-from .stack import Stack, run, settle_batch
+from .geometry import Dense, Geometry, Packed, Padded
+from .run import run
+from .stack import Stack
 
 LayerWeights = Sequence[Tensor] | Sequence[Sequence[Tensor]]
 
@@ -166,8 +166,9 @@ rnn.__doc__ = (rnn.__doc__ or "") + _ARGUMENTS.format(
 )
 
 
-def layer_weights(cell: str, weights: LayerWeights) -> list[Weights]:
-    """One or two directions' weights in the form of the contract."""
+def layer_weights(cell: str, weights: LayerWeights) -> tuple[list[Tensor], int, bool, bool]:
+    """One or two directions' weights in one list, the directions, and whether there are biases and
+    a projection."""
     if not isinstance(weights, (tuple, list)) or not weights:
         raise TypeError(
             "weights: expected a sequence (w_ih, w_hh[, b_ih, b_hh][, w_hr]), or a pair of them, "
@@ -176,7 +177,7 @@ def layer_weights(cell: str, weights: LayerWeights) -> list[Weights]:
     ways = [weights] if isinstance(weights[0], Tensor) else list(weights)
     if len(ways) > 2:
         raise ValueError(f"weights: expected one or two directions, got {len(ways)}")
-    result = []
+    flat: list[Tensor] = []
     for way in ways:
         tensors = list(way)
         if not all(isinstance(w, Tensor) for w in tensors) or len(tensors) not in (2, 3, 4, 5):
@@ -184,12 +185,16 @@ def layer_weights(cell: str, weights: LayerWeights) -> list[Weights]:
                 "weights: expected 2 to 5 tensors (w_ih, w_hh[, b_ih, b_hh][, w_hr]) a direction, "
                 f"got {len(tensors)} of {[type(w).__name__ for w in tensors]}"
             )
-        w_hr = tensors.pop() if len(tensors) % 2 else None
-        if w_hr is not None and cell != "lstm":
-            raise ValueError("weights: a projection w_hr is for lstm only")
-        biases = tensors[2:] or [None, None]
-        result.append(Weights(tensors[0], tensors[1], biases[0], biases[1], w_hr))
-    return result
+        if len(tensors) != len(ways[0]):
+            raise ValueError(
+                "weights: expected as many tensors for both directions, "
+                f"got {len(ways[0])} and {len(tensors)}"
+            )
+        flat += tensors
+    each = len(ways[0])
+    if each % 2 and cell != "lstm":
+        raise ValueError("weights: a projection w_hr is for lstm only")
+    return flat, len(ways), each >= 4, each % 2 == 1
 
 
 def _layer(
@@ -205,71 +210,46 @@ def _layer(
     deterministic: bool,
     backend: Backend,
 ):
-    ways = layer_weights(cell, weights)
-    D = len(ways)
-    batch_sizes = order = restore = None
+    flat, D, biased, projected = layer_weights(cell, weights)
+    pair = len(CELLS[cell].states) > 1
+    states: list[Tensor] = []
+    if hx is not None:
+        states = list(hx) if pair and not isinstance(hx, Tensor) else [hx]  # type: ignore
+    geometry: Geometry
     if isinstance(input, PackedSequence):
-        x, batch_sizes = input.data, input.batch_sizes
-        order, restore = input.sorted_indices, input.unsorted_indices
-    else:
-        x = input
-    packed = batch_sizes is not None
-    if not isinstance(x, Tensor):
-        raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(x).__name__}")
-    if x.is_nested:
+        geometry = Packed(input, False, (reset, h_mask, *states))
+    elif not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
+    elif input.is_nested:
         raise TypeError(
             "input: expected a dense tensor or a PackedSequence, got a NestedTensor, which the "
             "layers take; pass torch.nested.to_padded_tensor(input, 0.0) and lengths"
         )
-    if not packed and x.dim() not in (2, 3):
-        raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {x.dim()}D instead")
-    batched = packed or x.dim() == 3
-    if not batched:
-        x = x.unsqueeze(1)
-    states: list[Tensor] = []
-    if hx is not None:
-        states = list(hx) if cell == "lstm" and not isinstance(hx, Tensor) else [hx]  # type: ignore
-        if not batched:
-            states = [s.unsqueeze(1) for s in states]
-        if order is not None:
-            states = [s.index_select(1, order) for s in states]
-    stack = Stack(
+    elif input.dim() not in (2, 3):
+        raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    else:
+        geometry = Dense(input, False)
+    request = Request(
         cell,
-        x,
-        states,
-        ways,
-        batch_sizes,
-        directions=D,
+        1,
+        D,
+        biased,
+        projected,
+        deterministic=deterministic,
         trajectory=all_states,
         memory=memory,
-        deterministic=deterministic,
         backend=backend,
+        editable=not pair,
     )
+    stack = Stack(request, input, states, flat, geometry)
     check_layer(stack)
-    if packed and torch.compiler.is_compiling():
-        settle_batch(stack, order, reset, h_mask)
-    check_states(stack, batched)
-    T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    stack.lengths = check_lengths(lengths, T, stack.batch, packed, batched)
-    stack.reset = check_reset(reset, T, stack.batch, batched, x.device)
+    check_states(stack)
+    packed, batched = isinstance(geometry, Packed), geometry.batched
+    lengths = check_lengths(lengths, geometry.T, geometry.B, packed, batched)
+    if lengths is not None:
+        stack.geometry = Padded(input, False, lengths)
+    stack.reset = check_reset(reset, stack)
     stack.h_mask = check_mask(h_mask, stack)
-    if order is not None:
-        if stack.reset is not None:
-            stack.reset = stack.reset.index_select(1, order)
-        if stack.h_mask is not None:
-            stack.h_mask = stack.h_mask.index_select(1, order)
     y, finals, along = run(stack)
-
-    def out(value: Tensor) -> Tensor | PackedSequence:
-        if packed:
-            return PackedSequence(value, batch_sizes, order, restore)
-        return value if batched else value.squeeze(1)
-
-    if restore is not None:
-        finals = [s.index_select(1, restore) for s in finals]
-    if not batched:
-        finals = [s.squeeze(1) for s in finals]
-    state = tuple(finals) if cell == "lstm" else finals[0]
-    if all_states:
-        return out(y), state, out(along[0])
-    return out(y), state
+    state = tuple(finals) if pair else finals[0]
+    return (y, state, along[0]) if all_states else (y, state)

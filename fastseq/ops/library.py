@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import load
+from ..backends import imported, load
 from ..backends.contract import (
     Call,
     OutputGradients,
@@ -23,7 +23,6 @@ from ..backends.contract import (
     Wanted,
     unflatten,
 )
-from ..backends.layout import saved_layout
 from ..cells import CELLS
 
 _LAYER = (
@@ -37,6 +36,31 @@ library.define(
     f"recurrence_backward({_LAYER}, Tensor[] outputs, Tensor? dy, Tensor?[] dstates, "
     "Tensor?[] dtrajectory, bool trajectory, bool[] wanted) -> Tensor[]"
 )
+
+
+class Layout(NamedTuple):
+    """What a call has besides tensors."""
+
+    cell: str
+    backend: str
+    reverse: tuple[bool, ...]
+    memory: str
+    deterministic: bool
+    trajectory: bool
+    n_states: int  # how many of the tensors are initial states
+    n_weights: int  # and how many are weights
+    save: bool = True  # whether forward keeps what backward wants
+
+    @property
+    def n_inputs(self) -> int:
+        """x, batch_sizes, reset, h_mask, states and weights."""
+        return 4 + self.n_states + self.n_weights
+
+    @property
+    def n_outputs(self) -> int:
+        """How many outputs a caller sees: y, the states, the trajectory."""
+        n = len(CELLS[self.cell].states)
+        return 1 + n + (n - 1 if self.trajectory else 0)
 
 
 def as_given() -> AbstractContextManager[Any]:
@@ -70,6 +94,14 @@ def available(backend: str) -> ModuleType:
     if isinstance(module, str):
         raise RuntimeError(f"fastseq::recurrence: backend {backend!r} is not available: {module}")
     return module
+
+
+def saved_layout(backend: str, call: Call, rows: tuple[int, ...], trajectory: bool) -> Any:
+    """What a backend saves, whether or not it can run here."""
+    module = imported(backend)
+    if isinstance(module, str):
+        raise RuntimeError(f"fastseq::recurrence: backend {backend!r} is not available: {module}")
+    return module.saved_layout(call, rows, trajectory)
 
 
 def make_call(

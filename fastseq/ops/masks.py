@@ -9,17 +9,15 @@ a mask depends on no backend, no order of the batch and no split of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.contract import Masks, ways
+from .geometry import packed_positions
 from .library import library
-from .padding import packed_positions
-
-if TYPE_CHECKING:
-    from .stack import Stack
+from .stack import Stack
 
 _WORD = 0xFFFFFFFF
 #: Less 2^32: the product of a word with one of these fits into 64 bits with a sign.
@@ -112,41 +110,47 @@ class Rates(NamedTuple):
     zoneout: tuple[float, ...] = ()
 
 
-@dataclass
-class Zoneout:
-    """Which states stay as they were: random in training, else blended by their expectation.
+def of_layer(
+    masks: Masks,
+    layer: int,
+    directions: int,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    sizes: Sequence[int],
+) -> Masks:
+    """A layer's, drawn for the rows of x. sizes: of its states."""
+    return Masks(
+        masks.zoneout,
+        masks.seed,
+        masks.ids,
+        _stay(masks, layer, directions, x, batch_sizes, sizes),
+    )
 
-    rates: one for each state. seed: None outside of training. ids: (B,), the rows' of the batch.
-    """
 
-    rates: tuple[float, ...]
-    seed: Tensor | None
-    ids: Tensor
-
-    def sorted(self, order: Tensor) -> Zoneout:
-        return replace(self, ids=self.ids.index_select(0, order.to(self.ids.device)))
-
-    def of_layer(
-        self, layer: int, directions: int, x: Tensor, batch_sizes: Tensor | None, sizes: list[int]
-    ) -> list[list[Tensor | float]]:
-        """For each direction and state: where it stays, (rows, size) bool, or the expectation."""
-        if self.seed is None:
-            return [list(self.rates)] * directions
-        B = self.ids.shape[0]
-        if batch_sizes is None:
-            step = torch.arange(x.shape[0], device=x.device).repeat_interleave(B)
-            ids = self.ids.repeat(x.shape[0])
-        else:
-            step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
-            ids = self.ids.index_select(0, sequence)
-        found: list[list[Tensor | float]] = [[] for _ in range(directions)]
-        for k, (rate, size) in enumerate(zip(self.rates, sizes, strict=True)):
-            sites = [site(ZONEOUT + k, layer, d) for d in range(directions)]
-            for way, kept in zip(
-                found, _keep(self.seed, sites, ids, step, size, rate), strict=True
-            ):
-                way.append(~kept)
-        return found
+def _stay(
+    masks: Masks,
+    layer: int,
+    directions: int,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    sizes: Sequence[int],
+) -> list[list[Tensor | float]]:
+    if masks.seed is None:
+        return [list(masks.zoneout)] * directions
+    B = masks.ids.shape[0]
+    if batch_sizes is None:
+        step = torch.arange(x.shape[0], device=x.device).repeat_interleave(B)
+        ids = masks.ids.repeat(x.shape[0])
+    else:
+        step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
+        ids = masks.ids.index_select(0, sequence)
+    found: list[list[Tensor | float]] = [[] for _ in range(directions)]
+    for k, (rate, size) in enumerate(zip(masks.zoneout, sizes, strict=True)):
+        sites = [site(ZONEOUT + k, layer, d) for d in range(directions)]
+        kept = _keep(masks.seed, sites, ids, step, size, rate)
+        for way, kept_way in zip(found, kept, strict=True):
+            way.append(~kept_way)
+    return found
 
 
 def site(kind: int, layer: int, direction: int = 0) -> int:
@@ -155,37 +159,39 @@ def site(kind: int, layer: int, direction: int = 0) -> int:
 
 
 def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) -> None:
-    """Give a stack its masks. ids: (B,), in the order of its batch."""
-    if not stack.training:
+    """Give a stack its masks. ids: (B,), in the order of the caller's batch."""
+    request = stack.request
+    if not request.training:
         seed = None
     elif seed is None:
         seed = _draw_seed(ids)
     elif not isinstance(seed, Tensor):
         seed = torch.tensor(seed)
     if rates.zoneout:
-        stack.zoneout = Zoneout(rates.zoneout, seed, ids)
+        stack.masks = Masks(rates.zoneout, seed, ids)
     if seed is None:
         return
-    D, layers = stack.directions, range(stack.layers)
-    ways = [(layer, d) for layer in layers for d in range(D)]
+    D, layers, dtype = request.directions, range(request.layers), stack.data.dtype
+    every = [(layer, d) for layer in layers for d in range(D)]
+    weights = ways(request, stack.weights)
     if p := rates.recurrent_dropout:
-        sites = [site(RECURRENT, *way) for way in ways]
-        stack.h_mask = _scaled(_keep(seed, sites, ids, None, stack.P, p), p, stack.x.dtype)
+        sites = [site(RECURRENT, *place) for place in every]
+        stack.h_mask = _scaled(_keep(seed, sites, ids, None, stack.P, p), p, dtype)
     if p := rates.input_dropout:
-        widths = [stack.weights[layer * D].w_ih.shape[1] for layer in layers]
+        widths = [weights[layer * D].w_ih.shape[1] for layer in layers]  # type: ignore[union-attr]
         stack.input_masks = [
-            _scaled(_keep(seed, [site(INPUT, layer)], ids, None, width, p), p, stack.x.dtype)[0]
+            _scaled(_keep(seed, [site(INPUT, layer)], ids, None, width, p), p, dtype)[0]
             for layer, width in enumerate(widths)
         ]
     if p := rates.weight_dropout:
-        sites = [site(WEIGHT, *way) for way in ways]
-        w_hh = [ws.w_hh for ws in stack.weights]
+        sites = [site(WEIGHT, *place) for place in every]
+        w_hh = [way.w_hh for way in weights]
         rows = torch.arange(w_hh[0].shape[0], device=ids.device)  # type: ignore[union-attr]
         masks = _scaled(_keep(seed, sites, rows, None, stack.P, p), p, w_hh[0].dtype)  # type: ignore
-        stack.weights = [
-            ws._replace(w_hh=w * mask)
-            for ws, w, mask in zip(stack.weights, w_hh, masks, strict=True)
+        masked = [
+            way._replace(w_hh=w * mask) for way, w, mask in zip(weights, w_hh, masks, strict=True)
         ]
+        stack.weights = [w for way in masked for w in way.given()]
 
 
 def mask_input(x: Tensor, mask: Tensor, batch_sizes: Tensor | None) -> Tensor:

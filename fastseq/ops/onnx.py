@@ -7,16 +7,16 @@ operator of ours. torch runs nothing of it: the symbolic operator gives shapes a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import Weights
+from ..backends.contract import Weights, ways
+from ..backends.stacked import one_by_one
 from ..cells import CELLS
-
-if TYPE_CHECKING:
-    from .stack import Stack
+from .geometry import Dense, Padded
+from .stack import Stack
 
 
 class Standard(NamedTuple):
@@ -52,44 +52,49 @@ _in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def reason_against(stack: Stack) -> str | None:
     """Why ONNX's operators do not serve; None if they do."""
-    if stack.cell not in STANDARDS:
-        return f"ONNX has no operator for {stack.cell}"
-    if stack.weights[0].w_hr is not None:
+    request = stack.request
+    if request.cell not in STANDARDS:
+        return f"ONNX has no operator for {request.cell}"
+    if request.projected:
         return "ONNX's LSTM has no projection (proj_size)"
-    if stack.batch_sizes is not None:
+    if not isinstance(stack.geometry, Dense):
         return "ONNX's operators take no packed rows; pass the padded tensor and lengths="
     if stack.reset is not None:
         return "ONNX's operators cannot reset a state in mid-sequence (reset=)"
     if stack.h_mask is not None:
         return "ONNX's operators cannot mask the recurrent operand (h_mask)"
-    if stack.zoneout is not None:
+    if stack.masks is not None:
         return "ONNX's operators blend no states (zoneout)"
-    if stack.trajectory:
+    if request.trajectory:
         return "ONNX's LSTM gives no cell state but the last (all_states=True)"
     return None
 
 
 def run(stack: Stack) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """y and final states (layers * D, B, H), as :func:`.stack.run`."""
-    D = stack.directions
-    x, lengths = stack.x, stack.lengths
-    finals: list[list[Tensor]] = []
-    for layer in range(stack.layers):
-        part = slice(layer * D, (layer + 1) * D)
-        if layer and stack.training and stack.dropout > 0:
-            x = torch.dropout(x, stack.dropout, True)
-        states = [s[part] for s in stack.states]
-        x, last = _layer(stack.cell, x, lengths, states, stack.weights[part])
-        finals.append(last)
-    final = [torch.cat(s) for s in zip(*finals, strict=True)]
+    """The output and the final states, as :func:`.run.run`."""
+    request, geometry = stack.request, stack.geometry
+    assert isinstance(geometry, Dense)
+    padded = isinstance(geometry, Padded)
+    lengths = geometry.lengths if isinstance(geometry, Padded) else None
+    given = [s if padded else geometry.state(s) for s in stack.states]
+
+    def layer(
+        number: int, x: Tensor, states: list[Tensor], weights: list[Weights]
+    ) -> tuple[Tensor, list[Tensor]]:
+        return _layer(request.cell, x, lengths, states, weights)
+
+    x = geometry.dense(stack.x)
+    y, final = one_by_one(request, x, given, ways(request, stack.weights), layer)
     if lengths is not None:  # ONNX says nothing of what is behind an end, nor of empty sequences
-        lengths = lengths.to(x.device)
-        inside = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
-        x = torch.where(inside[:, :, None], x, 0)
-        starts = stack.states or [torch.zeros_like(s) for s in final]
+        lengths = lengths.to(y.device)
+        inside = torch.arange(y.shape[0], device=y.device)[:, None] < lengths
+        y = torch.where(inside[:, :, None], y, 0)
+        starts = given or [torch.zeros_like(s) for s in final]
         some = (lengths > 0)[:, None]
         final = [torch.where(some, s, start) for s, start in zip(final, starts, strict=True)]
-    return x, final, []
+    if padded:
+        return geometry.undo(y), final, []
+    return geometry.output(y), [geometry.final(s) for s in final], []
 
 
 def _layer(

@@ -1,73 +1,33 @@
-"""A whole stack, layers by directions with dropout between, as one call of the C++ kernels.
+"""A whole stack, layers by directions with dropout between, as one call of a backend of our own.
 
 Through checks, the choice of a backend and an operator a call takes 40 us a layer, and a step of an
-LSTM with H = 128 takes 5. Here the extension looks at the tensors itself, and declines whatever is
+LSTM with H = 128 takes 5. Here the backend looks at the tensors itself, and declines whatever is
 not plain: the long way then runs it, or says what is wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import load
 from ..backends.choice import is_outer_product
+from ..backends.contract import BATCH_FIRST, ONE_STEP, Request, Wanted, Weights, ways
+from ..backends.stacked import one_by_one
 from .autograd import Layout, differentiable_recurrence, gradients_again, is_batched
-
-#: cell -> number in the extension, or None where the extension is not there
-_numbers: dict[str, int] | None = None
-_native: Any = None
-
-
-class Shape(NamedTuple):
-    """What a call has besides tensors: as module.cpp reads it, but for the cell."""
-
-    cell: str
-    layers: int
-    directions: int
-    biased: bool
-    projected: bool
-    order: int  # how x is laid out, of the three below
-    deterministic: bool
-    dropout: float  # what is to be done: zero where nothing is dropped
-
-
-TIME_FIRST, BATCH_FIRST, ONE_STEP = range(3)
-DTYPES = (torch.float32, torch.float64)
+from .modes import is_plain
 
 
 class Declined(Exception):
-    """The extension does not take these tensors."""
-
-
-def serves(cell: str) -> bool:
-    """Whether the extension is there and has the cell."""
-    global _numbers, _native
-    if _numbers is None:
-        native = load("native")
-        _numbers = {} if isinstance(native, str) else native.NUMBER
-        _native = None if isinstance(native, str) else native
-    return cell in _numbers
-
-
-def is_plain() -> bool:
-    """Whether nobody but the kernels has to see a call: no tracer, transform, mode, profile."""
-    return not (
-        torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
-    )
+    """The backend does not take these tensors."""
 
 
 def run(
-    shape: Shape,
+    name: str,
+    module: Any,
+    request: Request,
     x: Tensor,
     batch_sizes: Tensor | None,
     states: tuple[Tensor, ...],
@@ -75,103 +35,81 @@ def run(
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """y, time first, and the final states (layers * D, B, ...); None where the long way is due.
 
-    Of a call that :func:`is_plain`, of a cell that it :func:`serves`.
-
-    x: (T, B, I) or (T, I); (B, T, I) if BATCH_FIRST; (B, I) if ONE_STEP; or packed (N, I) with
-        batch_sizes.
-    states: none, or per state of the cell (layers * D, B, ...), without B for (T, I); (B, ...) if
-        ONE_STEP, of one layer and direction.
-    weights: of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, but for those it has not.
+    Of a call that :func:`.modes.is_plain`. module: the backend called ``name``, a
+    :class:`.contract.WholeStacks` with ``layers_backward``, which says what the tensors are. states
+    and weights are tuples.
     """
     follows = torch.is_grad_enabled() and (
         x.requires_grad
         or any([w.requires_grad for w in weights])
         or any([s.requires_grad for s in states])
     )
-    if follows and x.numel() == x.shape[-1] and is_outer_product(shape.cell, weights[1].shape[1]):
+    if (
+        follows
+        and x.numel() == x.shape[-1]
+        and is_outer_product(request.cell, weights[0].shape[0] // request.definition.G)
+    ):
         return None
-    drawn = torch.get_rng_state() if shape.dropout else None
+    drawn = torch.get_rng_state() if request.dropout else None
     if follows:
         try:
-            y, *finals = StackFunction.apply(shape, len(states), x, batch_sizes, *states, *weights)
+            y, *finals = StackFunction.apply(
+                name, module, request, len(states), x, batch_sizes, *states, *weights
+            )
             return y, tuple(finals)
         except Declined:
             out = None
     else:
-        masks = _draw(shape, x, batch_sizes, weights)
-        out = _native.layers(*_arguments(shape, x, batch_sizes, states, weights, masks), False)
+        masks = _draw(request, x, batch_sizes, weights) if request.dropout else ()
+        out = module.layers(request, x, batch_sizes, states, weights, masks, False)
     if out is None and drawn is not None:
         torch.set_rng_state(drawn)  # as if nothing had been drawn
     return out and out[:2]
 
 
 def _draw(
-    shape: Shape, x: Tensor, batch_sizes: Tensor | None, weights: tuple[Tensor, ...]
-) -> list[Tensor]:
+    request: Request, x: Tensor, batch_sizes: Tensor | None, weights: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """What torch.dropout would draw: which numbers of its input each layer but the first takes."""
-    if not shape.dropout or shape.layers == 1:
-        return []
-    size = weights[-1] if shape.projected else weights[1]  # (P, H) or (G*H, P)
-    width = shape.directions * size.shape[0 if shape.projected else 1]
+    if not request.dropout or request.layers == 1:
+        return ()
+    way = ways(request, weights)[0]
+    H = weights[0].shape[0] // request.definition.G
+    width = request.directions * (H if way.w_hr is None else way.w_hr.shape[0])
     lead = list(x.shape[:-1])
-    if shape.order == BATCH_FIRST and batch_sizes is None and len(lead) == 2:
+    if request.order == BATCH_FIRST and batch_sizes is None and len(lead) == 2:
         lead.reverse()
-    kept = 1.0 - shape.dropout
-    return [
+    kept = 1.0 - request.dropout
+    return tuple(
         torch.empty((*lead, width), dtype=torch.bool).bernoulli_(kept)
-        for _ in range(shape.layers - 1)
-    ]
-
-
-def _arguments(
-    shape: Shape,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    states: tuple[Tensor, ...],
-    weights: tuple[Tensor, ...],
-    masks: list[Tensor],
-) -> tuple[Any, ...]:
-    return (
-        _numbers[shape.cell],  # type: ignore[index]
-        x,
-        batch_sizes,
-        states,
-        weights,
-        shape.layers,
-        shape.directions,
-        shape.biased,
-        shape.projected,
-        shape.order,
-        torch.get_num_threads(),
-        shape.deterministic,
-        tuple(masks),
-        1.0 - shape.dropout,
+        for _ in range(request.layers - 1)
     )
 
 
 class StackFunction(torch.autograd.Function):
-    """(shape, number of states, x, batch_sizes, *states, *weights) -> (y, *final states)"""
+    """(name, module, request, number of states, x, batch_sizes, *states, *weights)
+    -> (y, *final states)"""
 
     @staticmethod
-    def forward(ctx, shape, n, x, batch_sizes, *tensors):
+    def forward(ctx, name, module, request, n, x, batch_sizes, *tensors):
         states, weights = tensors[:n], tensors[n:]
-        masks = _draw(shape, x, batch_sizes, weights)
-        out = _native.layers(*_arguments(shape, x, batch_sizes, states, weights, masks), True)
+        masks = _draw(request, x, batch_sizes, weights) if request.dropout else ()
+        out = module.layers(request, x, batch_sizes, states, weights, masks, True)
         if out is None:
             raise Declined
         y, finals, saved = out
-        ctx.shape, ctx.n, ctx.n_weights, ctx.n_masks = shape, n, len(weights), len(masks)
+        ctx.backend, ctx.module, ctx.request, ctx.n = name, module, request, n
+        ctx.n_weights, ctx.n_masks = len(weights), len(masks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, batch_sizes, *tensors, *masks, y, *saved)
-        # torch.nn's LSTM does not let its output be edited, all other layers do
-        return (y if shape.cell == "lstm" else y.clone(), *finals)
+        return (y.clone() if request.editable else y, *finals)
 
     @staticmethod
     def backward(ctx, *grads):
-        shape, n = ctx.shape, ctx.n
+        request, n = ctx.request, ctx.n
         x, batch_sizes, *rest = ctx.saved_tensors
         states, weights = tuple(rest[:n]), tuple(rest[n : n + ctx.n_weights])
-        masks = rest[n + ctx.n_weights : n + ctx.n_weights + ctx.n_masks]
+        masks = tuple(rest[n + ctx.n_weights : n + ctx.n_weights + ctx.n_masks])
         y, *saved = rest[n + ctx.n_weights + ctx.n_masks :]
         need = ctx.needs_input_grad
         if all(g is None for g in grads):
@@ -179,71 +117,74 @@ class StackFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or not all(map(_is_ordinary, grads)) or not is_plain():
             # the layers' own Functions have derivatives of every order, and in every mode
 
-            def one_by_one(inputs):
+            def again(inputs):
                 x, batch_sizes, *rest = inputs
-                return _layer_by_layer(shape, x, batch_sizes, rest[:n], rest[n:], masks)
+                return _one_by_one(ctx.backend, request, x, batch_sizes, rest[:n], rest[n:], masks)
 
             inputs = (x, batch_sizes, *states, *weights)
-            return (None, None, *gradients_again(one_by_one, inputs, need[2:], grads))
+            return (None, None, None, None, *gradients_again(again, inputs, need[4:], grads))
         dy, *dstates = [g if g is None else g.resolve_neg().contiguous() for g in grads]
-        found = _native.layers_backward(
-            *_arguments(shape, x, batch_sizes, states, weights, masks),
-            y,
-            tuple(saved),
-            dy,
-            tuple(dstates),
-            need[2],
-            any(need[4 + n :]),
-            any(need[4 : 4 + n]),
+        wanted = Wanted(need[4], any(need[6 : 6 + n]), any(need[6 + n :]))
+        found = ctx.module.layers_backward(
+            request, x, batch_sizes, states, weights, masks, y, saved, dy, dstates, wanted
         )
         if found is None:
             raise RuntimeError("fastseq: the saved tensors came back with another shape or type")
         dx, finals, dweights = found[0], found[1 : 1 + len(dstates)], found[1 + len(dstates) :]
-        if dx is not None and shape.order == BATCH_FIRST and batch_sizes is None and dx.dim() == 3:
+        if dx is not None and request.order == BATCH_FIRST and dx.dim() == 3:
             dx = dx.transpose(0, 1)
-        return (None, None, dx, None, *finals[:n], *(dweights or (None,) * len(weights)))
+        dweights = dweights or (None,) * len(weights)
+        return (None, None, None, None, dx, None, *finals[:n], *dweights)
 
 
 def _is_ordinary(gradient: Tensor | None) -> bool:
     return gradient is None or (type(gradient) is Tensor and not is_batched(gradient))
 
 
-def _layer_by_layer(
-    shape: Shape,
+def _one_by_one(
+    name: str,
+    request: Request,
     x: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    masks: list[Tensor],
+    masks: Sequence[Tensor],
 ) -> list[Tensor]:
     """What :class:`StackFunction` gives, of the same masks."""
-    D = shape.directions
-    each = len(weights) // (shape.layers * D)
     missing = None  # the dimension that a layer has and this call has not
-    if shape.order == ONE_STEP:
+    if request.order == ONE_STEP:
         missing = 0
     elif batch_sizes is None and x.dim() == 2:
         missing = 1
-    elif shape.order == BATCH_FIRST and batch_sizes is None:
+    elif request.order == BATCH_FIRST and batch_sizes is None:
         x = x.transpose(0, 1)
     if missing is not None:
         x, states = x.unsqueeze(missing), [s.unsqueeze(missing) for s in states]
-    reverse = (False, True)[:D]
-    finals = []
-    for layer in range(shape.layers):
-        flat: list[Tensor | None] = []
-        for first in range(layer * D * each, (layer + 1) * D * each, each):
-            own = list(weights[first : first + each])
-            biases = own[2:4] if shape.biased else (None, None)
-            flat += [*own[:2], *biases, own[-1] if shape.projected else None]
-        part = [s[layer * D : (layer + 1) * D] for s in states]
+    reverse = (False, True)[: request.directions]
+
+    def before(layer: int, x: Tensor) -> Tensor:
+        if not layer or not masks:
+            return x
+        mask = masks[layer - 1].view(x.shape).to(x.dtype)
+        return x * (mask / (1.0 - request.dropout) if request.dropout < 1 else mask)
+
+    def run(
+        layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
+    ) -> tuple[Tensor, list[Tensor]]:
+        flat = [w for way in weights for w in way.flat()]
         layout = Layout(
-            shape.cell, "native", reverse, "full", shape.deterministic, False, len(part), len(flat)
+            request.cell,
+            name,
+            reverse,
+            "full",
+            request.deterministic,
+            False,
+            len(states),
+            len(flat),
         )
-        if layer and masks:
-            mask = masks[layer - 1].view(x.shape).to(x.dtype)
-            x = x * (mask / (1.0 - shape.dropout) if shape.dropout < 1 else mask)
-        x, *last = differentiable_recurrence(layout, x, batch_sizes, None, None, *part, *flat)
-        finals.append(last)
-    outputs = [x, *(torch.cat(s) for s in zip(*finals, strict=True))]
+        y, *last = differentiable_recurrence(layout, x, batch_sizes, None, None, *states, *flat)
+        return y, last
+
+    y, finals = one_by_one(request, x, states, ways(request, weights), run, before)
+    outputs = [y, *finals]
     return outputs if missing is None else [o.squeeze(missing) for o in outputs]

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from fastseq.backends import choice, load
-from fastseq.backends.contract import Weights
+from fastseq.backends.contract import Request, Weights
 from fastseq.cells import CELLS
-from fastseq.ops.stack import Stack, problem, run
+from fastseq.ops.geometry import Dense, Padded
+from fastseq.ops.run import run
+from fastseq.ops.stack import Stack, problem
 
 NAMED = ("eager", "torch", "native", "numba", "reference")
 if os.environ.get("TRITON_INTERPRET") == "1":  # then it serves the CPU, slowly
@@ -120,19 +122,23 @@ class Layers:
         return named
 
     def stack(self, backend=None, trajectory=False, memory="full"):
-        return Stack(
+        request = Request(
             self.cell,
-            self.x,
-            list(self.states),
-            self.weights,
-            lengths=self.lengths,
-            directions=self.directions,
-            reset=self.reset,
-            h_mask=self.h_mask,
+            len(self.weights) // self.directions,
+            self.directions,
+            self.weights[0].b_ih is not None,
+            self.weights[0].w_hr is not None,
             trajectory=trajectory,
             memory=memory,
             backend=backend,
         )
+        if self.lengths is None:
+            geometry = Dense(self.x, False)
+        else:
+            geometry = Padded(self.x, False, self.lengths)
+        weights = [w for way in self.weights for w in way.given()]
+        given = self.x, list(self.states), weights, geometry
+        return Stack(request, *given, self.reset, self.h_mask)
 
     def settle(self, backend, **options):
         settle(backend, problem(self.stack(backend, **options)))

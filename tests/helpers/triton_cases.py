@@ -20,8 +20,8 @@ from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
 from fastseq.backends import load, triton_kernels, triton_source, triton_text, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
-from fastseq.backends.layout import saved_layout
 from fastseq.cells import CELLS
+from fastseq.ops.library import saved_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 SPECIAL = {

@@ -1,0 +1,60 @@
+"""torch.nn's module in place of fastseq's. A class of ours names its own as ``torch_class``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+#: The options that torch.nn's modules have not.
+OPTIONS = ("backend", "memory", "deterministic", "_rates")
+
+
+def to_torch(module: nn.Module) -> nn.Module:
+    """A torch.nn module of the same kind with the very parameters, hooks and mode of ``module``.
+
+    ``torch.jit.script`` gets these. The hooks are shared, so that their handles serve both.
+
+    Raises:
+        TypeError: torch.nn has no counterpart that computes the same.
+    """
+    theirs = counterpart(module)
+    if isinstance(theirs, str):
+        raise TypeError(f"{type(module).__name__} has no counterpart in torch.nn: {theirs}")
+    twin: Any = theirs.__new__(theirs)
+    twin.__dict__.update(module.__dict__)
+    for own in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[own] = twin.__dict__[own].copy()
+    # these hooks hold a weak reference to their module, which scripting lets go
+    hooks: Any = module._load_state_dict_pre_hooks
+    twin._load_state_dict_pre_hooks = OrderedDict(
+        (key, hook if hook.module is None else type(hook)(hook.hook, twin))
+        for key, hook in hooks.items()
+    )
+    become(twin, theirs)
+    return twin
+
+
+def counterpart(module: nn.Module) -> type[nn.Module] | str:
+    """torch.nn's class that computes what ``module`` does, or why there is none."""
+    if parametrize.is_parametrized(module):
+        return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
+    ours = next((kind for kind in type(module).__mro__ if "torch_class" in vars(kind)), None)
+    if ours is None:
+        return f"it has no {type(module).__name__}"
+    if type(module).forward is not ours.forward:
+        return f"{type(module).__qualname__} has a forward of its own"
+    if rates := getattr(module, "_rates", None):
+        masked = [name for name, rate in rates._asdict().items() if rate]
+        return f"torch.nn has no {', '.join(masked)}; set it to 0 first"
+    return vars(ours)["torch_class"]
+
+
+def become(module: Any, theirs: type[nn.Module]) -> None:
+    module.__class__ = theirs
+    for own in OPTIONS:
+        module.__dict__.pop(own, None)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()  # a list that torch.nn keeps and fastseq does not

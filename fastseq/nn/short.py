@@ -1,0 +1,76 @@
+"""The short way of a module: a plain call becomes one call of a backend, by :mod:`..ops.whole`.
+
+It is the long way but for the checks: the same request, the same choice
+(:func:`..backends.choice.short_way`), the same Function. What is not plain goes the long way, which
+says what is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..backends.choice import short_way
+from ..backends.contract import BATCH_FIRST, ONE_STEP, Request
+from ..ops import whole
+from ..ops.modes import is_plain
+
+
+def _backend(module: Any, input: Any, lean: bool, single: bool) -> tuple[str, Any] | None:
+    """Name and module of the backend, where a call may go the short way."""
+    if type(input) is not torch.Tensor or input.is_nested or input.is_neg() or not is_plain():
+        return None  # of a lazy negation the data are not the numbers
+    try:
+        found = short_way(module.cell, input.dtype, input.device.type, module.backend, lean, single)
+    except TypeError:  # no backend is called so, which the long way says
+        return None
+    return found if found is not None and hasattr(found[1], "layers_backward") else None
+
+
+def layers(module: Any, input: Any, hx: Any) -> Any | None:
+    """What ``module(input, hx)`` returns; None where the long way is due."""
+    if module._rates is not None:
+        return None
+    lean = module.memory != "full" and torch.is_grad_enabled()
+    found = _backend(module, input, lean, False)
+    if found is None:
+        return None
+    parameters = module._parameters
+    try:
+        weights = tuple([parameters[name] for names in module._all_weights for name in names])
+    except KeyError:  # parametrized, or replaced by a tensor
+        return None
+    if hx is None:
+        states: tuple[Any, ...] = ()
+    elif type(hx) is torch.Tensor:
+        states = (hx,)
+    elif type(hx) is tuple and len(hx) == 2 and type(hx[0]) is type(hx[1]) is torch.Tensor:
+        states = hx
+    else:
+        return None
+    request = module._request()
+    out = whole.run(*found, request, input, None, states, weights)
+    if out is None:
+        return None
+    y, finals = out
+    if request.order == BATCH_FIRST and input.dim() == 3:
+        y = y.transpose(0, 1)
+    return y, finals if len(finals) > 1 else finals[0]
+
+
+def step(cell: Any, input: Any, hx: Any) -> tuple[torch.Tensor, ...] | None:
+    """The states after one step of a cell; None where the long way is due. hx: as many, or none."""
+    found = _backend(cell, input, False, True)
+    if found is None or input.dim() != 2:
+        return None
+    parameters = cell._parameters
+    try:
+        weights = [parameters["weight_ih"], parameters["weight_hh"]]
+        if cell.bias:
+            weights += [parameters["bias_ih"], parameters["bias_hh"]]
+    except KeyError:
+        return None
+    request = Request(cell.cell, 1, 1, cell.bias, order=ONE_STEP, editable=False)
+    out = whole.run(*found, request, input, None, tuple(hx) if hx else (), tuple(weights))
+    return None if out is None else out[1]

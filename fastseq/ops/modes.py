@@ -1,0 +1,83 @@
+"""Who runs a call: plain code, a tracer, a functional transform, forward-mode AD, autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import Mode
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces us. torch.compiler.is_exporting() is true under torch.compile as
+    well, in torch 2.10 and 2.11, whose compiled layers would then have no gradients."""
+    return torch.compiler._is_exporting_flag
+
+
+def in_transform() -> bool:
+    """Whether torch.func runs us: only a Function has rules for its tensors."""
+    if torch.compiler.is_compiling():
+        return _transform_is_traced()
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _transform_is_traced() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# for Dynamo a constant, as backends.choice.select_constant
+_transform_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def mode() -> Mode:
+    """As :class:`.contract.Problem` takes it."""
+    if torch.compiler.is_compiling():
+        if not in_transform() and torch.autograd.forward_ad._current_level < 0:
+            return "compile"
+        # In the graph our operators, which have no derivative, would give zeros.
+        torch._dynamo.graph_break(
+            msg="fastseq's layers run torch.func's transforms outside of a compiled graph; compile "
+            "the layer without the transform, or do without fullgraph=True"
+        )
+        return "dual"
+    if torch.jit.is_tracing():
+        return "trace"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "dual"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "transform"
+    return "plain"
+
+
+def tracked(tensor: Tensor) -> bool:
+    """Whether autograd or torch.func.grad follows a tensor, beneath any number of vmaps."""
+    while True:
+        if tensor.requires_grad:
+            return True
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def is_plain() -> bool:
+    """Whether nobody but the kernels has to see a call: no tracer, transform, mode, profile."""
+    return not (
+        torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+    )
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast takes ``x`` to its dtype."""
+    device = x.device.type
+    return (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and x.dtype is not torch.float64
+        and x.is_floating_point()
+    )

@@ -1,0 +1,234 @@
+"""The way from a stack of layers, its tensors checked, to a backend and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from ..backends import DIFFERENTIABLE, choice, load
+from ..backends.contract import ONE_STEP, TIME_FIRST, Problem, Weights, ways
+from ..backends.stacked import dropped, one_by_one
+from . import autograd, masks, modes, onnx, whole
+from .autograd import RecurrenceFunction
+from .geometry import spread_reset
+from .library import make_call
+from .stack import Stack, problem, zero_states
+
+#: y, the final states (layers * D, B, ...), and the other states of the last layer at every step
+Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
+
+
+def run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
+    """The output, the final states, and if asked for the other states at every step, in the
+    caller's form."""
+    if not modes.autocasts(stack.data):
+        return _run(stack)
+    _autocast(stack)
+    # off inside: the backends choose their types, and float32 is meant where they say so
+    with torch.autocast(stack.data.device.type, enabled=False):
+        return _run(stack)
+
+
+def _autocast(stack: Stack) -> None:
+    """Under autocast all tensors take its dtype; gates and carried states stay float32 inside."""
+    dtype = torch.get_autocast_dtype(stack.data.device.type)
+    stack.x = stack.geometry.cast(stack.x, dtype)
+    stack.states = [s.to(dtype) for s in stack.states]
+    stack.weights = [w.to(dtype) for w in stack.weights]
+    if stack.h_mask is not None:
+        stack.h_mask = stack.h_mask.to(dtype)
+
+
+def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
+    request, geometry = stack.request, stack.geometry
+    single = request.order == ONE_STEP
+    if single and not torch.compiler.is_compiling() and modes.is_plain():
+        x = stack.data
+        short = choice.short_way(request.cell, x.dtype, x.device.type, request.backend, False, True)
+        if short is not None and not hasattr(short[1], "layers_backward"):
+            return _one_step(stack, short[1])
+    if not single and modes.is_exporting() and onnx.is_exporting():
+        reason = onnx.reason_against(stack)
+        if reason is None:
+            return onnx.run(stack)
+        if request.backend != DIFFERENTIABLE:
+            raise NotImplementedError(
+                f"torch.onnx.export: {reason}. With backend={DIFFERENTIABLE!r} the layer is "
+                "exported step by step, for one number of steps."
+            )
+    task = problem(stack)
+    if task.mode == "compile":
+        name = choice.select_constant(request.backend, *task)
+        module = choice.in_one_call_constant(name, *task)
+    else:
+        name = choice.select(task, request.backend)
+        module = choice.in_one_call(name, task)
+    if single and module is not None and not hasattr(module, "layers_backward"):
+        return _one_step(stack, module)
+    _to_rows(stack)
+    outputs = None if module is None else _in_one_call(stack, name, module)
+    y, finals, along = outputs or _one_by_one(stack, task, name)
+    if request.editable:
+        y, *finals = editable([y, *finals])
+    return (
+        geometry.output(y),
+        [geometry.final(s) for s in finals],
+        [geometry.output(c) for c in along],
+    )
+
+
+def editable(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs that the caller may edit in place before backward, as torch.nn's GRU, RNN and cells.
+
+    Backward reads the output of a kernel of ours, so the caller gets a copy: of a layer's y,
+    1/(G+2) of the bytes that training moves through memory.
+    """
+    if torch.compiler.is_compiling():
+        return list(outputs)
+    return [
+        o.clone() if getattr(o.grad_fn, "_forward_cls", None) is RecurrenceFunction else o
+        for o in outputs
+    ]
+
+
+def _one_step(stack: Stack, module: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """One step of a cell by a backend whose autograd is torch's."""
+    geometry: Any = stack.geometry
+    x, states = geometry.batch(stack.x), [geometry.batch(s) for s in stack.states]
+    _, finals, _ = module.layers(stack.request, x, None, states, stack.weights, (), False)
+    finals = [geometry.single(s) for s in finals]
+    return finals[0], finals, []
+
+
+def _to_rows(stack: Stack) -> None:
+    """All tensors of a stack as backends take them."""
+    geometry = stack.geometry
+    geometry.pack()
+    stack.x = geometry.rows(stack.x)
+    stack.states = [geometry.state(s) for s in stack.states]
+    stack.request = stack.request._replace(order=TIME_FIRST)
+    if not stack.states and geometry.hides_batch:
+        stack.states = zero_states(stack, stack.x)
+    if geometry.order is None:
+        return
+    if stack.reset is not None:
+        stack.reset = geometry.sorted(stack.reset, 1)
+    if stack.h_mask is not None:
+        stack.h_mask = geometry.sorted(stack.h_mask, 1)
+    if stack.input_masks is not None:
+        stack.input_masks = [geometry.sorted(mask, 0) for mask in stack.input_masks]
+    if stack.masks is not None:
+        stack.masks.ids = geometry.sorted(stack.masks.ids, 0)
+
+
+def _in_one_call(stack: Stack, name: str, module: Any) -> Outputs | None:
+    """All layers in one call; None where the backend does not take these tensors."""
+    if stack.input_masks is not None and stack.request.layers > 1:
+        return None
+    x, request, sizes = stack.x, stack.request, stack.geometry.batch_sizes
+    if stack.input_masks is not None:
+        x = masks.mask_input(x, stack.input_masks[0], sizes)
+    if not hasattr(module, "layers_backward"):
+        y, finals, _ = module.layers(request, x, sizes, stack.states, stack.weights, (), False)
+        return y, list(finals), []
+    if not modes.is_plain():
+        return None
+    states, weights = tuple(stack.states), tuple(stack.weights)
+    out = whole.run(name, module, request, x, sizes, states, weights)
+    return None if out is None else (out[0], list(out[1]), [])
+
+
+def _one_by_one(stack: Stack, task: Problem, name: str) -> Outputs:
+    """The layers one after another, each by a call of its own."""
+    request, D = stack.request, stack.request.directions
+    sizes = stack.geometry.batch_sizes
+    weights = ways(request, stack.weights)
+    module = None if task.mode == "compile" else choice.in_one_call(name, task)
+    if module is not None and hasattr(module, "layers_backward"):
+        module = None
+    reset = None
+    if stack.reset is not None:
+        reset = spread_reset(stack.reset, sizes, D, stack.x.shape[0])
+    widths = [stack.P, *[stack.H] * (len(request.definition.states) - 1)]
+    along: list[Tensor] = []
+    one = request._replace(layers=1, dropout=0.0)
+
+    def before(layer: int, x: Tensor) -> Tensor:
+        if layer:
+            x = dropped(request, x)
+        if stack.input_masks is not None:
+            x = masks.mask_input(x, stack.input_masks[layer], sizes)
+        return x
+
+    def run(
+        layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
+    ) -> tuple[Tensor, list[Tensor]]:
+        nonlocal along
+        if module is not None:
+            flat = [w for way in weights for w in way.given()]
+            y, finals, _ = module.layers(one, x, sizes, states, flat, (), False)
+            return y, list(finals)
+        h_mask = None if stack.h_mask is None else stack.h_mask.narrow(0, layer * D, D)
+        drawn = None
+        if stack.masks is not None:
+            drawn = masks.of_layer(stack.masks, layer, D, x, sizes, widths)
+        trajectory = request.trajectory and layer == request.layers - 1
+        y, finals, along = _layer(
+            stack, name, task.training, x, states, weights, reset, h_mask, drawn, trajectory
+        )
+        return y, finals
+
+    y, finals = one_by_one(request, stack.x, stack.states, weights, run, before)
+    if task.training and task.mode == "compile":
+        # Backward reads these, and in a graph nothing notices when they are edited in place. Where
+        # they are not, inductor takes the copies out.
+        y, along = y.clone(), [c.clone() for c in along]
+        if request.layers == 1:
+            finals = [s.clone() for s in finals]
+    return y, finals, along
+
+
+def _layer(stack, name, training, x, states, weights, reset, h_mask, drawn, trajectory) -> Outputs:
+    """One layer by a backend behind our own operator, or by one that autograd sees through."""
+    request, sizes = stack.request, stack.geometry.batch_sizes
+    reverse = (False, True)[: request.directions]
+    flat = [w for way in weights for w in way.flat()]
+    n = len(request.definition.states)
+    if choice.sees_through(name):
+        module = autograd.eager if name == DIFFERENTIABLE else load(name)
+
+        def forward(x, states, flat):
+            call = make_call(
+                request.cell, x, sizes, states, flat, reverse, reset, h_mask, request.memory
+            )
+            call.masks = drawn
+            result = module.forward(call, False, trajectory)
+            return (result.y, *result.states, *result.trajectory)
+
+        if training and request.memory == "lean":
+            outputs = torch.utils.checkpoint.checkpoint(
+                forward, x, states, flat, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            outputs = forward(x, states, flat)
+    else:
+        layout = autograd.Layout(
+            request.cell,
+            name,
+            reverse,
+            request.memory,
+            request.deterministic,
+            trajectory,
+            len(states),
+            len(flat),
+        )
+        arguments = (layout, x, sizes, reset, h_mask, *states, *flat)
+        if training:
+            outputs = autograd.differentiable_recurrence(*arguments)
+        else:
+            outputs = autograd.recurrence(*arguments, save=False)
+    return outputs[0], list(outputs[1 : 1 + n]), list(outputs[1 + n :])
