@@ -107,6 +107,79 @@ def test_the_walk_lets_down(source, module):
     assert not list(climbs(source, module, False))
 
 
+def edges():
+    """module -> the modules of the library that it imports, wherever in the file."""
+    found = {}
+    for path in FILES:
+        module = module_name(path)
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = imported(ast.parse(path.read_text(encoding="utf-8")), package, exists)
+        found[module] = {name for _, name in names if name.split(".")[0] == "fastseq"}
+    return found
+
+
+def circle(graph):
+    """A list of modules each of which imports the next, and the last the first; empty if none."""
+    done = set()
+
+    def walk(module, path):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for name in sorted(graph.get(module, ())):
+            if found := walk(name, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def test_no_imports_go_in_a_circle():
+    assert not circle(edges())
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}}
+    assert circle(graph) == ["b", "c", "b"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def backends_named(source, module):
+    """Where a file above the backends names one: as a word, or by importing its room."""
+    package = module.rpartition(".")[0]
+    tree = ast.parse(source)
+    rooms = {f"fastseq.backends.{name}" for name in BACKENDS}
+    for line, name in imported(tree, package, exists):
+        if name in rooms:
+            yield f"line {line}: imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value in BACKENDS:
+            yield f"line {node.lineno}: {node.value!r}"
+
+
+ABOVE = [path for path in FILES if floor(module_name(path)) > FLOORS["backends"]]
+
+
+@pytest.mark.parametrize("path", ABOVE, ids=module_name)
+def test_no_backend_is_named_above_the_backends(path):
+    assert not list(backends_named(path.read_text(encoding="utf-8"), module_name(path)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'f = name == "native"',
+        "from ..backends import eager",
+        "from ..backends.torch import stacks",
+        "def f():\n    import fastseq.backends.numba",
+    ],
+)
+def test_a_name_is_found(source):
+    assert list(backends_named(source, "fastseq.ops.run"))
+
+
 def names_used(source):
     """Every dotted name in a file, and what it imports."""
     for node in ast.walk(ast.parse(source)):

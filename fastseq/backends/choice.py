@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import BACKENDS, DIFFERENTIABLE, Entry, cuda_rule, imported, load
-from .contract import Backend, Problem
+from .contract import Backend, Memory, Problem
 from .torch import uses_onednn
 
 
@@ -232,7 +232,8 @@ def short_way(
     The modules ask before they look at anything else. A plain call has nothing but an input, a
     state and weights, in plain code, without reset, masks, lengths or a trajectory.
     """
-    T, memory = 1 if single else None, "lean" if lean else "full"
+    T = 1 if single else None
+    memory: Memory = "lean" if lean else "full"
     problem = Problem(cell, dtype, device, T, None, None, None, None, single=single, memory=memory)
     found = []
     for training in (False, True):

@@ -134,8 +134,8 @@ class Weights(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """The same of every tensor that is there."""
-        first = [None if w is None else function(w) for w in self[:5]]  # type: ignore[arg-type]
-        return Weights(*first, tuple(function(u) for u in self.units))  # type: ignore[arg-type]
+        first: list[Any] = [None if w is None else function(w) for w in self[:5]]
+        return Weights._make([*first, tuple(function(u) for u in self.units)])
 
 
 def weights_per_recurrence(cell: Cell) -> int:
@@ -383,7 +383,9 @@ def fault(module: Any) -> str | None:
     abilities = getattr(module, "ABILITIES", None)
     if not isinstance(abilities, Abilities):
         return f"ABILITIES: expected contract.Abilities, got {type(abilities).__name__}"
-    asked = [(Implementation, name) for name in ("unavailable", "supports", "forward")]
+    asked: list[tuple[Any, str]] = [
+        (Implementation, name) for name in ("unavailable", "supports", "forward")
+    ]
     if not abilities.differentiable:
         asked += [(Implementation, "saved_layout"), (Implementation, "backward")]
     if hasattr(module, "layers"):

@@ -167,7 +167,7 @@ def _zero_states(
     request: Request, x: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor]
 ) -> list[Tensor]:
     first = ways(request, weights)[0]
-    H = first.w_ih.shape[0] // request.definition.G  # type: ignore[union-attr]
+    H = first.w_ih.shape[0] // request.definition.G
     P = H if first.w_hr is None else first.w_hr.shape[0]
     if batch_sizes is None:
         B = x.shape[1]
@@ -210,7 +210,7 @@ def _layer_weights(call: Call, weights: Weights) -> list[Tensor]:
     zeros = call.x.new_zeros(G_H) if weights.b_ih is None else None
     w_ih, w_hh, b_ih, b_hh = weights[:4]
     biases = [zeros if b is None else b for b in (b_ih, b_hh)]
-    return [w.detach() for w in (w_ih, w_hh, *biases)]  # type: ignore[union-attr]
+    return [w.detach() for w in (w_ih, w_hh, *biases)]
 
 
 def forward(call: Call, save: bool, trajectory: bool) -> Result:

@@ -41,7 +41,7 @@ def counterpart(module: nn.Module) -> type[nn.Module] | str:
     """torch.nn's class that computes what ``module`` does, or why there is none."""
     if parametrize.is_parametrized(module):
         return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
-    ours = next((kind for kind in type(module).__mro__ if "torch_class" in vars(kind)), None)
+    ours: Any = next((kind for kind in type(module).__mro__ if "torch_class" in vars(kind)), None)
     if ours is None:
         return f"it has no {type(module).__name__}"
     if type(module).forward is not ours.forward:

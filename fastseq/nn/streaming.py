@@ -121,7 +121,7 @@ class Streaming:
     def state(self, value: Tensor | tuple[Tensor, Tensor]) -> None:
         with torch.no_grad():
             if self._c is None:
-                self._h[self._turn].copy_(value)  # type: ignore[arg-type]
+                self._h[self._turn].copy_(value)
             else:
                 h, c = value
                 self._h[self._turn].copy_(h)

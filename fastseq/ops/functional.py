@@ -245,9 +245,9 @@ def _layer(
     check_layer(stack)
     check_states(stack)
     packed, batched = isinstance(geometry, Packed), geometry.batched
-    lengths = check_lengths(lengths, geometry.T, geometry.B, packed, batched)
-    if lengths is not None:
-        stack.geometry = Padded(input, False, lengths)
+    ends = check_lengths(lengths, geometry.T, geometry.B, packed, batched)
+    if ends is not None:
+        stack.geometry = Padded(stack.data, False, ends)
     stack.reset = check_reset(reset, stack)
     stack.h_mask = check_mask(h_mask, stack)
     y, finals, along = run(stack)

@@ -95,8 +95,11 @@ class Dense(Geometry):
             return y.squeeze(1)
         return y.transpose(0, 1) if self.batch_first else y
 
-    rows = dense
-    output = undo
+    def rows(self, x: Tensor) -> Tensor:
+        return self.dense(x)
+
+    def output(self, y: Tensor) -> Tensor:
+        return self.undo(y)
 
     def state(self, state: Tensor) -> Tensor:
         return state if self.batched else state.unsqueeze(1)
@@ -126,8 +129,11 @@ class OneStep(Geometry):
     def output(self, y: Tensor) -> Tensor:
         return self.single(y.squeeze(0))
 
-    state = rows
-    final = output
+    def state(self, state: Tensor) -> Tensor:
+        return self.rows(state)
+
+    def final(self, state: Tensor) -> Tensor:
+        return self.output(state)
 
     def batch(self, value: Tensor) -> Tensor:
         """Input or state as (B, ...)."""

@@ -178,7 +178,7 @@ def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) ->
         sites = [site(RECURRENT, *place) for place in every]
         stack.h_mask = _scaled(_keep(seed, sites, ids, None, stack.P, p), p, dtype)
     if p := rates.input_dropout:
-        widths = [weights[layer * D].w_ih.shape[1] for layer in layers]  # type: ignore[union-attr]
+        widths = [weights[layer * D].w_ih.shape[1] for layer in layers]
         stack.input_masks = [
             _scaled(_keep(seed, [site(INPUT, layer)], ids, None, width, p), p, dtype)[0]
             for layer, width in enumerate(widths)
