@@ -148,7 +148,7 @@ def test_a_circle_is_found():
 
 def backends_named(source, module):
     """Where a file above the backends names one: as a word, or by importing its room."""
-    package = module.rpartition(".")[0]
+    package = module.rpartition(".")[0] or module
     tree = ast.parse(source)
     rooms = {f"fastseq.backends.{name}" for name in BACKENDS}
     for line, name in imported(tree, package, exists):
