@@ -216,9 +216,7 @@ CALLS = {
     ),
     "trace": (
         lambda: torch.jit.trace(lstm("native"), (an_input(),)),
-        cannot(
-            "native", "native: torch.jit.trace records no custom kernel; choose torch"
-        ),
+        cannot("native", "native: torch.jit.trace records no custom kernel; choose torch"),
     ),
     "transform": (
         lambda: vmap(lstm("torch"), an_input()),
