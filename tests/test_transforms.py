@@ -242,9 +242,9 @@ def test_members_with_their_own_lengths_are_told():
     m = fastseq.GRU(I, H)
     x = torch.randn(V, T, B, I)
     lengths = torch.tensor([[1, 2], [3, 4], [4, 4]])
-    with pytest.raises((RuntimeError, NotImplementedError, ValueError)) as raised:
+    words = r"vmap: It looks like you're calling \.item\(\) on a Tensor"  # torch's own
+    with pytest.raises(RuntimeError, match=words):
         torch.func.vmap(lambda x, n: m(x, lengths=n)[0])(x, lengths)
-    assert len(str(raised.value).split()) > 5
 
 
 # What torch.nn has not: against the eager form.
