@@ -131,6 +131,24 @@ def test_deterministic():
     assert type(error) is NotImplementedError
 
 
+@pytest.mark.parametrize("name, gates", [("lstm", 4), ("gru", 3), ("rnn", 1)])
+def test_options_that_show_in_no_number_reach_the_choice(name, gates):
+    x = torch.zeros(T, B, I, requires_grad=True)
+    w = weights((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))
+
+    def declined(**options):
+        error = caught(lambda: getattr(fastseq, name)(x, w, **options))
+        return f"{type(error).__name__}: {error}"
+
+    assert "NotImplementedError: backend='torch' cannot run this: torch: torch keeps all" in (
+        declined(memory="lean", backend="torch")
+    )
+    assert "NotImplementedError: backend='eager' cannot run this: eager: its bits may" in (
+        declined(deterministic=True, backend="eager")
+    )
+    assert "ValueError: backend: expected one of" in declined(backend="cobol")
+
+
 def test_the_first_three_arguments_alone_have_places():
     for name in ("lstm", "gru", "rnn"):
         parameters = inspect.signature(getattr(fastseq, name)).parameters
