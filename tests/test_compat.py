@@ -61,7 +61,8 @@ def test_a_plain_subclass_cannot_be_scripted(kind):
     class Plain(getattr(nn, kind)):
         pass
 
-    with pytest.raises(RuntimeError):
+    words = {"LSTM": "Variable 'hx' previously had type Tensor", "GRU": "Unsupported value kind"}
+    with pytest.raises(RuntimeError, match=words[kind]):
         torch.jit.script(nn.Sequential(Plain(4, 6)))
 
 
@@ -76,7 +77,7 @@ def test_dynamo(kind):
     if kind in CELLS:
         assert_same(compiled(x), module(x))
         return
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="does not support RNN, GRU, or LSTM"):
         compiled(x)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):

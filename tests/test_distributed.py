@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from spies import counted
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
+from fastseq.backends import load
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -36,10 +38,16 @@ CASES = {
     "gru lean": ("GRU", {"num_layers": 2, "memory": "lean", "backend": "numba"}, "dense"),
     "lstm torch": ("LSTM", {"num_layers": 2, "backend": "torch"}, "dense"),
     "gru chosen": ("GRU", {"num_layers": 2, "bidirectional": True}, "dense"),
+    "lstm native": ("LSTM", {"num_layers": 2, "backend": "native"}, "lengths"),
 }
+NATIVE = not isinstance(load("native"), str)
+if not NATIVE:
+    del CASES["lstm native"]
 WAYS = ("ddp", "fsdp")
-#: In the ordinary run one pair of processes, and one case of each way.
-ORDINARY = (("ddp", "lstm"), ("fsdp", "gru lengths"))
+#: In the ordinary run one pair of processes, and of each way a case on numba and one on native.
+ORDINARY = (("ddp", "lstm"), ("fsdp", "gru lengths"), ("ddp", "gru chosen"))
+if NATIVE:
+    ORDINARY += (("fsdp", "lstm native"),)
 EVERY = tuple((way, case) for way in WAYS for case in CASES)
 
 
@@ -130,8 +138,9 @@ def work(rank, folder, cases, accumulate):
         for way, case in cases:
             model, form = build(case)
             model = wrapped(model, way)
-            train(model, form, rank, PROCESSES, accumulate)
-            found[way, case] = parameters(model)
+            with counted() if NATIVE else nullcontext() as calls:
+                train(model, form, rank, PROCESSES, accumulate)
+            found[way, case] = parameters(model), calls
         if rank == 0:
             torch.save(found, f"{folder}/found.pt")
         dist.barrier()
@@ -161,19 +170,23 @@ def on_two_processes(folder, cases, accumulate=False):
     return torch.load(folder / "found.pt")
 
 
-def compare(found, cases):
+def compare(found, cases, batches=STEPS):
     for way, case in cases:
+        found_here, calls = found[way, case]
+        if NATIVE:  # a whole stack is one call, and no other backend's calls are counted
+            expected_calls = batches if CASES[case][1].get("backend") in (None, "native") else 0
+            assert calls == dict.fromkeys(("forward", "backward"), expected_calls), (way, case)
         model, form = build(case)
         before = parameters(model)
         train(model, form)
         expected = parameters(model)
-        assert found[way, case].keys() == expected.keys()
+        assert found_here.keys() == expected.keys()
         double = next(iter(expected.values())).dtype is torch.float64
         rtol, atol = (1e-9, 1e-11) if double else (1e-3, 1e-4)
         for name, value in expected.items():
             assert not torch.equal(value, before[name]), name
             torch.testing.assert_close(
-                found[way, case][name],
+                found_here[name],
                 value,
                 rtol=rtol,
                 atol=atol,
@@ -189,7 +202,8 @@ def test_two_processes_end_where_one_does(tmp_path):
 @pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulated"])
 def test_two_processes_end_where_one_does_in_every_form(tmp_path, accumulate):
     """Gradients of several small batches add up before they are exchanged, too."""
-    compare(on_two_processes(tmp_path, EVERY, accumulate), EVERY)
+    batches = STEPS * (B // PROCESSES // 2) if accumulate else STEPS
+    compare(on_two_processes(tmp_path, EVERY, accumulate), EVERY, batches)
 
 
 @pytest.mark.full

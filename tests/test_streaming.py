@@ -76,6 +76,30 @@ def test_rows_begin_anew(backend):
     close(handle.step(x[0]), y[0], torch.float32)
 
 
+@pytest.mark.parametrize("rows", [[2, 0], torch.tensor([True, False, True, False]), None])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_all_layers_of_a_row_begin_anew(kind, rows, backend):
+    """h and c of every layer are zero in the rows that are named, and as they were in all others;
+    so it is with the steps that follow."""
+    m = LAYERS[kind](5, 7, num_layers=3, backend=backend)
+    for steps in (1, 2):  # either of the two buffers holds the state
+        handle = fastseq.streaming(m, batch=4)
+        for x in torch.randn(steps, 4, 5):
+            handle.step(x)
+        before = states(handle.state)
+        assert all(bool(s.all(-1).all()) for s in before)
+        handle.reset(rows)
+        gone = [0, 2] if rows is not None else [0, 1, 2, 3]
+        expected = [s.index_fill(1, torch.tensor(gone), 0.0) for s in before]
+        for found, wanted in zip(states(handle.state), expected, strict=True):
+            assert found.shape[0] == 3
+            assert torch.equal(found, wanted)
+        x = torch.randn(4, 5)
+        with torch.no_grad():
+            y, _ = m(x[None], tuple(expected) if kind == "LSTM" else expected[0])
+        close(handle.step(x), y[0], torch.float32)
+
+
 def test_the_state_is_handed_over(backend):
     for kind, layer in LAYERS.items():
         m = layer(5, 7, num_layers=2, backend=backend)
