@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: Where a copy of the tree that has no .git says which commit it is.
 FILE = ROOT / "out/commit"
+#: What a note says of a commit from which the tree differed.
+CHANGED = "with changes"
 
 
 def commit(tree: Path = ROOT) -> str:
