@@ -108,12 +108,14 @@ class Tree:
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=tree, **pipes)
         found = Path(self._answer()["file"]).resolve()
         if not found.is_relative_to(tree.resolve()):
+            self.process.communicate()
             raise RuntimeError(f"{tree}: the process imported {found}")
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            self.process.communicate()
             raise RuntimeError("a process ended; what it said stands above")
         return json.loads(line)
 

@@ -21,7 +21,7 @@ from .measure import ROUNDS, Race, available_backends, quiet_collector
 from .pages import note
 from .peers import PEERS, named
 from .remote import Remote
-from .table import markdown
+from .table import columns, markdown
 from .workloads import Workload, matching
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for peer in peers:
             peer.close()
-    labels = list(dict.fromkeys(label for row in times.values() for label in row))
+    labels = columns((label for row in times.values() for label in row), names)
     rows = []
     for workload, row in times.items():
         least = limit(workload, False, rates) / workload.T

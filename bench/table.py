@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from math import isinf
 from pathlib import Path
 from statistics import geometric_mean
@@ -89,7 +89,7 @@ def read(path: Path) -> Results:
 
 
 def provenance(results: Results) -> str:
-    """One sentence: machine, versions, commit and date."""
+    """Machine, versions, commit, date and rounds."""
     machine, commit = results["machine_info"], results["commit_info"]
     name = commit["id"][:7] if commit["id"] not in ("unversioned", "unknown") else commit["id"]
     name = f"**commit {name} {CHANGED}**" if dirty(results) else f"commit {name}"
@@ -97,7 +97,7 @@ def provenance(results: Results) -> str:
     return (
         f"{machine['cpu_model']}, {machine['cores']} cores, {threads}, "
         f"{machine['instructions'].replace('AVX512', 'AVX-512')}, torch {machine['torch']}, Python "
-        f"{machine['python_version']}, {name}, {results['datetime'][:10]}."
+        f"{machine['python_version']}, {name}, {results['datetime'][:10]}. {rounds(results)}"
     )
 
 
@@ -186,9 +186,7 @@ def full(results: Results) -> str:
     parts = []
     for title in ("forward", "training", "one step a call"):
         some = [i for i in infos if title == ("one step a call" if stepwise(i) else i["way"])]
-        found = {label for info in some for label in info["median_ms"]}
-        first = [label for label in (*TORCHS, OURS, HANDLE) if label in found]
-        labels = first + sorted(found - set(first), key=lambda label: (label in peers, label))
+        labels = columns((label for info in some for label in info["median_ms"]), peers)
         rows = []
         for info in some:
             times = info["median_ms"]
@@ -221,6 +219,13 @@ def full(results: Results) -> str:
         lines = [f"- {name}: {version}" for name, version in peers.items()]
         parts.append("Peers:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def columns(labels: Iterable[str], peers: Container[str] = ()) -> list[str]:
+    """Each once: torch.nn's forms, ours, other backends, peers."""
+    found = set(labels)
+    first = [label for label in (*TORCHS, OURS, HANDLE) if label in found]
+    return first + sorted(found - set(first), key=lambda label: (label in peers, label))
 
 
 def fraction(info: dict[str, Any], label: str) -> float | None:
@@ -354,7 +359,7 @@ def note(results: Results, path: Path) -> str:
     source = path.resolve()
     shown = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
     how = "Medians of interleaved rounds, float32 where no other type is named."
-    return f"{how} {provenance(results)} {rounds(results)} From `{shown}`."
+    return f"{how} {provenance(results)} From `{shown}`."
 
 
 def weak() -> str:
