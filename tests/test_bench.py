@@ -369,6 +369,7 @@ def test_two_trees_are_judged_beyond_their_noise():
     assert compare.verdict(quiet + slow, 0.03)[::2] == (0.5, "faster")
     noisy = [[1.0] * 3, [2.5] * 3]
     assert compare.verdict(slow + noisy, 0.03)[1:] == (1.5, "")
+    assert compare.verdict(noisy + quiet, 0.03)[0] == 1.75 / 1.1, "of both processes"
 
 
 def test_a_tree_answers_with_the_time_of_a_call(monkeypatch, capsys):
