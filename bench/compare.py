@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -40,54 +40,47 @@ SERVE = (
     "import sys; sys.path[0] = {tree!r}; import fastseq; sys.path[0] = {root!r}; "
     "from bench.compare import serve; serve({threads})"
 )
+Row = tuple[list[str], float, bool]
 QUIET = 0.01  # OpenMP's threads of the process before spin for up to 8 ms
 
 
 def ways(workload: Workload) -> list[str]:
-    if workload.mode != "layer":
-        return ["call", "handle"]
-    return ["forward", "training"][: 1 + workload.training]
+    steps = workload.mode != "layer"
+    return ["call", "handle"] if steps else ["forward", "training"][: 1 + workload.training]
 
 
-def call(fastseq: Any, workload: Workload, way: str) -> tuple[Callable[[], Any], str | None]:
+@lru_cache(1)
+def call(workload: Workload, way: str) -> tuple[Callable[[], Any], str | None]:
     """What is timed, and the backend that is chosen."""
+    import fastseq
+
+    module: Any = workload.module(fastseq, "layer" if way == "handle" else None)
+    module.train(way == "training")
     if way == "handle":
-        layer = workload.module(fastseq, "layer").eval()
-        return Walk(workload, fastseq.streaming(layer, workload.B), "handle"), None
-    training = way == "training"
-    module = workload.module(fastseq).train(training)
+        return Walk(workload, fastseq.streaming(module, workload.B), "handle"), None
     x: Any = workload.input()
     run: Callable[[], Any] = partial(workload.run, module, x)
     if way == "call":
         run = Walk(workload, module, workload.form)
         x = run.steps[0]
-    elif training:
-        (x if isinstance(x, torch.Tensor) else x.data).requires_grad_()
-        inputs = [x if isinstance(x, torch.Tensor) else x.data, *module.parameters()]
-        dy = output_gradient(workload)
+    elif way == "training":
+        leaf = x if isinstance(x, torch.Tensor) else x.data
+        inputs, dy = [leaf.requires_grad_(), *module.parameters()], output_gradient(workload)
         run = lambda: torch.autograd.grad(workload.run(module, x), inputs, dy)  # noqa: E731
-    with redirect_stdout(io.StringIO()), torch.set_grad_enabled(training):
+    with redirect_stdout(io.StringIO()), torch.set_grad_enabled(way == "training"):
         return run, fastseq.explain(module, x)
 
 
 def serve(threads: int) -> None:
     """Answers a line of JSON, [workload, way, seconds], with the median of a call's seconds."""
-    import fastseq
-
     torch.set_num_threads(threads)
-    made: dict[str, Any] = {}
-    print(json.dumps({"file": fastseq.__file__}), flush=True)
+    print(json.dumps({"file": sys.modules["fastseq"].__file__}), flush=True)
     for line in sys.stdin:
         name, way, seconds = json.loads(line)
-        workload = by_name(name)
-        if made.get("key") != (name, way):
-            made = {"key": (name, way), "call": call(fastseq, workload, way)}
-        run, chosen = made["call"]
-        samples: list[float] = []
-        with (
-            torch.inference_mode(way in ("call", "handle")),
-            torch.set_grad_enabled(way == "training"),
-        ):
+        workload, samples = by_name(name), []
+        mode = torch.inference_mode if way in ("call", "handle") else torch.set_grad_enabled
+        run, chosen = call(workload, way)
+        with mode(way != "forward"):
             run()  # the threads have slept
             end = time.perf_counter() + seconds
             while time.perf_counter() < end or not samples:
@@ -95,8 +88,7 @@ def serve(threads: int) -> None:
                 run()
                 samples.append(time.perf_counter() - before)
         calls = 1 if workload.mode == "layer" else workload.T
-        answer = {"seconds": median(samples) / calls, "chosen": chosen}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps({"seconds": median(samples) / calls, "chosen": chosen}), flush=True)
 
 
 class Tree:
@@ -135,33 +127,22 @@ def verdict(samples: list[list[float]], tolerance: float) -> tuple[float, float,
     return ratio, noise, "slower" if ratio > allowed else "faster" if ratio < 1 / allowed else ""
 
 
-def row(
-    trees: list[Tree], workload: Workload, way: str, options: argparse.Namespace
-) -> tuple[list[str], float, bool]:
+def row(trees: list[Tree], name: str, way: str, options: argparse.Namespace) -> Row:
+    """The cells, the ratio, and whether this tree is slower."""
     samples: list[list[float]] = [[] for _ in trees]
-    chosen: list[str | None] = [None] * len(trees)
-
-    def turn(seconds: float, order: int) -> None:
-        for k in range(len(trees))[::order]:
-            time.sleep(QUIET)
-            found = trees[k].sample(workload.name, way, seconds)
-            chosen[k] = found["chosen"]
-            samples[k].append(found["seconds"])
-
-    turn(0, 1)
-    for times in samples:  # the first call compiles
-        times.clear()
-    mark = "more"
+    chosen = [tree.sample(name, way, 0)["chosen"] for tree in trees]  # which compiles
+    ratio, noise, mark = 1.0, 0.0, "more"
     for rounds in (options.rounds, 2 * options.rounds):
         for n in range(rounds if mark else 0):
-            turn(options.seconds, 1 if n % 2 else -1)
+            for k in (range(4), range(3, -1, -1))[n % 2]:
+                time.sleep(QUIET)
+                samples[k].append(trees[k].sample(name, way, options.seconds)["seconds"])
         ratio, noise, mark = verdict(samples, options.tolerance)
-    shown = (f"{median(a + b) * 1e6:.4g}" for a, b in (samples[:2], samples[2:]))
+    ours, theirs = samples[0] + samples[1], samples[2] + samples[3]
     backends = " / ".join(dict.fromkeys(str(name or "") for name in chosen))
-    fastest = min(samples[0] + samples[1]) / min(samples[2] + samples[3])
-    cells = [f"{workload.name} {way}", backends, *shown, f"{ratio:.3f}", f"{noise:.1%}"]
-    cells += [f"{fastest:.3f}", mark]
-    return cells, ratio, mark == "slower"
+    times = [f"{median(found) * 1e6:.4g}" for found in (ours, theirs)]
+    cells = [f"{name} {way}", backends, *times, f"{ratio:.3f}", f"{noise:.1%}"]
+    return [*cells, f"{min(ours) / min(theirs):.3f}", mark], ratio, mark == "slower"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,26 +165,23 @@ def main(argv: list[str] | None = None) -> int:
     if len(set(built)) > 1:
         parser.error(f"no C++ kernels in {folders[built.index(False)]}; make build makes them")
     trees: list[Tree] = []
-    rows, ratios, slower = [], [], 0
+    rows = []
     try:
         for folder in folders:
             trees.append(Tree(folder, options.threads))
-        for workload in found:
-            for way in ways(workload):
-                cells, ratio, worse = row(trees, workload, way, options)
-                rows.append(cells)
-                ratios.append(ratio)
-                slower += worse
-                print("  ".join(cells), flush=True)
+        for name, way in ((workload.name, way) for workload in found for way in ways(workload)):
+            rows.append(row(trees, name, way, options))
+            print("  ".join(rows[-1][0]), flush=True)
     finally:
         for tree in trees:
             tree.process.communicate()
     header = ["workload", "backend", "this us", "other us", "this / other", "noise"]
-    header += ["of the fastest", ""]
-    print(f"\n{markdown(header, rows)}\n")
+    print(f"\n{markdown([*header, 'of the fastest', ''], [cells for cells, *_ in rows])}\n")
+    slower = sum(worse for *_, worse in rows)
     names = f"this {commit(ROOT)}, other {commit(options.other)}"
     print(f"{names}, {options.threads} thread(s), {options.rounds} rounds of 2 processes each.")
-    print(f"Geometric mean {geometric_mean(ratios):.3f}; slower: {slower} of {len(ratios)}.")
+    mean = geometric_mean(ratio for _, ratio, _ in rows)
+    print(f"Geometric mean {mean:.3f}; slower: {slower} of {len(rows)}.")
     return int(slower > 0)
 
 
