@@ -9,7 +9,14 @@ import torch
 
 from bench.limit import limit as least_seconds
 from bench.limit import possible
-from bench.measure import OURS, Race, available_backends, quiet_collector, reason_to_skip
+from bench.measure import (
+    OURS,
+    Race,
+    available_backends,
+    planned_rounds,
+    quiet_collector,
+    reason_to_skip,
+)
 
 
 def test_speed(workload, way, benchmark, request, peers):
@@ -33,7 +40,7 @@ def test_speed(workload, way, benchmark, request, peers):
 
     with quiet_collector():
         seconds = race.warm_up()
-        rounds = max(3, min(option("--rounds"), int(option("--seconds") / seconds)))
+        rounds = planned_rounds(option("--rounds"), option("--seconds"), limit, seconds)
         benchmark.pedantic(race.step, args=(ours,), setup=the_others, rounds=rounds)
     if benchmark.enabled:
         ours.samples = list(benchmark.stats.stats.data)

@@ -113,19 +113,19 @@ def main(argv: list[str] | None = None) -> int:
             if not samples or (isinstance(samples[-1], float) and samples[0] < 40):  # type: ignore
                 samples.append(measure(side, kind, way, T, options.limit))
                 print(kind, way, T, side, shown(samples), flush=True)
-    text = table_of(found, options.cells.split(), options.steps)
+    text = table_of(found, options.cells.split(), options.steps, options.rounds)
     return write("compile_time", text) if options.write else 0
 
 
-def table_of(found: Found, cells: list[str], steps: Sequence[int]) -> str:
+def table_of(found: Found, cells: list[str], steps: Sequence[int], rounds: int) -> str:
     rows = [
         [f"{kind}, {way}, {side}", *(short(found[kind, way, T, side]) for T in steps)]
         for kind in cells
         for way in WAYS
         for side in SIDES
     ]
-    how = "Two layers of 64 units, batch 8, one thread; medians over processes in turn and their "
-    how += "spread, of one where there is none."
+    how = "Two layers of 64 units, batch 8, one thread; medians over processes in turn, "
+    how += f"{rounds} rounds, and their spread; of one process where there is none."
     return f"{table.markdown(['first call', *(f'T = {T}' for T in steps)], rows)}\n\n{note(how)}"
 
 

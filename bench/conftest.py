@@ -14,6 +14,7 @@ from bench.remote import Remote  # noqa: E402
 from bench.workloads import matching  # noqa: E402
 
 SKIPPED: dict[str, str] = {}
+WRONG: dict[str, str] = {}
 VERSIONS: dict[str, str] = {}
 
 
@@ -66,6 +67,8 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.skipped and isinstance(report.longrepr, tuple):
         SKIPPED[item.callspec.id] = report.longrepr[2].removeprefix("Skipped: ")
+    if call.excinfo is not None and call.excinfo.errisinstance(measure.WrongNumbers):
+        WRONG[item.callspec.id] = str(call.excinfo.value)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -77,6 +80,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["datetime"] = datetime.datetime.now(datetime.timezone.utc).isoformat()
     output_json["skipped"] = dict(SKIPPED)
+    output_json["wrong"] = dict(WRONG)
     output_json["peers"] = dict(VERSIONS)
     output_json["settings"] = {
         name: config.getoption(f"--{name}") for name in ("rounds", "seconds", "limit")

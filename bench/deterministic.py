@@ -15,7 +15,7 @@ import torch
 import fastseq
 
 from . import table
-from .measure import in_turn
+from .measure import ROUNDS, in_turn
 from .pages import note, write
 
 SHAPES = (  # T, B, H = I
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         for T, B, H in SHAPES:
             rows.append(row(cell, T, B, H, options.seconds))
             print("  ".join(rows[-1]), flush=True)
-    text = f"{table.markdown(HEADER, rows)}\n\n{note('Medians of interleaved calls, float32.')}"
+    how = f"Medians of at least {ROUNDS} rounds of calls in turn, float32."
+    text = f"{table.markdown(HEADER, rows)}\n\n{note(how)}"
     return write("deterministic", text) if options.write else 0
 
 

@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         if workload.training:
             rows.append(row(workload, options.seconds, options.rounds))
             print("  ".join(rows[-1]), flush=True)
-    text = f"{table.markdown(HEADER, rows)}\n\n{note('Medians of interleaved rounds, float32.')}"
+    how = f"Medians of at least {options.rounds} interleaved rounds, float32."
+    text = f"{table.markdown(HEADER, rows)}\n\n{note(how)}"
     return write("lean", text) if options.write else 0
 
 

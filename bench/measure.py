@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import io
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -20,23 +21,24 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
-from fastseq.backends import BACKENDS
+from fastseq.backends import BACKENDS, load
 
+from .gpu.numbers import too_far
 from .limit import as_record, possible
 from .peers import output_gradient
 from .remote import QUIET, Remote
-from .workloads import Workload
+from .workloads import Form, Walk, Workload, as_cell, as_layer
 
 Way = Literal["forward", "training"]
 TORCH, OURS = "torch.nn", "fastseq"
-
-#: rtol and atol of an output that is timed, beside torch.nn's, which rounds every step to the type
-TOLERANCE = {
-    torch.float64: (1e-9, 1e-9),
-    torch.float32: (1e-3, 1e-4),
-    torch.float16: (1e-2, 5e-3),
-    torch.bfloat16: (1e-2, 4e-2),
+#: The other form of torch.nn where a call is one step, and the handle of fastseq.streaming.
+OTHER_FORM: dict[Form, tuple[str, Form]] = {
+    "layer": ("torch.nn cell", "cell"),
+    "cell": ("torch.nn layer", "layer"),
 }
+HANDLE = "fastseq.streaming"
+#: Rounds of a case at least, where its limit of time allows them.
+ROUNDS = 8
 
 # Seconds per time step and layer beyond the products, for estimates alone: torch's composite loops
 # and the eager backend on one core of a server, forward and training.
@@ -45,12 +47,20 @@ STEP_COST = {TORCH: (12e-6, 80e-6), "torch": (12e-6, 80e-6), "eager": (50e-6, 25
 
 @dataclass
 class Contender:
-    """One module under the clock. ``samples`` are seconds, one per round."""
+    """One module under the clock. ``samples`` are seconds, one per round.
+
+    walk: what the clock sees where a call is one step.
+    """
 
     label: str
     module: nn.Module
     backend: str | None = None
     samples: list[float] = field(default_factory=list)
+    walk: Walk | None = None
+
+
+class WrongNumbers(Exception):
+    """A contender's numbers are not those of the layer: its case gets no figure."""
 
 
 class Race:
@@ -77,22 +87,25 @@ class Race:
         training = way == "training"
         theirs = workload.module().train(training)
         self.x = workload.input()
-        data = self.x.data if isinstance(self.x, PackedSequence) else self.x
-        if training:
-            data.requires_grad_()
-        self.leaf = data
-        self.contenders = [Contender(TORCH, theirs)]
-        self.expected = self._call(theirs).detach()
+        self.leaf = self.x.data if isinstance(self.x, PackedSequence) else self.x
+        self.leaf.requires_grad_(training)
         self.dy = output_gradient(workload)
+        self.contenders: list[Contender] = []
+        self.expected = self._results(theirs, states=True)
+        self.truth = truth(workload, theirs.state_dict(), training)
+        self._enter(Contender(TORCH, theirs, walk=self._walk(theirs)))
         ours = self._ours(None)
-        self._enter(Contender(OURS, ours, self._chosen(ours)))
+        self._enter(Contender(OURS, ours, self._chosen(ours), walk=self._walk(ours)))
+        if workload.mode != "layer":
+            self._enter_other_forms()
         for name in backends:
-            if name == self.contenders[1].backend:
+            if name == self.chosen:
                 continue
             reason = self._too_slow(name, limit)
             if reason is None:
                 try:
-                    self._enter(Contender(name, self._ours(name), name))
+                    module = self._ours(name)
+                    self._enter(Contender(name, module, name, walk=self._walk(module)))
                 except (NotImplementedError, RuntimeError) as error:
                     if f"{name}: " not in str(error):
                         raise
@@ -131,12 +144,56 @@ class Race:
             return None
         return f"one call would take about {seconds:.1f} s, more than LIMIT / 60"
 
+    def _walk(self, called: Any, form: Form | None = None) -> Walk | None:
+        workload = self.workload
+        return None if workload.mode == "layer" else Walk(workload, called, form or workload.form)
+
+    def _enter_other_forms(self) -> None:
+        """torch.nn's best is a layer called with one step or a cell; ours has a handle besides."""
+        state = self.contenders[0].module.state_dict()
+        label, form = OTHER_FORM[self.workload.form]
+        other = self.workload.module(form=form).eval()
+        other.load_state_dict(as_cell(state) if form == "cell" else as_layer(state))
+        self._enter(Contender(label, other, walk=self._walk(other, form)))
+        layer = self.workload.module(fastseq, "layer").eval()
+        layer.load_state_dict(as_layer(state))
+        handle = fastseq.streaming(layer, self.workload.B)  # type: ignore[arg-type]
+        self._enter(Contender(HANDLE, layer, walk=self._walk(handle, "handle")))
+
+    @property
+    def chosen(self) -> str | None:
+        return next(c.backend for c in self.contenders if c.label == OURS)
+
     def _enter(self, contender: Contender) -> None:
-        """The first call: compiles, and shows that the numbers are torch.nn's."""
-        y = self._call(contender.module)
-        rtol, atol = TOLERANCE[self.workload.dtype]
-        torch.testing.assert_close(y.detach(), self.expected, rtol=rtol, atol=atol)
+        """The first calls: they compile, and show that the numbers are right, by the rule.
+
+        One is as the clock sees it; another of a layer has a state, whose gradient is asked for.
+
+        Raises WrongNumbers.
+        """
+        if contender.label == TORCH:  # what the others are held to
+            self.contenders.append(contender)
+            return
+        if contender.walk is not None:
+            with torch.inference_mode():
+                found = [{"output": contender.walk.outputs()}]
+        else:
+            found = [self._results(contender.module, states) for states in (False, True)]
+            self.clear(contender)
+        for numbers in found:
+            names = list(numbers)
+            values, theirs, exact = (
+                [which[name] for name in names] for which in (numbers, self.expected, self.truth)
+            )
+            wrong = too_far(values, theirs, exact, names)
+            if wrong:
+                raise WrongNumbers(f"{contender.label}, {wrong}")
         self.contenders.append(contender)
+
+    def _results(self, module: nn.Module, states: bool) -> dict[str, Tensor]:
+        if self.workload.mode != "layer":
+            return {"output": self._call(module)}
+        return results(module, self.x, self.dy if self.way == "training" else None, states)
 
     def _call(self, module: nn.Module) -> Tensor:
         with torch.set_grad_enabled(self.way == "training"):
@@ -148,6 +205,10 @@ class Race:
 
     def step(self, contender: Contender) -> None:
         """What the clock sees."""
+        if contender.walk is not None:
+            with torch.inference_mode():
+                contender.walk()
+            return
         y = self._call(contender.module)
         if self.way == "training":
             y.backward(self.dy)
@@ -158,6 +219,8 @@ class Race:
             self.clear(contender)
             self.step(contender)
         self.clear(contender)
+        if contender.walk is not None:
+            contender.walk.begin()
 
     def sample(self, contender: Contender) -> float:
         self.ready(contender)
@@ -190,6 +253,77 @@ class Race:
             c.label: saved_bytes(partial(self._call, c.module), [self.leaf, *c.module.parameters()])
             for c in self.contenders
         }
+
+
+def results(
+    module: nn.Module, x: Any, dy: Tensor | None, states: bool = False
+) -> dict[str, Tensor]:
+    """The output and the last states of a layer; with ``dy`` the gradients of x and parameters.
+
+    states: begin with zeros that are given, whose gradients are asked for too.
+    """
+    leaf = x.data if isinstance(x, PackedSequence) else x
+    leaves = {"input": leaf, **dict(module.named_parameters())}
+    names = "hc" if isinstance(module, (nn.LSTM, fastseq.LSTM)) else "h"
+    given: list[Any] = []
+    if states:
+        batch = int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.size(1)
+        ways = module.num_layers * (2 if module.bidirectional else 1)
+        sizes = {"h": module.proj_size or module.hidden_size, "c": module.hidden_size}
+        zeros = {f"{s}_0": leaf.new_zeros(ways, batch, sizes[s]) for s in names}
+        for zero in zeros.values():
+            zero.requires_grad_(dy is not None)
+        leaves |= zeros
+        given.append(tuple(zeros.values()) if len(names) > 1 else zeros["h_0"])
+    for value in leaves.values():
+        value.grad = None
+    with torch.set_grad_enabled(dy is not None):
+        y, last = module(x, *given)
+        y = y.data if isinstance(y, PackedSequence) else y
+    found = {"output": y.detach()}
+    for name, value in zip(names, last if len(names) > 1 else (last,), strict=True):
+        found[f"{name}_n"] = value.detach()
+    if dy is not None:
+        y.backward(dy)
+        for name, value in leaves.items():
+            found[f"gradient of {name}"] = (
+                torch.full_like(value, torch.nan) if value.grad is None else value.grad
+            )
+    return found
+
+
+#: What stands for one sequence each, along dimension 1; everything else is a sum over them.
+ROWS = ("output", "h_n", "c_n", *(f"gradient of {name}" for name in ("input", "h_0", "c_0")))
+
+
+def truth(workload: Workload, state: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
+    """What torch.nn gives in float64 for the same numbers, in as many pieces of the batch as
+    memory asks for."""
+    double = replace(workload, dtype=torch.float64)
+    module = double.module()
+    module.load_state_dict(state)
+    x: Any = workload.input().to(torch.float64)
+    dy = output_gradient(workload).to(torch.float64) if training else None
+    if workload.mode != "layer":
+        with torch.no_grad():
+            return {"output": workload.run(module, x)}
+    if isinstance(x, PackedSequence):
+        x.data.requires_grad_(training)
+        return results(module, x, dy, states=True)
+    free = free_memory()
+    pieces = 1 if free is None else math.ceil(2 * double.bytes(training) / (0.3 * free))
+    xs = x.chunk(pieces, 1)
+    dys = [None] * len(xs) if dy is None else dy.chunk(pieces, 1)
+    parts = []
+    for piece, gradient in zip(xs, dys, strict=True):
+        leaf = piece.contiguous().requires_grad_(training)
+        parts.append(results(module, leaf, gradient, states=True))
+    return {
+        name: torch.cat([part[name] for part in parts], 1)
+        if name in ROWS
+        else torch.stack([part[name] for part in parts]).sum(0)
+        for name in parts[0]
+    }
 
 
 def saved_bytes(forward: Callable[[], Tensor], live: Iterable[Tensor]) -> int:
@@ -278,18 +412,37 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+SETS = {"avx512_bf16": "AVX-512 + bf16", "avx512": "AVX-512", "avx2": "AVX2", "base": "base"}
+
+
+def instructions() -> str:
+    """The set that the kernels run; torch's besides, where that is another."""
+    theirs = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
+    native: Any = load("native")
+    if isinstance(native, str):
+        return theirs
+    ours = SETS.get(name := native.instruction_sets()[0], name)
+    return ours if ours.startswith(theirs) else f"{ours} (torch: {theirs})"
+
+
 def machine() -> dict[str, object]:
     """What a figure depends on beside the code."""
     return {
         "cpu_model": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "torch": torch.__version__,
         "fastseq": fastseq.__version__,
         "sgemm_gflops": round(sgemm_gflops(), 1),
         "limit": as_record(possible(torch.get_num_threads())),
     }
+
+
+def planned_rounds(most: int, seconds: float, limit: float, a_round: float) -> int:
+    """As many as fit into ``seconds``, but ROUNDS where they fit into ``limit``, and 3 at least."""
+    least = max(3, min(ROUNDS, int(limit / a_round)))
+    return min(max(int(seconds / a_round), least), max(most, 3))
 
 
 class quiet_collector:
@@ -304,13 +457,13 @@ class quiet_collector:
 
 
 def in_turn(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median seconds of each call, one after the other for so long, and once at least."""
+    """Median seconds of each call, one after the other for so long, and ROUNDS times at least."""
     samples: list[list[float]] = [[] for _ in calls]
     with quiet_collector():
         for call in calls:
             call()
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or not samples[0]:
+        while time.perf_counter() < end or len(samples[0]) < ROUNDS:
             for call, times in zip(calls, samples, strict=True):
                 before = time.perf_counter()
                 call()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 from pathlib import Path
 
 import torch
 
-from .measure import cpu_name
-from .version import commit
+from .measure import cpu_name, instructions
+from .version import CHANGED, commit
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
@@ -21,12 +22,14 @@ def marks(name: str) -> tuple[str, str]:
 def note(how: str) -> str:
     """Where and when a figure was measured."""
     threads = torch.get_num_threads()
-    version = commit().replace("-dirty", " with changes")
+    version = f"commit {commit()}"
+    if version.endswith("-dirty"):
+        version = f"**{version.removesuffix('-dirty')} {CHANGED}**"
     today = datetime.datetime.now(datetime.timezone.utc).date()
     return (
-        f"{how} {cpu_name()}, {threads} thread{'s' * (threads > 1)}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, commit {version}, {today}."
+        f"{how} {cpu_name()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, "
+        f"{instructions()}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {version}, {today}."
     )
 
 

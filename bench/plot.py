@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .cuda_results import Point
-from .table import ROOT, Results, newest, provenance, read, speedup
+from .table import ROOT, Results, newest, provenance, read, sign, speedup
 
 FORWARD, TRAINING = "#8fb8de", "#1f5a92"
 GRIDS = ("small-", "peers-", "streaming-", "types-", "grid-")
@@ -26,18 +26,21 @@ Factors = dict[str, dict[str, float]]  # workload -> way -> times faster
 def draw(results: Results, path: Path, everything: bool = False) -> None:
     """Bars of the speed-up over torch.nn, a pair for each workload, on a logarithmic axis."""
     factors: Factors = {}
+    marks: dict[str, str] = {}
     for case in results["benchmarks"]:
         info = case["extra_info"]
         factor = speedup(info)
+        marks[info["workload"]] = sign(info) or marks.get(info["workload"], "")
         if factor is not None:
             factors.setdefault(info["workload"], {})[info["way"]] = factor
     names = list(factors) if everything else named(factors)
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
     bars(axes, names, factors)
+    axes.set_yticks(range(len(names)), [name + marks[name] for name in names], fontsize=8)
     axes.set_title("fastseq against torch.nn: times faster, CPU, float32", fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="upper right")
-    save(figure, path, provenance(results))
+    save(figure, path, provenance(results).replace("**", ""))
 
 
 def draw_gpu(points: Iterable[Point], path: Path, caption: str) -> None:

@@ -17,7 +17,7 @@ import torch
 import fastseq
 
 from . import table
-from .measure import in_turn
+from .measure import ROUNDS, in_turn
 from .pages import note, write
 from .workloads import by_name
 
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         for training in (False, True):
             rows.append(row(cell, training, options.seconds))
             print("  ".join(rows[-1]), flush=True)
-    text = f"{table.markdown(HEADER, rows)}\n\n{note('Medians of calls in turn, float32.')}"
+    how = f"Medians of at least {ROUNDS} rounds of calls in turn, float32."
+    text = f"{table.markdown(HEADER, rows)}\n\n{note(how)}"
     return write("ragged", text) if options.write else 0
 
 

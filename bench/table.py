@@ -1,8 +1,9 @@
-"""Tables of benchmark results, in Markdown: ``python -m bench.table [--write] [FILE]``.
+"""Tables of benchmark results, in Markdown: ``python -m bench.table [--write | --weak] [FILE]``.
 
 Without FILE it takes the newest under bench/results. ``--write`` puts the short table between the
 marks of README.md and the full one between those of docs/performance.md, and there, between marks
-of their own, the newest comparison with other libraries for each count of threads. The GPU's tables
+of their own, the newest comparison with other libraries for each count of threads. ``--weak`` names
+the cases with few rounds, and what was measured with changes to its commit. The GPU's tables
 are made here and written by ``python -m bench.rule --gpu``.
 """
 
@@ -10,18 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from math import isinf
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from .cuda_results import Point
+from .version import CHANGED
 from .workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 TORCH, OURS = "torch.nn", "fastseq"
+#: What a factor is over the best of: torch.nn's forms of a call of one step.
+TORCHS = (TORCH, "torch.nn cell", "torch.nn layer")
+HANDLE = "fastseq.streaming"
+ROUNDS, FEW = 8, "†"  # a figure of fewer rounds has a mark
 BEGIN, END = "<!-- speed: begin (make table) -->", "<!-- speed: end -->"
 PEERS_BEGIN, PEERS_END = "<!-- peers: begin (make table) -->", "<!-- peers: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin (python -m bench.rule --gpu) -->", "<!-- gpu: end -->"
@@ -82,15 +89,42 @@ def read(path: Path) -> Results:
 
 
 def provenance(results: Results) -> str:
-    """One sentence: machine, versions, commit and date."""
+    """Machine, versions, commit, date and rounds."""
     machine, commit = results["machine_info"], results["commit_info"]
     name = commit["id"][:7] if commit["id"] not in ("unversioned", "unknown") else commit["id"]
-    name += " with changes" if commit.get("dirty") else ""
+    name = f"**commit {name} {CHANGED}**" if dirty(results) else f"commit {name}"
     threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
     return (
         f"{machine['cpu_model']}, {machine['cores']} cores, {threads}, "
-        f"{machine['instructions']}, torch {machine['torch']}, Python "
-        f"{machine['python_version']}, commit {name}, {results['datetime'][:10]}."
+        f"{machine['instructions'].replace('AVX512', 'AVX-512')}, torch {machine['torch']}, Python "
+        f"{machine['python_version']}, {name}, {results['datetime'][:10]}. {rounds(results)}"
+    )
+
+
+def dirty(results: Results) -> bool:
+    """Whether the tree differed from the commit that the results name."""
+    commit = results["commit_info"]
+    return bool(commit.get("dirty")) or commit["id"].endswith("-dirty")
+
+
+def few(info: dict[str, Any]) -> bool:
+    return info["rounds"] < ROUNDS
+
+
+def sign(info: dict[str, Any]) -> str:
+    return f" {FEW}" if few(info) else ""
+
+
+def rounds(results: Results) -> str:
+    """One sentence: how many rounds the cases have, and what the mark says."""
+    infos = [case["extra_info"] for case in results["benchmarks"]]
+    counts = [info["rounds"] for info in infos]
+    if not counts:
+        return "No rounds."
+    text = f"{min(counts)} to {max(counts)} rounds"
+    some = sum(map(few, infos))
+    return (
+        f"{text}; {FEW} fewer than {ROUNDS}, {some} of {len(infos)} cases." if some else f"{text}."
     )
 
 
@@ -101,9 +135,19 @@ def milliseconds(value: float | None) -> str:
 
 
 def speedup(info: dict[str, Any], label: str = OURS) -> float | None:
-    """How many times faster than torch.nn."""
+    """How many times faster than torch.nn, in the form that is its fastest."""
     times = info["median_ms"]
-    return times[TORCH] / times[label] if label in times else None
+    return best_of_torch(info) / times[label] if label in times else None
+
+
+def best_of_torch(info: dict[str, Any]) -> float:
+    times = info["median_ms"]
+    return min(times[label] for label in TORCHS if label in times)
+
+
+def stepwise(info: dict[str, Any]) -> bool:
+    """Whether a call is one step."""
+    return not {"streaming", "cell"}.isdisjoint(info.get("shape", "").split())
 
 
 def _times(factor: float | None) -> str:
@@ -137,37 +181,37 @@ def full(results: Results) -> str:
     """
     infos = [b["extra_info"] for b in results["benchmarks"]]
     peers = results.get("peers", {})
-    labels = [TORCH, OURS]
-    others = {label for info in infos for label in info["median_ms"]} - set(labels)
-    labels += sorted(others, key=lambda label: (label in peers, label))
     limited = any("limit_ms" in info for info in infos)
     peak = results["machine_info"]["sgemm_gflops"]
     parts = []
-    for way in ("forward", "training"):
+    for title in ("forward", "training", "one step a call"):
+        some = [i for i in infos if title == ("one step a call" if stepwise(i) else i["way"])]
+        labels = columns((label for info in some for label in info["median_ms"]), peers)
         rows = []
-        for info in infos:
-            if info["way"] != way:
-                continue
+        for info in some:
             times = info["median_ms"]
-            row = [info["workload"], info["shape"]]
+            row = [info["workload"] + sign(info), info["shape"]]
             # a backend that declined or was chosen has no time of its own
             row += [_cell(info, label) if label in times else "" for label in labels]
-            row[3] += f" {info['chosen']}"
+            row[2 + labels.index(OURS)] += f" {info['chosen']}"
             if limited:
                 row.append(milliseconds(info.get("limit_ms")))
             else:
                 row.append(f"{info['flops'] / times[OURS] / 1e6 / peak:.0%}")
-            if way == "training":
+            if title == "training":
                 saved = info["saved_bytes"]
                 row.append(f"{saved[OURS] / 2**20:.3g} / {saved[TORCH] / 2**20:.3g}")
             rows.append(row)
         if rows:
-            header = [way, "shape"]
+            header = [title, "shape"]
             header += [f"{label} ms" for label in labels]
             header.append("limit ms" if limited else "of sgemm")
-            if way == "training":
+            if title == "training":
                 header.append("kept MiB / torch.nn")
             parts.append(markdown(header, rows))
+    if results.get("wrong"):
+        lines = [f"- {name}: {reason}" for name, reason in results["wrong"].items()]
+        parts.append("No figure, because the numbers are wrong:\n\n" + "\n".join(lines))
     if results.get("skipped"):
         lines = [f"- {name}: {reason}" for name, reason in results["skipped"].items()]
         parts.append("Skipped:\n\n" + "\n".join(lines))
@@ -177,6 +221,13 @@ def full(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def columns(labels: Iterable[str], peers: Container[str] = ()) -> list[str]:
+    """Each once: torch.nn's forms, ours, other backends, peers."""
+    found = set(labels)
+    first = [label for label in (*TORCHS, OURS, HANDLE) if label in found]
+    return first + sorted(found - set(first), key=lambda label: (label in peers, label))
+
+
 def fraction(info: dict[str, Any], label: str) -> float | None:
     """Of the limit: 1 is as fast as the machine allows."""
     limit = info.get("limit_ms")
@@ -184,7 +235,7 @@ def fraction(info: dict[str, Any], label: str) -> float | None:
 
 
 def _cell(info: dict[str, Any], label: str) -> str:
-    notes = [] if label == TORCH else [_times(speedup(info, label))]
+    notes = [] if label in TORCHS else [_times(speedup(info, label))]
     share = fraction(info, label)
     if share is not None:
         notes.append(f"{share:.0%}")
@@ -205,7 +256,8 @@ def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
                 row += ["", ""]
                 continue
             times = info["median_ms"]
-            row.append(f"{milliseconds(times[TORCH])} → {milliseconds(times[OURS])} ms")
+            theirs, ours = (milliseconds(t) for t in (best_of_torch(info), times[OURS]))
+            row.append(f"{theirs} → {ours} ms{sign(info)}")
             row.append(f"**{_times(speedup(info))}**")
             shape = info["shape"]
         if any(row):
@@ -306,15 +358,45 @@ def note(results: Results, path: Path) -> str:
     """How and where the figures were measured, and the file that holds them."""
     source = path.resolve()
     shown = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
-    how = "Median of interleaved rounds, float32 where no other type is named."
+    how = "Medians of interleaved rounds, float32 where no other type is named."
     return f"{how} {provenance(results)} From `{shown}`."
+
+
+def weak() -> str:
+    """What of the committed results and pages is to be measured again, and how.
+
+    A table is made of one file, so a file is measured as a whole.
+    """
+    lines = []
+    for path in [newest(RESULTS), *newest_with_peers(RESULTS)]:
+        results = read(path)
+        infos = [case["extra_info"] for case in results["benchmarks"]]
+        named = [f"  {i['rounds']} rounds: {i['workload']} {i['way']}" for i in infos if few(i)]
+        if named or dirty(results):
+            lines += [f"{path.name}{f', {CHANGED}' if dirty(results) else ''}", *named]
+            peers = " PEERS=all" if path.stem.endswith("-peers") else ""
+            lines.append(f"  make bench THREADS={results['machine_info']['threads']}{peers}")
+    page = (ROOT / "docs" / "performance.md").read_text()
+    block = r"<!-- (\w+): begin \(python -m bench\.\1 --write\) -->(.*?)<!-- \1: end -->"
+    for name, text in re.findall(block, page, re.DOTALL):
+        counts = [int(count) for count in re.findall(r"(\d+) (?:interleaved )?rounds", text)]
+        said = [CHANGED] if CHANGED in text else []
+        said += [f"{min(counts)} rounds"] if counts and min(counts) < ROUNDS else []
+        if said and name != "aims":  # which is made of the files above
+            lines += [f"docs/performance.md, {name}: {', '.join(said)}"]
+            lines += [f"  python -m bench.{name} --write"]
+    return "\n".join(lines) or "Nothing."
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="results; the newest if left out")
     parser.add_argument("--write", action="store_true", help="into README.md and the docs")
+    parser.add_argument("--weak", action="store_true", help="what is to be measured again")
     options = parser.parse_args(argv)
+    if options.weak:
+        print(weak())
+        return 0
     try:
         path = options.file or newest(RESULTS)
         results = read(path)

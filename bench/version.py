@@ -8,27 +8,29 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: Where a copy of the tree that has no .git says which commit it is.
 FILE = ROOT / "out/commit"
+#: What a note says of a commit from which the tree differed.
+CHANGED = "with changes"
 
 
-def commit() -> str:
+def commit(tree: Path = ROOT) -> str:
     """The short commit, with '-dirty' where files differ from it; 'unversioned' without git.
 
-    Where there is no git, the variable FASTSEQ_COMMIT names it, or the file out/commit.
+    Where there is no git, the variable FASTSEQ_COMMIT names this tree's, or the file out/commit.
     """
-    given = os.environ.get("FASTSEQ_COMMIT", "").strip()
+    given = os.environ.get("FASTSEQ_COMMIT", "").strip() if tree == ROOT else ""
     if given:
         return given
     try:
         name = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"],
-            cwd=Path(__file__).parent,
+            cwd=tree,
             capture_output=True,
             text=True,
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         name = ""
-    if not name and FILE.exists():
+    if not name and tree == ROOT and FILE.exists():
         name = FILE.read_text().strip()
     return name or "unversioned"
 

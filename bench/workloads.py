@@ -6,7 +6,7 @@ steps, B batch, I input size, H hidden size, P projected size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 Mode = Literal["layer", "cell", "streaming"]
+Form = Literal["layer", "cell", "handle"]  # what is called with one step
 Rule = Literal["equal", "spread"]
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -103,11 +104,16 @@ class Workload:
         rows = self.I + self.layers * self.D * ((G + 2) * self.H + P) * (2 if training else 1)
         return size * (self._products() * (2 if training else 1) + self.N * rows)
 
-    def module(self, library: Any = nn, **options: Any) -> nn.Module:
-        """The module of ``library``, torch.nn or fastseq, seeded."""
+    @property
+    def form(self) -> Form:
+        """What the mode calls."""
+        return "cell" if self.mode == "cell" else "layer"
+
+    def module(self, library: Any = nn, form: Form | None = None, **options: Any) -> nn.Module:
+        """The module of ``library``, torch.nn or fastseq, seeded; the mode's, or of a form."""
         torch.manual_seed(0)
         name = LAYERS[self.cell]
-        if self.mode == "cell":
+        if (form or self.form) == "cell":
             return getattr(library, name + "Cell")(self.I, self.H, dtype=self.dtype, **options)
         if self.proj:
             options["proj_size"] = self.proj
@@ -143,6 +149,65 @@ class Workload:
                 y, state = module(x[t : t + 1], state)
                 outputs.append(y[0])
         return torch.stack(outputs)
+
+
+class Walk:
+    """A workload of one step a call: T calls of a module, or of a handle of fastseq.streaming.
+
+    The input is cut before the clock starts. The state begins with zeros and is handed on; the
+    outputs are left where they are.
+    """
+
+    def __init__(self, workload: Workload, called: Any, form: Form) -> None:
+        x = workload.input()
+        assert isinstance(x, Tensor)
+        self.called, self.form = called, form
+        self.steps = list(x.split(1) if form == "layer" else x)
+        shape = (workload.B, workload.H) if form == "cell" else (1, workload.B, workload.H)
+        zeros = x.new_zeros(shape)
+        self.state: Any = (zeros, zeros) if workload.cell == "lstm" else zeros
+
+    def begin(self) -> None:
+        """Before the clock starts: a handle keeps its state itself."""
+        if self.form == "handle":
+            self.called.reset()
+
+    def __call__(self, see: Callable[[Tensor], Any] | None = None) -> None:
+        """``see`` is shown each output."""
+        called, state = self.called, self.state
+        if self.form == "handle":
+            called = called.step
+            for x in self.steps:
+                y = called(x)
+                if see:
+                    see(y)
+        elif self.form == "cell":
+            for x in self.steps:
+                state = called(x, state)
+                if see:
+                    see(state[0] if isinstance(state, tuple) else state)
+        else:
+            for x in self.steps:
+                y, state = called(x, state)
+                if see:
+                    see(y[0])
+
+    def outputs(self) -> Tensor:
+        """(T, B, H)."""
+        seen: list[Tensor] = []
+        self.begin()
+        self(lambda y: seen.append(y.clone()))
+        return torch.stack(seen)
+
+
+def as_cell(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a layer as a cell names them."""
+    return {name.removesuffix("_l0"): value for name, value in state.items()}
+
+
+def as_layer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a cell as a layer names them."""
+    return {f"{name}_l0": value for name, value in as_cell(state).items()}
 
 
 def _each(cells: Iterable[str], name: str, **shape: Any) -> list[Workload]:

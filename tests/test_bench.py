@@ -1,16 +1,33 @@
 """The machinery of the benchmarks, on workloads that take no time."""
 
+import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rules import check_close
 
-from bench import aims, deterministic, lean, limit, measure, overhead, pages, ragged, table
+import fastseq
+from bench import (
+    aims,
+    compare,
+    conftest,
+    deterministic,
+    lean,
+    limit,
+    measure,
+    overhead,
+    pages,
+    ragged,
+    table,
+)
 from bench.__main__ import arguments, as_arguments, result_path
 from bench.limit import Rates
 from bench.version import commit
@@ -44,7 +61,7 @@ def test_a_run_leaves_its_record(results):
     assert machine["cpu_model"] and machine["cores"] and machine["sgemm_gflops"] > 0
     (rates,) = machine["limit"]
     assert rates["threads"] == 1 and rates["flops"] > 1e9
-    assert record["peers"].keys() == {"numpy"}
+    assert record["peers"].keys() == {"numpy"} and record["wrong"] == {}
     assert "node" not in machine, "the name of the machine is nobody's business"
     assert {"id", "dirty"} <= record["commit_info"].keys()
     assert record["datetime"]
@@ -69,6 +86,8 @@ def test_every_contender_ran_in_every_round(results):
         others = set(info["median_ms"]) - {"torch.nn", "fastseq"}
         assert info["chosen"] not in others, "the chosen backend is not timed twice"
         plain = info["workload"] in ("tiny-layer", "tiny-streaming")
+        steps = {"torch.nn cell", "fastseq.streaming"}
+        assert steps & others == (steps if info["workload"] == "tiny-streaming" else set())
         numpy_runs = info["way"] == "forward" and plain
         assert ("numpy" in others) == numpy_runs == ("numpy" not in info["declined"])
         assert all(0 < info["fastest_ms"][k] <= v for k, v in info["median_ms"].items())
@@ -90,7 +109,11 @@ def test_the_tables_and_the_picture(results, tmp_path):
     assert "numpy ms" in full and "limit ms" in full and "of sgemm" not in full
     assert "- numpy: " in full
     short = table.short(record, ["tiny-layer", "not-there"])
-    assert short.count("\n") == 2 and "→" in short
+    assert short.count("\n") == 2 and "→" in short and short.count(" ms †") == 2
+    assert full.count(" † ") == 7 and "| one step a call " in full and "torch.nn cell ms" in full
+    said = table.provenance(record)
+    assert "3 to 3 rounds; † fewer than 8, 7 of 7 cases." in said and said in printed
+    assert measure.instructions() in said
     assert "None of the rows" in table.short(record, ["not-there"])
 
     page = tmp_path / "page.md"
@@ -144,6 +167,269 @@ def test_saved_bytes_are_those_of_the_graph():
     x = torch.randn(3, 4)
     # exp keeps its result; mm keeps x, which lives anyway, and the weight
     assert measure.saved_bytes(lambda: (x @ weight).exp(), [x, weight]) == 3 * 4 * 4
+
+
+def planted(monkeypatch, plant):
+    """fastseq's module is planted with a fault before it runs."""
+    build = measure.Race._ours
+
+    def ours(self, backend):
+        module = build(self, backend)
+        plant(module)
+        return module
+
+    monkeypatch.setattr(measure.Race, "_ours", ours)
+
+
+def scaled(tensor):
+    """The same numbers with a gradient of 1.01 times what it is."""
+    tensor = tensor * 1
+    if tensor.requires_grad:
+        tensor.register_hook(lambda gradient: gradient * 1.01)
+    return tensor
+
+
+def wrong_parameter(name):
+    return lambda module: getattr(module, name).register_hook(lambda g: g * 1.01)
+
+
+def wrong_input(module):
+    module.register_forward_pre_hook(lambda _, given: (scaled(given[0]), *given[1:]))
+
+
+def wrong_state(module):
+    def change(_, given):
+        if len(given) == 1:
+            return given
+        h, *c = given[1] if isinstance(given[1], tuple) else (given[1],)
+        return given[0], (scaled(h), *c) if c else scaled(h)
+
+    module.register_forward_pre_hook(change)
+
+
+def wrong_output(part):
+    def change(_, given, found):
+        y, last = found
+        return (y * 1.01, last) if part == "output" else (y, last * 1.01)
+
+    return lambda module: module.register_forward_hook(change)
+
+
+FAULTS = {
+    **{
+        f"gradient of {name}": wrong_parameter(name)
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    },
+    "gradient of input": wrong_input,
+    "gradient of h_0": wrong_state,
+    "output": wrong_output("output"),
+    "h_n": wrong_output("h_n"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_wrong_numbers_are_refused_before_any_clock(monkeypatch, what, dtype):
+    workload = replace(by_name("tiny-layer"), dtype=dtype)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: 1 / 0)
+    assert measure.Race(workload, "training", [], 60.0).chosen
+    planted(monkeypatch, FAULTS[what])
+    with pytest.raises(measure.WrongNumbers, match=rf"^fastseq, numbers: {what}, \w+ error"):
+        measure.Race(workload, "training", [], 60.0)
+
+
+def test_wrong_steps_are_refused(monkeypatch):
+    handle = type(fastseq.streaming(fastseq.GRU(1, 1)))
+    step = handle.step
+    monkeypatch.setattr(handle, "step", lambda self, x: step(self, x) * 1.01)
+    with pytest.raises(measure.WrongNumbers, match=r"^fastseq\.streaming, numbers: output"):
+        measure.Race(by_name("tiny-streaming"), "forward", [], 60.0)
+
+
+def test_a_case_with_wrong_numbers_is_named_and_has_no_figure(monkeypatch):
+    monkeypatch.setattr(conftest, "WRONG", {})
+    item = SimpleNamespace(callspec=SimpleNamespace(id="w-training"))
+    for error in (measure.WrongNumbers("fastseq, numbers: output"), AssertionError("other")):
+        with pytest.raises(type(error)) as info:
+            raise error
+        report = conftest.pytest_runtest_makereport(item, SimpleNamespace(excinfo=info))
+        next(report)
+        answer = SimpleNamespace(skipped=False, failed=True)
+        with pytest.raises(StopIteration):
+            report.send(SimpleNamespace(get_result=lambda answer=answer: answer))
+    assert conftest.WRONG == {"w-training": "fastseq, numbers: output"}
+    record = table.read(table.newest())
+    assert "No figure" not in table.full(record)
+    assert "\n- w-training: fastseq, numbers" in table.full({**record, "wrong": conftest.WRONG})
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_truth_is_the_same_in_pieces(monkeypatch, training):
+    workload = replace(by_name("tiny-float16"), B=5)
+    state = workload.module().state_dict()
+    whole = measure.truth(workload, state, training)
+    monkeypatch.setattr(measure, "free_memory", lambda: 3 * 2**10)
+    pieces = measure.truth(workload, state, training)
+    assert whole.keys() == pieces.keys() and ("gradient of c_0" in whole) == training
+    for name, value in whole.items():
+        check_close(pieces[name], None, value, torch.float64, name)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("mode", ["streaming", "cell"])
+def test_one_step_a_call_in_every_form(cell, mode):
+    """Cells and layers of both libraries, and the handle: the same numbers, twice."""
+    workload = replace(by_name("tiny-streaming"), cell=cell, mode=mode, B=2)
+    race = measure.Race(workload, "forward", [], 60.0)
+    labels = [c.label for c in race.contenders]
+    other = "torch.nn cell" if mode == "streaming" else "torch.nn layer"
+    assert labels == ["torch.nn", "fastseq", other, "fastseq.streaming"]
+    for contender in race.contenders:
+        assert race.sample(contender) > 0
+        again = contender.walk.outputs()  # a handle begins anew
+        check_close(again, race.expected["output"], race.truth["output"], torch.float32, "again")
+
+
+def test_a_factor_is_over_torchs_best_form():
+    info = {"median_ms": {"torch.nn": 6.0, "torch.nn cell": 2.0, "fastseq": 1.0, "eager": 4.0}}
+    assert table.speedup(info) == 2.0 and table.speedup(info, "eager") == 0.5
+    assert table.columns(["b", "fastseq.streaming", "fastseq", "a", *info["median_ms"]], "b") == [
+        *("torch.nn", "torch.nn cell", "fastseq", "fastseq.streaming", "a", "eager", "b")
+    ]
+
+
+def test_how_many_rounds_a_case_has():
+    assert measure.planned_rounds(40, 1.5, 60.0, 0.001) == 40
+    assert measure.planned_rounds(40, 1.5, 60.0, 0.1) == 15
+    assert measure.planned_rounds(40, 1.5, 60.0, 1.0) == 8, "more than its seconds"
+    assert measure.planned_rounds(40, 1.5, 60.0, 10.0) == 6, "no more than its limit"
+    assert measure.planned_rounds(40, 1.5, 60.0, 50.0) == 3
+    assert measure.planned_rounds(5, 1.5, 60.0, 1.0) == 5, "no more than was asked for"
+    calls = []
+    measure.in_turn([lambda: calls.append(0)], 0.0)
+    assert len(calls) == 1 + measure.ROUNDS == 1 + table.ROUNDS
+
+
+def test_what_is_to_be_measured_again(tmp_path, monkeypatch, capsys):
+    record = json.loads(table.newest().read_text())
+    record["machine_info"]["threads"] = 1
+    kept = tmp_path / "kept" / "machine"
+    kept.mkdir(parents=True)
+    for k, case in enumerate(record["benchmarks"]):
+        case["extra_info"]["rounds"] = 7 + k
+    record["commit_info"] = {"id": "a" * 40, "dirty": False}
+    (kept / "2026-01-01-x.json").write_text(json.dumps(record))
+    name = record["benchmarks"][0]["extra_info"]
+    (tmp_path / "docs").mkdir()
+    blocks = {
+        "ragged": "commit 1 with changes",
+        "lean": "8 interleaved rounds",
+        "deterministic": "",
+    }
+    blocks |= {"compile_time": "3 rounds", "aims": "with changes"}
+    texts = ("\n".join([(m := pages.marks(n))[0], text, m[1]]) for n, text in blocks.items())
+    (tmp_path / "docs" / "performance.md").write_text("\n".join(texts))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "kept")
+    assert table.main(["--weak"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2026-01-01-x.json",
+        f"  7 rounds: {name['workload']} {name['way']}",
+        "  make bench THREADS=1",
+        "docs/performance.md, ragged: with changes",
+        "  python -m bench.ragged --write",
+        "docs/performance.md, compile_time: 3 rounds",
+        "  python -m bench.compile_time --write",
+    ]
+    assert "commit aaaaaaa, " in table.provenance(record)
+    record["commit_info"]["dirty"] = True
+    assert "**commit aaaaaaa with changes**" in table.provenance(record)
+    (kept / "2026-01-01-x.json").write_text(json.dumps(record))
+    assert table.weak().startswith("2026-01-01-x.json, with changes\n")
+
+
+def test_a_note_names_the_instructions_and_changes(monkeypatch):
+    monkeypatch.setattr(pages, "commit", lambda: "abc-dirty")
+    said = pages.note("How.")
+    assert "**commit abc with changes**" in said and f", {measure.instructions()}, " in said
+    native = SimpleNamespace(instruction_sets=lambda: ["avx512_bf16", "base"])
+    monkeypatch.setattr(measure, "load", lambda name: native)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert measure.instructions() == "AVX-512 + bf16"
+    native.instruction_sets = lambda: ["avx2"]
+    assert measure.instructions() == "AVX2 (torch: AVX-512)"
+    monkeypatch.setattr(measure, "load", lambda name: "not built")
+    assert measure.instructions() == "AVX-512"
+
+
+def test_two_trees_are_judged_beyond_their_noise():
+    quiet = [[1.0, 1.1, 9.0], [1.1, 1.0, 1.1]]
+    assert compare.verdict(quiet * 2, 0.03) == (1.0, 0.0, "")
+    slow = [[2 * t for t in times] for times in quiet]
+    assert compare.verdict(slow + quiet, 0.03)[::2] == (2.0, "slower")
+    assert compare.verdict(quiet + slow, 0.03)[::2] == (0.5, "faster")
+    noisy = [[1.0] * 3, [2.5] * 3]
+    assert compare.verdict(slow + noisy, 0.03)[1:] == (1.5, "")
+    assert compare.verdict(noisy + quiet, 0.03)[0] == 1.75 / 1.1, "of both processes"
+
+
+def test_a_tree_answers_with_the_time_of_a_call(monkeypatch, capsys):
+    cases = [
+        (name, way)
+        for name in ("tiny-layer", "tiny-ragged", "tiny-streaming")
+        for way in compare.ways(by_name(name))
+    ]
+    assert cases[-2:] == [("tiny-streaming", "call"), ("tiny-streaming", "handle")]
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("".join(f"{json.dumps([*c, 0])}\n" for c in cases))
+    )
+    monkeypatch.setattr(compare.time, "perf_counter", itertools.count().__next__)
+    compare.serve(torch.get_num_threads())
+    first, *answers = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"file": fastseq.__file__} and len(answers) == len(cases)
+    calls = [3 if name == "tiny-streaming" else 1 for name, _ in cases]
+    assert [answer["seconds"] for answer in answers] == [1 / count for count in calls]
+    assert [answer["chosen"] is None for answer in answers] == [c[1] == "handle" for c in cases]
+
+
+def test_a_slower_tree_is_marked_after_more_rounds(monkeypatch, capsys, tmp_path):
+    """Processes that answer at once, the other tree's twice as fast."""
+    (tmp_path / "fastseq").mkdir()
+    (tmp_path / "fastseq" / "__init__.py").touch()
+    monkeypatch.setattr(compare, "ROOT", Path(tmp_path, "this"))
+    monkeypatch.setattr(compare, "commit", lambda tree: tree.name)
+    monkeypatch.setattr(compare, "QUIET", 0)
+    asked = []
+
+    class Answers:
+        process = SimpleNamespace(communicate=lambda: None)
+
+        def __init__(self, tree, threads):
+            self.seconds = 2.0 if tree.name == "this" else 1.0
+
+        def sample(self, *question):
+            asked.append(question)
+            return {"seconds": self.seconds, "chosen": "native" if self.seconds > 1 else "numba"}
+
+    monkeypatch.setattr(compare, "Tree", Answers)
+    command = [str(tmp_path), "--workloads", "tiny-streaming", "--rounds", "2"]
+    assert compare.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "native / numba" in printed and printed.count("  slower\n") == 2
+    assert "Geometric mean 2.000; slower: 2 of 2." in printed
+    assert len(asked) == 2 * 4 * (1 + 2 + 4)
+    assert compare.main([*command, "--tolerance", "1.5"]) == 0
+    (tmp_path / "fastseq" / "_cpu.abi3.so").touch()
+    with pytest.raises(SystemExit):
+        compare.main(command)
+    assert "no C++ kernels in" in capsys.readouterr().err
+
+
+def test_a_process_runs_the_tree_that_it_was_given(tmp_path):
+    (tmp_path / "fastseq").mkdir()
+    (tmp_path / "fastseq" / "__init__.py").write_text("__file__ = '/elsewhere/fastseq'")
+    with pytest.raises(RuntimeError, match=r"the process imported .*elsewhere"):
+        compare.Tree(tmp_path, 1)
 
 
 def test_what_is_too_large_is_skipped_with_a_reason(monkeypatch):
@@ -418,6 +704,7 @@ def test_overhead_counts_calls(capsys):
     command = ["--workloads", "tiny-streaming", "--peers", "", "--seconds", "0.01"]
     assert overhead.main([*command, "--backends", "eager"]) == 0
     printed = capsys.readouterr().out
+    assert "torch.nn cell" in printed and "fastseq.streaming" in printed and "8 inter" in printed
     assert "| LSTM H4 " in printed and "eager" in printed and "numba" not in printed
     with pytest.raises(SystemExit):
         overhead.main(["--workloads", "tiny-layer"])

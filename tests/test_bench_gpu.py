@@ -182,6 +182,9 @@ def test_numbers_that_say_nothing():
     x = torch.linspace(-1, 1, 5)
     assert numbers.wrong([x], [x]) == "" == numbers.wrong([x + 0.1], [x])
     assert "off by 1" in numbers.wrong([x, x + 1], [x, x])
+    assert "h_n: shape (5, 1), torch.nn's is (5,)" in numbers.too_far(
+        [x[:, None]], [x], [x], ["h_n"]
+    )
     assert "1 of 5 in output 0 are not finite" in numbers.wrong([x / x.where(x != 0, 0)], [x])
     assert numbers.wrong([x[:0]], [x[:0]]) == "" == numbers.too_far([x[:0]], [x[:0]], [x[:0]])
 

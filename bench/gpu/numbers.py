@@ -1,4 +1,4 @@
-"""The rule by which a point's own numbers are judged before its times are believed.
+"""The rule by which numbers are judged before their times are believed.
 
 tests/helpers/rules.py has the same rule; a test holds the two to each other.
 """
@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: Further off than this part of the largest number, a time says nothing.
 GROSS = 0.2
+#: Of the largest number in float64, where the truth is as rounded as what it judges.
+DOUBLE = 1e-12
 
 
 def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -34,15 +36,26 @@ def wrong(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> str:
     return ""
 
 
-def too_far(ours: Sequence[Tensor], theirs: Sequence[Tensor], truth: Sequence[Tensor]) -> str:
+def too_far(
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    names: Sequence[str] = (),
+) -> str:
     """How our numbers are further from the truth than the rule allows, given theirs in the same
     type; '' where they are not."""
     for k, (mine, other, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
+        name = names[k] if names else f"output {k}"
+        if mine.shape != exact.shape:
+            return f"numbers: {name}: shape {tuple(mine.shape)}, torch.nn's is {tuple(exact.shape)}"
         if mine.numel() == 0:
             continue
-        grain = 4 * torch.finfo(mine.dtype).eps * float(exact.abs().max())
-        found, allowed = errors(mine, exact), [2 * e + grain for e in errors(other, exact)]
+        scale = float(exact.abs().max())
+        found, allowed = errors(mine, exact), [DOUBLE * scale] * 2
+        if mine.dtype is not torch.float64:
+            grain = 4 * torch.finfo(mine.dtype).eps * scale
+            allowed = [2 * e + grain for e in errors(other, exact)]
         for kind, got, limit in zip(("rms", "max"), found, allowed, strict=True):
             if not got <= limit:
-                return f"numbers: output {k}, {kind} error {got:.2g} where {limit:.2g} is allowed"
+                return f"numbers: {name}, {kind} error {got:.2g} where {limit:.2g} is allowed"
     return ""
