@@ -6,6 +6,7 @@ Numba's.
 """
 
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,10 @@ AXES = {
     "reset": [False, True],
     "h_mask": [False, True],
     "memory": ["full", "lean"],
-    "state": [True, False],
-    "threads": [1, 2, 4],
     "dtype": list(DTYPES),
 }
+#: These go round.
+THREADS, STATE = [1, 2, 4], [True, False]
 
 
 def sensible(row):
@@ -54,7 +55,10 @@ def name_of(row):
 def pytest_generate_tests(metafunc):
     if "row" in metafunc.fixturenames:
         strength = 3 if metafunc.config.getoption("--full") else 2
-        rows = covering(AXES, sensible, strength)
+        rows = [
+            row | {"threads": THREADS[k % 3], "state": STATE[k % 2]}
+            for k, row in enumerate(covering(AXES, sensible, strength))
+        ]
         metafunc.parametrize("row", rows, ids=name_of)
 
 
@@ -173,29 +177,44 @@ def test_windows(row):
     check(case, "native", row["memory"], name_of(row))
 
 
-@pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [
-        ("dense", "float64"),
-        ("ragged", "bfloat16"),
-        pytest.param("ragged", "float64", marks=pytest.mark.full),
-        pytest.param("dense", "bfloat16", marks=pytest.mark.full),
-    ],
-)
-@pytest.mark.parametrize("backend", ["native", "numba"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_many_rows(cell, backend, layout, dtype):
-    """Sums over the rows of one window go by chunks of them, and so do Numba's."""
-    row = {"cell": cell, "layout": layout, "dtype": dtype}
-    if not sensible(row):
-        pytest.skip("a ReLU's kink")
-    flags = dict.fromkeys(("reset", "h_mask", "state"), True)
-    case, alive = case_of(row | flags | {"directions": 2}, H=16)
-    if backend == "native":
-        assert windows_of(alive, cell, case.H, case.x.dtype, 2) == 1
-        assert sum(alive) > 2 * constant("CHUNK")  # of pairs twice as many
+#: In the ordinary run two of the four.
+ROWS = [
+    pytest.param(cell, layout, dtype, marks=() if together else pytest.mark.full)
+    for cell in CELLS
+    for layout, dtype in product(("dense", "ragged"), DTYPES)
+    if sensible({"cell": cell, "dtype": dtype})
+    for together in [(layout, dtype) in (("dense", "float64"), ("ragged", "bfloat16"))]
+]
+
+
+def of_many_rows(cell, layout, dtype, H):
+    row = {"cell": cell, "layout": layout, "dtype": dtype, "directions": 2}
+    return case_of(row | dict.fromkeys(("reset", "h_mask", "state"), True), H)
+
+
+@pytest.mark.parametrize(("cell", "layout", "dtype"), ROWS)
+def test_many_rows(cell, layout, dtype):
+    """Sums over the rows of one window go by chunks of them."""
+    case, alive = of_many_rows(cell, layout, dtype, 16)
+    assert windows_of(alive, cell, case.H, case.x.dtype, 2) == 1
+    assert sum(alive) > 2 * constant("CHUNK")  # of pairs twice as many
     torch.set_num_threads(4)  # of either direction two share the rows
-    check(case, backend, "lean", f"{backend} {cell} {layout}")
+    check(case, "native", "lean", f"{cell} {layout}")
+
+
+@pytest.mark.parametrize(("cell", "layout", "dtype"), ROWS)
+def test_many_rows_of_numba(cell, layout, dtype, monkeypatch):
+    """Its products go by pieces of rows, and its sums of units by chains of them and by tasks."""
+    case, alive = of_many_rows(cell, layout, dtype, 96)
+    case.settle("numba", memory="lean")
+    from fastseq.backends import numba, numba_loops, numba_products
+
+    ranges, found = numba.row_ranges, []
+    monkeypatch.setattr(numba, "row_ranges", lambda *a: found.append(ranges(*a)) or found[-1])
+    torch.set_num_threads(4)
+    check(case, "numba", "lean", f"{cell} {layout}")
+    assert sum(alive) > 2 * max(numba_products._PIECE, numba_loops.CHAIN)
+    assert any(len(tasks) == 4 for tasks in found)
 
 
 WIDE = {

@@ -71,7 +71,7 @@ def python(tree, *words, timeout=None):
 
 def tested(tree, tests):
     """(pytest's exit status, the end of its output); no status where it did not end in time."""
-    words = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]
+    words = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         done = python(tree, *words, timeout=LIMIT)
     except subprocess.TimeoutExpired:

@@ -16,7 +16,9 @@ class Mutation(NamedTuple):
 
 WINDOWS = ("tests/test_native_windows.py::test_windows",)
 ROWS = ("tests/test_native_windows.py::test_many_rows",)
+NUMBAS_ROWS = ("tests/test_native_windows.py::test_many_rows_of_numba",)
 WIDE = ("tests/test_native_windows.py::test_wide_products",)
+TRITON = ("tests/test_triton.py::test_under_the_interpreter",)
 SERVED = ("tests/test_served.py",)
 KERNELS, LOOPS, PRODUCT = "csrc/cpu/kernels.cpp", "csrc/cpu/loops.h", "csrc/cpu/product.h"
 NUMBA, NUMBA_LOOPS = "fastseq/backends/numba.py", "fastseq/backends/numba_loops.py"
@@ -128,21 +130,21 @@ MUTATIONS = (
         "fastseq/backends/numba_products.py",
         "rows, n, columns, k > 0)",
         "rows, n, columns, False)",
-        (*ROWS, *WIDE),
+        (*NUMBAS_ROWS, *WIDE),
     ),
     Mutation(
         "numba: a chain of the units' gradients counts twice",
         NUMBA_LOOPS,
         "        store1(dunit_0, i, ZERO)\n",
         "",
-        ROWS,
+        NUMBAS_ROWS,
     ),
     Mutation(
         "numba: the units' gradients of one task alone",
         NUMBA,
         "for d in dunits)",
         "for d in dunits[:1])",
-        ROWS,
+        NUMBAS_ROWS,
     ),
     Mutation(
         "numba: backward walks as if time ran forward",
@@ -192,6 +194,21 @@ MUTATIONS = (
         '"""\n    finals = [s.clone() for s in task.states]',
         '"""\n    finals = [torch.zeros_like(s) for s in task.states]',
         ("tests/test_parity.py::test_lean",),
+    ),
+    # Triton's grids, under its interpreter
+    Mutation(
+        "triton: a program walks one tile of the batch alone",
+        "fastseq/backends/triton_text.py",
+        "range(tl.program_id(0), tiles, tl.num_programs(0))",
+        "range(tl.program_id(0), tl.num_programs(0))",
+        TRITON,
+    ),
+    Mutation(
+        "triton: the first parts of an operand alone",
+        "fastseq/backends/triton_text.py",
+        "for start in range(0, count, step):",
+        "for start in range(0, step, step):",
+        TRITON,
     ),
     # The equations and the reference
     Mutation(
