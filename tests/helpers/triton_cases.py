@@ -86,6 +86,28 @@ def test_in_parts(cell, special, dtype, form):
     against_the_independent(case, "triton", special)
 
 
+@in_parts
+@pytest.mark.parametrize(
+    "cell, dtype",
+    [("lstm", torch.float32), pytest.param("gru_reset_before", torch.float64, marks=full)],
+)
+def test_in_several_pieces(cell, dtype, form, monkeypatch):
+    """A program walks one tile of the batch after another, and its operands come in parts."""
+    found = []
+
+    def programs(tiles, *sizes):
+        found.append((tiles, triton_tiling.programs(tiles, *sizes)))
+        return found[-1][1]
+
+    monkeypatch.setattr(load("triton"), "programs", programs)
+    monkeypatch.setattr(triton_tiling, "_ON_THEIR_WAY", 2)
+    stateful = {"reset": True, "h_mask": True, "directions": 2}
+    lengths = [3 - b // 9 for b in range(20)]
+    case = draw(cell, T=3, B=20, H=18, lengths=lengths, dtype=dtype, **stateful)
+    against_the_independent(case, "triton", "two tiles")
+    assert form == "step" or (found and all(tiles == 2 > one for tiles, one in found)), found
+
+
 @pytest.mark.parametrize("cell, layout, dtype", in_turn(["dense", "ragged"]))
 def test_lean(cell, layout, dtype):
     options = {"dense": {"directions": 2, "h_mask": True}, "ragged": STATEFUL}[layout]
