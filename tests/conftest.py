@@ -1,5 +1,7 @@
 """Options, and what every test starts from."""
 
+import zlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -28,6 +30,19 @@ def pytest_configure(config):
         "filterwarnings", "ignore:LSTM with projections is not supported with oneDNN"
     )
     torch.set_num_threads(1)  # the tests run in several processes
+
+
+def pytest_runtest_setup(item):
+    """A test draws the same numbers alone and in any order."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch has, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(config, items):

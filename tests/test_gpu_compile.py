@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graphs import FromParts
+from layers_of_torch import CASES, CELLS, check_repeats, operators, ragged_call
 from problems import cotangents, draw
 from rules import check_all
-from test_compile import FromParts
-from test_cudnn import CASES, CELLS, check_repeats, operators, ragged_call
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters

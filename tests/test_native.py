@@ -42,13 +42,6 @@ def instruction_set(request):
     _cpu.use_instruction_set(before)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # test_parity.py has the best instruction set; here are the others.
 
 SPECIAL = {

@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from pairwise import covering
-from problems import CHOICES, DECLINES, NAMED, cotangents, draw, gradients, settle
+from problems import (
+    CHOICES,
+    DECLINES,
+    NAMED,
+    against_the_independent,
+    cotangents,
+    draw,
+    gradients,
+    settle,
+)
 from problems import DTYPES as SOME_DTYPES
 from rules import check_all, check_close, poisoned
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -259,22 +268,6 @@ def test_none_always_runs():
 
 
 # The cases that break things, for every cell and backend, at the floor beneath the modules.
-
-
-def against_the_independent(case, backend, what, **options):
-    """Values and gradients of every dtype by the rule; err(torch) is the independent writing's."""
-    case.settle(backend, **options)
-    trajectory = options.get("trajectory", False)
-    dtype = case.x.dtype
-    wide = case.to(torch.float64)
-    exact = wide.independent(trajectory)
-    exact |= gradients(exact, wide.leaves())
-    same = case.to(dtype)
-    theirs = same.independent(trajectory)
-    theirs |= gradients(theirs, same.leaves())
-    ours = case.run(backend, **options)
-    ours |= gradients(ours, case.leaves())
-    check_all(ours, theirs, exact, dtype, what)
 
 
 SPECIAL = {

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import triton_sass
+from children import child
 from problems import full
-from test_triton import child
 
 
 def compiled(*options, **environment):
