@@ -12,7 +12,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.nn.utils.rnn import pack_sequence
-from twins import CELLS, LAYERS, assert_same, assert_same_bits, compiles_cpp, detached, state_for, tensors
+from twins import (
+    CELLS,
+    LAYERS,
+    assert_same,
+    assert_same_bits,
+    compiles_cpp,
+    detached,
+    state_for,
+    tensors,
+)
 
 import fastseq
 from fastseq.ops.library import make_call

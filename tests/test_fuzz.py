@@ -5,8 +5,11 @@ import json
 
 import fuzz
 import pytest
+import torch
 from fuzz import Fuzzed, check, found, fuzzed
+from rules import check_close
 
+import fastseq
 from fastseq.backends import load
 
 OURS = ("native", "numba")
@@ -76,3 +79,33 @@ def test_a_seed_is_one_problem_and_others_are_others():
     assert {fuzzed(seed).wanted for seed in range(200)} == set(fuzz.WANTED)
     forms = {form for seed in range(200) for form in fuzzed(seed).forms.values()}
     assert forms == set(fuzz.FORMS)
+
+
+#: Kernels that read the memory of such a view.
+NEGATED = {
+    ("native", "x"),
+    ("native", "h_0"),
+    ("native", "weight"),
+    ("numba", "x"),
+    ("numba", "weight"),
+}
+
+
+@pytest.mark.parametrize("of", ["x", "h_0", "weight"])
+@pytest.mark.parametrize("backend", (*OURS, "eager", "torch"))
+def test_a_view_that_is_negated_lazily(backend, of, request):
+    """torch keeps a bit for it: what lies in memory is the negative of its numbers."""
+    if isinstance(load(backend), str):
+        pytest.skip(load(backend))
+    if (backend, of) in NEGATED:
+        request.applymarker(pytest.mark.xfail)
+    layer = fastseq.GRU(4, 6, backend=backend, dtype=torch.float64)
+    x, h_0 = torch.randn(5, 3, 4).double(), torch.randn(1, 3, 6).double()
+    expected = layer(x, h_0)
+    named = dict(layer.named_parameters())
+    given = {"x": x, "h_0": h_0, "weight": named["weight_hh_l0"].detach()}
+    negated = {**given, of: torch._neg_view(-given[of])}
+    weights = named | {"weight_hh_l0": negated["weight"]}
+    found = torch.func.functional_call(layer, weights, (negated["x"], negated["h_0"]))
+    for ours, truth in zip(found, expected, strict=True):
+        check_close(ours, None, truth, torch.float64, of)

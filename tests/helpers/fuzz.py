@@ -42,13 +42,13 @@ KINKED = ("rnn_relu", "indrnn")
 
 FORMS = {
     "plain": lambda t: t,
-    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "batch first": lambda t: t.transpose(0, t.dim() // 2).contiguous().transpose(0, t.dim() // 2),
     "every other": lambda t: torch.repeat_interleave(t, 2, -1)[..., ::2],
     "middle of a wider": lambda t: torch.nn.functional.pad(t, (3, 2))[..., 3:-2],
     "features first": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1),
     "rows apart": lambda t: torch.repeat_interleave(t, 3, 0)[1::3],
     "off the alignment": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape),
-    "negative": lambda t: torch._neg_view(-t),
 }
 WANTED = ("all", "x", "states", "weights", "one", "none")
 
@@ -99,7 +99,7 @@ def fuzzed(seed):
     options = {
         "trajectory": cell == "lstm" and maybe(0.4),
         "memory": pick.choice(["full", "full", "lean"]),
-        "deterministic": maybe(0.2),
+        "deterministic": maybe(0.2),  # which native alone takes
     }
     forms = {
         what: pick.choice(list(FORMS)) if maybe(0.3) else "plain"
@@ -162,6 +162,8 @@ def values(case, backend, options, names, form="plain"):
 
 def declined(backend, case, options):
     """The reason of a backend that may decline this; None where it runs."""
+    if options.get("deterministic") and backend != "native":
+        return "deterministic=True takes native alone"
     task = problem_of(case.stack(backend, **options))
     verdict = choice.judge(task, backend)
     return None if verdict.chosen is not None else may_decline(backend, task, verdict)
