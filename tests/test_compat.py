@@ -61,7 +61,10 @@ def test_a_plain_subclass_cannot_be_scripted(kind):
     class Plain(getattr(nn, kind)):
         pass
 
-    with pytest.raises(RuntimeError):
+    words = {"LSTM": "hx.*previously had type Tensor", "GRU": "Unsupported value kind: Tensor"}[
+        kind
+    ]
+    with pytest.raises(RuntimeError, match=words):
         torch.jit.script(nn.Sequential(Plain(4, 6)))
 
 
@@ -76,7 +79,7 @@ def test_dynamo(kind):
     if kind in CELLS:
         assert_same(compiled(x), module(x))
         return
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="allow_rnn"):
         compiled(x)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PLAIN = Problem("lstm", torch.float32, "cpu", 3, 2, 4, 5, 5)
 
 
+@pytest.mark.longest
 def test_under_the_interpreter(request):
     triton = pytest.importorskip("triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
