@@ -1,5 +1,6 @@
 """torch.nn's modules and fastseq's side by side, with the same parameters and the same inputs."""
 
+import copy
 import os
 import shutil
 import sys
@@ -115,3 +116,31 @@ def caught(function):
     except Exception as error:
         return error
     return None
+
+
+def compare(ours, theirs, x, hx=None):
+    """Outputs and all gradients of one call, ours and torch.nn's, by the rule."""
+    results = []
+    truth = copy.deepcopy(theirs).double()
+    for module in (ours, theirs, truth):
+        module.zero_grad()
+        given = cast(x, torch.float64) if module is truth else x
+        given = detached(given) if isinstance(given, torch.Tensor) else given
+        state = None if hx is None else detached(cast(hx, torch.float64) if module is truth else hx)
+        out = module(given, state)
+        torch.manual_seed(1)
+        loss = sum((t * torch.randn(t.shape).to(t.dtype)).sum() for t in tensors(out))
+        loss.backward()
+        leaves = [t for t in (given, *(() if state is None else tensors(state)))]
+        results.append((out, [t.grad for t in leaves if isinstance(t, torch.Tensor)]))
+    (mine, dmine), (yours, dyours), (exact, dexact) = results
+    assert type(mine) is type(yours)
+    assert_same(mine, yours, exact)
+    if dmine:  # a packed input has no gradient of its own
+        assert_same(dmine, dyours, dexact)
+    assert_same_gradients(ours, theirs, truth)
+    return mine
+
+
+def sequences(lengths=(2, 5, 3), size=4):
+    return [torch.randn(n, size) for n in lengths]
