@@ -1,4 +1,4 @@
-# make demo | test | test-all | integration | bench | table | capabilities | build | wheel
+# make demo | test | test-all | fuzz | integration | bench | table | capabilities | build | wheel
 #      sanitize | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
@@ -8,6 +8,8 @@
 #
 #   make demo ARGS="--cell lstm --steps 200"
 #   make test ARGS="-k gru"
+#   make fuzz MINUTES=300 BACKEND="native numba"
+#   make fuzz BACKEND=native SEED=387
 #   make bench WORKLOADS="small* ptb-medium" THREADS=1 ROUNDS=20 SECONDS=4 BACKENDS="numba eager"
 #   make bench PEERS="onnxruntime openvino jax"
 #   make gpu STAGES="smoke test" MINUTES=8 WORKLOADS="rl-* long-*" OUT=out/gpu PYTHON=/path/to/python3
@@ -17,7 +19,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all integration bench gpu table capabilities build wheel sanitize lint \
+.PHONY: help setup demo test test-all fuzz integration bench gpu table capabilities build wheel sanitize lint \
   format clean
 
 # Where .venv is, or will be, unless an environment is active.
@@ -27,6 +29,8 @@ help:
 	@echo "make demo      train a small language model with torch.nn and with fastseq, side by side"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests in their long form, and a short run of the benchmarks"
+	@echo "make fuzz      random problems of every backend, an hour; MINUTES and BACKEND narrow it,"
+	@echo "               SEED runs one again"
 	@echo "make integration  Captum, Opacus and Lightning with fastseq's layers; installs them"
 	@echo "make bench     the benchmarks; WORKLOADS, THREADS, ROUNDS, SECONDS, BACKENDS narrow them;"
 	@echo "               PEERS=all, or names, installs other libraries and times them beside"
@@ -56,6 +60,10 @@ test: setup
 test-all: setup
 	@$(RUN) -m pytest -n 2 -q --full tests $(ARGS)
 	@$(RUN) -m bench --workloads "tiny-*" --seconds 0.2 --results out/bench
+
+fuzz: setup
+	@$(RUN) tests/helpers/fuzz.py $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(BACKEND),--backend $(BACKEND)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # The torch that is there is named, so that pip keeps it.
 integration: setup

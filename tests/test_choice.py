@@ -2,12 +2,10 @@
 
 import pytest
 import torch
+from problems import PLAIN
 
 import fastseq
 from fastseq.backends import BACKENDS, choice, load
-from fastseq.backends.contract import Problem
-
-PLAIN = Problem("gru", torch.float32, "cpu", T=100, B=4, I=16, H=64, P=64)
 
 
 def first(native=False, **changes) -> str:

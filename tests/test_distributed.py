@@ -1,6 +1,7 @@
 """Training on two processes gives the parameters that training on one gives."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rules import check_all
 from spies import counted
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -92,8 +94,11 @@ def wrapped(model, way):
 
 
 def train(model, form, rank=0, parts=1, accumulate=False):
-    """A few steps of Adam on the rows of one rank; the gradients are means over the batch."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    """A few steps on the rows of one rank; the gradients are means over the batch.
+
+    Not of Adam, whose first steps are the signs of the gradients, however small these are.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     dtype = next(model.parameters()).dtype
     source = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
@@ -180,20 +185,16 @@ def compare(found, cases, batches=STEPS):
         before = parameters(model)
         train(model, form)
         expected = parameters(model)
-        assert found_here.keys() == expected.keys()
-        double = next(iter(expected.values())).dtype is torch.float64
-        rtol, atol = (1e-9, 1e-11) if double else (1e-3, 1e-4)
+        exact, _ = build(case)
+        exact.double()
+        exact.layer.backend = None  # that of the float32 layer may not take float64
+        train(exact, form)
         for name, value in expected.items():
             assert not torch.equal(value, before[name]), name
-            torch.testing.assert_close(
-                found_here[name],
-                value,
-                rtol=rtol,
-                atol=atol,
-                msg=lambda text, at=f"{way}, {case}, {name}": f"{at}: {text}",
-            )
+        check_all(found_here, expected, parameters(exact), value.dtype, f"{way}, {case}")
 
 
+@pytest.mark.longest
 def test_two_processes_end_where_one_does(tmp_path):
     compare(on_two_processes(tmp_path, ORDINARY), ORDINARY)
 
@@ -206,6 +207,58 @@ def test_two_processes_end_where_one_does_in_every_form(tmp_path, accumulate):
     compare(on_two_processes(tmp_path, EVERY, accumulate), EVERY, batches)
 
 
+#: What gloo says, with torch.nn's layers too (3 runs of 16), where its threads take a process down
+#: as it leaves, or its processes do not find each other.
+GLOO = (
+    "terminate called without an active exception",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Gloo connectFullMesh failed",
+)
+TRIES = 3
+PACKAGE = str(Path(fastseq.__file__).parent)
+
+
+def by_gloo(run):
+    """The first run that gloo did not end, of at most TRIES; whatever else fails is not tried
+    again."""
+    for _ in range(TRIES):
+        done = run()
+        last = done.stderr.rstrip()
+        fault = [words for words in GLOO if words in last]
+        if done.returncode == 0 or not fault or is_ours(last):
+            break
+    return done
+
+
+def is_ours(stderr):
+    """Whether a traceback goes through the package."""
+    return any(name.startswith(PACKAGE) for name in re.findall(r'File "([^"]+)", line', stderr))
+
+
+class Done:
+    def __init__(self, returncode, stderr=""):
+        self.returncode, self.stderr = returncode, stderr
+
+
+@pytest.mark.parametrize(
+    "runs, count",
+    [
+        ([Done(0)], 1),
+        ([Done(1, f"E: {GLOO[0]}"), Done(0)], 2),
+        ([Done(1, "Gloo connectFullMesh failed with"), Done(1, GLOO[1]), Done(0)], 3),
+        ([Done(1, GLOO[0])] * 9, TRIES),
+        ([Done(1, "RuntimeError: mat1 and mat2 cannot be multiplied"), Done(0)], 1),
+        ([Done(1, f'File "{PACKAGE}/ops/stack.py", line 3\n{GLOO[0]}'), Done(0)], 1),
+    ],
+)
+def test_only_what_gloo_says_is_tried_again(runs, count):
+    seen = iter(runs)
+    done = by_gloo(lambda: next(seen))
+    assert done is runs[count - 1]
+    assert len(list(seen)) == len(runs) - count
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("options", [[], ["--fsdp", "--cell", "gru"]], ids=["ddp", "fsdp"])
 def test_the_example_learns(options):
@@ -213,13 +266,11 @@ def test_the_example_learns(options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "examples/distributed.py", "--steps", "40", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    for _ in range(4):
-        done = subprocess.run(
+    done = by_gloo(
+        lambda: subprocess.run(
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS
         )
-        # gloo's threads take a process down as it leaves, 3 times of 16 with torch.nn's layers
-        if "terminate called without an active exception" not in done.stderr:
-            break
+    )
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
     assert len(losses) == 2 and losses[1] < 0.9 * losses[0]

@@ -6,10 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from problems import full
+from graphs import FromParts
+from problems import PLAIN, full
 from standins import cuda_for_fakes
-from test_choice import PLAIN
-from test_compile import FromParts
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from rules import check_alike
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import (
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 from torch.utils.flop_counter import FlopCounterMode
+from twins import assert_same
 
 import fastseq
 
@@ -271,7 +273,7 @@ def test_second_derivatives_inside_a_checkpoint(cell, backend):
     expected = penalty(layer)
     found = penalty(lambda x: checkpoint(layer, x, use_reentrant=False))
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        check_alike(a, b)
 
 
 @on_each_layer
@@ -329,7 +331,7 @@ def test_replicas(cell, backend):
         return torch.cat([y for y, _ in outputs], 1), tuple(torch.cat(s, 1) for s in states)
 
     for a, b in zip(gradients(layer, x, run), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        check_alike(a, b)
 
 
 def test_data_parallel_on_the_cpu():
@@ -359,7 +361,7 @@ def test_a_stream_step_by_step(cell, backend):
 
     found, expected = gradients(layer, x, step_by_step), gradients(layer, x, layer)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        check_alike(a, b)
 
 
 @on_each_layer
@@ -371,9 +373,9 @@ def test_a_stream_in_windows(cell, backend):
     for window in x.split(4):
         output, state = layer(window, None if state is None else detached(state))
         outputs.append(output)
-    torch.testing.assert_close(torch.cat(outputs), whole)
+    check_alike(torch.cat(outputs), whole)
     for a, b in zip(tensors(state), tensors(last), strict=True):
-        torch.testing.assert_close(a, b)
+        check_alike(a, b)
     (dx,) = torch.autograd.grad(outputs[-1].sum(), x)
     assert not dx[:8].any() and dx[8:].all()
 
@@ -391,14 +393,14 @@ def test_a_stream_whose_rows_begin_anew(cell, backend):
 
     untouched, last = layer(x, before)
     rows = [0, 2, 3]
-    torch.testing.assert_close(output[:, rows], untouched[:, rows])
-    torch.testing.assert_close(output[:3, 1], untouched[:3, 1])
+    check_alike(output[:, rows], untouched[:, rows])
+    check_alike(output[:3, 1], untouched[:3, 1])
     anew, end = layer(x[3:, 1:2])
-    torch.testing.assert_close(output[3:, 1:2], anew)
-    torch.testing.assert_close(output[:, 4:], layer(x[:, 4:])[0])
+    check_alike(output[3:, 1:2], anew)
+    check_alike(output[:, 4:], layer(x[:, 4:])[0])
     for s, e, u in zip(tensors(state), tensors(end), tensors(last), strict=True):
-        torch.testing.assert_close(s[:, 1:2], e)
-        torch.testing.assert_close(s[:, rows], u[:, rows])
+        check_alike(s[:, 1:2], e)
+        check_alike(s[:, rows], u[:, rows])
     (dx,) = torch.autograd.grad(output[3:, 1].sum(), x)
     assert not dx[:3].any() and dx[3:, 1].any()
 
@@ -409,7 +411,7 @@ def test_a_stream_goes_on_from_any_step(backend):
     layer, x = layer_of("LSTM", backend=backend), an_input()
     output, (h_n, c_n), c = layer(x, all_states=True)
     for t in (0, 3, T - 1):
-        torch.testing.assert_close(layer(x[: t + 1])[1], (output[t][None], c[t][None]))
+        assert_same(layer(x[: t + 1])[1], (output[t][None], c[t][None]))
     rest, (h, c_end) = layer(x[4:], (output[3][None], c[3][None]))
-    torch.testing.assert_close(rest, output[4:])
-    torch.testing.assert_close((h, c_end), (h_n, c_n))
+    check_alike(rest, output[4:])
+    assert_same((h, c_end), (h_n, c_n))

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -304,3 +305,33 @@ def test_load_names_the_backends(name):
     with pytest.raises(ValueError, match="eager") as caught:
         load(name)
     assert repr(name) in str(caught.value)
+
+
+def borrowed(source, stem):
+    """Test files that a test file imports, in the code of a child process too."""
+    named = re.findall(r"^\s*(?:from|import)\s+(?:tests\.)?(test_\w+)", source, re.MULTILINE)
+    return {name for name in named if name != stem}
+
+
+def test_no_test_file_imports_another():
+    """What tests share stands in tests/helpers: an import would carry fixtures along, and run twice
+    what a file does when it is imported."""
+    here = Path(__file__).parent
+    files = [*here.glob("*.py"), *(here / "helpers").glob("*.py")]
+    assert len(files) > 40
+    found = {path.name: borrowed(path.read_text(), path.stem) for path in files}
+    assert not {name: others for name, others in found.items() if others}
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("from test_parity import draw", {"test_parity"}),
+        ("def f():\n    import tests.test_parity", {"test_parity"}),
+        ('CODE = """\nfrom test_parity import draw\n"""', {"test_parity"}),
+        ("from test_this import layer", set()),
+        ("from problems import draw", set()),
+    ],
+)
+def test_an_import_of_another_test_file_is_found(source, found):
+    assert borrowed(source, "test_this") == found

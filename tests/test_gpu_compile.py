@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graphs import FromParts
+from layers_of_torch import CASES, CELLS, check_repeats, operators, ragged_call
 from problems import cotangents, draw
-from rules import check_all
-from test_compile import FromParts
-from test_cudnn import CASES, CELLS, check_repeats, operators, ragged_call
+from rules import check_alike, check_all
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -313,14 +313,14 @@ def test_no_warning_of_weights_that_lie_apart():
 
 
 def test_backward_in_evaluation():
-    module = fastseq.GRU(I, H, device="cuda").eval()
+    module = fastseq.GRU(I, H, device="cuda", dtype=torch.float64).eval()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(5, 3, I, device="cuda")
+    x = torch.randn(5, 3, I, device="cuda", dtype=torch.float64)
     found = torch.autograd.grad(compiled(x)[0].sum(), list(module.parameters()))
     with without_cudnn():
         expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        check_alike(a, b)
 
 
 def test_training_without_cudnn():
@@ -330,15 +330,15 @@ def test_training_without_cudnn():
 
 
 def test_more_steps_than_cudnn_takes():
-    module = fastseq.GRU(4, 6, device="cuda")
+    module = fastseq.GRU(4, 6, device="cuda", dtype=torch.float64)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    x = torch.randn(65_537, 2, 4, device="cuda")
+    x = torch.randn(65_537, 2, 4, device="cuda", dtype=torch.float64)
     with torch.no_grad():
         whole, last = compiled(x)
         first, state = compiled(x[:40_000])
         second, final = compiled(x[40_000:], state)
-    torch.testing.assert_close(whole, torch.cat([first, second]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(last, final, rtol=1e-4, atol=1e-5)
+    check_alike(whole, torch.cat([first, second]))
+    check_alike(last, final)
     assert torch.backends.cudnn.enabled
 
 
@@ -355,7 +355,7 @@ def test_autocast(place):
     y, (h, c) = compiled(x)
     assert {t.dtype for t in (y, h, c)} == {torch.bfloat16}
     expected = forward(x)[0]
-    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    check_alike(y, expected)
     y.float().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype is p.dtype for p in module.parameters())
 
@@ -364,7 +364,8 @@ def test_autocast(place):
 def test_what_torch_does_not_run(feature):
     """Triton's kernels, where they are named, are one operator too."""
     memory = "lean" if feature == "memory" else "full"
-    module = fastseq.LSTM(I, H, device="cuda", memory=memory, backend="triton")
+    double = {"device": "cuda", "dtype": torch.float64}
+    module = fastseq.LSTM(I, H, memory=memory, backend="triton", **double)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for T, B in SIZES:
@@ -373,10 +374,10 @@ def test_what_torch_does_not_run(feature):
             keywords["reset"] = torch.rand(T, B, device="cuda") < 0.3
         if feature == "all_states":
             keywords["all_states"] = True
-        x = torch.randn(T, B, I, device="cuda")
+        x = torch.randn(T, B, I, **double)
         y = compiled(x, **keywords)[0]
         module.backend = "eager"
-        torch.testing.assert_close(y, module(x, **keywords)[0], rtol=1e-4, atol=1e-5)
+        check_alike(y, module(x, **keywords)[0])
         module.backend = "triton"
         y.sum().backward()
     assert {operators(graph) for graph in counter.graphs} == {1}

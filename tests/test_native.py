@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 from problems import draw, gradients
-from rules import check_all, same_bits
+from rules import check_alike, check_all, same_bits
 
 import fastseq
 from fastseq.backends import load, openmp
 from fastseq.backends.contract import Call, OutputGradients, Result, Wanted, Weights
 from fastseq.cells import CELLS
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 full = pytest.mark.full
 native = load("native")
 if isinstance(native, str):
@@ -40,13 +41,6 @@ def instruction_set(request):
     before = _cpu.use_instruction_set(request.param)
     yield request.param
     _cpu.use_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # test_parity.py has the best instruction set; here are the others.
@@ -124,7 +118,7 @@ def test_an_ensemble_of_any_size():
     for k in (0, 64, many - 1):
         alone = torch.func.grad(loss)({name: p[k] for name, p in given.items()})
         for name, d in alone.items():
-            torch.testing.assert_close(ours[name][k], d, msg=name)
+            check_alike(ours[name][k], d, name)
 
 
 # Threads
@@ -217,7 +211,7 @@ def test_within_another_parallel_region(threads):
 
 def python(code, arguments=(), **environment):
     """What a fresh interpreter prints."""
-    prelude = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+    prelude = f"import sys; sys.path[:0] = {[str(ROOT), str(HERE), str(HERE / 'helpers')]!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", prelude + code, *arguments],
         env=os.environ | environment,
@@ -493,7 +487,7 @@ def test_weights_of_more_than_31_bits():
     expected = torch.zeros(H)
     expected[0] = 0.5 * torch.tanh(0.5 * torch.tanh(torch.tensor(2.0)))
     expected[-1] = torch.sigmoid(torch.tensor(2.0)) * torch.tanh(torch.tensor(1.0))
-    torch.testing.assert_close(y, expected)
+    check_alike(y, expected)
     assert states[1][0, 0, -1] == 1.0
 
 
@@ -555,7 +549,7 @@ def test_saved_gates_of_more_than_31_bits(threads):
     ours = native.backward(call(x), Result(y, step.states, [], [gates, c]), grads, wanted)
     assert same_bits(ours.x[-1], expected.x[0]) and not ours.x[:-1].any()
     for d, given in zip(ours.weights[0].flat(), expected.weights[0].flat(), strict=True):
-        torch.testing.assert_close(d, given)
+        check_alike(d, given)
 
 
 # The sanitizers

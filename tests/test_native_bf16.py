@@ -4,8 +4,7 @@ import pytest
 import torch
 from problems import draw, gradients
 from rules import check_all, same_bits
-from test_native_bits import LENGTHS, check_splits, equal, layer, values
-from test_native_bits import threads as threads  # a fixture
+from splits import LENGTHS, check_splits, equal, layer, values
 
 from fastseq.backends import load
 from fastseq.backends.contract import Weights

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import NAMED, draw, gradients
-from rules import check_all, check_close, same_bits
+from rules import check_all, same_bits
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
@@ -220,13 +220,13 @@ def test_packed_is_lengths(backend, data):
         zip(state, their_state, strict=True) if isinstance(state, tuple) else [(state, their_state)]
     )
     for k, (mine, theirs) in enumerate(pairs):
-        check_close(mine, mine, theirs.double(), torch.float32, f"output {k}")
+        assert same_bits(mine, theirs), f"output {k}"
     d = torch.randn_like(y)
     parameters = [x, *module.parameters()]
     ours = torch.autograd.grad(y, parameters, d)
     truth = torch.autograd.grad(other, parameters, d)
     for k, (mine, theirs) in enumerate(zip(ours, truth, strict=True)):
-        check_close(mine, mine, theirs.double(), torch.float32, f"gradient {k}")
+        assert same_bits(mine, theirs), f"gradient {k}"
 
 
 def episodes(case, backend):
@@ -428,4 +428,5 @@ def test_a_gradient_is_no_long_chain_of_additions(backend, sizes):
     truth = values(case.to(torch.float64))
     for name, d in values(case).items():
         error = (d.double() - truth[name]).abs() / truth[name].abs()
+        # no rule: torch's own would take 100,000 steps, and a sum may lose a digit or two
         assert float(error.max()) < 1e-5, name

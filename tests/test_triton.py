@@ -2,14 +2,12 @@
 and what an ordinary process sees of it. test_triton_compile.py compiles its kernels."""
 
 import itertools
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from children import child
 
 import fastseq
 from fastseq.backends.contract import Problem
@@ -19,21 +17,7 @@ ROOT = Path(__file__).parents[1]
 PLAIN = Problem("lstm", torch.float32, "cpu", 3, 2, 4, 5, 5)
 
 
-def child(command, **environment):
-    """A process of its own; its output is the message where it fails."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        pytest.fail(f"{' '.join(map(str, command))}:\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
+@pytest.mark.longest
 def test_under_the_interpreter(request):
     triton = pytest.importorskip("triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import triton_sass
+from children import child
 from problems import full
-from test_triton import child
 
 
 def compiled(*options, **environment):
@@ -27,6 +27,7 @@ def compiler():
         pytest.skip("this Triton has no compiler for GPUs")
 
 
+@pytest.mark.longest
 def test_kernels_compile_and_do_not_spill(request):
     printed = compiled()
     for word in ("_forward_walk sm_90", "_backward_grid sm_80", "_backward_step_0 gfx942"):
@@ -36,6 +37,7 @@ def test_kernels_compile_and_do_not_spill(request):
 
 
 @full
+@pytest.mark.longest
 @pytest.mark.parametrize("version", ["3.9.0", "3.6.0"])
 def test_every_usual_size(version, tmp_path):
     """LSTM and GRU at H = 64 to 1024, in 16 bits and TF32: no spill, no product too many, loads

@@ -1,7 +1,10 @@
 """A whole stack in one call of the C++ kernels, against its layers one by one: the same bits."""
 
+import copy
+
 import pytest
 import torch
+from rules import check_alike, check_close
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
@@ -142,7 +145,7 @@ def test_only_what_wants_a_gradient_has_one(kind, layer_by_layer):
     same(outputs_and_gradients(m, x, None), layer_by_layer(outputs_and_gradients, m, x, None))
 
 
-def test_gradients_from_one_output_alone_and_of_any_layout():
+def test_gradients_from_one_output_alone_and_of_any_layout(layer_by_layer):
     m = made("LSTM", {"num_layers": 2, "batch_first": True}, torch.float64)
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     weights = list(m.parameters())
@@ -151,10 +154,10 @@ def test_gradients_from_one_output_alone_and_of_any_layout():
     same(dense, torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True))  # expanded
     negative = torch._neg_view(-torch.ones_like(y))
     same(dense, torch.autograd.grad(y, [x, *weights], negative, retain_graph=True))
-    for output in (h, c):
+    _, one_by_one = layer_by_layer(m, x)
+    for output, other in zip((h, c), one_by_one, strict=True):
         found = torch.autograd.grad(output.sum(), [x, *weights], retain_graph=True)
-        again = torch.autograd.grad(output.sum(), [x, *weights], retain_graph=True)
-        same(found, again)
+        same(found, torch.autograd.grad(other.sum(), [x, *weights], retain_graph=True))
 
 
 @pytest.mark.parametrize("options", ["dropout", "batch first"])
@@ -181,7 +184,7 @@ def test_batched_cotangents():
     basis = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)[:5]
     (batched,) = torch.autograd.grad(y, x, basis, is_grads_batched=True, retain_graph=True)
     each = [torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in basis]
-    torch.testing.assert_close(batched, torch.stack(each), rtol=1e-10, atol=1e-12)
+    check_alike(batched, torch.stack(each))
 
 
 def test_saved_tensors_can_live_elsewhere():
@@ -248,7 +251,7 @@ def test_the_numbers_dropped_are_those_of_torch_nn():
     y, _ = ours(x)
     torch.manual_seed(5)
     expected, _ = theirs(x)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    check_alike(y, expected)
 
 
 CELLS = {"LSTM": fastseq.LSTMCell, "GRU": fastseq.GRUCell, "RNN": fastseq.RNNCell}
@@ -265,26 +268,27 @@ def test_a_step_of_a_cell(kind, bias, dtype):
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 6, dtype=dtype, requires_grad=True)
     h, c = (torch.randn(3, 8, dtype=dtype, requires_grad=True) for _ in range(2))
-    bound = (
-        {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
-    )
+    truth = copy.deepcopy(theirs).double()
     for hx in (None, (h, c) if kind == "LSTM" else h):
         assert all("StackFunction" in s.grad_fn.name() for s in flat(ours(x, hx)))
-        leaves = [x, *([] if hx is None else flat(hx))]
         found = []
-        for m in (ours, theirs):
-            state = flat(m(x, hx))
-            wanted = [*leaves, *m.parameters()]
+        for m in (ours, theirs, truth):
+            own = [x, *([] if hx is None else flat(hx))]
+            if m is truth:
+                own = [t.detach().double().requires_grad_() for t in own]
+            given = (own[0], None if hx is None else tuple(own[1:]) if kind == "LSTM" else own[1])
+            state = flat(m(*given))
+            wanted = [*own, *m.parameters()]
             first = torch.autograd.grad(sum(s.pow(2).sum() for s in state), wanted)
             twice = torch.autograd.grad(
-                sum(s.pow(2).sum() for s in flat(m(x, hx))), wanted, create_graph=True
+                sum(s.pow(2).sum() for s in flat(m(*given))), wanted, create_graph=True
             )
             second = torch.autograd.grad(sum(g.pow(2).sum() for g in twice), wanted)
             with torch.no_grad():
-                bare = flat(m(x, hx))
+                bare = flat(m(*given))
             found.append([*state, *bare, *first, *twice, *second])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, **bound)
+        for a, b, exact in zip(*found, strict=True):
+            check_close(a, b, exact, dtype, kind)
     sum(s.mul_(2).sum() for s in flat(ours(x))).backward()  # may be edited, as torch.nn's
 
 
@@ -298,9 +302,9 @@ def test_what_a_cell_is_not_given_plainly(kind):
     columns = torch.zeros(8, 2).t()
     for got in (cell(rows), cell(x, (columns, columns) if pair else columns), cell(x)):
         for a, b in zip(flat(got), expected, strict=True):
-            torch.testing.assert_close(a, b)
+            check_alike(a, b)
     for a, b in zip(flat(cell(x[0])), expected, strict=True):  # without a batch
-        torch.testing.assert_close(a, b[0])
+        check_alike(a, b[0])
     empty = flat(cell(x[:0]))
     assert empty[0].shape == (0, 8)
     with pytest.raises(RuntimeError, match="inconsistent hidden_size"):

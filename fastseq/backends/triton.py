@@ -81,7 +81,7 @@ def supports(problem: Problem) -> str | None:
             "compiled; choose eager"
         )
     if problem.mode == "trace":
-        return "torch.jit.trace records no custom kernel; choose torch"
+        return "torch.jit.trace records no custom kernel"
     if problem.projected and any(
         "h_prev" in arguments(phase.forward) for phase in CELLS[problem.cell].phases
     ):

@@ -156,12 +156,13 @@ class Packed(Geometry):
     ) -> None:
         data, self.batch_sizes, self.order, self.restore = x
         self.batch_first = batch_first
-        self.T = self.batch_sizes.shape[0]
+        sizes = self.batch_sizes
+        self.T = sizes.shape[0] if sizes.dim() else 0
         self.hides_batch = torch.compiler.is_compiling()
         if self.hides_batch:
-            self.B = _settled(data, self.batch_sizes, [self.order, *known])
-        else:
-            self.B = int(self.batch_sizes[0]) if len(self.batch_sizes) else 0
+            self.B = _settled(data, sizes, [self.order, *known])
+        else:  # whether it is what it must be, is checked later
+            self.B = int(sizes[0]) if sizes.dim() == 1 and len(sizes) else 0
 
     def cast(self, x: PackedSequence, dtype: torch.dtype) -> PackedSequence:
         return PackedSequence(x.data.to(dtype), self.batch_sizes, self.order, self.restore)

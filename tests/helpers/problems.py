@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 import independent
 import pytest
 import torch
+from rules import check_all
 
 from fastseq.backends import choice, load
-from fastseq.backends.contract import Request, Weights
+from fastseq.backends.contract import Problem, Request, Weights
 from fastseq.cells import CELLS
 from fastseq.ops.geometry import Dense, Padded
 from fastseq.ops.run import run
@@ -50,6 +51,9 @@ DECLINES = {
     None: set(),
 }
 
+#: A layer that every backend with kernels takes; the rule of choice is asked about its variants.
+PLAIN = Problem("gru", torch.float32, "cpu", T=100, B=4, I=16, H=64, P=64)
+
 
 def features(task):
     """What of a problem a backend might decline, in the words of DECLINES."""
@@ -67,14 +71,18 @@ def features(task):
 def settle(backend, task):
     """Go on if the backend runs this; skip with its reason if it may decline, else fail."""
     verdict = choice.judge(task, backend)
-    if verdict.chosen is not None:
-        return
+    if verdict.chosen is None:
+        pytest.skip(may_decline(backend, task, verdict))
+
+
+def may_decline(backend, task, verdict):
+    """The reason, where the backend may decline this; else a failure."""
     reason = "; ".join(f"{name}: {why}" for name, why in verdict.declined.items())
     if backend is not None and isinstance(load(backend), str):
-        pytest.skip(reason)
+        return reason
     sixteen = task.dtype not in (torch.float32, torch.float64)
     if features(task) & DECLINES[backend] or (sixteen and backend is not None):
-        pytest.skip(reason)
+        return reason
     pytest.fail(f"backend={backend!r} must run {task}, and declines: {reason}")
 
 
@@ -121,7 +129,7 @@ class Layers:
                 named[f"{name}[{k}]"] = tensor
         return named
 
-    def stack(self, backend=None, trajectory=False, memory="full"):
+    def stack(self, backend=None, trajectory=False, memory="full", deterministic=False):
         request = Request(
             self.cell,
             len(self.weights) // self.directions,
@@ -130,6 +138,7 @@ class Layers:
             self.weights[0].w_hr is not None,
             trajectory=trajectory,
             memory=memory,
+            deterministic=deterministic,
             backend=backend,
         )
         if self.lengths is None:
@@ -143,9 +152,9 @@ class Layers:
     def settle(self, backend, **options):
         settle(backend, problem(self.stack(backend, **options)))
 
-    def run(self, backend=None, trajectory=False, memory="full"):
+    def run(self, backend=None, **options):
         """By a backend. Names: y, h_n, c_n, and c (the trajectory)."""
-        y, finals, along = run(self.stack(backend, trajectory, memory))
+        y, finals, along = run(self.stack(backend, **options))
         return self._named(y, finals, along)
 
     def independent(self, trajectory=False):
@@ -272,3 +281,19 @@ def gradients(outputs, leaves, seed=1, **options):
         **options,
     )
     return {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def against_the_independent(case, backend, what, **options):
+    """Values and gradients of every dtype by the rule; err(torch) is the independent writing's."""
+    case.settle(backend, **options)
+    trajectory = options.get("trajectory", False)
+    dtype = case.x.dtype
+    wide = case.to(torch.float64)
+    exact = wide.independent(trajectory)
+    exact |= gradients(exact, wide.leaves())
+    same = case.to(dtype)
+    theirs = same.independent(trajectory)
+    theirs |= gradients(theirs, same.leaves())
+    ours = case.run(backend, **options)
+    ours |= gradients(ours, case.leaves())
+    check_all(ours, theirs, exact, dtype, what)

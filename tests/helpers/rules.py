@@ -14,6 +14,7 @@ import pytest
 import torch
 
 DOUBLE = 1e-12
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def error(value, truth):
@@ -28,6 +29,7 @@ def check_close(ours, torchs, truth, dtype, what):
     """``ours`` is as near to ``truth`` as the rule asks, given the same numbers from torch.
 
     truth: in float64. torchs: the same from torch in ``dtype``; for float64 it may be None.
+    Returns the error as a share of what is allowed.
     """
     __tracebackhide__ = True
     if ours is None or truth is None:
@@ -48,7 +50,9 @@ def check_close(ours, torchs, truth, dtype, what):
         theirs = error(torchs, truth)
         grain = 4 * torch.finfo(dtype).eps * scale
         allowed = tuple(2 * e + grain for e in theirs)
+    share = 0.0
     for kind, got, their, limit in zip(("rms", "max"), mine, theirs, allowed, strict=True):
+        share = max(share, got / limit if limit else 0.0)
         if not got <= limit:
             ours, truth = ours.detach(), truth.detach()
             worst = int((ours.double() - truth.double()).abs().argmax())
@@ -58,17 +62,31 @@ def check_close(ours, torchs, truth, dtype, what):
                 f"max|truth| {scale:.3e}, {dtype}); worst at {place}: "
                 f"{float(ours.flatten()[worst])!r}, truth {float(truth.flatten()[worst])!r}"
             )
+    return share
 
 
 def check_all(ours, torchs, truth, dtype, what=""):
-    """``check_close`` on each of three mappings' values; a None must be None in all."""
+    """``check_close`` on each of three mappings' values; a None must be None in all. Returns the
+    greatest share of what is allowed."""
     __tracebackhide__ = True
+    share = 0.0
     assert ours.keys() == truth.keys(), f"{what}: {sorted(ours)} against {sorted(truth)}"
     for name, value in truth.items():
         if value is None and ours[name] is None:
             continue
         theirs = None if torchs is None else torchs[name]
-        check_close(ours[name], theirs, value, dtype, f"{what} {name}".strip())
+        share = max(share, check_close(ours[name], theirs, value, dtype, f"{what} {name}".strip()))
+    return share
+
+
+def check_alike(ours, other, what=""):
+    """Two ways to one number in one type: the other way stands for torch and for the truth, so what
+    the rule leaves is 4 eps of the largest; in float64 1e-12 of it."""
+    __tracebackhide__ = True
+    if other.dtype not in _FLOATS:
+        assert torch.equal(ours, other), what
+        return
+    check_close(ours, other, other.double(), other.dtype, what)
 
 
 def same_bits(a, b):

@@ -12,9 +12,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from problems import draw, full, gradients
+from problems import against_the_independent, draw, full, gradients
 from rules import check_all, same_bits
-from test_parity import against_the_independent
 from together import together
 from vocabulary import F32, F64, TRUTH, samples, ulp_error
 
