@@ -205,6 +205,7 @@ def wrong_device(name):
     )
 
 
+TUPLE = "hx: expected a tuple of tensors (h_0, c_0), got "
 NOT_SIZES = (
     "batch_sizes: expected a 1-D int64 tensor on the CPU, as pack_padded_sequence makes it, got "
 )
@@ -461,6 +462,40 @@ MISTAKES = {
         lambda: layer(seed=2**63),
         ValueError,
         f"seed: expected 64 bits, from -2**63 to 2**63 - 1, got {2**63}",
+    ),
+    "state, a number": (lambda: lstm(hx=3), TypeError, TUPLE + "int of 3"),
+    "states, numbers": (lambda: lstm(hx=(3, 4)), TypeError, TUPLE + "tuple of ['int', 'int']"),
+    "a tuple as the state of a gru": (
+        lambda: fastseq.gru(
+            torch.zeros(T, B, I), weights((18, I), (18, H), (18,), (18,)), (torch.zeros(1, B, H),)
+        ),
+        TypeError,
+        "hx: expected a tensor h_0, got tuple of ['Tensor']",
+    ),
+    "lengths, a number": (
+        lambda: lstm(lengths=3),
+        TypeError,
+        "lengths: expected a tensor or a sequence of integers, got int",
+    ),
+    "lengths, complex": (
+        lambda: lstm(lengths=torch.ones(B, dtype=torch.complex128)),
+        TypeError,
+        "lengths: expected integers, got torch.complex128",
+    ),
+    "deterministic, a word": (
+        lambda: lstm(deterministic="no"),
+        TypeError,
+        "deterministic: expected a bool, got str",
+    ),
+    "h_mask, a list": (
+        lambda: lstm(h_mask=[1]),
+        TypeError,
+        "h_mask: expected a tensor, got list",
+    ),
+    "h_mask, device": (
+        lambda: lstm(h_mask=torch.ones(1, B, H, device="meta")),
+        RuntimeError,
+        "h_mask: expected it on the input's device cpu, got meta",
     ),
     "h_mask, shape": (
         lambda: lstm(h_mask=torch.ones(1, B, P)),

@@ -23,6 +23,10 @@ def check_layer(stack: Stack) -> None:
         raise ValueError(f"memory: expected 'full' or 'lean', got {request.memory!r}")
     if not isinstance(request.trajectory, bool):
         raise TypeError(f"all_states: expected a bool, got {type(request.trajectory).__name__}")
+    if not isinstance(request.deterministic, bool):
+        raise TypeError(
+            f"deterministic: expected a bool, got {type(request.deterministic).__name__}"
+        )
     first = None
     for w_ih, w_hh, b_ih, b_hh, w_hr, _ in ways(request, stack.weights):
         assert w_ih is not None
@@ -140,9 +144,13 @@ def check_lengths(
         raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
     if not batched:
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
+    if not isinstance(lengths, (Tensor, Sequence)):
+        raise TypeError(
+            f"lengths: expected a tensor or a sequence of integers, got {type(lengths).__name__}"
+        )
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
-    if lengths.is_floating_point() or lengths.dtype in (torch.bool, torch.complex64):
+    if not is_integral(lengths):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"lengths: expected one a sequence, ({B},), got {tuple(lengths.shape)}")
@@ -173,11 +181,17 @@ def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
     return reset
 
 
+def is_integral(tensor: Tensor) -> bool:
+    """Whether it holds integers, which booleans are not."""
+    kind = tensor.dtype
+    return not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
+
+
 def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
     """As an int64 tensor (B,)."""
     if not isinstance(row_ids, Tensor):
         row_ids = torch.as_tensor(row_ids, dtype=None if len(row_ids) else torch.int64)
-    if row_ids.is_floating_point() or row_ids.dtype in (torch.bool, torch.complex64):
+    if not is_integral(row_ids):
         raise TypeError(f"row_ids: expected integers, got {row_ids.dtype}")
     if tuple(row_ids.shape) != (B,):
         raise ValueError(f"row_ids: expected one a sequence, ({B},), got {tuple(row_ids.shape)}")
@@ -200,7 +214,9 @@ def check_seed(seed: Tensor | int) -> None:
 def check_mask(h_mask: Tensor | None, stack: Stack) -> Tensor | None:
     if h_mask is None:
         return None
-    request, dtype = stack.request, stack.data.dtype
+    if not isinstance(h_mask, Tensor):
+        raise TypeError(f"h_mask: expected a tensor, got {type(h_mask).__name__}")
+    request, dtype, device = stack.request, stack.data.dtype, stack.data.device
     expected = (request.layers * request.directions, stack.geometry.B, stack.P)
     if tuple(h_mask.shape) != expected:
         raise ValueError(f"h_mask: expected {expected}, got {tuple(h_mask.shape)}")
@@ -208,4 +224,8 @@ def check_mask(h_mask: Tensor | None, stack: Stack) -> Tensor | None:
         raise ValueError("h_mask: gets no gradient; pass h_mask.detach()")
     if h_mask.dtype != dtype:
         raise ValueError(f"h_mask: expected the input's dtype {dtype}, got {h_mask.dtype}")
+    if h_mask.device != device:
+        raise RuntimeError(
+            f"h_mask: expected it on the input's device {device}, got {h_mask.device}"
+        )
     return h_mask

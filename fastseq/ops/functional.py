@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -197,6 +198,22 @@ def layer_weights(cell: str, weights: LayerWeights) -> tuple[list[Tensor], int, 
     return flat, len(ways), each >= 4, each % 2 == 1
 
 
+def given_states(cell: str, hx: Any) -> list[Tensor]:
+    """What was given as the initial state, in a list."""
+    if hx is None:
+        return []
+    names = CELLS[cell].states
+    states = [hx] if len(names) == 1 or isinstance(hx, Tensor) else hx
+    if isinstance(states, (tuple, list)) and all(isinstance(s, Tensor) for s in states):
+        return list(states)
+    takes = "a tensor h_0" if len(names) == 1 else "a tuple of tensors (h_0, c_0)"
+    raise TypeError(f"hx: expected {takes}, got {type(hx).__name__} of {_kinds(hx)}")
+
+
+def _kinds(values: Any) -> str:
+    return str([type(v).__name__ for v in values] if isinstance(values, (tuple, list)) else values)
+
+
 def _layer(
     cell: str,
     input: Tensor | PackedSequence,
@@ -212,9 +229,7 @@ def _layer(
 ):
     flat, D, biased, projected = layer_weights(cell, weights)
     pair = len(CELLS[cell].states) > 1
-    states: list[Tensor] = []
-    if hx is not None:
-        states = list(hx) if pair and not isinstance(hx, Tensor) else [hx]  # type: ignore
+    states = given_states(cell, hx)
     geometry: Geometry
     if isinstance(input, PackedSequence):
         geometry = Packed(input, False, (reset, h_mask, *states))
