@@ -70,10 +70,8 @@ class Streaming:
                 self.module.cell,
                 tuple(w.detach().contiguous() for w in weights),
                 self.module.num_layers,
-                self.module.bias,
-                self.module.proj_size > 0,
                 self._h,
-                self._c,
+                () if self._c is None else (self._c,),
                 self._outputs,
             )
 

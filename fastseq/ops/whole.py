@@ -23,7 +23,7 @@ _native: Any = None
 
 
 class Shape(NamedTuple):
-    """What a call has besides tensors: as module.cpp reads it, but for the cell."""
+    """What a call has besides tensors: as csrc/python/call.h reads it, but for the cell."""
 
     cell: str
     layers: int
@@ -36,6 +36,7 @@ class Shape(NamedTuple):
 
 
 TIME_FIRST, BATCH_FIRST, ONE_STEP = range(3)
+_REVERSE = ((), (False,), (False, True))  # by the number of directions
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -81,7 +82,8 @@ def run(
         batch_sizes.
     states: none, or per state of the cell (layers * D, B, ...), without B for (T, I); (B, ...) if
         ONE_STEP, of one layer and direction.
-    weights: of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, but for those it has not.
+    weights: of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, but for those it has not,
+        then the cell's units.
     """
     follows = torch.is_grad_enabled() and (
         x.requires_grad
@@ -99,7 +101,9 @@ def run(
             out = None
     else:
         masks = _draw(shape, x, batch_sizes, weights)
-        out = _native.layers(*_arguments(shape, x, batch_sizes, states, weights, masks), False)
+        out = _native.layers(
+            *_arguments(shape, x, batch_sizes, states, weights, masks), False, False, None
+        )
     if out is None and drawn is not None:
         torch.set_rng_state(drawn)  # as if nothing had been drawn
     return out and out[:2]
@@ -138,14 +142,15 @@ def _arguments(
         states,
         weights,
         shape.layers,
-        shape.directions,
-        shape.biased,
-        shape.projected,
+        _REVERSE[shape.directions],
         shape.order,
-        torch.get_num_threads(),
-        shape.deterministic,
+        None,
+        None,
         tuple(masks),
         1.0 - shape.dropout,
+        torch.get_num_threads(),
+        shape.deterministic,
+        False,
     )
 
 
@@ -156,7 +161,9 @@ class StackFunction(torch.autograd.Function):
     def forward(ctx, shape, n, x, batch_sizes, *tensors):
         states, weights = tensors[:n], tensors[n:]
         masks = _draw(shape, x, batch_sizes, weights)
-        out = _native.layers(*_arguments(shape, x, batch_sizes, states, weights, masks), True)
+        out = _native.layers(
+            *_arguments(shape, x, batch_sizes, states, weights, masks), True, False, None
+        )
         if out is None:
             raise Declined
         y, finals, saved = out
@@ -192,6 +199,7 @@ class StackFunction(torch.autograd.Function):
             tuple(saved),
             dy,
             tuple(dstates),
+            (),
             need[2],
             any(need[4 + n :]),
             any(need[4 : 4 + n]),
