@@ -140,7 +140,7 @@ uint16_t bfloat16(float value) {  // to nearest even
 
 template <class T>
 struct Outputs {
-  Array<T> y, h_n, c_n[MOST], c_all[MOST], dx, dh, dc[MOST];
+  Array<T> y, h_n, c_n[MOST_EACH], c_all[MOST_EACH], dx, dh, dc[MOST_EACH];
   std::vector<Array<T>> saved, weights;  // saved: gates, extras and m of each recurrence
 };
 
@@ -152,7 +152,7 @@ struct Problem {
   int64_t P, N = 0;
   int each;  // weights of a recurrence
   Array<int64_t> sizes, offsets;
-  Array<T> x, h_0, c_0[MOST], h_mask, dy, dc_all[MOST], dh_n, dc_n[MOST];
+  Array<T> x, h_0, c_0[MOST_EACH], h_mask, dy, dc_all[MOST_EACH], dh_n, dc_n[MOST_EACH];
   Array<uint8_t> reset;
   std::vector<Array<T>> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr, units of each recurrence
   std::vector<Array<uint16_t>> halves;  // the same in bfloat16
@@ -440,16 +440,16 @@ void check(Cell cell, const Shape& shape) {
   const auto same_saved = [&](const Outputs<T>& a, const Outputs<T>& b, const char* what) {
     const int before = failures;
     for (size_t k = 0; k < a.saved.size(); ++k) compare("saved", a.saved[k], b.saved[k], 0);
-    for (int k = 0; k < MOST; ++k) compare("c_all", a.c_all[k], b.c_all[k], 0);
+    for (int k = 0; k < MOST_EACH; ++k) compare("c_all", a.c_all[k], b.c_all[k], 0);
     told(before, what);
   };
   const auto same = [&](const Outputs<T>& a, const Outputs<T>& b, const char* what, double allowed) {
     const int before = failures;
     compare("y", a.y, b.y, allowed), compare("h_n", a.h_n, b.h_n, allowed);
-    for (int k = 0; k < MOST; ++k) compare("c_n", a.c_n[k], b.c_n[k], allowed);
+    for (int k = 0; k < MOST_EACH; ++k) compare("c_n", a.c_n[k], b.c_n[k], allowed);
     if (!b.weights.empty()) {
       compare("dx", a.dx, b.dx, allowed), compare("dh_0", a.dh, b.dh, allowed);
-      for (int k = 0; k < MOST; ++k) compare("dc_0", a.dc[k], b.dc[k], allowed);
+      for (int k = 0; k < MOST_EACH; ++k) compare("dc_0", a.dc[k], b.dc[k], allowed);
       for (size_t k = 0; k < a.weights.size(); ++k)
         compare("dw", a.weights[k], b.weights[k], sizeof(T) == 4 ? 1e-3 : 1e-10);
     }

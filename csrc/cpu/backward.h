@@ -14,9 +14,9 @@ namespace FASTSEQ_ISA {
 template <class T>
 struct BackwardRow {
   const T *dy, *carry, *gates, *h, *h_prev;
-  const T *dc[MOST], *dc_all[MOST], *c[MOST], *c_prev[MOST], *extra[MOST];
+  const T *dc[MOST_EACH], *dc_all[MOST_EACH], *c[MOST_EACH], *c_prev[MOST_EACH], *extra[MOST_EACH];
   const T* const* unit;
-  T *dh_out, *dc_out[MOST], *dgates, *dunit[MOST];
+  T *dh_out, *dc_out[MOST_EACH], *dgates, *dunit[MOST_EACH];
 };
 
 template <class Cell, class T, int PHASE, bool WHOLE>

@@ -18,9 +18,9 @@ namespace FASTSEQ_ISA {
 
 template <class T>
 struct ForwardRow {
-  const T *h_prev, *c_prev[MOST];
+  const T *h_prev, *c_prev[MOST_EACH];
   const T* const* unit;
-  T *h, *c[MOST], *c_all[MOST], *gates, *extra[MOST];
+  T *h, *c[MOST_EACH], *c_all[MOST_EACH], *gates, *extra[MOST_EACH];
 };
 
 // The values of n units from unit u on of one row, for a cell's forward text.
@@ -58,7 +58,7 @@ struct ForwardAt {
 
 template <class Cell, class T>
 struct ForwardShare : Walk<T> {
-  static_assert(Cell::PHASES <= 2 && Cell::C <= MOST && Cell::E <= MOST && Cell::U <= MOST);
+  static_assert(Cell::PHASES <= 2 && Cell::C <= MOST_EACH && Cell::E <= MOST_EACH && Cell::U <= MOST_EACH);
   static constexpr int L = LANES<T>;
   static constexpr bool two_phases = Cell::PHASES > 1;
   using Way = Walk<T>;

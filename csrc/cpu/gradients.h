@@ -19,8 +19,8 @@ FASTSEQ_INLINE Range range_of(index total, int id, int count, int tile) {
   return {first < total ? first : total, last < total ? last : total};
 }
 
-// Their left-hand side is the gate gradients of a window of steps, which the walk has just left in
-// cache; so no more than two windows of them are ever kept.
+// The left-hand side of these products is the gate gradients of a window of steps, which the walk has
+// just left in cache; so no more than two windows of them are ever kept.
 template <class Cell, class T>
 struct Gradients {
   static constexpr int TOGETHER = Cell::G - Cell::APART;
@@ -52,8 +52,7 @@ struct Gradients {
     FASTSEQ_INLINE auto operator()(index k) const { return row(of.input_row(k)); }
   };
 
-  // dx of the window's rows. Of two directions the one that comes first to a row writes it, which
-  // the other adds to: x is cleared before, and both add.
+  // dx of the window's rows. Several recurrences add to it, so it was cleared before.
   void dx(int r, const Window<T>& window, int id, int count) {
     const Range rows = range_of(window.rows, id, count, SIX);
     const T* w_ih = call.recurrence[r].weights.w_ih;
@@ -197,7 +196,7 @@ struct Shared {
   }
 };
 
-// What a thread knows of all recurrences, and its shares of them; in its own scratch.
+// A thread's own tables, in its scratch: the windows and sums of all recurrences, and its shares.
 template <class Cell, class T>
 struct Tables {
   typename Shared<Cell, T>::OfRecurrence* of;

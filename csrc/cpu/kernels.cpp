@@ -157,7 +157,7 @@ void backward(const BackwardCall<T>& call, int id, int count) {
     Slot* all = call.slots + index(call.R) * call.threads * call.threads;
 
     for (index k = 0, turn = 0; k < in.steps || k == 0; ++turn) {
-      // the same steps counted from either end: of each recurrence its own window
+      // so many steps from either end: each recurrence has a window of its own
       index end = in.steps;
       for (int r = 0; r < call.R; ++r) {
         now[r] = &of[r].window[turn % 2];
@@ -172,7 +172,7 @@ void backward(const BackwardCall<T>& call, int id, int count) {
         if (call.dx) gradients.dx(r, *now[r], id, count);
         if (call.weights)
           gradients.weights(r, *now[r], of[r].sums, k == 0, end >= in.steps, id, count);
-        // of two directions, each adds to rows that the other wrote
+        // each recurrence adds to rows that the one before wrote
         if (call.dx && count > 1 && r + 1 < call.R) meet(all, id, count);
       }
       if (count > 1) meet(all, id, count);

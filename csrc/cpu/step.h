@@ -73,15 +73,15 @@ FASTSEQ_INLINE bool place_of(const CallT& call, int id, int count, int turn, ind
   return true;
 }
 
-// Of a step: so many sequences of the batch, the first ones, have a row, and these stand from `base` on.
+// The rows of a step: those of the first `alive` sequences of the batch, side by side from `base` on.
 struct Standing {
   index alive, base;
 };
 
 struct Step {
-  index t;             // the time at which it stands
-  Standing now, before, after;  // as the recurrence runs; none where it begins or ends
-  index alive;         // rows of this share
+  index t;                      // its time
+  Standing now, before, after;  // as the recurrence runs; none before the first, after the last
+  index alive;                  // rows of this share
 };
 
 // A share's way through time.
@@ -169,7 +169,7 @@ Panels<T> input_panels(index H, index I) {
   return Panels<T>(Cell::G, H, I);
 }
 
-// Those of phase k's product: the same units in the same panels.
+// Panels of the columns of phase k's product, each of the same units as that of the input product.
 template <class Cell, class T>
 Panels<T> phase_panels(int k, index H, index K) {
   Panels<T> panels(Cell::FIRST[k + 1] - Cell::FIRST[k], H, K);
@@ -182,13 +182,13 @@ constexpr bool units_apart(bool projected, bool masked) {
   return Cell::PHASES == 1 && Cell::FIRST[1] > 0 && !projected && !masked;
 }
 
-// Whether the products of a call are in pairs: none of them may split one.
+// Whether the products of a call can be in pairs: no row may have an odd number of numbers.
 template <class T>
 bool in_pairs(const Input<T>& in) {
   return HAS_PAIRS<T> && (in.I | in.H | in.P) % 2 == 0;
 }
 
-// Number `at` of a matrix of weights; of bfloat16 two stand in the room of one.
+// Number `at` of a matrix of weights; two of bfloat16 take the room of one.
 template <class T>
 FASTSEQ_INLINE const T* at_number(const T* w, index at, bool halves) {
   return w + (halves ? at / 2 : at);

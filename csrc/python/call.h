@@ -302,7 +302,7 @@ struct Call {
   const int threads_;
   const T scale_;
   std::vector<int64_t> lead_, offsets_;
-  const T *h_0_ = nullptr, *c_0_[MOST] = {};
+  const T *h_0_ = nullptr, *c_0_[MOST_EACH] = {};
   const uint8_t* reset_ = nullptr;
   const T* h_mask_ = nullptr;
   std::vector<const uint8_t*> masks_;

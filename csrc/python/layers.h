@@ -21,12 +21,12 @@ PyObject* forward(PyObject* const* a) {
   const bool again = !is_none(a[COMMON + 2]);
   if (s.L > 1 && (trajectory || again)) throw Declined();
   const T* known = sized<T>(a[COMMON + 2], s.capacity * R * P);
-  New<T> h_n(s.of_states(P)), c_n[MOST], y, x;
+  New<T> h_n(s.of_states(P)), c_n[MOST_EACH], y, x;
   for (int k = 0; k < C; ++k) c_n[k] = New<T>(s.of_states(H));
   List saved;
   for (int layer = 0; layer < s.L; ++layer) {
     s.enter(layer, x ? x.data() : y.data());
-    New<T> out, c_all[MOST];
+    New<T> out, c_all[MOST_EACH];
     std::vector<New<T>> buffers;
     if (!known) {
       out = New<T>(s.with(R * P));
@@ -90,7 +90,7 @@ PyObject* backward(PyObject* const* a) {
 
   struct Kept {  // of a layer
     std::vector<Recurrence<T>> of;
-    const T *c_all[MOST], *y;
+    const T *c_all[MOST_EACH], *y;
   };
   std::vector<Kept> kept(s.L);
   Py_ssize_t at = 0;
@@ -105,7 +105,7 @@ PyObject* backward(PyObject* const* a) {
   }
   kept[s.L - 1].y = sized<T>(b[Y], s.capacity * R * P);
 
-  New<T> dstate[1 + MOST];
+  New<T> dstate[1 + MOST_EACH];
   for (int k = 0; k < 1 + C; ++k) {
     const int64_t count = s.L * R * B * (k ? H : P);
     dstate[k] = New<T>(s.of_states(k ? H : P));
