@@ -291,7 +291,7 @@ spec = importlib.util.spec_from_file_location("fastseq._cpu", sys.argv[1])
 _cpu = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_cpu)
 x = torch.zeros(3)
-for name in ("forward", "backward", "layers", "stream", "stream_step", "vocabulary"):
+for name in ("forward", "backward", "stream", "stream_step", "vocabulary"):
     function = getattr(_cpu, name)
     count = 1 + function.__doc__.partition(")")[0].count(",")
     for arguments in ([x] * count, [None] * count, []):
@@ -310,7 +310,7 @@ def test_nothing_runs_before_it_is_connected():
     """Every function raises, whatever it is given; those that see no tensor work."""
     said = python(LOADED_ALONE, arguments=[_cpu.__file__]).splitlines()
     assert set(said[:-1]) == {"RuntimeError", "TypeError"}
-    assert said.count("TypeError") == 3  # of those that count their arguments first
+    assert said.count("TypeError") == 2  # of those that count their arguments first
     assert said[-1] == f"(1, 1) {SETS} {SETS[0]}"
 
 
@@ -331,7 +331,7 @@ except RuntimeError as error:
 EDITS = {
     "without a function": """
 other = types.ModuleType("fastseq._cpu")
-other.__dict__.update({k: v for k, v in vars(real).items() if k != "layers"})
+other.__dict__.update({k: v for k, v in vars(real).items() if k != "forward"})
 """,
     "with other arguments": """
 def backward(*arguments):
@@ -351,7 +351,7 @@ def test_a_build_of_other_sources_is_refused(edit):
     """With the reason and what to do, and everything else runs."""
     replaced = EDITS[edit] + "sys.modules['fastseq._cpu'] = sys.modules['fastseq']._cpu = other"
     reason, shape, raised = python(OTHER_BUILD.format(edit=replaced)).splitlines()
-    what = {"without a function": "layers", "with other arguments": "backward"}.get(edit, "mgu")
+    what = {"without a function": "forward", "with other arguments": "backward"}.get(edit, "mgu")
     assert reason.startswith(
         "not available: the C++ kernels were built from the sources of another"
     )
@@ -410,11 +410,11 @@ h, c = torch.zeros(2, 1, 4, 2100), torch.zeros(1, 4, 2100)
 
 def layers(call, save):
     weights = tuple(w for w in call.weights[0].flat() if w is not None)
-    return native.layers(native.NUMBER["lstm"], call.x, None, (), weights, 1, 1, True, False, 0, 1,
-                         False, (), 1.0, save)
+    return native.layers(native.NUMBER["lstm"], call.x, None, (), weights, 1, (False,), 0, None,
+                         None, (), 1.0, 1, False, False, save, False, None)
 
 def stream():
-    return native.stream("lstm", wide_weights, 1, True, False, h, c, outputs)
+    return native.stream("lstm", wide_weights, 1, h, (c,), outputs)
 
 wide_weights, outputs = tuple(wide.weights[0].flat()[:4]), (h[0], h[1])
 references = sys.getrefcount(wide_weights), sys.getrefcount(h)

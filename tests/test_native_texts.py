@@ -1,13 +1,16 @@
 """The cells are written twice, in fastseq/cells and csrc/cells: both are held to one text."""
 
+import dataclasses
 import inspect
 import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastseq.backends import load
+from fastseq.backends.contract import Problem
 from fastseq.backends.layout import keeps_gates, reads_h
 from fastseq.cells import CELLS
 
@@ -73,35 +76,74 @@ def first_gates(cell):
     return [rows[0][0], *(last for _, last in rows)]
 
 
+def names(some):
+    return f'"{" ".join(some)}"'
+
+
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
 def test_constants(cell):
     constants = structs()[cell.name]
     flags = {True: "true", False: "false"}
     assert constants == {
         "NAME": f'"{cell.name}"',
+        "GATES": names(cell.gates),
+        "STATES": names(cell.states),
+        "EXTRAS": names(cell.extras),
+        "UNITS": names(cell.unit_parameters),
         "G": str(cell.G),
+        "C": str(len(cell.states) - 1),
+        "E": str(len(cell.extras)),
+        "U": str(len(cell.unit_parameters)),
         "PHASES": str(len(cell.phases)),
         "FIRST": "{" + ", ".join(map(str, first_gates(cell))) + "}",
         "APART": str(len(cell.apart_gates)),
-        "HAS_C": flags[cell.states[1:] == ("c",)],
-        "HAS_EXTRA": flags[bool(cell.extras)],
-        "HAS_UNIT": flags[bool(cell.unit_parameters)],
         "KEEPS_GATES": flags[keeps_gates(cell, False)],
         "READS_H": flags[reads_h(cell.name)],
     }
-    # the gates that take x and s apart are the last ones, and there is room for one extra value
+    # the gates that take x and s apart are the last ones; a second phase multiplies the first extra
     assert cell.apart_gates == cell.gates[cell.G - len(cell.apart_gates) :]
-    assert len(cell.extras) <= 1 and len(cell.unit_parameters) <= 1 and len(cell.states) <= 2
+    assert [p.operand for p in cell.phases] == ["h_prev", *cell.extras][: len(cell.phases)]
 
 
-def test_the_extension_knows_the_same_cells():
+def extension():
     native = load("native")
     if isinstance(native, str):
         pytest.skip(native)
-    for name, G, G_hh, has_c, has_extra, has_unit, keeps, apart in native._cpu.CELLS:
-        cell = CELLS[name]
-        assert (G, G_hh) == (cell.G, len(cell.recurrent_gates))
-        assert (has_c, has_extra) == (len(cell.states) - 1, len(cell.extras))
-        assert (has_unit, apart) == (len(cell.unit_parameters), len(cell.apart_gates))
-        assert bool(keeps) == keeps_gates(cell, False)
-    assert {row[0] for row in native._cpu.CELLS} == set(CELLS)
+    return native
+
+
+def test_the_extension_knows_the_same_cells():
+    native = extension()
+    assert {row[0]: row for row in native._cpu.CELLS} == {
+        name: native.row_of(cell) for name, cell in CELLS.items()
+    }
+
+
+def doubled_unit(cell):
+    """The same gates and states, and a text that takes one unit parameter more."""
+
+    def forward(x_h, u, v, h_prev):
+        raise AssertionError("never run")
+
+    phase = dataclasses.replace(cell.phases[0], forward=forward)
+    return dataclasses.replace(cell, phases=(phase,), unit_parameters=("u", "v"))
+
+
+OTHERS = {
+    "native has no kernel of mgu, only of lstm, gru,": dataclasses.replace(
+        CELLS["gru"], name="mgu"
+    ),
+    "extras 's_n' where this cell has ''": dataclasses.replace(CELLS["gru"], saved=("r", "z", "n")),
+    "unit parameters 'u' where this cell has 'u v'": doubled_unit(CELLS["indrnn"]),
+}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_a_cell_that_was_not_compiled_is_declined(monkeypatch, said):
+    """By what it declares: another name, or the name of one that was and another declaration."""
+    native, cell = extension(), OTHERS[said]
+    problem = Problem(cell.name, torch.float32, "cpu", 3, 2, 4, 5, 5)
+    monkeypatch.setitem(CELLS, cell.name, cell)
+    assert said in native.supports(problem)
+    monkeypatch.undo()
+    assert cell.name == "mgu" or native.supports(problem) is None

@@ -232,9 +232,9 @@ def test_a_call_that_is_declined_has_drawn_nothing():
     request = Request("lstm", 2, dropout=0.5, training=True)
     weights = tuple(m.parameters())
     before = torch.get_rng_state()
-    assert whole.run("native", load("native"), request, x, None, (), weights) is None
+    assert whole.run(("native", load("native")), request, x, None, (), weights) is None
     with torch.no_grad():
-        assert whole.run("native", load("native"), request, x, None, (), weights) is None
+        assert whole.run(("native", load("native")), request, x, None, (), weights) is None
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     y, _ = m(x)

@@ -32,7 +32,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512": AVX512,
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
     }
-FLAGS = "-std=c++17 -g1 -pthread -ffp-contract=off -fno-math-errno -Wno-psabi".split()
+FLAGS = (
+    "-std=c++17 -DFASTSEQ_TRIAL -g1 -pthread -ffp-contract=off -fno-math-errno -Wno-psabi".split()
+)
 
 
 def build(sanitizer, instruction_set):

@@ -9,13 +9,21 @@
 // `At` is where a loop keeps the values of the hidden units at hand:
 //
 //   a(g)  pre-activation of gate g: input part plus recurrent part     x(g), s(g)  each alone
-//   h_prev(), c_prev(), h(), c(), unit()    states before and after the step; unit parameter
-//   saved(g), extra()                       what forward saved
-//   save(g, v), save_extra(v), h(v), c(v)   what forward leaves
-//   dvalue(), dc()                          gradient of what the phase returned, and of c
+//   h_prev(), h()                           h before and after the step
+//   c_prev(k), c(k), unit(k)                the k-th state beside h; the k-th unit parameter
+//   saved(g), extra(k)                      what forward saved: as gate g, as the k-th extra
+//   h(v), c(k, v), save(g, v), save_extra(k, v)    what forward leaves
+//   dvalue(), dc(k)                         gradient of what the phase returned, and of c(k)
 //   da(g, v), dx(g, v), ds(g, v)            gradient of a(g), x(g), s(g)
 //   dz(g), dz(g, v)                         of a value that an earlier phase saved as gate g
-//   dh_prev(v), dc_prev(v), dunit(v)
+//   dh_prev(v), dc_prev(k, v), dunit(k, v)
+//
+// Its constants, of which lstm.h has one of each: NAME, and the names of the Python declaration, by
+// which a build is told from one of another declaration (GATES, STATES, EXTRAS, UNITS); G gates;
+// how many states there are beside h, extras and unit parameters (C, E, U); PHASES. Phase k
+// multiplies gates FIRST[k] to FIRST[k + 1] of w_hh, the first phase by h_{t-1}, the second by the
+// first extra. The last APART gates take x and s apart. KEEPS_GATES: else backward needs no gates,
+// but y. READS_H: whether a text adds h_prev, or its gradient.
 #pragma once
 
 #ifndef FASTSEQ_INLINE

@@ -46,10 +46,10 @@ FASTSEQ_INLINE Values<T, 3> indrnn_backward(T dh, T h, T u, T h_prev) {
 
 struct RnnTanh {
   static constexpr const char* NAME = "rnn_tanh";
-  static constexpr int G = 1, PHASES = 1;
+  static constexpr const char *GATES = "h", *STATES = "h", *EXTRAS = "", *UNITS = "";
+  static constexpr int G = 1, C = 0, E = 0, U = 0, PHASES = 1;
   static constexpr int FIRST[] = {0, 1};
   static constexpr int APART = 0;
-  static constexpr bool HAS_C = false, HAS_EXTRA = false, HAS_UNIT = false;
   static constexpr bool KEEPS_GATES = false, READS_H = false;
 
   template <int PHASE, class At>
@@ -81,22 +81,22 @@ struct RnnRelu : RnnTanh {
 
 struct IndRnn {
   static constexpr const char* NAME = "indrnn";
-  static constexpr int G = 1, PHASES = 1;
+  static constexpr const char *GATES = "h", *STATES = "h", *EXTRAS = "", *UNITS = "u";
+  static constexpr int G = 1, C = 0, E = 0, U = 1, PHASES = 1;
   static constexpr int FIRST[] = {0, 0};
   static constexpr int APART = 0;
-  static constexpr bool HAS_C = false, HAS_EXTRA = false, HAS_UNIT = true;
   static constexpr bool KEEPS_GATES = false, READS_H = true;
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
-    const auto v = indrnn_forward(at.x(0), at.unit(), at.h_prev());
+    const auto v = indrnn_forward(at.x(0), at.unit(0), at.h_prev());
     at.h(v[0]), at.save(0, v[0]);
   }
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void backward(At& at) {
-    const auto v = indrnn_backward(at.dvalue(), at.h(), at.unit(), at.h_prev());
-    at.dx(0, v[0]), at.dunit(v[1]), at.dh_prev(v[2]);
+    const auto v = indrnn_backward(at.dvalue(), at.h(), at.unit(0), at.h_prev());
+    at.dx(0, v[0]), at.dunit(0, v[1]), at.dh_prev(v[2]);
   }
 };
 

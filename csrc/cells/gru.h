@@ -58,10 +58,10 @@ FASTSEQ_INLINE Values<T, 3> gru_reset_before_candidate_backward(T dh, T z, T n, 
 
 struct Gru {
   static constexpr const char* NAME = "gru";
-  static constexpr int G = 3, PHASES = 1;
+  static constexpr const char *GATES = "r z n", *STATES = "h", *EXTRAS = "s_n", *UNITS = "";
+  static constexpr int G = 3, C = 0, E = 1, U = 0, PHASES = 1;
   static constexpr int FIRST[] = {0, 3};
   static constexpr int APART = 1;
-  static constexpr bool HAS_C = false, HAS_EXTRA = true, HAS_UNIT = false;
   static constexpr bool KEEPS_GATES = true, READS_H = true;
 
   template <int PHASE, class At>
@@ -70,12 +70,12 @@ struct Gru {
     const auto v = gru_forward(at.a(0), at.a(1), at.x(2), s_n, at.h_prev());
     at.h(v[0]);
     at.save(0, v[1]), at.save(1, v[2]), at.save(2, v[3]);
-    at.save_extra(s_n);
+    at.save_extra(0, s_n);
   }
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void backward(At& at) {
-    const auto v = gru_backward(at.dvalue(), at.saved(0), at.saved(1), at.saved(2), at.extra(),
+    const auto v = gru_backward(at.dvalue(), at.saved(0), at.saved(1), at.saved(2), at.extra(0),
                                 at.h_prev());
     at.da(0, v[0]), at.da(1, v[1]), at.dx(2, v[2]), at.ds(2, v[3]);
     at.dh_prev(v[4]);
@@ -84,17 +84,17 @@ struct Gru {
 
 struct GruResetBefore {
   static constexpr const char* NAME = "gru_reset_before";
-  static constexpr int G = 3, PHASES = 2;
+  static constexpr const char *GATES = "r z n", *STATES = "h", *EXTRAS = "q", *UNITS = "";
+  static constexpr int G = 3, C = 0, E = 1, U = 0, PHASES = 2;
   static constexpr int FIRST[] = {0, 2, 3};
   static constexpr int APART = 0;
-  static constexpr bool HAS_C = false, HAS_EXTRA = true, HAS_UNIT = false;
   static constexpr bool KEEPS_GATES = true, READS_H = true;
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
     if constexpr (PHASE == 0) {
       const auto v = gru_reset_before_gates_forward(at.a(0), at.a(1), at.h_prev());
-      at.save_extra(v[0]);
+      at.save_extra(0, v[0]);
       at.save(0, v[1]), at.save(1, v[2]);
     } else {
       const auto v = gru_reset_before_candidate_forward(at.a(2), at.saved(1), at.h_prev());

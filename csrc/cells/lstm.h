@@ -31,26 +31,25 @@ FASTSEQ_INLINE Values<T, 5> lstm_backward(T dh, T dc, T i, T f, T g, T o, T c, T
 
 struct Lstm {
   static constexpr const char* NAME = "lstm";
-  static constexpr int G = 4, PHASES = 1;
-  static constexpr int FIRST[] = {0, 4};  // phase k multiplies gates FIRST[k] to FIRST[k+1] of w_hh
-  static constexpr int APART = 0;         // how many gates, the last ones, take x and s apart
-  static constexpr bool HAS_C = true, HAS_EXTRA = false, HAS_UNIT = false;
-  static constexpr bool KEEPS_GATES = true;  // else backward wants nothing but y
-  static constexpr bool READS_H = false;     // whether a text adds h_prev, or its gradient
+  static constexpr const char *GATES = "i f g o", *STATES = "h c", *EXTRAS = "", *UNITS = "";
+  static constexpr int G = 4, C = 1, E = 0, U = 0, PHASES = 1;
+  static constexpr int FIRST[] = {0, 4};
+  static constexpr int APART = 0;
+  static constexpr bool KEEPS_GATES = true, READS_H = false;
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
-    const auto v = lstm_forward(at.a(0), at.a(1), at.a(2), at.a(3), at.c_prev());
-    at.h(v[0]), at.c(v[1]);
+    const auto v = lstm_forward(at.a(0), at.a(1), at.a(2), at.a(3), at.c_prev(0));
+    at.h(v[0]), at.c(0, v[1]);
     at.save(0, v[2]), at.save(1, v[3]), at.save(2, v[4]), at.save(3, v[5]);
   }
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void backward(At& at) {
-    const auto v = lstm_backward(at.dvalue(), at.dc(), at.saved(0), at.saved(1), at.saved(2),
-                                 at.saved(3), at.c(), at.c_prev());
+    const auto v = lstm_backward(at.dvalue(), at.dc(0), at.saved(0), at.saved(1), at.saved(2),
+                                 at.saved(3), at.c(0), at.c_prev(0));
     at.da(0, v[0]), at.da(1, v[1]), at.da(2, v[2]), at.da(3, v[3]);
-    at.dc_prev(v[4]);
+    at.dc_prev(0, v[4]);
   }
 };
 

@@ -1,4 +1,4 @@
-// What AddressSanitizer is told of memory that it does not hand out itself: the pieces of a block.
+// Tells AddressSanitizer which bytes of a block may be touched: it did not hand out the pieces.
 #pragma once
 #include <cstddef>
 

@@ -13,7 +13,15 @@
 
 namespace fastseq {
 
-enum Cell : int { LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU, INDRNN, CELLS };
+enum Cell : int {
+  LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU, INDRNN,
+  CELLS,
+  TRIAL = CELLS  // of trial.h, in driver.cpp alone
+};
+
+// A cell has any number, up to MOST_EACH, of unit parameters, of states beside h, and of extras (values
+// kept for backward beside the gates). Its header says how many; pointers beyond that are null.
+constexpr int MOST_EACH = 4;
 
 // The weights of one recurrence, each contiguous; null where there is none.
 template <class T>
@@ -23,7 +31,7 @@ struct Weights {
   const T* b_ih;  // (G*H)
   const T* b_hh;  // (G_hh*H)
   const T* w_hr;  // (P, H)
-  const T* unit;  // (H)
+  const T* unit[MOST_EACH];  // (H) each
 };
 
 // What forward has and leaves for one recurrence.
@@ -32,14 +40,14 @@ struct Recurrence {
   Weights<T> weights;
   bool reverse;
   const T* h_0;          // (B, P), null: zeros
-  const T* c_0;          // (B, H), null: zeros
+  const T* c_0[MOST_EACH];    // (B, H) each, null: zeros
   const uint8_t* reset;  // (N), null: nowhere
   const T* h_mask;       // (B, P), null: none
   const T* packed;       // the weights as `pack` left them, null: pack them in the call
   T* h_n;                // (B, P), output
-  T* c_n;                // (B, H), output; carries c
+  T* c_n[MOST_EACH];          // (B, H) each, output; carries c
   T* gates;              // (N, G*H), output if not null: what backward wants
-  T* extra;              // (N, H), output if not null
+  T* extra[MOST_EACH];        // (N, H) each, output if not null
   T* m;                  // (N, H), output if not null: h before its projection
 };
 
@@ -118,7 +126,7 @@ struct ForwardCall {
   Recurrence<T>* recurrence;  // R of them
   T* y;                       // (N, R*P), output
   const T* known;             // y as it was, (N, R*P): the gates alone are made again; or null
-  T* c_all;                   // (N, R*H), output if not null
+  T* c_all[MOST_EACH];             // (N, R*H) each, output if not null
   bool pack;                  // false: so few rows that the weights are read as they are
   bool bf16;                  // products of numbers rounded to bfloat16, where there is a dot product
   bool halves;                // w_ih, w_hh and w_hr are bfloat16; only where `in_pairs` says so
@@ -131,8 +139,8 @@ struct ForwardCall {
 // The gradients of one recurrence.
 template <class T>
 struct RecurrenceGradients {
-  T* dh;  // (B, P): gradient of h_n, becomes that of h_0
-  T* dc;  // (B, H)
+  T* dh;           // (B, P): gradient of h_n, becomes that of h_0
+  T* dc[MOST_EACH];     // (B, H) each
   Weights<T> out;  // gradients of the weights; const cast away. Null where not wanted.
 };
 
@@ -144,14 +152,14 @@ struct BackwardCall {
   Input<T> input;
   const Recurrence<T>* recurrence;
   RecurrenceGradients<T>* gradients;
-  const T* y;       // (N, R*P)
-  const T* c_all;   // (N, R*H)
-  const T* dy;      // (N, R*P), or null
-  const T* dc_all;  // (N, R*H), or null
-  T* dx;            // (N, I), output if not null
-  bool weights;     // whether the gradients of weights are wanted
-  bool states;      // whether those of h_0 and c_0 are; else dh and dc are left as they may be
-  bool bf16;        // as in forward
+  const T* y;             // (N, R*P)
+  const T* c_all[MOST_EACH];   // (N, R*H) each
+  const T* dy;            // (N, R*P), or null
+  const T* dc_all[MOST_EACH];  // (N, R*H) each, or null
+  T* dx;                  // (N, I), output if not null
+  bool weights;           // whether the gradients of weights are wanted
+  bool states;            // whether those of h_0 and c_0 are; else dh and dc hold anything
+  bool bf16;              // as in forward
   bool halves;
   int threads;
   char* scratch;    // scratch_each bytes for each thread, and scratch_shared behind them

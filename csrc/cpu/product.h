@@ -198,7 +198,7 @@ __attribute__((noinline)) void row_function(const T* a, const T* w, index step, 
 
 constexpr int TOGETHER_MOST = REGISTERS == 32 ? 4 : 2;  // panels of one row at once
 
-// As many whole panels of W vectors as can be done at once for one row, of `left`; how many.
+// One row by as many whole panels of W vectors, of the `left` next ones, as go at once; returns how many.
 template <class T, int W>
 FASTSEQ_INLINE int run_row(bool pairs, index left, const T* a, const T* w, index K, const T* bias,
                            T* out) {
@@ -402,8 +402,8 @@ void pack_transposed(const Panels<T>& panels, const T* w, index stride, index p0
   }
 }
 
-// first + second, a vector per unit of each gate in the order of the panels' columns; a null counts
-// as zeros, and so does what is behind the end. Of `gates` from `from` on only; zeros elsewhere.
+// first + second for gates [from, to), in the order of the panels' columns; a null counts as zeros.
+// Zeros stand for the other gates and behind the last unit.
 template <class T>
 void pack_bias(const Panels<T>& panels, const T* first, const T* second, int from, int to, T* out) {
   constexpr int L = LANES<T>;
@@ -462,7 +462,7 @@ constexpr int CHUNK = 2 * PIECE;      // k of a left-hand side that is packed, o
 constexpr int DEPTH = 8 * PIECE;      // k of a panel that is packed, of a product of rows
 
 // Copies a panel of `columns` columns, from column `at` on, of rows [k0, k0 + n), which may be bfloat16.
-// Of pairs a row that is behind the last counts as zeros.
+// In pairs, a row behind the last counts as zeros.
 template <class Operation, class RowAt, class T = typename Operation::Number>
 FASTSEQ_INLINE void pack_panel(RowAt row, index k0, index n, index at, index columns, int W,
                                T* panel) {
@@ -478,7 +478,7 @@ FASTSEQ_INLINE void pack_panel(RowAt row, index k0, index n, index at, index col
   }
 }
 
-// The rows of a matrix. Not a lambda: nm cannot read the name of what is given one out of another.
+// The rows of a matrix. It is no lambda: nm cannot read the name of a template over nested lambdas.
 template <class Number>
 struct MatrixRows {
   const Number* w;

@@ -160,7 +160,7 @@ FASTSEQ_INLINE Vec<float> pair(Vec<float> first, Vec<float> second) {
   };
   return (Vec<float>)(bits(first) | bits(second) << 16);
 }
-// Of neighbours: those of `low`, then those of `high`.
+// Pairs of neighbours, first those of `low`, then those of `high`.
 FASTSEQ_INLINE Vec<float> pair_neighbours(Vec<float> low, Vec<float> high) {
   return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }

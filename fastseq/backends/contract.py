@@ -361,7 +361,11 @@ class WholeStacks(Protocol):
 
 
 class Streams(Protocol):
-    """Of a backend that runs a stack step by step on packed weights: see nn/streaming.py."""
+    """Of a backend that runs a stack step by step on packed weights: see nn/streaming.py.
+
+    h: (2, layers, B, P), two buffers that take turns. others: of each other state (layers, B, H),
+    kept and written to. outputs: the last layer's h in both buffers, which steps return in turn.
+    """
 
     def streams(self, problem: Problem) -> bool:
         """Whether it does so for a problem of one step."""
@@ -371,7 +375,7 @@ class Streams(Protocol):
         request: Request,
         weights: Sequence[Tensor],
         h: Tensor,
-        c: Tensor | None,
+        others: Sequence[Tensor],
         outputs: tuple[Tensor, Tensor],
     ) -> Any: ...
 

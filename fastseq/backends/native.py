@@ -7,6 +7,7 @@ bfloat16 the extension is told, whose products it makes with the processor's dot
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
+from ..cells import CELLS, Cell
 from . import openmp
 from .contract import (
     Abilities,
@@ -59,12 +60,12 @@ __all__ = [
 ABILITIES = Abilities(deterministic=True)
 
 X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
+CHECKED = 3  # the order of a call's x; csrc/python/call.h says what it means
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
 
-_COMMON = "cell, x, batch_sizes, states, weights, reverse, reset, h_mask, threads, bf16"
-_LAYERS = (
-    "cell, x, batch_sizes, states, weights, layers, directions, biased, projected, order, threads,"
-    " deterministic, masks, kept"
+_COMMON = (
+    "cell, x, batch_sizes, states, weights, layers, reverse, order, reset, h_mask, masks, kept,"
+    " threads, deterministic, bf16"
 )
 #: What the extension's functions say of themselves. One that was built from other sources may take
 #: and give something else, which nothing but this would tell before it crashes.
@@ -75,14 +76,10 @@ SIGNATURES = {
     "use_instruction_set": "(name) -> name before",
     "vocabulary": "(function, x, y)",
     "plan": "(threads, batch, blocks, flops, bytes) -> (rows, units)",
-    "forward": f"({_COMMON}, save, trajectory, deterministic, known)"
-    " -> [y, *states, *trajectory, *saved] | None",
-    "backward": f"({_COMMON}, y, saved, c_all, dy, dstates, dc_all, wants_x, wants_weights,"
+    "forward": f"({_COMMON}, save, trajectory, known) -> (y, states, saved) | None",
+    "backward": f"({_COMMON}, y, saved, dy, dstates, dtrajectory, wants_x, wants_weights,"
     " wants_states) -> [dx, *dstates, *dweights] | None",
-    "layers": f"({_LAYERS}, save) -> (y, states, saved) | None",
-    "layers_backward": f"({_LAYERS}, y, saved, dy, dstates, wants_x, wants_weights, wants_states)"
-    " -> [dx, *dstates, *dweights] | None",
-    "stream": "(cell, weights, layers, biased, projected, h, c, outputs) -> stream | None",
+    "stream": "(cell, weights, layers, h, others, outputs) -> stream | None",
     "stream_step": "(stream, x, threads) -> y | None",
 }
 
@@ -122,10 +119,45 @@ def unavailable() -> str | None:
     return _reason
 
 
+def row_of(cell: Cell) -> tuple[Any, ...]:
+    """What a cell declares, as the extension's table of cells has it."""
+    rows = [cell.product_rows(phase) for phase in cell.phases]
+    return (
+        cell.name,
+        *map(" ".join, (cell.gates, cell.states, cell.extras, cell.unit_parameters)),
+        (rows[0][0], *(last for _, last in rows)),
+        len(cell.apart_gates),
+        keeps_gates(cell, False),
+    )
+
+
+@functools.cache
+def _not_compiled(cell: Cell) -> str | None:
+    """Why the extension cannot run a cell: it has those alone whose declaration it was built of."""
+    if cell.name not in NUMBER:
+        return f"native has no kernel of {cell.name}, only of {', '.join(NUMBER)}"
+    ours, compiled = row_of(cell), _cpu.CELLS[NUMBER[cell.name]]
+    what = (
+        "name",
+        "gates",
+        "states",
+        "extras",
+        "unit parameters",
+        "recurrent gates of its phases",
+        "gates whose parts stand apart",
+        "keeping of gates",
+    )
+    for name, own, other in zip(what, ours, compiled, strict=True):
+        if own != other:
+            return (
+                f"native's kernel of {cell.name} was compiled for another declaration, with "
+                f"{name} {other!r} where this cell has {own!r}"
+            )
+    return None
+
+
 def supports(problem: Problem) -> str | None:
-    if problem.cell not in NUMBER:
-        return f"native has no kernel of {problem.cell}"
-    return declined("native", problem)
+    return _not_compiled(CELLS[problem.cell]) or declined("native", problem)
 
 
 def stacks(problem: Problem) -> bool:
@@ -149,10 +181,15 @@ def _arguments(call: Call) -> list[Any]:
         call.batch_sizes,
         tuple(call.states),
         tuple(w for weights in call.weights for w in weights.flat()),
+        1,
         call.reverse,
+        CHECKED,
         call.reset,
         call.h_mask,
+        (),
+        1.0,
         torch.get_num_threads(),
+        call.deterministic,
         call.x.dtype is torch.bfloat16,
     ]
 
@@ -174,7 +211,7 @@ def _copied(arguments: Sequence[Any], dtype: torch.dtype, but: int) -> list[Any]
     return [value if k == but else plain(value) for k, value in enumerate(arguments)]
 
 
-def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> list[Any]:
+def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> Any:
     """Call the extension; where it declines the layout, with copies.
 
     The copies of conjugate-like views and of 16-bit types are made before: it cannot see these. But
@@ -202,13 +239,12 @@ def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> list[Any]:
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
     dtype = call.x.dtype
     full = save and call.memory == "full"
-    out = _run(_cpu.forward, [*_arguments(call), full, trajectory, call.deterministic, None], dtype)
-    n = len(call.definition.states)
-    m = n - 1 if trajectory else 0
-    result = Result(out[0], out[1 : 1 + n], out[1 + n : 1 + n + m], out[1 + n + m :])
-    if dtype is not wide(dtype):
-        if full and m:  # backward wants the cell states as they were carried
-            result.saved += result.trajectory
+    y, states, saved = _run(_cpu.forward, [*_arguments(call), full, trajectory, None], dtype)
+    n = len(saved) - (len(states) - 1 if trajectory else 0)
+    result = Result(y, list(states), saved[n:], saved if full else [])
+    if dtype is wide(dtype):
+        del saved[n:]  # the trajectory holds them
+    else:  # backward needs the other states as they were carried
         result.y = result.y.to(dtype)
         result.states = [s.to(dtype) for s in result.states]
         result.trajectory = [c.to(dtype) for c in result.trajectory]
@@ -222,22 +258,16 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     saved, y = list(result.saved), result.y
     keeps = others or cell.extras or keeps_gates(cell, call.weights[0].w_hr is not None)
     if call.memory == "lean" and keeps:
-        arguments = [*_arguments(call), True, False, call.deterministic, y]
-        saved = _run(_cpu.forward, arguments, dtype)
-        if not y.numel():  # it has no address, so that C++ takes it for none and makes all again
-            saved = saved[1 + len(cell.states) :]
-    c_all = None
-    if others:
-        has_own = call.memory == "lean" or not result.trajectory or dtype is not wide(dtype)
-        c_all = saved.pop() if has_own else result.trajectory[0]
+        saved = _run(_cpu.forward, [*_arguments(call), True, False, y], dtype)[2]
+    elif dtype is wide(dtype):
+        saved += result.trajectory
     arguments = [
         *_arguments(call),
         y,
         tuple(saved),
-        c_all,
         grads.y,
         tuple(grads.states),
-        grads.trajectory[0] if grads.trajectory else None,
+        tuple(grads.trajectory),
         wanted.x,
         wanted.weights,
         wanted.states,
@@ -254,30 +284,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     return Gradients(dx, dstates if wanted.states else None, dweights)
 
 
-def _of_stack(
-    request: Request,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
-) -> tuple[Any, ...]:
-    return (
-        NUMBER[request.cell],
-        x,
-        batch_sizes,
-        states,
-        weights,
-        request.layers,
-        request.directions,
-        request.biased,
-        request.projected,
-        request.order,
-        torch.get_num_threads(),
-        request.deterministic,
-        masks,
-        1.0 - request.dropout,
-    )
+_REVERSE = ((), (False,), (False, True))  # by the number of directions
 
 
 def layers(
@@ -290,7 +297,26 @@ def layers(
     save: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
     """All layers, where the extension takes the tensors as they are. All sequences are tuples."""
-    return _cpu.layers(*_of_stack(request, x, batch_sizes, states, weights, masks), save)
+    return _cpu.forward(
+        NUMBER[request.cell],
+        x,
+        batch_sizes,
+        states,
+        weights,
+        request.layers,
+        _REVERSE[request.directions],
+        request.order,
+        None,
+        None,
+        masks,
+        1.0 - request.dropout,
+        torch.get_num_threads(),
+        request.deterministic,
+        False,
+        save,
+        False,
+        None,
+    )
 
 
 def layers_backward(
@@ -306,12 +332,27 @@ def layers_backward(
     dstates: Sequence[Tensor | None],
     wanted: Wanted,
 ) -> Sequence[Tensor | None] | None:
-    return _cpu.layers_backward(
-        *_of_stack(request, x, batch_sizes, states, weights, masks),
+    return _cpu.backward(
+        NUMBER[request.cell],
+        x,
+        batch_sizes,
+        states,
+        weights,
+        request.layers,
+        _REVERSE[request.directions],
+        request.order,
+        None,
+        None,
+        masks,
+        1.0 - request.dropout,
+        torch.get_num_threads(),
+        request.deterministic,
+        False,
         y,
-        tuple(saved),
+        saved,
         dy,
-        tuple(dstates),
+        dstates,
+        (),
         wanted.x,
         wanted.weights,
         wanted.states,
@@ -322,19 +363,11 @@ def stream(
     request: Request,
     weights: Sequence[Tensor],
     h: Tensor,
-    c: Tensor | None,
+    others: Sequence[Tensor],
     outputs: tuple[Tensor, Tensor],
 ) -> Any:
-    """A handle for steps with packed weights: see :mod:`fastseq.nn.streaming`."""
     return _cpu.stream(
-        NUMBER[request.cell],
-        tuple(weights),
-        request.layers,
-        request.biased,
-        request.projected,
-        h,
-        c,
-        outputs,
+        NUMBER[request.cell], tuple(weights), request.layers, h, tuple(others), outputs
     )
 
 

@@ -219,8 +219,12 @@ class Recurrent(nn.Module):
 
     def _request(self, all_states: bool = False) -> Request:
         """What a call asks for, besides tensors."""
+        return Request(*self._asked(all_states))
+
+    def _asked(self, all_states: bool) -> tuple[Any, ...]:
+        """The values of a Request."""
         layers, training = self.num_layers, self.training
-        return Request(
+        return (
             self.cell,
             layers,
             2 if self.bidirectional else 1,

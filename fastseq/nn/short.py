@@ -17,12 +17,18 @@ from ..ops import whole
 from ..ops.modes import is_plain
 
 
+def _made(asked: tuple[Any, ...]) -> Request:
+    """A Request of all its values; 0.2 us less than by its name."""
+    return tuple.__new__(Request, asked)
+
+
 def _backend(module: Any, input: Any, lean: bool, single: bool) -> tuple[str, Any] | None:
     """Name and module of the backend, where a call may go the short way."""
     if type(input) is not torch.Tensor or input.is_nested or input.is_neg() or not is_plain():
         return None  # of a lazy negation the data are not the numbers
+    device = "cpu" if input.is_cpu else input.device.type
     try:
-        found = short_way(module.cell, input.dtype, input.device.type, module.backend, lean, single)
+        found = short_way(module.cell, input.dtype, device, module.backend, lean, single)
     except TypeError:  # no backend is called so, which the long way says
         return None
     return found if found is not None and hasattr(found[1], "layers_backward") else None
@@ -49,8 +55,8 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
         states = hx
     else:
         return None
-    request = module._request()
-    out = whole.run(*found, request, input, None, states, weights)
+    request = _made(module._asked(False))
+    out = whole.run(found, request, input, None, states, weights)
     if out is None:
         return None
     y, finals = out
@@ -71,6 +77,21 @@ def step(cell: Any, input: Any, hx: Any) -> tuple[torch.Tensor, ...] | None:
             weights += [parameters["bias_ih"], parameters["bias_hh"]]
     except KeyError:
         return None
-    request = Request(cell.cell, 1, 1, cell.bias, order=ONE_STEP, editable=False)
-    out = whole.run(*found, request, input, None, tuple(hx) if hx else (), tuple(weights))
+    asked = (
+        cell.cell,
+        1,
+        1,
+        cell.bias,
+        False,
+        ONE_STEP,
+        False,
+        0.0,
+        False,
+        False,
+        "full",
+        None,
+        False,
+    )
+    request = _made(asked)
+    out = whole.run(found, request, input, None, tuple(hx) if hx else (), tuple(weights))
     return None if out is None else out[1]

@@ -58,7 +58,7 @@ class Streaming:
                 self.module._request(),
                 [w.detach().contiguous() for w in self.module._tensors()],
                 self._h,
-                self._c,
+                () if self._c is None else (self._c,),
                 self._outputs,
             )
 

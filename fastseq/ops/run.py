@@ -138,7 +138,7 @@ def _in_one_call(stack: Stack, name: str, module: Any) -> Outputs | None:
     if not modes.is_plain():
         return None
     states, weights = tuple(stack.states), tuple(stack.weights)
-    out = whole.run(name, module, request, x, sizes, states, weights)
+    out = whole.run((name, module), request, x, sizes, states, weights)
     return None if out is None else (out[0], list(out[1]), [])
 
 

@@ -25,8 +25,7 @@ class Declined(Exception):
 
 
 def run(
-    name: str,
-    module: Any,
+    backend: tuple[str, Any],
     request: Request,
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -35,7 +34,7 @@ def run(
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """y, time first, and the final states (layers * D, B, ...); None where the long way is due.
 
-    Of a call that :func:`.modes.is_plain`. module: the backend called ``name``, a
+    Of a call that :func:`.modes.is_plain`. backend: its name and module, a
     :class:`.contract.WholeStacks` with ``layers_backward``, which says what the tensors are. states
     and weights are tuples.
     """
@@ -54,14 +53,14 @@ def run(
     if follows:
         try:
             y, *finals = StackFunction.apply(
-                name, module, request, len(states), x, batch_sizes, *states, *weights
+                backend, request, len(states), x, batch_sizes, *states, *weights
             )
             return y, tuple(finals)
         except Declined:
             out = None
     else:
         masks = _draw(request, x, batch_sizes, weights) if request.dropout else ()
-        out = module.layers(request, x, batch_sizes, states, weights, masks, False)
+        out = backend[1].layers(request, x, batch_sizes, states, weights, masks, False)
     if out is None and drawn is not None:
         torch.set_rng_state(drawn)  # as if nothing had been drawn
     return out and out[:2]
@@ -87,30 +86,29 @@ def _draw(
 
 
 class StackFunction(torch.autograd.Function):
-    """(name, module, request, number of states, x, batch_sizes, *states, *weights)
+    """((name, module), request, number of states, x, batch_sizes, *states, *weights)
     -> (y, *final states)"""
 
     @staticmethod
-    def forward(ctx, name, module, request, n, x, batch_sizes, *tensors):
+    def forward(ctx, backend, request, n, x, batch_sizes, *tensors):
         states, weights = tensors[:n], tensors[n:]
         masks = _draw(request, x, batch_sizes, weights) if request.dropout else ()
-        out = module.layers(request, x, batch_sizes, states, weights, masks, True)
+        out = backend[1].layers(request, x, batch_sizes, states, weights, masks, True)
         if out is None:
             raise Declined
         y, finals, saved = out
-        ctx.backend, ctx.module, ctx.request, ctx.n = name, module, request, n
-        ctx.n_weights, ctx.n_masks = len(weights), len(masks)
+        first = 2 + len(tensors)
+        ctx.call = backend, request, 2 + n, first, first + len(masks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, batch_sizes, *tensors, *masks, y, *saved)
         return (y.clone() if request.editable else y, *finals)
 
     @staticmethod
     def backward(ctx, *grads):
-        request, n = ctx.request, ctx.n
-        x, batch_sizes, *rest = ctx.saved_tensors
-        states, weights = tuple(rest[:n]), tuple(rest[n : n + ctx.n_weights])
-        masks = tuple(rest[n + ctx.n_weights : n + ctx.n_weights + ctx.n_masks])
-        y, *saved = rest[n + ctx.n_weights + ctx.n_masks :]
+        (name, module), request, end, first, last = ctx.call
+        kept = ctx.saved_tensors
+        x, batch_sizes, states, weights = kept[0], kept[1], kept[2:end], kept[end:first]
+        masks, y, saved = kept[first:last], kept[last], kept[last + 1 :]
         need = ctx.needs_input_grad
         if all(g is None for g in grads):
             return (None,) * len(need)
@@ -119,22 +117,23 @@ class StackFunction(torch.autograd.Function):
 
             def again(inputs):
                 x, batch_sizes, *rest = inputs
-                return _one_by_one(ctx.backend, request, x, batch_sizes, rest[:n], rest[n:], masks)
+                n = end - 2
+                return _one_by_one(name, request, x, batch_sizes, rest[:n], rest[n:], masks)
 
             inputs = (x, batch_sizes, *states, *weights)
-            return (None, None, None, None, *gradients_again(again, inputs, need[4:], grads))
+            return (None, None, None, *gradients_again(again, inputs, need[3:], grads))
         dy, *dstates = [g if g is None else g.resolve_neg().contiguous() for g in grads]
-        wanted = Wanted(need[4], any(need[6 : 6 + n]), any(need[6 + n :]))
-        found = ctx.module.layers_backward(
-            request, x, batch_sizes, states, weights, masks, y, saved, dy, dstates, wanted
+        wanted = Wanted(need[3], any(need[5 : 3 + end]), any(need[3 + end :]))
+        found = module.layers_backward(
+            request, x, batch_sizes, states, weights, masks, y, saved, dy, tuple(dstates), wanted
         )
         if found is None:
             raise RuntimeError("fastseq: the saved tensors came back with another shape or type")
-        dx, finals, dweights = found[0], found[1 : 1 + len(dstates)], found[1 + len(dstates) :]
+        dx, given = found[0], len(states)
+        dfinals, dweights = found[1 : 1 + given], found[1 + len(dstates) :]
         if dx is not None and request.order == BATCH_FIRST and dx.dim() == 3:
             dx = dx.transpose(0, 1)
-        dweights = dweights or (None,) * len(weights)
-        return (None, None, None, None, dx, None, *finals[:n], *dweights)
+        return (None, None, None, dx, None, *dfinals, *(dweights or (None,) * len(weights)))
 
 
 def _is_ordinary(gradient: Tensor | None) -> bool:
