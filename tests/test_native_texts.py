@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fastseq.backends import load
-from fastseq.backends.layout import keeps_gates, reads_h
 from fastseq.cells import CELLS
 
 HEADERS = sorted((Path(__file__).parents[1] / "csrc" / "cells").glob("*.h"))
@@ -86,8 +85,8 @@ def test_constants(cell):
         "HAS_C": flags[cell.states[1:] == ("c",)],
         "HAS_EXTRA": flags[bool(cell.extras)],
         "HAS_UNIT": flags[bool(cell.unit_parameters)],
-        "KEEPS_GATES": flags[keeps_gates(cell, False)],
-        "READS_H": flags[reads_h(cell.name)],
+        "KEEPS_GATES": flags[cell.keeps_gates(False)],
+        "READS_H": flags[cell.reads_h],
     }
     # the gates that take x and s apart are the last ones, and there is room for one extra value
     assert cell.apart_gates == cell.gates[cell.G - len(cell.apart_gates) :]
@@ -103,5 +102,5 @@ def test_the_extension_knows_the_same_cells():
         assert (G, G_hh) == (cell.G, len(cell.recurrent_gates))
         assert (has_c, has_extra) == (len(cell.states) - 1, len(cell.extras))
         assert (has_unit, apart) == (len(cell.unit_parameters), len(cell.apart_gates))
-        assert bool(keeps) == keeps_gates(cell, False)
+        assert bool(keeps) == cell.keeps_gates(False)
     assert {row[0] for row in native._cpu.CELLS} == set(CELLS)

@@ -27,7 +27,7 @@ from .contract import (
     Weights,
     unflatten,
 )
-from .layout import declined, keeps_gates, wide
+from .layout import declined, wide
 
 FOLDER = Path(__file__).parents[1]
 try:
@@ -191,7 +191,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     cell = call.definition
     others = len(cell.states) - 1
     saved, y = list(result.saved), result.y
-    keeps = others or cell.extras or keeps_gates(cell, call.weights[0].w_hr is not None)
+    keeps = others or cell.keeps_gates(call.weights[0].w_hr is not None)
     if call.memory == "lean" and keeps:
         arguments = [*_arguments(call), True, False, call.deterministic, y]
         saved = _run(_cpu.forward, arguments, dtype)
