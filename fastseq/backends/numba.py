@@ -132,7 +132,7 @@ class _Task:
         w, H, cell = self.weights[r], self.H, self.cell
         if w.b_hh is None:
             return self.x.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih
-        if cell.recurrent_gates == cell.gates and not cell.apart_gates:
+        if not cell.parts_differ and cell.recurrent_gates:
             return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
         bias = self.x.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
         for place, gate in enumerate(cell.recurrent_gates):
@@ -415,7 +415,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         for s, g in zip(task.states, grads.states, strict=True)
     ]
     dgates = [task.new(N, cell.G * H) for _ in range(R)]
-    dproduct = [task.new(N, cell.G_hh * H) if cell.apart_gates else dgates[r] for r in range(R)]
+    dproduct = [task.new(N, cell.G_hh * H) if cell.parts_differ else dgates[r] for r in range(R)]
     dh_all = [None if w.w_hr is None else task.new(N, P) for w in task.weights]
     single = [_single_step_weight(task, r) for r in range(R)]
     packed = [

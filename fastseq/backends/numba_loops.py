@@ -403,7 +403,7 @@ for b in range(first_row, first_row + rows):
             lines = []
             if kind != "ds":
                 lines.append(_store("dgates_row", _gate(cell.gates.index(gate)), value))
-            if kind != "dx" and cell.apart_gates:
+            if kind != "dx" and gate in cell.recurrent_gates and cell.parts_differ:
                 place = cell.recurrent_gates.index(gate)
                 lines.append(_store("dproduct_row", _gate(place), value))
             return lines
@@ -428,7 +428,7 @@ for b in range(first_row, first_row + rows):
         first, last = cell.product_rows(phase)
         if not last:
             return []
-        given = "dproduct" if cell.apart_gates else "dgates"
+        given = "dproduct" if cell.parts_differ else "dgates"
         inner = f"{last - first} * H"
         source = (
             f"gemm({given} + ((base + first_row) * {cell.G_hh} + {first}) * H * ITEMSIZE, "

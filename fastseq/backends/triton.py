@@ -325,7 +325,7 @@ class _Task:
         cell, H = self.cell, self.H
         if w.b_hh is None:
             return w.b_ih
-        if cell.recurrent_gates == cell.gates and not cell.apart_gates:
+        if not cell.parts_differ and cell.recurrent_gates:
             return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
         bias = w.b_hh.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
         for place, gate in enumerate(cell.recurrent_gates):
@@ -524,7 +524,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         return torch.empty(shape, dtype=dtype, device=task.device)
 
     dgates = new(N, R, G * H, dtype=task.dtype)
-    dproduct = new(N, R, G_hh * H, dtype=task.dtype) if cell.apart_gates else dgates
+    dproduct = new(N, R, G_hh * H, dtype=task.dtype) if cell.parts_differ else dgates
     waits = any(name in cell.extras for name in cell.handed_on)
     dextra = new(N, R, len(cell.extras) * H, dtype=task.wide) if waits else None
     dh_all = new(N, R, task.P, dtype=task.dtype) if task.projected else None

@@ -460,7 +460,7 @@ def _gradients(names: _Names, k: int) -> list[str]:
     for run in names.runs(inputs, cell.gates):
         first = cell.gates.index(run[0])
         lines.append(store_gates("dgates", cell.G, first, [inputs[g] for g in run]))
-    if cell.apart_gates:
+    if cell.parts_differ:
         for run in names.runs(recurrent, cell.recurrent_gates):
             values = [recurrent[g] for g in run]
             lines.append(store_gates("dproduct", cell.G_hh, names.weight(run[0]), values))

@@ -55,15 +55,16 @@ def backward_text(k: int) -> str:
 #: What kernels call their own values and helpers, and how those names begin or end that are made
 #: from a cell's. A cell that has one of them is declined.
 OWN_NAMES = frozenset(
-    """afresh ahead alive apart2 apart4 arrive at at_earlier at_later batch columns comes counter done
-    dot dot_apart down earlier first first_row fresh goal h_mask hidden hidden_down inner is_hidden
-    is_unit kept known later length lengths_of live load load_or_zero masked operand passes patience
-    poison recurrence reset reverse rows rows_later s shared sliced_dot slices state step steps
-    sum_of_slices tile tiles time tl together2 together4 units units_down wait within w_hr""".split()
+    """afresh ahead apart2 apart4 arrive at at_earlier at_later batch capacity columns comes counter
+    done dot dot_apart down dy earlier first first_row float fresh goal h_mask hidden hidden_down
+    inner is_hidden is_unit kept known later length lengths_of live load load_or_zero masked operand
+    passes patience poison range recurrence reset reverse rows rows_later shared sliced_dot slices
+    state step steps sum_of_slices tile tiles time tl together2 together4 units units_down wait
+    within""".split()
 )
-_MADE = (
-    r"(w_hh|b_hh|total|dproduct)_\w+|(side|of|gate|unit|operand|forward|backward)_\d+|"
-    r"\w+_(ahead|next|last|first|ptr|of_\d+)|[A-Z_\d]+"
+MADE_NAMES = (
+    r"(w_hh|b_hh|total|dproduct)_\w+|w_hr\w*|(side|of|gate|unit|operand|forward|backward)_\d+|"
+    r"\w+_(ahead|next|last|first|all|ptr|of_\d+)|[A-Z_\d]+"
 )
 
 
@@ -78,7 +79,7 @@ def taken_names(cell: Cell) -> list[str]:
         for j in range(i + 2, cell.G + 1)
     }
     states = {f"{name}_ptr" for name in POINTERS} & {f"{n}_ptr" for n in state_pointers(cell)}
-    found = {n for n in values if n in OWN_NAMES | tiles or re.fullmatch(_MADE, n)}
+    found = {n for n in values if n in OWN_NAMES | tiles or re.fullmatch(MADE_NAMES, n)}
     return sorted(found | states)
 
 

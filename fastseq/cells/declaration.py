@@ -118,6 +118,13 @@ class Cell:
         return tuple(g for g in self.gates if f"s_{g}" in taken)
 
     @cached_property
+    def parts_differ(self) -> bool:
+        """Whether the gates' recurrent parts have gradients of their own: some enter apart, or
+        some gates have none."""
+        own = self.recurrent_gates
+        return bool(self.apart_gates) or bool(own and own != self.gates)
+
+    @cached_property
     def handed_on(self) -> tuple[str, ...]:
         """What one phase returns and a later one takes or multiplies, but for states."""
         found: dict[str, None] = {}
