@@ -240,9 +240,9 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 import numba
 sys.dont_write_bytecode = True
-spec = spec_from_file_location("declaration", sys.argv[2])  # alone, without torch
-declaration = sys.modules["declaration"] = module_from_spec(spec)
-spec.loader.exec_module(declaration)
+spec = spec_from_file_location("words", sys.argv[2])  # alone, without torch
+words = sys.modules["words"] = module_from_spec(spec)
+spec.loader.exec_module(words)
 import equations
 number = float(sys.argv[1])
 scale = numba.njit(lambda x: number * x)

@@ -392,7 +392,7 @@ def _run(
         results = types.FunctionType(text.__code__, _VOCABULARY)(
             *(given[n] for n in arguments(text))
         )
-    except TypeError as error:
+    except (TypeError, AttributeError, NameError) as error:
         raise ValueError(
             f"{cell.name}: {what} {error}; a text is made of assignments, + - * and words of one "
             "argument"
