@@ -277,7 +277,10 @@ PLACES = [
     ({"other": {"forward": _no_product}}, "has the operand k, and takes no a_g or s_g"),
     ({"states": ("h", "c", "v")}, r"states \['v'\] are returned by no phase"),
     (
-        {"one": {"returns": ("c", "p", "h")}, "other": {"returns": ("k", "q", "r"), "operand": "p"}},
+        {
+            "one": {"returns": ("c", "p", "h")},
+            "other": {"returns": ("k", "q", "r"), "operand": "p"},
+        },
         "h is returned by phase 0; the last phase returns it",
     ),
     # saved[k] is written over gate k's input product
@@ -288,7 +291,10 @@ PLACES = [
     ({"saved": ("p", "q", "r", "k", "s_r", "u")}, "are there in backward anyway"),
     ({"saved": ("p", "q", "r", "s_r")}, r"\['k'\] go from one phase to a later one"),
     ({"one": {"forward": _idle_unit}}, r"unit parameters \['u'\] are taken by no phase"),
-    ({"other": {"forward": _takes_replaced}}, r"takes \['c_prev'\], which an earlier phase has repl"),
+    (
+        {"other": {"forward": _takes_replaced}},
+        r"takes \['c_prev'\], which an earlier phase has repl",
+    ),
     ({"one": {"forward": _takes_own}}, r"_takes_own takes \['k'\], which are no gate's part"),
     ({"unit_parameters": ()}, r"first takes \['u'\], which are no gate's part"),
     ({"other": {"normal": (("c",),)}}, r"normalises \['c'\] and does not take \['nc'\]"),

@@ -261,7 +261,7 @@ ALL_AT_ONCE = {"lengths": (2, 0, 3), "directions": 2, "reset": True, "h_mask": T
     indirect=["form"],
     ids=str,
 )
-def test_on_triton(cell, form, dtype, options):  # noqa: F811
+def test_on_triton(cell, form, dtype, options):
     case = draw(cell, T=3, I=3, H=18, dtype=dtype, **ALL_AT_ONCE)
     against_the_independent(case, "triton", cell, **options)
 

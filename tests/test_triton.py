@@ -130,7 +130,6 @@ def _leak(x_p, rows, h_prev):
 
 
 def _leak_backward(dh, rows, h_prev):
-    dx_p = dh
     drows = dh * h_prev
     return dh, drows, dh * rows
 

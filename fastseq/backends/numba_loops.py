@@ -189,14 +189,11 @@ class _Names:
         return lines
 
 
-def _values(text: Any) -> str:
-    """The arguments of a text as the kernel names them: v_ sets them apart from addresses."""
-    return ", ".join(f"v_{name}" for name in arguments(text))
-
-
-def _call(k: int, text: Any, returns: tuple[str, ...]) -> str:
+def _call(k: int, takes: Sequence[str], returns: Sequence[str]) -> str:
+    """The call of a text. v_ and new_ set a cell's names apart from addresses."""
     results = ", ".join(f"new_{name}" for name in returns)
-    return f"{results}{',' if len(returns) == 1 else ''} = text_{k}({_values(text)})"
+    given = ", ".join(f"v_{name}" for name in takes)
+    return f"{results}{',' if len(returns) == 1 else ''} = text_{k}({given})"
 
 
 def _zero_states(cell: Cell, buffers: Sequence[str]) -> str:
@@ -269,7 +266,7 @@ def _forward_phase(cell: Cell, k: int, phase: Phase) -> str:
     names = _Names(cell)
     takes = arguments(phase.forward)
     lines = [f"v_{name} = {_forward_argument(names, name)}" for name in takes]
-    lines.append(_call(k, phase.forward, phase.returns))
+    lines.append(_call(k, takes, phase.returns))
     for name in dict.fromkeys((*phase.returns, *takes)):
         value = f"new_{name}" if name in phase.returns else f"v_{name}"
         if name in cell.saved and (name in phase.returns or name in cell.extras):
@@ -409,8 +406,8 @@ for b in range(first_row, first_row + rows):
             return lines
         of = name[1:]
         if of in cell.unit_parameters:
-            place = _gate(cell.unit_parameters.index(of))
-            return [_store("dunit", place, f"{_load('dunit', place)} + {value}")]
+            at = _gate(cell.unit_parameters.index(of))
+            return [_store("dunit", at, f"{_load('dunit', at)} + {value}")]
         state = of.removesuffix("_prev")
         if state == "h":
             row = "dh_row"
@@ -484,9 +481,9 @@ else:
         return lines
 
     def phase(self, k: int, phase: Phase) -> list[str]:
-        takes = arguments(phase.backward)  # type: ignore[arg-type]
+        takes = phase.takes_back
         lines = [f"v_{n} = {_backward_argument(self.names, n, phase.returns)}" for n in takes]
-        lines.append(_call(k, phase.backward, phase.gradients))
+        lines.append(_call(k, takes, phase.gradients))
         for name in phase.gradients:
             lines += self.gradient(name)
         code = ["for b in range(first_row, first_row + rows):"]
@@ -564,6 +561,7 @@ def compile_loop(cell: Cell, source: str, backward: bool, dtype: Any) -> Kernel:
     names["ZERO"] = np.dtype(dtype).type(0)
     for k, phase in enumerate(cell.phases):
         text = phase.backward if backward else phase.forward
+        assert text is not None  # supports() has declined
         used = {n: vocabulary[n] for n in text.__code__.co_names if n in vocabulary}
         names[f"text_{k}"] = numba.njit(**JIT, forceinline=True)(bind(text, label, **used))
     scope: dict[str, Any] = {}

@@ -81,7 +81,6 @@ class _Names:
 
     def place(self, name: str) -> tuple[str, str]:
         """Buffer and place of a value that forward saves, or of h and the other states."""
-        cell = self.cell
         if name == "h":
             return ("m", "at * H + units") if self.projected else ("y", "at * P + units")
         for pointer in ("gates", "extra"):
@@ -422,7 +421,7 @@ def _received(names: _Names, phase: Phase) -> tuple[list[str], list[Load]]:
     first step, and loads."""
     cell = names.cell
     start, previous, saved = [], [], []
-    for name in arguments(phase.backward):
+    for name in phase.takes_back:
         if name.endswith("_prev"):
             line, one = load_previous(name.removesuffix("_prev"))
             start.append(line)
@@ -449,8 +448,7 @@ def _gradients(names: _Names, k: int) -> list[str]:
     cell, phase = names.cell, names.cell.phases[k]
     shares = _shares(cell, k)
     results = [_from_phase(n, k) if n in shares else n for n in phase.gradients]
-    assert phase.backward is not None
-    lines = [f"{comma(results)} = {backward_text(k)}({', '.join(arguments(phase.backward))})"]
+    lines = [f"{comma(results)} = {backward_text(k)}({', '.join(phase.takes_back)})"]
     of_gate = {"da": {}, "dx": {}, "ds": {}}  # type: dict[str, dict[str, str]]
     for name in phase.gradients:
         kind, _, gate = name.partition("_")
@@ -690,7 +688,7 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
         if s == "h" and projected:
             continue
         name, rest = f"d{s}_prev", f"tl.where(live, 0.0, d{s}_next)"
-        share = _from_phase(name, k) if name in phase.gradients else None
+        share = _from_phase(name, k) if name in phase.gradients else ""
         if s in phase.returns:
             body.append(f"d{s}_next = {f'tl.where(kept, {share}, {rest})' if share else rest}")
         elif share:

@@ -6,9 +6,9 @@ components of h (in a walk all, (1, BLOCK_P), else a tile as of units), ``rows``
 belongs to, ``is_unit``, ``is_hidden``.
 
 Buffers, a row for each of the input: gates, dgates (N, R, G, H); dproduct, s (N, R, G_hh, H);
-extra, dextra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). operand (2, R, B,
-P): h, masked, as the products of even and odd steps take it, h_0 at first. Weights: w_hh (R, G_hh,
-H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
+extra, dextra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). operand
+(2, R, B, P): h, masked, as the products of even and odd steps take it, h_0 at first. Weights: w_hh
+(R, G_hh, H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
 
 Gates that are neighbours in a buffer are one tile (BLOCK_B, n * BLOCK_H), n two or four: one load
 or store, one product, and one change of layout where there would be n. ``side_n`` and ``of_n``

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check(cell: Cell) -> None:
-    """Raise ValueError, with the cell, the fault and the remedy, where a declaration is not sound."""
+    """Raise ValueError where a declaration is not sound, with the cell, the fault and the remedy."""
     _names(cell)
     for phase in cell.phases:
         for text in (phase.forward, phase.backward):
@@ -127,7 +127,9 @@ def _form(cell: Cell, text: Text) -> None:
     """A text is a plain function of positional arguments, and calls words alone."""
     _need(cell, isinstance(text, types.FunctionType), f"{text!r}", "is no Python function")
     what, code = f"{text.__name__}:", text.__code__
-    _need(cell, what != "<lambda>:", what, "has no name by which kernels call it; write it as a def")
+    _need(
+        cell, what != "<lambda>:", what, "has no name by which kernels call it; write it as a def"
+    )
     other = (
         text.__defaults__ or text.__kwdefaults__ or code.co_posonlyargcount
         or code.co_kwonlyargcount or code.co_flags & 0x2AC
@@ -233,8 +235,8 @@ def _places(cell: Cell) -> None:
             f"comes from phase {made[name]} and is written over the input product of gate {gate}, "
             f"which phase {of_gate[gate]} is still to read; order saved by the phases of the gates",
         )
-    taken = {n for phase in cell.phases for n in arguments(phase.forward)}
-    lost = [n for n in cell.extras if n not in made and n not in taken]
+    read = {n for phase in cell.phases for n in arguments(phase.forward)}
+    lost = [n for n in cell.extras if n not in made and n not in read]
     _need(cell, not lost, f"saved {lost}", "are neither taken nor returned by a phase")
     kept = {f"{s}_prev" for s in cell.states} | set(cell.unit_parameters)
     spare = [n for n in cell.extras if n in kept]
@@ -244,9 +246,9 @@ def _places(cell: Cell) -> None:
         cell,
         not unsaved,
         f"{unsaved}",
-        "go from one phase to a later one, which reads them where they are saved; add them to saved",
+        "go from one phase to a later one, by way of what is saved; add them to saved",
     )
-    idle = [u for u in cell.unit_parameters if u not in taken]
+    idle = [u for u in cell.unit_parameters if u not in read]
     _need(cell, not idle, f"unit parameters {idle}", "are taken by no phase; list them not")
 
 
@@ -380,7 +382,7 @@ def _word(name: str) -> Callable[[Any], _Number]:
     return call
 
 
-_VOCABULARY = {"__builtins__": {}} | {name: _word(name) for name in WORDS}
+_VOCABULARY: dict[str, Any] = {"__builtins__": {}} | {name: _word(name) for name in WORDS}
 
 
 def _run(

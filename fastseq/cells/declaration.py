@@ -55,6 +55,11 @@ class Phase:
         grouped = {f"n{name}": name for group in self.normal for name in group}
         return tuple(grouped.get(name, name) for name in arguments(self.forward))
 
+    @cached_property
+    def takes_back(self) -> tuple[str, ...]:
+        """What the backward text takes."""
+        return () if self.backward is None else arguments(self.backward)
+
 
 @dataclass(frozen=True)
 class Cell:
