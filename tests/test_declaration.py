@@ -336,7 +336,13 @@ GRADIENTS = [
 ]
 
 
-@pytest.mark.parametrize("changes, fault", [*NAMES, *FORMS, *PLACES, *GRADIENTS], ids=str)
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        pytest.param(changes, fault, id=f"{k}-{fault}")
+        for k, (changes, fault) in enumerate((*NAMES, *FORMS, *PLACES, *GRADIENTS))
+    ],
+)
 def test_refused(changes, fault):
     with pytest.raises(ValueError, match=fault) as caught:
         changed(**changes)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check(cell: Cell) -> None:
-    """Raise ValueError where a declaration is not sound, with the cell, the fault and the remedy."""
+    """Raise ValueError where a declaration is not sound: the cell, the fault, the remedy."""
     _names(cell)
     for phase in cell.phases:
         for text in (phase.forward, phase.backward):
