@@ -16,7 +16,7 @@ import torch
 
 import fastseq
 from fastseq.backends.contract import Problem
-from fastseq.cells import CELLS, Cell, Phase
+from fastseq.cells import CELLS, Cell, Phase, register, unregister
 
 ROOT = Path(__file__).parents[1]
 PLAIN = Problem("lstm", torch.float32, "cpu", 3, 2, 4, 5, 5)
@@ -137,8 +137,16 @@ def _leak_backward(dh, rows, h_prev):
 def test_a_cell_with_a_kernels_name_is_declined():
     module = pytest.importorskip("fastseq.backends.triton")
     phase = Phase(_leak, ("h", "x_p"), _leak_backward, ("dx_p", "drows", "dh_prev"))
-    cell = Cell("leak", ("p",), ("h",), ("x_p",), (phase,), "nowhere", ("rows",))
-    assert "call something of their own rows, as leak does" in module._unspeakable(cell)
+    register(Cell("leak", ("p",), ("h",), ("x_p",), (phase,), "nowhere", ("rows",)))
+    try:
+        reason = module.supports(PLAIN._replace(device="cuda", cell="leak"))
+    finally:
+        unregister("leak")
+    assert "call something of their own rows, as leak does; rename it" in reason
+
+
+def test_a_text_that_cannot_be_read_is_declined():
+    module = pytest.importorskip("fastseq.backends.triton")
     read = {}
     exec("def text(dh, h):\n    da_h = dh * dtanh(h)\n    return (da_h,)", read)
     elman = CELLS["rnn_tanh"]
