@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cells import Cell, arguments, bind
-from .cells.declaration import Text
+from .cells.text import Text
 
 Array = NDArray[np.float64]
 
@@ -74,7 +74,9 @@ VOCABULARY = {
 
 @cache
 def texts(cell: Cell) -> list[tuple[Text, Text]]:
-    def bound(text: Text) -> Text:
+    def bound(text: Text | None) -> Text:
+        if text is None:
+            raise NotImplementedError(cell.beyond())
         return bind(text, "reference", **VOCABULARY)
 
     return [(bound(phase.forward), bound(phase.backward)) for phase in cell.phases]
@@ -182,14 +184,14 @@ def backward(
     dtrajectory: the gradients of a state's value at every step, (N, H), by state name.
     """
     H = weights.w_ih.shape[0] // cell.G
-    G_hh = len(cell.recurrent_gates)
     with np.errstate(all="ignore"):
         carried = [np.array(d) for d in dstates]
         dgates = np.zeros((len(x), cell.G * H))  # of the input part
-        dproduct = np.zeros((len(x), G_hh * H))  # of the recurrent part
+        dproduct = np.zeros((len(x), cell.G_hh * H))  # of the recurrent part
         dunits = [np.zeros_like(u) for u in weights.units]
         dw_hr = None if weights.w_hr is None else np.zeros_like(weights.w_hr)
 
+        handed_on = {*cell.states, *cell.handed_on}  # may have gradients from several phases
         for rows in reversed(list(steps(batch_sizes, reverse))):
             B_t = rows.stop - rows.start
             now = {name: value[rows] for name, value in tape.values.items()}
@@ -207,10 +209,12 @@ def backward(
                 f"d{s}_prev": np.zeros_like(carried[k][:B_t]) for k, s in enumerate(cell.states)
             }
             for phase, (_, text) in zip(reversed(cell.phases), reversed(texts(cell)), strict=True):
-                results = text(*((now | d)[name] for name in arguments(phase.backward)))
+                results = text(*((now | d)[name] for name in arguments(text)))
                 for name, value in zip(phase.gradients, results, strict=True):
                     if name in dprevious:
                         dprevious[name] = dprevious[name] + value
+                    elif name[1:] in handed_on:
+                        d[name] = d.get(name, 0) + value
                     else:
                         d[name] = value
                 for k, gate in enumerate(cell.gates):
@@ -233,7 +237,7 @@ def backward(
                             doperand = doperand * h_mask[:B_t]
                         dprevious["dh_prev"] = dprevious["dh_prev"] + doperand
                     else:
-                        d[f"d{phase.operand}"] = doperand
+                        d[f"d{phase.operand}"] = d.get(f"d{phase.operand}", 0) + doperand
 
             for k, state in enumerate(cell.states):
                 value = dprevious[f"d{state}_prev"]

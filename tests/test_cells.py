@@ -15,11 +15,11 @@ from rules import check_alike
 
 from fastseq import reference
 from fastseq.backends import eager
-from fastseq.cells import CELLS, Cell, Phase, arguments, bind, declaration
+from fastseq.cells import CELLS, WORDS, Phase, arguments, bind
+from fastseq.cells import text as words
 from fastseq.cells.gru import gru_forward
 from fastseq.cells.lstm import lstm_forward
 
-WORDS = {"sigmoid", "tanh", "relu", "dsigmoid", "dtanh", "drelu"}
 PHASES = [
     pytest.param(cell, phase, id=phase.forward.__name__)
     for cell in CELLS.values()
@@ -155,70 +155,6 @@ def test_gates_own_their_rows(cell):
     assert cell.saved == (*cell.saved[: cell.G], *cell.extras)
 
 
-def _forward(a_p, c_prev):
-    h = a_p + c_prev
-    return h, h
-
-
-def _backward(dh, dc):
-    return dh, dc
-
-
-def _cell(**changes):
-    phase = {
-        "forward": _forward,
-        "returns": ("h", "c"),
-        "backward": _backward,
-        "gradients": ("da_p", "dc_prev"),
-    }
-    phase |= {k: changes.pop(k) for k in list(changes) if k in (*phase, "operand")}
-    declared = {
-        "name": "made_up",
-        "gates": ("p",),
-        "states": ("h", "c"),
-        "saved": ("h",),
-        "source": "nowhere",
-        "phases": (Phase(**phase),),
-    }
-    return Cell(**(declared | changes))
-
-
-def test_a_sound_declaration_passes():
-    cell = _cell()
-    assert cell.G == 1 and cell.recurrent_gates == ("p",) and cell.apart_gates == ()
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"gates": ("q",)}, "a_p"),
-        ({"states": ("h",)}, "c_prev"),
-        ({"operand": "q"}, "takes q"),
-        ({"returns": ("h", "m")}, r"missing \['c'\]"),
-        ({"saved": ("h", "k")}, r"missing \['k'\]"),
-        ({"saved": ()}, "at least 1"),
-        ({"forward": lambda a_p, u: (a_p, u)}, r"\['u'\]"),
-    ],
-)
-def test_declaration_refuses(changes, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        _cell(**changes)
-    assert str(caught.value).startswith("made_up:")
-
-
-def test_gates_of_one_phase_must_be_neighbours():
-    cell = _cell(
-        gates=("p", "q", "r"),
-        saved=("h", "c", "k"),
-        phases=(
-            Phase(lambda a_p, a_r: (a_p, a_r), ("k", "m"), _backward, ()),
-            Phase(lambda a_q, c_prev: (a_q, c_prev), ("h", "c"), _backward, ()),
-        ),
-    )
-    with pytest.raises(ValueError, match="neighbours"):
-        cell.product_rows(cell.phases[0])
-
-
 def test_bind_runs_the_text():
     text = bind(lstm_forward, "floats", sigmoid=lambda a: a, tanh=lambda a: a)
     assert text(1.0, 2.0, 3.0, 4.0, 5.0) == (52.0, 13.0, 1.0, 2.0, 3.0, 4.0)
@@ -305,13 +241,13 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 import numba
 sys.dont_write_bytecode = True
-spec = spec_from_file_location("declaration", sys.argv[2])  # alone, without torch
-declaration = sys.modules["declaration"] = module_from_spec(spec)
-spec.loader.exec_module(declaration)
+spec = spec_from_file_location("words", sys.argv[2])  # alone, without torch
+words = sys.modules["words"] = module_from_spec(spec)
+spec.loader.exec_module(words)
 import equations
 number = float(sys.argv[1])
 scale = numba.njit(lambda x: number * x)
-text = numba.njit(cache=True)(declaration.bind(equations.text, "numba", scale=scale))
+text = numba.njit(cache=True)(words.bind(equations.text, "numba", scale=scale))
 print(text(1.0), sum(text.stats.cache_hits.values()))
 """
 EQUATIONS = """
@@ -330,7 +266,7 @@ def test_numba_cache_is_never_another_vocabularys(tmp_path):
 
     def run(number, sign):
         (tmp_path / "equations.py").write_text(EQUATIONS.format(sign))
-        command = [sys.executable, str(script), number, declaration.__file__]
+        command = [sys.executable, str(script), number, words.__file__]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         value, hits = done.stdout.split()

@@ -1,8 +1,11 @@
 """The triton backend where there is no GPU: under Triton's interpreter, in a process of its own,
 and what an ordinary process sees of it. test_triton_compile.py compiles its kernels."""
 
+import ast
 import itertools
+import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from children import child
 
 import fastseq
 from fastseq.backends.contract import Problem
-from fastseq.cells import CELLS
+from fastseq.cells import CELLS, Cell, Phase, register, unregister
 
 ROOT = Path(__file__).parents[1]
 PLAIN = Problem("lstm", torch.float32, "cpu", 3, 2, 4, 5, 5)
@@ -77,6 +80,63 @@ def test_declines(changed, words):
     on_gpu = PLAIN._replace(device="cuda")
     assert module.supports(on_gpu) is None
     assert words in module.supports(on_gpu._replace(**changed))
+
+
+def test_no_name_of_a_kernel_is_missed():
+    """A cell's names and a kernel's stand side by side: all of the kernel's own are told, so that
+    a cell that has one of them is declined."""
+    source = pytest.importorskip("fastseq.backends.triton_source")
+    from fastseq.backends.triton_text import MADE_NAMES, OWN_NAMES, Pieces, taken_names
+
+    widths = [f"{n}{w}" for n in ("", "2 * ", "3 * ", "4 * ") for w in "HP"]
+    pieces = Pieces(tuple((width, 2) for width in widths), 1)
+    for cell in CELLS.values():
+        assert not taken_names(cell)
+        values = {n for p in cell.phases for n in (*p.takes, *p.returns)} | set(cell.states)
+        values |= {f"{state}_prev" for state in cell.states}
+        values |= {f"d{name}" for name in values}
+        for kind, projected in itertools.product(source.TEXTS, (False, True)):
+            if projected and not cell.can_project:
+                continue
+            parts = range(len(cell.phases) + projected)
+            grid = "grid" in kind
+            for k in (None, pieces) if grid else parts if "step" in kind else (False, True):
+                tree = ast.walk(ast.parse(source.TEXTS[kind](cell, projected, k)))
+                names = {n.id for n in tree if isinstance(n, ast.Name)} - values
+                tiles = {n for n in names if re.fullmatch(r"[axs](_[a-z])+", n)}
+                own = {n for n in names - tiles if not re.fullmatch(MADE_NAMES, n)}
+                assert own <= OWN_NAMES, sorted(own - OWN_NAMES)
+
+
+def _leak(x_p, rows, h_prev):
+    h = x_p + rows * h_prev
+    return h, x_p
+
+
+def _leak_backward(dh, rows, h_prev):
+    drows = dh * h_prev
+    return dh, drows, dh * rows
+
+
+def test_a_cell_with_a_kernels_name_is_declined():
+    module = pytest.importorskip("fastseq.backends.triton")
+    phase = Phase(_leak, ("h", "x_p"), _leak_backward, ("dx_p", "drows", "dh_prev"))
+    register(Cell("leak", ("p",), ("h",), ("x_p",), (phase,), "nowhere", ("rows",)))
+    try:
+        reason = module.supports(PLAIN._replace(device="cuda", cell="leak"))
+    finally:
+        unregister("leak")
+    assert "call something of their own rows, as leak does; rename it" in reason
+
+
+def test_a_text_that_cannot_be_read_is_declined():
+    module = pytest.importorskip("fastseq.backends.triton")
+    read = {}
+    exec("def text(dh, h):\n    da_h = dh * dtanh(h)\n    return (da_h,)", read)
+    elman = CELLS["rnn_tanh"]
+    phase = replace(elman.phases[0], backward=read["text"])
+    reason = module._unspeakable(replace(elman, name="elman", phases=(phase,)))
+    assert "that of text cannot be read; write it in a file" in reason
 
 
 WITHOUT = """
@@ -229,7 +289,7 @@ def test_nothing_compiles_again_for_another_length_or_batch(kind, k):
         pytest.skip("nothing is compiled")
     if k == "held":
         k = Pieces((("4 * H", 2),), 2)
-    run = PREVIOUS_H if kind == "previous_h" else kernel("lstm", kind, False, k)
+    run = PREVIOUS_H if kind == "previous_h" else kernel(CELLS["lstm"], kind, False, k)
     target = make_backend(GPUTarget("cuda", 90, 32))
     key_of = create_function_from_signature(run.function.signature, run.function.params, target)
     buffer = torch.zeros(64)

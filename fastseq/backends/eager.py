@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, Cell, arguments, bind
-from ..cells.declaration import Text
+from ..cells.text import Text
 from .contract import Abilities, Call, Problem, Result, Weights
+from .layout import unprojected
 
 ABILITIES = Abilities(differentiable=True, zoneout=True)
 
@@ -25,7 +26,11 @@ def unavailable() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
-    return None
+    cell = CELLS[problem.cell]
+    reason = cell.beyond(autograd=True) or unprojected(problem)
+    if reason is None:
+        texts(cell)  # before a graph is traced
+    return reason
 
 
 VOCABULARY = {
@@ -40,9 +45,10 @@ VOCABULARY = {
 
 def _bound(cell: Cell) -> list[Text]:
     """The cell's texts, in a form that torch.compile can trace."""
-    for name, value in vars(Cell).items():
-        if isinstance(value, cached_property):  # computing one takes a lock, before Python 3.12
-            getattr(cell, name)
+    for owner in (cell, *cell.phases):
+        for name, value in vars(type(owner)).items():
+            if isinstance(value, cached_property):  # computing one takes a lock, before 3.12
+                getattr(owner, name)
     found = [bind(phase.forward, "eager", **VOCABULARY) for phase in cell.phases]
     for text in found:
         text.__globals__["__builtins__"] = builtins  # Dynamo looks for it
@@ -51,6 +57,13 @@ def _bound(cell: Cell) -> list[Text]:
 
 #: By the cell's name. Made at import: torch.compile traces a look-up, and no binding.
 TEXTS = {name: _bound(cell) for name, cell in CELLS.items()}
+
+
+def texts(cell: Cell) -> list[Text]:
+    """The forward texts of a cell's phases."""
+    if cell.name not in TEXTS:  # of a user's own
+        TEXTS[cell.name] = _bound(cell)
+    return TEXTS[cell.name]
 
 
 def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
@@ -138,7 +151,7 @@ def _recurrence(
         }
         for gate, value in zip(cell.gates, inputs[t].split(H, -1), strict=True):
             now[f"x_{gate}"] = value
-        for phase, text, (first, last) in zip(cell.phases, TEXTS[cell.name], products, strict=True):
+        for phase, text, (first, last) in zip(cell.phases, texts(cell), products, strict=True):
             if last and weights.w_hh is not None:
                 operand = h_prev if phase.operand == "h_prev" else now[phase.operand].to(x.dtype)
                 if h_mask is not None and phase.operand == "h_prev":
@@ -159,18 +172,18 @@ def _recurrence(
             h = torch.nn.functional.linear(h, weights.w_hr)
         now["h"] = h
         if stays is not None:
-            before = (h_prev, *(now[f"{state}_prev"] for state in cell.states[1:]))
+            before = (h_prev, *(now[f"{state}_prev"] for state in cell.other_states))
             for state, old, part in zip(cell.states, before, stays, strict=True):
                 now[state] = _zoned(now[state], old, part[t])
         outputs.append(now["h"])
-        along.append([now[state] for state in cell.states[1:]])
+        along.append([now[state] for state in cell.other_states])
         states = [
             now[state] if B_t == len(carried) else torch.cat([now[state], carried[B_t:]])
             for state, carried in zip(cell.states, states, strict=True)
         ]
     if not sizes:
         empty = x.new_zeros((0, states[0].shape[-1]))
-        return empty, states, [x.new_zeros((0, H)) for _ in cell.states[1:]]
+        return empty, states, [x.new_zeros((0, H)) for _ in cell.other_states]
     if reverse:
         outputs.reverse()
         along.reverse()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..cells import CELLS, Cell, arguments
+from ..cells import CELLS
 from .contract import Call, Layout, Problem, Shape
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -19,20 +19,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def keeps_gates(cell: Cell, projected: bool) -> bool:
-    """Elman's cells need their output alone, and y holds it."""
-    return projected or cell.saved != cell.states[:1]
-
-
-def reads_h(name: str) -> bool:
-    """Whether a text of the cell adds h_prev, which must then have the size of the gates."""
-    return any("h_prev" in arguments(phase.forward) for phase in CELLS[name].phases)
-
-
 def declined(name: str, problem: Problem) -> str | None:
-    """Why the kernels called ``name`` decline a problem; None if they run it."""
+    """Why the kernels called ``name``, which run on the CPU, decline a problem; None if they run
+    it."""
     if problem.device not in ("cpu", "meta"):
         return f"{name}'s kernels run on the CPU, not on {problem.device}"
+    return declined_anywhere(name, problem)
+
+
+def declined_anywhere(name: str, problem: Problem) -> str | None:
+    """The same, whatever the device."""
     if problem.dtype not in _DTYPES:
         return f"{name}'s kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
     if problem.mode == "dual":
@@ -42,9 +38,17 @@ def declined(name: str, problem: Problem) -> str | None:
         )
     if problem.mode == "trace":
         return "torch.jit.trace records no custom kernel"
-    if problem.projected and reads_h(problem.cell):
-        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
-    return None
+    return CELLS[problem.cell].beyond() or unprojected(problem)
+
+
+def unprojected(problem: Problem) -> str | None:
+    """Why a problem's h cannot be projected, if it is."""
+    cell = CELLS[problem.cell]
+    if not problem.projected or cell.can_project:
+        return None
+    if cell.reads_h:
+        return f"{cell.name} adds h_prev to gates of another size; it cannot be projected"
+    return f"{cell.name} multiplies values of the gates' size by w_hh; it cannot be projected"
 
 
 def by_recurrence(call: Call, rows: Shape, trajectory: bool) -> Layout:
@@ -55,7 +59,7 @@ def by_recurrence(call: Call, rows: Shape, trajectory: bool) -> Layout:
     cell, H, R, dtype = call.definition, call.H, len(call.weights), wide(call.x.dtype)
     N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
     projected = call.weights[0].w_hr is not None
-    one: Layout = [((N, cell.G * H), dtype)] if keeps_gates(cell, projected) else []
+    one: Layout = [((N, cell.G * H), dtype)] if cell.keeps_gates(projected) else []
     one += [((N, H), dtype)] * (len(cell.extras) + projected)
     return one * R + _other_states(call, rows, trajectory)
 
@@ -68,7 +72,7 @@ def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
     cell, dtype, width = call.definition, call.x.dtype, len(call.weights) * call.H
     projected = call.weights[0].w_hr is not None
     layout: Layout = []
-    if keeps_gates(cell, projected):
+    if cell.keeps_gates(projected):
         layout.append(((*rows, cell.G * width), dtype))
     if cell.extras:
         layout.append(((*rows, len(cell.extras) * width), dtype))
@@ -81,8 +85,8 @@ def _other_states(call: Call, rows: Shape, trajectory: bool) -> Layout:
     dtype = wide(call.x.dtype)
     if trajectory and call.x.dtype is dtype:
         return []
-    others = len(call.definition.states) - 1
-    return [((*rows, len(call.weights) * call.H), dtype)] * others
+    others = call.definition.other_states
+    return [((*rows, len(call.weights) * call.H), dtype)] * len(others)
 
 
 def opaque(call: Call, rows: Shape, trajectory: bool) -> Layout:

@@ -31,7 +31,7 @@ from .contract import (
     unflatten,
 )
 from .layout import by_recurrence as saved_layout
-from .layout import declined, keeps_gates, wide
+from .layout import declined, wide
 
 FOLDER = Path(__file__).parents[1]
 try:
@@ -127,7 +127,7 @@ def row_of(cell: Cell) -> tuple[Any, ...]:
         *map(" ".join, (cell.gates, cell.states, cell.extras, cell.unit_parameters)),
         (rows[0][0], *(last for _, last in rows)),
         len(cell.apart_gates),
-        keeps_gates(cell, False),
+        cell.keeps_gates(False),
     )
 
 
@@ -256,7 +256,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     cell = call.definition
     others = len(cell.states) - 1
     saved, y = list(result.saved), result.y
-    keeps = others or cell.extras or keeps_gates(cell, call.weights[0].w_hr is not None)
+    keeps = others or cell.keeps_gates(call.weights[0].w_hr is not None)
     if call.memory == "lean" and keeps:
         saved = _run(_cpu.forward, [*_arguments(call), True, False, y], dtype)[2]
     elif dtype is wide(dtype):

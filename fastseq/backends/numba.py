@@ -1,8 +1,8 @@
 """Fused loops over time for the CPU, compiled by Numba: no compiler needed on the machine.
 
-One GEMM (torch's) makes the input product of all steps. A kernel of :mod:`.numba_loops` then walks
-time and writes the gates over it. Backward walks once more and leaves the gate gradients, from
-which the large GEMMs make the gradients of x and of the weights.
+A kernel of :mod:`.numba_loops` walks time and writes the gates over the input product, which it
+makes step by step, or finds made for all steps by one GEMM. Backward walks once more and leaves the
+gate gradients, from which large GEMMs make the gradients of x and of the weights.
 
 16-bit types compute in float32: their tensors are widened at the door and narrowed on the way out.
 """
@@ -27,8 +27,8 @@ from .contract import (
     Weights,
 )
 from .layout import by_recurrence as saved_layout
-from .layout import declined, keeps_gates, wide
-from .numba_loops import SLOTS, Kernel, backward_kernel, forward_kernel
+from .layout import declined, wide
+from .numba_loops import Kernel, backward_kernel, forward_kernel, slots
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
@@ -52,13 +52,18 @@ class _Kept(NamedTuple):
     """What one recurrence keeps for backward; a row for each of the input."""
 
     gates: Tensor | None  # (N, G*H), the saved values written over the input product
-    extra: Tensor | None  # (N, H)
+    extras: tuple[Tensor | None, ...]  # (N, H) each
     m: Tensor | None  # (N, H), the hidden state before its projection
 
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.gates, *self.extras, self.m) if t is not None]
 
-def _has(cell: Cell, projected: bool) -> tuple[bool, bool, bool]:
-    """Which of a _Kept's tensors there are after a forward that saves."""
-    return keeps_gates(cell, projected), bool(cell.extras), projected
+
+def _kept(cell: Cell, projected: bool, saved: list[Tensor]) -> _Kept:
+    """What a forward that saves has left of one recurrence, taken from the front of ``saved``."""
+    gates = saved.pop(0) if cell.keeps_gates(projected) else None
+    extras = tuple(saved.pop(0) for _ in cell.extras)
+    return _Kept(gates, extras, saved.pop(0) if projected else None)
 
 
 class _Rows:
@@ -117,7 +122,7 @@ class _Task:
         self.weights = [ws.map(lambda w: _wide(w, self.dtype)) for ws in call.weights]
         self.states = [_wide(s, self.dtype) for s in call.states] or [
             self.x.new_zeros((self.R, self.B, size))
-            for size in [self.P, *[self.H] * (len(self.cell.states) - 1)]
+            for size in [self.P, *[self.H] * len(self.cell.other_states)]
         ]
         self.reset = None if call.reset is None else call.reset.contiguous()
         self.h_mask = None if call.h_mask is None else _wide(call.h_mask, self.dtype)
@@ -131,7 +136,7 @@ class _Task:
         w, H, cell = self.weights[r], self.H, self.cell
         if w.b_hh is None:
             return self.x.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih
-        if cell.recurrent_gates == cell.gates and not cell.apart_gates:
+        if not cell.parts_differ and cell.recurrent_gates:
             return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
         bias = self.x.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
         for place, gate in enumerate(cell.recurrent_gates):
@@ -169,8 +174,7 @@ class _Task:
         return packed
 
     def ranges(self) -> list[tuple[int, int, int]]:
-        G_hh = len(self.cell.recurrent_gates)
-        flops = 2.0 * self.H * (G_hh * self.P + 30 * self.cell.G)
+        flops = 2.0 * self.H * (self.cell.G_hh * self.P + 30 * self.cell.G)
         return row_ranges(self.R, self.rows.alive, self.rows.T, flops, self.threads)
 
     def input_in_loop(self) -> bool:
@@ -189,23 +193,23 @@ class _Task:
         rows, T, B = self.rows, self.rows.T, self.rows.alive
         if not T or not B:
             return
-        common = [(SLOTS[name], value) for name, value in (("T", T), ("B", B), ("H", self.H))]
-        common.append((SLOTS["P"], self.P))
+        places = slots(self.cell)
+        common = [0] * len(places)
+        for name, value in (("T", T), ("B", B), ("H", self.H), ("P", self.P)):
+            common[places[name]] = value
         if rows.ragged:
-            common.append((SLOTS["sizes"], rows.sizes.ctypes.data))
-            common.append((SLOTS["offsets"], rows.offsets.ctypes.data))
+            common[places["sizes"]] = rows.sizes.ctypes.data
+            common[places["offsets"]] = rows.offsets.ctypes.data
         tasks, keep = [], []
         for r, first, last in self.ranges():
-            slots, buffers = fill(r, first, last)
+            own, buffers = fill(r, first, last)
             keep.append(buffers)  # they live until the kernel is done
-            task = [0] * len(SLOTS)
-            for place, value in common:
-                task[place] = value
-            for name, value in slots.items():
-                task[SLOTS[name]] = value
-            task[SLOTS["first_row"]], task[SLOTS["last_row"]] = first, last
-            task[SLOTS["reverse"]] = self.call.reverse[r]
-            task[SLOTS["reset"]] = 0 if self.reset is None else self.reset[r].data_ptr()
+            task = common.copy()
+            for name, value in own.items():
+                task[places[name]] = value
+            task[places["first_row"]], task[places["last_row"]] = first, last
+            task[places["reverse"]] = self.call.reverse[r]
+            task[places["reset"]] = 0 if self.reset is None else self.reset[r].data_ptr()
             tasks.append(task)
         kernel.run(tasks, self.threads)
 
@@ -237,8 +241,8 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     if task.rows.capacity > task.rows.N:
         flat[task.rows.N :] = 0
     finals = [s.clone() for s in task.states]
-    others = len(task.cell.states) - 1
-    along = [task.new(*lead, task.R * task.H) for _ in range(others if full or trajectory else 0)]
+    others = task.cell.other_states if full or trajectory else ()
+    along = [task.new(*lead, task.R * task.H) for _ in others]
     flat_along = [c.view(task.rows.capacity, task.R * task.H) for c in along]
     if task.rows.capacity > task.rows.N:
         for c in flat_along:
@@ -250,7 +254,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     if dtype is not task.dtype:
         result.y, result.states = result.y.to(dtype), [s.to(dtype) for s in finals]
     if full:
-        result.saved = [tensor for each in kept for tensor in each if tensor is not None]
+        result.saved = [tensor for each in kept for tensor in each.tensors()]
     if trajectory:
         result.trajectory = [c.to(dtype) for c in along]
     if full and not (trajectory and dtype is task.dtype):
@@ -272,15 +276,14 @@ def _walk_forward(
     """
     cell, N, H, P = task.cell, task.rows.N, task.H, task.P
     capacity, G_H = task.rows.capacity, task.cell.G * task.H
-    G_hh = len(cell.recurrent_gates)
-    needs_extra = full or any(phase.operand in cell.extras for phase in cell.phases)
+    G_hh = cell.G_hh
     in_loop = task.input_in_loop()
     kept, inputs, given = [], [], []
     for r, w in enumerate(task.weights):
         projected = w.w_hr is not None
-        keeps = full and keeps_gates(cell, projected)
+        keeps = full and cell.keeps_gates(projected)
         gates = task.new(capacity, G_H) if in_loop and keeps else None
-        if task.R == 1 and not keeps_gates(cell, projected) and capacity == N:
+        if task.R == 1 and not cell.keeps_gates(projected) and capacity == N:
             gates = y  # one gate, whose value is h: the product may stand where y will
         if not in_loop:
             gates = product(task.x, w.w_ih.t(), task.threads, out=gates)
@@ -290,7 +293,10 @@ def _walk_forward(
         kept.append(
             _Kept(
                 gates if keeps else None,
-                task.new(capacity, H) if cell.extras and needs_extra else None,
+                tuple(
+                    task.new(capacity, H) if full or name in cell.handed_on else None
+                    for name in cell.extras
+                ),
                 task.new(capacity, H) if projected else None,
             )
         )
@@ -314,8 +320,8 @@ def _walk_forward(
         bias = task.bias(r)
         gates = inputs[r]
         x = task.new(rows, G_H) if gates is None else gates
-        extra, m = kept[r].extra, kept[r].m
-        slots = {
+        m = kept[r].m
+        own = {
             "input": _address(task.x),
             "I": task.x.shape[1],
             "w_in": _address(w_in[r]),
@@ -324,6 +330,7 @@ def _walk_forward(
             "bias": _address(bias),
             "s": _address(s),
             "s_stride": G_hh * H,
+            "s_given": given[r] is not None,
             "w_hr": _address(projections[r]),
             "m": _address(m),
             "m_stride": H,
@@ -333,18 +340,21 @@ def _walk_forward(
             "h_mask": 0 if task.h_mask is None else _address(task.h_mask[r]),
             "operand": _address(operand),
             "b_hh": _address(b_hh),
-            "extra_0": _address(row if extra is None else extra),
-            "extra_0_stride": 0 if extra is None else H,
         }
+        for k, extra in enumerate(kept[r].extras):
+            own[f"extra_{k}"] = _address(row if extra is None else extra)
+            own[f"extra_{k}_stride"] = 0 if extra is None else H
         for k, weight in enumerate(packed[r]):
-            slots[f"w_{k}"] = _address(weight)
+            own[f"w_{k}"] = _address(weight)
         for k, unit in enumerate(w.units):
-            slots[f"unit_{k}"] = _address(unit)
-        if len(finals) > 1:
-            slots["c"] = _address(finals[1][r])
-            slots["c_all"] = _address(along[0]) + r * H * task.itemsize if along else _address(row)
-            slots["c_stride"] = task.R * H if along else 0
-        return slots, (s, x, row, bias, b_hh, operand)
+            own[f"unit_{k}"] = _address(unit)
+        for k, final in enumerate(finals[1:]):
+            own[f"c_{k}"] = _address(final[r])
+            own[f"c_{k}_all"] = _address(row)
+            if along:
+                own[f"c_{k}_all"] = _address(along[k]) + r * H * task.itemsize
+                own[f"c_{k}_stride"] = task.R * H
+        return own, (s, x, row, bias, b_hh, operand)
 
     task.run(forward_kernel(cell, task.np_dtype), fill)
     return kept
@@ -374,8 +384,7 @@ def _rebuild(task: _Task, y: Tensor) -> tuple[list[_Kept], list[Tensor]]:
     A cell with a second product, which needs the result of the first, walks forward again.
     """
     finals = [s.clone() for s in task.states]
-    others = len(task.cell.states) - 1
-    along = [task.new(task.rows.capacity, task.R * task.H) for _ in range(others)]
+    along = [task.new(task.rows.capacity, task.R * task.H) for _ in task.cell.other_states]
     again = task.new(task.rows.capacity, task.R * task.P)
     products: list[Tensor | None] = [None] * task.R
     if len(task.cell.phases) == 1:
@@ -389,18 +398,14 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     task = _Task(call)
     cell, N, H, P, R = task.cell, task.rows.N, task.H, task.P, task.R
     B, dtype, capacity = task.B, task.dtype, task.rows.capacity
-    G_hh = len(cell.recurrent_gates)
-    others = len(cell.states) - 1
     y = _wide(result.y, dtype).reshape(capacity, R * P)
     # an Elman cell keeps its output alone either way: nothing to make again
-    if call.memory == "lean" and (others or any(_has(cell, call.weights[0].w_hr is not None))):
+    projected = call.weights[0].w_hr is not None
+    if call.memory == "lean" and (cell.other_states or cell.keeps_gates(projected)):
         kept, along = _rebuild(task, y)
     else:
         rest = list(result.saved)
-        kept = [
-            _Kept(*(rest.pop(0) if has else None for has in _has(cell, w.w_hr is not None)))
-            for w in task.weights
-        ]
+        kept = [_kept(cell, projected, rest) for _ in task.weights]
         along = [c.reshape(capacity, R * H) for c in rest or result.trajectory]
 
     dy = None if grads.y is None else _wide(grads.y, dtype).reshape(capacity, R * P)
@@ -414,7 +419,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         for s, g in zip(task.states, grads.states, strict=True)
     ]
     dgates = [task.new(N, cell.G * H) for _ in range(R)]
-    dproduct = [task.new(N, G_hh * H) if cell.apart_gates else dgates[r] for r in range(R)]
+    dproduct = [task.new(N, cell.G_hh * H) if cell.parts_differ else dgates[r] for r in range(R)]
     dh_all = [None if w.w_hr is None else task.new(N, P) for w in task.weights]
     single = [_single_step_weight(task, r) for r in range(R)]
     packed = [
@@ -431,21 +436,20 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         w = task.weights[r]
         rows = max(last - first, 1)
         # the chain at hand, and the sum of those before it
-        dunit = task.x.new_zeros(2, H) if cell.unit_parameters else None
+        dunit = task.x.new_zeros(2, len(w.units) * H) if w.units else None
         if dunit is not None:
             dunits[r].append(dunit)
         dm = task.new(rows, H) if w.w_hr is not None else None
-        dq = task.new(rows, H)
+        dhanded = [task.new(rows, H) for _ in cell.handed_on]
         operand = None if task.h_mask is None else task.new(B, P)
-        slots = {
+        own = {
             "x": _address(kept[r].gates),
             "w_hr": _address(projections[r]),
             "y": _address(y) + r * P * task.itemsize,
             "y_stride": R * P,
             "h_mask": 0 if task.h_mask is None else _address(task.h_mask[r]),
             "operand": _address(operand),
-            "extra_0": _address(kept[r].extra),
-            "extra_0_stride": H,
+            "m": _address(kept[r].m),
             "dgates": _address(dgates[r]),
             "dproduct": _address(dproduct[r]),
             "h_0": _address(task.states[0][r]),
@@ -455,29 +459,33 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
             "dh": _address(dstates[0][r]),
             "dh_all": _address(dh_all[r]),
             "dm": _address(dm),
-            "dq": _address(dq),
-            "dunit_0": _address(dunit),
+            "dunit": _address(dunit),
         }
+        for k, extra in enumerate(kept[r].extras):
+            own[f"extra_{k}"], own[f"extra_{k}_stride"] = _address(extra), H
+        for k, d in enumerate(dhanded):
+            own[f"dhanded_{k}"] = _address(d)
         for k, weight in enumerate(packed[r]):
-            slots[f"w_{k}"] = _address(weight)
+            own[f"w_{k}"] = _address(weight)
         for k, unit in enumerate(w.units):
-            slots[f"unit_{k}"] = _address(unit)
-        if others:
-            d = dalong[0] if dalong else None
-            slots["c_0"] = _address(task.states[1][r])
-            slots["c_all"] = _address(along[0]) + r * H * task.itemsize
-            slots["c_stride"] = R * H
-            slots["dc"] = _address(dstates[1][r])
-            slots["dc_all"] = _address(zeros) if d is None else _address(d) + r * H * task.itemsize
-            slots["dc_all_stride"] = 0 if d is None else R * H
-        return slots, (dm, dq, operand)
+            own[f"unit_{k}"] = _address(unit)
+        for k in range(len(cell.other_states)):
+            d_all = dalong[k] if dalong else None
+            own[f"c_{k}_0"] = _address(task.states[1 + k][r])
+            own[f"c_{k}_all"] = _address(along[k]) + r * H * task.itemsize
+            own[f"c_{k}_stride"] = R * H
+            own[f"dc_{k}"] = _address(dstates[1 + k][r])
+            own[f"dc_{k}_all"] = _address(zeros)
+            if d_all is not None:
+                own[f"dc_{k}_all"] = _address(d_all) + r * H * task.itemsize
+                own[f"dc_{k}_all_stride"] = R * H
+        return own, (dm, dhanded, operand)
 
     task.run(backward_kernel(cell, task.np_dtype), fill)
     for r, w_hh in enumerate(single):
         if w_hh is not None:
             dh = torch.mm(dproduct[r], w_hh)
-            adds = any("dh_prev" in phase.gradients for phase in cell.phases)
-            dstates[0][r] = dstates[0][r] + dh if adds else dh
+            dstates[0][r] = dstates[0][r] + dh if cell.reads_h else dh
 
     out = call.x.dtype
     dx = None
@@ -515,17 +523,19 @@ def _weight_gradients(
     dw_hh = None
     if w.w_hh is not None:
         parts = []
-        for phase in cell.phases:
+        for phase in cell.products:
             first, last = cell.product_rows(phase)
-            if last:
-                d = dproduct[:, first * H : last * H]
-                if phase.operand == "h_prev":
-                    parts.append(_recurrent_gradient(task, r, y, d))
-                elif kept.extra is not None:
-                    parts.append(task.product(d.t(), kept.extra[:N]))
+            d = dproduct[:, first * H : last * H]
+            if phase.operand == "h_prev":
+                parts.append(_recurrent_gradient(task, r, y, d))
+            else:
+                parts.append(task.product(d.t(), _operand(cell, kept, phase.operand, H)[:N]))
         dw_hh = parts[0] if len(parts) == 1 else torch.cat(parts)
     # one accumulator a task, summed in the order of the tasks; none where there was no step
-    units = tuple(sum((d.sum(0) for d in dunits), torch.zeros_like(u)).to(dtype) for u in w.units)
+    sums = [d.sum(0).view(len(w.units), H) for d in dunits]
+    units = tuple(
+        sum((d[k] for d in sums), torch.zeros_like(u)).to(dtype) for k, u in enumerate(w.units)
+    )
     db_ih = None if w.b_ih is None else dgates.sum(0).to(dtype)
     db_hh = None
     if w.b_hh is not None:
@@ -542,6 +552,14 @@ def _weight_gradients(
         dw_hr,
         units,
     )
+
+
+def _operand(cell: Cell, kept: _Kept, name: str, H: int) -> Tensor:
+    """What a phase multiplied, of an earlier phase's values, (capacity, H)."""
+    k = cell.saved.index(name)
+    found = kept.extras[k - cell.G] if k >= cell.G else kept.gates
+    assert found is not None
+    return found if k >= cell.G else found[:, k * H : (k + 1) * H]
 
 
 def _recurrent_gradient(task: _Task, r: int, y: Tensor, d: Tensor) -> Tensor:

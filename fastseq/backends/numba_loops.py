@@ -16,13 +16,14 @@ A step of backward runs the phases in reverse: the pointwise text gives the gate
 product adds ``dgates @ w_hh`` to the carried gradient of h.
 
 A kernel takes the address of a list of tasks; addresses and sizes stand in a row of integers each,
-whose places are named in :data:`SLOTS`. A buffer that is not wanted is one row of scratch with row
+whose places are named by :func:`slots`. A buffer that is not wanted is one row of scratch with row
 stride 0.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import cache
@@ -39,23 +40,42 @@ from .numba_threads import run
 
 _SIZES = (
     # steps, batch, rows [first, last) of it; sizes and offsets of the steps (0: dense); reset or 0
-    "T B first_row last_row H P reverse sizes offsets reset"
+    "T B first_row last_row H P reverse sizes offsets reset y_stride"
 )
-_STRIDES = "y_stride c_stride"
 _FORWARD = (
     # addresses; w_in: packed input weights, 0: the input product is in x already; x_kept: x has a
-    # row for each of the input, else for each of the task's; w_k: the packed weights of phase k, 0:
-    # the product is in s already
-    "input I w_in x x_kept bias s s_stride w_0 w_1 w_hr m m_stride y h h_mask operand b_hh unit_0 "
-    "c c_all extra_0 extra_0_stride"
+    # row for each of the input, else for each of the task's; s_given: the product is in s already,
+    # for each row of the input
+    "input I w_in x x_kept bias s s_stride s_given w_hr m m_stride y h h_mask operand b_hh"
 )
-_BACKWARD = (
-    "dgates dproduct h_0 c_0 zeros dy dy_stride dh dc dc_all dc_all_stride dh_all dm dq dunit_0"
-)
-#: name -> place in the array of a kernel's arguments
-SLOTS = {
-    name: place for place, name in enumerate(f"{_SIZES} {_STRIDES} {_FORWARD} {_BACKWARD}".split())
+_BACKWARD = "dgates dproduct h_0 zeros dy dy_stride dh dh_all dm dunit"
+#: For each phase its packed weights (0: it has no product, or that is made elsewhere), for each
+#: unit parameter, extra value, value handed on (its gradient, a row for each of the task's), and
+#: state other than h: as it is carried, its value at every step, its first, and the gradients.
+_NUMBERED = {
+    "phase": "w_{}",
+    "unit": "unit_{}",
+    "extra": "extra_{0} extra_{0}_stride",
+    "handed": "dhanded_{}",
+    "state": "c_{0} c_{0}_all c_{0}_stride c_{0}_0 dc_{0} dc_{0}_all dc_{0}_all_stride",
 }
+
+
+@cache
+def slots(cell: Cell) -> dict[str, int]:
+    """Name -> place in the row of a task's arguments."""
+    counts = {
+        "phase": len(cell.phases),
+        "unit": len(cell.unit_parameters),
+        "extra": len(cell.extras),
+        "handed": len(cell.handed_on),
+        "state": len(cell.other_states),
+    }
+    names = f"{_SIZES} {_FORWARD} {_BACKWARD}".split()
+    for kind, count in counts.items():
+        names += [n for k in range(count) for n in _NUMBERED[kind].format(k).split()]
+    return {name: place for place, name in enumerate(names)}
+
 
 _STEP = """\
 def {name}(data):
@@ -80,13 +100,13 @@ def {name}(data):
 
 #: A sum over rows is a sum of chains: one chain over all of them would round too often.
 CHAIN = 256
-_SUM_OF_CHAINS = f"""\
+_SUM_OF_CHAINS = """\
 chain += 1
 if chain == {CHAIN}:
     chain = 0
-    for i in range(H):
-        store1(dunit_0, H + i, load1(dunit_0, H + i) + load1(dunit_0, i))
-        store1(dunit_0, i, ZERO)
+    for i in range({U} * H):
+        store1(dunit, {U} * H + i, load1(dunit, {U} * H + i) + load1(dunit, i))
+        store1(dunit, i, ZERO)
 """
 
 _ZERO_WHERE_RESET = """\
@@ -142,37 +162,70 @@ class _Names:
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        self.others = cell.states[1:]
-        if len(self.others) > 1 or len(cell.unit_parameters) > 1 or len(cell.extras) > 1:
-            raise NotImplementedError(
-                f"{cell.name}: the Numba loops hold one state beside h, one unit parameter and "
-                "one extra saved value"
-            )
 
-    def saved(self, name: str) -> str | None:
-        """The load of a saved value, if it is one."""
-        if name not in self.cell.saved:
-            return None
+    def state(self, name: str) -> str:
+        """The buffers of a state other than h."""
+        return f"c_{self.cell.other_states.index(name)}"
+
+    def unit(self, name: str) -> str:
+        return _load(f"unit_{self.cell.unit_parameters.index(name)}")
+
+    def saved(self, name: str) -> tuple[str, str]:
+        """Row and offset of a saved value."""
         k = self.cell.saved.index(name)
-        return _load("x_row", _gate(k)) if k < self.cell.G else _load("extra_0_row")
+        return ("x_row", _gate(k)) if k < self.cell.G else (f"extra_{k - self.cell.G}_row", "j")
 
-    def is_kept(self, name: str) -> bool:
-        return name in self.cell.saved or name in self.cell.states
+    def gradient(self, name: str) -> str:
+        """The buffer of the gradient of a value that is handed on."""
+        return f"dhanded_{self.cell.handed_on.index(name)}"
+
+    def rows(self) -> list[str]:
+        """The rows that forward and backward both read."""
+        lines = [_row("x", "(x_base + b)", f"({self.cell.G} * H)")]
+        for k in range(len(self.cell.extras)):
+            lines.append(_row(f"extra_{k}", "(base + b)", f"extra_{k}_stride"))
+        for k in range(len(self.cell.other_states)):
+            lines.append(_row(f"c_{k}_all", "(base + b)", f"c_{k}_stride"))
+        return lines
 
 
-def _values(text: Any) -> str:
-    """The arguments of a text as the kernel names them: v_ sets them apart from addresses."""
-    return ", ".join(f"v_{name}" for name in arguments(text))
+def _call(k: int, takes: Sequence[str], returns: Sequence[str]) -> str:
+    """The call of a text. v_ and new_ set a cell's names apart from addresses."""
+    results = ", ".join(f"new_{name}" for name in returns)
+    given = ", ".join(f"v_{name}" for name in takes)
+    return f"{results}{',' if len(returns) == 1 else ''} = text_{k}({given})"
 
 
-def _forward_phase(cell: Cell, k: int, phase: Phase) -> str:
-    names = _Names(cell)
+def _zero_states(cell: Cell, buffers: Sequence[str]) -> str:
+    """h and the other states, or their gradients, are zero in row b."""
+    lines = []
+    for k, buffer in enumerate(buffers):
+        width = "H" if k else "P"
+        lines.append(f"for i in range({width}):")
+        lines.append(f"    store1({buffer}, b * {width} + i, ZERO)")
+    return _ZERO_WHERE_RESET.format(zero=_indent("\n".join(lines), 3))
+
+
+def _operand(cell: Cell, phase: Phase) -> tuple[str, str]:
+    """Address and row stride of what an earlier phase has saved for a product."""
+    k = cell.saved.index(phase.operand)
+    if k < cell.G:
+        first = f"((x_base + first_row) * {cell.G} + {k}) * H"
+        return f"x + {first} * ITEMSIZE", f"{cell.G} * H"
+    extra = f"extra_{k - cell.G}"
+    return f"{extra} + (base + first_row) * {extra}_stride * ITEMSIZE", f"{extra}_stride"
+
+
+def _forward_product(cell: Cell, k: int, phase: Phase) -> list[str]:
     first, last = cell.product_rows(phase)
-    code = []
-    if last:
-        if phase.operand == "h_prev":
-            code.append(
-                f"""\
+    if not last:
+        return []
+    out = f"s + {first} * H * ITEMSIZE, s_stride"
+    if phase.operand != "h_prev":
+        address, stride = _operand(cell, phase)
+        return [f"gemm({address}, {stride}, 1, w_{k}, {out}, rows, H, {last - first} * H, False)"]
+    return [
+        f"""\
 if w_{k}:
     if h_mask:
         for b in range(first_row, first_row + rows):
@@ -182,69 +235,63 @@ if w_{k}:
         source = operand
     else:
         source = h
-    gemm(source + first_row * P * ITEMSIZE, P, 1, w_{k}, s + {first} * H * ITEMSIZE, s_stride,
+    gemm(source + first_row * P * ITEMSIZE, P, 1, w_{k}, {out},
          rows, P, {last - first} * H, False)"""
-            )
-        else:
-            code.append(
-                f"gemm(extra_0 + (base + first_row) * extra_0_stride * ITEMSIZE, extra_0_stride, "
-                f"1, w_{k}, s + {first} * H * ITEMSIZE, s_stride, "
-                f"rows, H, {last - first} * H, False)"
-            )
-    lines = []
-    for name in arguments(phase.forward):
-        kind, _, gate = name.partition("_")
-        if gate in cell.gates and kind in ("a", "x", "s"):
-            at = cell.gates.index(gate)
-            if kind != "x":
-                place = cell.recurrent_gates.index(gate)
-                product = _load("s_row", _gate(place))
-            given = f"{_load('x_row', _gate(at))} + {_load('bias', _gate(at))}"
-            if kind == "a":
-                lines.append(f"v_{name} = {given} + {product}")
-            elif kind == "x":
-                lines.append(f"v_{name} = {given}")
-            else:
-                lines.append(f"v_{name} = {product} + {_load('b_hh', _gate(place))}")
-        elif name == "h_prev":
-            lines.append(f"v_{name} = {_load('h_row')}")
-        elif name.endswith("_prev"):
-            lines.append(f"v_{name} = {_load('c_row')}")
-        elif name in cell.unit_parameters:
-            lines.append(f"v_{name} = {_load('unit_0')}")
-        else:
-            lines.append(f"v_{name} = {names.saved(name)}")
-    results = ", ".join(f"new_{name}" for name in phase.returns)
-    comma = "," if len(phase.returns) == 1 else ""
-    lines.append(f"{results}{comma} = text_{k}({_values(phase.forward)})")
-    for name in (*phase.returns, *arguments(phase.forward)):
+    ]
+
+
+def _forward_argument(names: _Names, name: str) -> str:
+    """The load of what a forward text takes."""
+    cell = names.cell
+    kind, _, gate = name.partition("_")
+    if gate in cell.gates and kind in ("a", "x", "s"):
+        place = _gate(cell.gates.index(gate))
+        given = f"{_load('x_row', place)} + {_load('bias', place)}"
+        if kind == "x":
+            return given
+        place = _gate(cell.recurrent_gates.index(gate))
+        product = _load("s_row", place)
+        return f"{given} + {product}" if kind == "a" else f"{product} + {_load('b_hh', place)}"
+    if name == "h_prev":
+        return _load("h_row")
+    if name in cell.unit_parameters:
+        return names.unit(name)
+    state = name.removesuffix("_prev")  # the carried one, before its phase has run and after it
+    if state in cell.other_states:
+        return _load(f"{names.state(state)}_row")
+    return _load(*names.saved(name))
+
+
+def _forward_phase(cell: Cell, k: int, phase: Phase) -> str:
+    names = _Names(cell)
+    takes = arguments(phase.forward)
+    lines = [f"v_{name} = {_forward_argument(names, name)}" for name in takes]
+    lines.append(_call(k, takes, phase.returns))
+    for name in dict.fromkeys((*phase.returns, *takes)):
         value = f"new_{name}" if name in phase.returns else f"v_{name}"
         if name in cell.saved and (name in phase.returns or name in cell.extras):
-            at = cell.saved.index(name)
-            if at < cell.G:
-                lines.append(_store("x_row", _gate(at), value))
-            else:
-                lines.append(_store("extra_0_row", "j", value))
-        if name in phase.returns and name == "h":
+            lines.append(_store(*names.saved(name), value))
+        if name not in phase.returns:
+            continue
+        if name == "h":
             lines.append(_store("m_row", "j", value))
             lines.append(_store("y_row", "j", value))
-        elif name in phase.returns and name in cell.states:
-            lines.append(_store("c_row", "j", value))
-            lines.append(_store("c_all_row", "j", value))
+        elif name in cell.states:
+            lines.append(_store(f"{names.state(name)}_row", "j", value))
+            lines.append(_store(f"{names.state(name)}_all_row", "j", value))
     rows = [
-        _row("x", "(x_base + b)", f"({cell.G} * H)"),
+        *names.rows(),
         "if s_given:",
         "    s_row = s + (base + b) * s_stride * ITEMSIZE",
         "else:",
         "    s_row = s + (b - first_row) * s_stride * ITEMSIZE",
         _row("h", "b", "P"),
-        _row("c", "b", "H"),
-        _row("c_all", "(base + b)", "c_stride"),
-        _row("extra_0", "(base + b)", "extra_0_stride"),
+        *(_row(names.state(s), "b", "H") for s in cell.other_states),
         # without projection the new h goes to the carried state and to y, with it to m alone
         "m_row = m + (base + b) * m_stride * ITEMSIZE if w_hr else h_row",
         "y_row = m_row if w_hr else y + (base + b) * y_stride * ITEMSIZE",
     ]
+    code = _forward_product(cell, k, phase)
     code.append("for b in range(first_row, first_row + rows):")
     code.append(_indent("\n".join(rows), 1))
     code.append(_indent(_block_of_units(lines), 1))
@@ -253,18 +300,16 @@ if w_{k}:
 
 def forward_source(cell: Cell) -> str:
     """The text of a cell's forward kernel."""
-    zero = "for i in range(P):\n    store1(h, b * P + i, ZERO)"
-    if len(cell.states) > 1:
-        zero += "\nfor i in range(H):\n    store1(c, b * H + i, ZERO)"
-    body = [_ZERO_WHERE_RESET.format(zero=_indent(zero, 3))]
-    body.append(
+    names = _Names(cell)
+    body = [
+        _zero_states(cell, ["h", *map(names.state, cell.other_states)]),
         f"""\
 x_base = base if x_kept else -first_row
 if w_in:
     gemm(input + (base + first_row) * I * ITEMSIZE, I, 1, w_in,
          x + (x_base + first_row) * {cell.G} * H * ITEMSIZE, {cell.G} * H, rows, I, {cell.G} * H,
-         False)"""
-    )
+         False)""",
+    ]
     body += [_forward_phase(cell, k, phase) for k, phase in enumerate(cell.phases)]
     body.append(
         """\
@@ -275,134 +320,188 @@ if w_hr:
         for i in range(P):
             store1(y, (base + b) * y_stride + i, load1(h, b * P + i))"""
     )
-    wanted = f"{_SIZES} {_STRIDES} {_FORWARD}".split()
-    slots = [f"{name} = load_int(p, {SLOTS[name]})" for name in wanted]
-    slots += ["whole = H - H % LANES", "s_given = w_0 == 0"]
+    return _loop(cell, "forward", "T - 1 - step if reverse else step", body, [])
+
+
+def _loop(cell: Cell, way: str, walk: str, body: list[str], start: list[str]) -> str:
+    """The text of a kernel, which loads of a task's arguments what it uses."""
+    text = "\n".join(body)
+    places = slots(cell)
+    used = set(re.findall(r"\w+", f"{text} {walk}"))
+    used |= {"T", "B", "sizes", "offsets", "first_row", "last_row", "H"}
+    lines = [f"{name} = load_int(p, {at})" for name, at in places.items() if name in used]
     return _STEP.format(
-        name=f"{cell.name}_forward_loop",
-        count=len(SLOTS),
-        slots=_indent("\n".join(slots), 2),
-        walk="T - 1 - step if reverse else step",
-        body=_indent("\n".join(body), 4),
+        name=f"{cell.name}_{way}_loop",
+        count=len(places),
+        slots=_indent("\n".join([*lines, "whole = H - H % LANES", *start]), 2),
+        walk=walk,
+        body=_indent(text, 4),
     )
 
 
-def _backward_phase(cell: Cell, k: int, phase: Phase) -> str:
-    names = _Names(cell)
-    first, last = cell.product_rows(phase)
-    is_last = k == len(cell.phases) - 1
-    lines = []
-    for name in arguments(phase.backward):
-        if name == "dh":
-            lines.append(f"v_dh = {_load('dh_row')} + {_load('dy_row')}")
-        elif name.startswith("d") and name[1:] in cell.states:
-            lines.append(f"v_{name} = {_load('dc_row')} + {_load('dc_all_row')}")
-        elif name.startswith("d") and name[1:] in cell.extras:
-            lines.append(f"v_{name} = {_load('dq_row')}")
-        elif name.startswith("d") and name[1:] in cell.saved:
-            # the gradient of a value of this phase waits where its gate's gradient will be
-            lines.append(f"v_{name} = {_load('dgates_row', _gate(cell.saved.index(name[1:])))}")
-        elif name == "h":  # y holds it, unless it is projected
-            lines.append(f"v_h = {_load('h_row')}")
-        elif (saved := names.saved(name)) is not None:
-            lines.append(f"v_{name} = {saved}")
-        elif name in cell.unit_parameters:
-            lines.append(f"v_{name} = {_load('unit_0')}")
-        elif name == "h_prev":
-            lines.append(f"v_{name} = {_load('h_prev_row')}")
-        elif name.endswith("_prev"):
-            lines.append(f"v_{name} = {_load('c_prev_row')}")
-        else:
-            lines.append(f"v_{name} = {_load('c_all_row')}")
-    results = ", ".join(f"new_{name}" for name in phase.gradients)
-    comma = "," if len(phase.gradients) == 1 else ""
-    lines.append(f"{results}{comma} = text_{k}({_values(phase.backward)})")
-    for name in phase.gradients:
-        value = f"new_{name}"
+def _backward_argument(names: _Names, name: str, returns: tuple[str, ...]) -> str:
+    """The load of what a backward text takes."""
+    cell = names.cell
+    if name[0] == "d" and name[1:] in returns:
+        value = name[1:]
+        if value == "h":
+            return f"{_load('dh_row')} + {_load('dy_row')}"
+        if value in cell.states:
+            buffer = f"d{names.state(value)}"
+            return f"{_load(f'{buffer}_row')} + {_load(f'{buffer}_all_row')}"
+        return _load(f"{names.gradient(value)}_row")
+    if name == "h":  # y holds it, or m where it is projected
+        return _load("h_row")
+    if name in cell.saved:
+        return _load(*names.saved(name))
+    if name in cell.unit_parameters:
+        return names.unit(name)
+    if name == "h_prev":
+        return _load("h_prev_row")
+    if name in cell.states:
+        return _load(f"{names.state(name)}_all_row")
+    return _load(f"{names.state(name.removesuffix('_prev'))}_prev_row")
+
+
+class _Backward:
+    """The steps of a backward kernel, the last phase first.
+
+    The gradient of a state before the step, and of a value that is handed on, may come from several
+    phases: the first writes it, the others add to it.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell, self.names = cell, _Names(cell)
+        self.written: set[str] = set()
+        phases = list(enumerate(cell.phases))
+        self.code = [line for k, phase in reversed(phases) for line in self.phase(k, phase)]
+        buffers = {"h_prev": ("dh", "P")}
+        buffers |= {f"{s}_prev": (f"d{self.names.state(s)}", "H") for s in cell.other_states}
+        for name, (buffer, width) in buffers.items():
+            if name not in self.written:  # nothing of the step before enters
+                self.code.append(
+                    f"""\
+for b in range(first_row, first_row + rows):
+    for i in range({width}):
+        store1({buffer}, b * {width} + i, ZERO)"""
+                )
+
+    def adds(self, name: str) -> bool:
+        """Whether a gradient adds to what is there; from then on the next one does."""
+        found = name in self.written
+        self.written.add(name)
+        return found
+
+    def gradient(self, name: str) -> list[str]:
+        """The stores of a gradient that a text gives."""
+        cell, names, value = self.cell, self.names, f"new_{name}"
         kind, _, gate = name.partition("_")
         if kind in ("da", "dx", "ds") and gate in cell.gates:
+            lines = []
             if kind != "ds":
                 lines.append(_store("dgates_row", _gate(cell.gates.index(gate)), value))
-            if kind != "dx" and cell.apart_gates:
+            if kind != "dx" and gate in cell.recurrent_gates and cell.parts_differ:
                 place = cell.recurrent_gates.index(gate)
                 lines.append(_store("dproduct_row", _gate(place), value))
-        elif name == "dh_prev":
-            earlier = "" if is_last else f"{_load('dh_row')} + "
-            lines.append(_store("dh_row", "j", earlier + value))
-        elif name.endswith("_prev"):
-            lines.append(_store("dc_row", "j", value))
-        elif name[1:] in cell.unit_parameters:
-            lines.append(_store("dunit_0", "j", f"{_load('dunit_0')} + {value}"))
+            return lines
+        of = name[1:]
+        if of in cell.unit_parameters:
+            at = _gate(cell.unit_parameters.index(of))
+            return [_store("dunit", at, f"{_load('dunit', at)} + {value}")]
+        state = of.removesuffix("_prev")
+        if state == "h":
+            row = "dh_row"
+        elif state in cell.states:
+            row = f"d{names.state(state)}_row"
         else:
-            lines.append(_store("dgates_row", _gate(cell.saved.index(name[1:])), value))
+            row = f"{names.gradient(of)}_row"
+        # what a later phase gives of a state adds to what the next step has left
+        add = of in cell.states or self.adds(of)
+        return [_store(row, "j", f"{_load(row)} + {value}" if add else value)]
 
-    G_hh = len(cell.recurrent_gates)
-    rows = [
-        _row("x", "(base + b)", f"({cell.G} * H)"),
-        _row("dgates", "(base + b)", f"({cell.G} * H)"),
-        _row("dproduct", "(base + b)", f"({G_hh} * H)"),
-        _row("extra_0", "(base + b)", "extra_0_stride"),
-        _row("c_all", "(base + b)", "c_stride"),
-        _row("dc_all", "(base + b)", "dc_all_stride"),
-        _row("dc", "b", "H"),
-        _row("dq", "(b - first_row)", "H"),
-        """\
-if w_hr:
-    h_row = x_row
-    dh_row = dm + (b - first_row) * H * ITEMSIZE
-    dy_row = zeros
-else:
-    h_row = y + (base + b) * y_stride * ITEMSIZE
-    dh_row = dh + b * P * ITEMSIZE
-    dy_row = dy + (base + b) * dy_stride * ITEMSIZE
-if reset and load_byte(reset, base + b):
-    h_prev_row = zeros
-    c_prev_row = zeros
-elif b < alive_before:
-    h_prev_row = y + (before + b) * y_stride * ITEMSIZE
-    c_prev_row = c_all + (before + b) * c_stride * ITEMSIZE
-else:
-    h_prev_row = h_0 + b * P * ITEMSIZE
-    c_prev_row = c_0 + b * H * ITEMSIZE""",
-    ]
-    code = ["for b in range(first_row, first_row + rows):"]
-    code.append(_indent("\n".join(rows), 1))
-    code.append(_indent(_block_of_units(lines), 1))
-    if any(name[1:] in cell.unit_parameters for name in phase.gradients):
-        code.append(_indent(_SUM_OF_CHAINS, 1))
-    if last:
-        gradient = "dproduct" if cell.apart_gates else "dgates"
+    def product(self, k: int, phase: Phase) -> list[str]:
+        """The gradient of a product's operand."""
+        cell = self.cell
+        first, last = cell.product_rows(phase)
+        if not last:
+            return []
+        given = "dproduct" if cell.parts_differ else "dgates"
+        inner = f"{last - first} * H"
         source = (
-            f"gemm({gradient} + ((base + first_row) * {G_hh} + {first}) * H * ITEMSIZE, "
-            f"{G_hh} * H, 1, w_{k}, "
+            f"gemm({given} + ((base + first_row) * {cell.G_hh} + {first}) * H * ITEMSIZE, "
+            f"{cell.G_hh} * H, 1, w_{k}, "
         )
-        if phase.operand == "h_prev":
-            adds = any("dh_prev" in p.gradients for p in cell.phases)
-            code.append(
-                f"""\
+        adds = self.adds(phase.operand)
+        if phase.operand != "h_prev":
+            return [f"{source}{self.names.gradient(phase.operand)}, H, rows, {inner}, H, {adds})"]
+        return [
+            f"""\
 if w_{k}:
     if h_mask:
-        {source}operand + first_row * P * ITEMSIZE, P, rows, {last - first} * H, P, False)
+        {source}operand + first_row * P * ITEMSIZE, P, rows, {inner}, P, False)
         for b in range(first_row, first_row + rows):
             for i in range(P):
                 value = load1(operand, b * P + i) * load1(h_mask, b * P + i)
                 store1(dh, b * P + i, value{" + load1(dh, b * P + i)" if adds else ""})
     else:
-        {source}dh + first_row * P * ITEMSIZE, P, rows, {last - first} * H, P, {adds})"""
-            )
-        else:
-            code.append(f"{source}dq, H, rows, {last - first} * H, H, False)")
-    return "\n".join(code)
+        {source}dh + first_row * P * ITEMSIZE, P, rows, {inner}, P, {adds})"""
+        ]
+
+    def rows(self) -> list[str]:
+        cell, names = self.cell, self.names
+        states = [names.state(s) for s in cell.other_states]
+        lines = names.rows()
+        lines.append(_row("dgates", "(base + b)", f"({cell.G} * H)"))
+        lines.append(_row("dproduct", "(base + b)", f"({cell.G_hh} * H)"))
+        lines += [_row(names.gradient(n), "(b - first_row)", "H") for n in cell.handed_on]
+        for c in states:
+            lines.append(_row(f"d{c}_all", "(base + b)", f"d{c}_all_stride"))
+            lines.append(_row(f"d{c}", "b", "H"))
+        lines.append(
+            """\
+if w_hr:
+    h_row = m + (base + b) * H * ITEMSIZE
+    dh_row = dm + (b - first_row) * H * ITEMSIZE
+    dy_row = zeros
+else:
+    h_row = y + (base + b) * y_stride * ITEMSIZE
+    dh_row = dh + b * P * ITEMSIZE
+    dy_row = dy + (base + b) * dy_stride * ITEMSIZE"""
+        )
+        previous = {"h": ("y", "y_stride", "h_0", "P")}
+        previous |= {c: (f"{c}_all", f"{c}_stride", f"{c}_0", "H") for c in states}
+        lines.append("if reset and load_byte(reset, base + b):")
+        lines += [f"    {c}_prev_row = zeros" for c in previous]
+        lines.append("elif b < alive_before:")
+        for c, (every, stride, _, _) in previous.items():
+            lines.append(f"    {c}_prev_row = {every} + (before + b) * {stride} * ITEMSIZE")
+        lines.append("else:")
+        for c, (_, _, first, width) in previous.items():
+            lines.append(f"    {c}_prev_row = {first} + b * {width} * ITEMSIZE")
+        return lines
+
+    def phase(self, k: int, phase: Phase) -> list[str]:
+        takes = phase.takes_back
+        lines = [f"v_{n} = {_backward_argument(self.names, n, phase.returns)}" for n in takes]
+        lines.append(_call(k, takes, phase.gradients))
+        for name in phase.gradients:
+            lines += self.gradient(name)
+        code = ["for b in range(first_row, first_row + rows):"]
+        code.append(_indent("\n".join(self.rows()), 1))
+        code.append(_indent(_block_of_units(lines), 1))
+        if any(name[1:] in self.cell.unit_parameters for name in phase.gradients):
+            sums = _SUM_OF_CHAINS.format(CHAIN=CHAIN, U=len(self.cell.unit_parameters))
+            code.append(_indent(sums, 1))
+        return code + self.product(k, phase)
 
 
 def backward_source(cell: Cell) -> str:
     """The text of a cell's backward kernel."""
-    zero = "for i in range(P):\n    store1(dh, b * P + i, ZERO)"
-    if len(cell.states) > 1:
-        zero += "\nfor i in range(H):\n    store1(dc, b * H + i, ZERO)"
+    names = _Names(cell)
     body = [
         """\
 # the rows of the step before this one in the recurrence's own direction
+x_base = base
 alive_before = 0
 before = 0
 if reverse:
@@ -417,21 +516,11 @@ if w_hr:
         for i in range(P):
             value = load1(dh, b * P + i) + load1(dy, (base + b) * dy_stride + i)
             store1(dh_all, (base + b) * P + i, value)
-    gemm(dh_all + (base + first_row) * P * ITEMSIZE, P, 1, w_hr, dm, H, rows, P, H, False)"""
+    gemm(dh_all + (base + first_row) * P * ITEMSIZE, P, 1, w_hr, dm, H, rows, P, H, False)""",
+        *_Backward(cell).code,
+        _zero_states(cell, ["dh", *(f"d{names.state(s)}" for s in cell.other_states)]),
     ]
-    phases = list(enumerate(cell.phases))
-    body += [_backward_phase(cell, k, phase) for k, phase in reversed(phases)]
-    body.append(_ZERO_WHERE_RESET.format(zero=_indent(zero, 3)))
-    wanted = f"{_SIZES} {_STRIDES} {_FORWARD} {_BACKWARD}".split()
-    slots = [f"{name} = load_int(p, {SLOTS[name]})" for name in wanted]
-    slots += ["whole = H - H % LANES", "chain = 0"]
-    return _STEP.format(
-        name=f"{cell.name}_backward_loop",
-        count=len(SLOTS),
-        slots=_indent("\n".join(slots), 2),
-        walk="step if reverse else T - 1 - step",
-        body=_indent("\n".join(body), 4),
-    )
+    return _loop(cell, "backward", "step if reverse else T - 1 - step", body, ["chain = 0"])
 
 
 @cache
@@ -472,6 +561,7 @@ def compile_loop(cell: Cell, source: str, backward: bool, dtype: Any) -> Kernel:
     names["ZERO"] = np.dtype(dtype).type(0)
     for k, phase in enumerate(cell.phases):
         text = phase.backward if backward else phase.forward
+        assert text is not None  # supports() has declined
         used = {n: vocabulary[n] for n in text.__code__.co_names if n in vocabulary}
         names[f"text_{k}"] = numba.njit(**JIT, forceinline=True)(bind(text, label, **used))
     scope: dict[str, Any] = {}

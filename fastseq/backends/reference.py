@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..cells import CELLS
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
 from .layout import nothing as saved_layout
+from .layout import unprojected
 
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
@@ -30,7 +32,7 @@ def supports(problem: Problem) -> str | None:
         return "reference runs in NumPy, which torch.func cannot see through; choose eager"
     if problem.mode == "dual":
         return "reference has no forward-mode derivative; choose eager"
-    return None
+    return CELLS[problem.cell].beyond() or unprojected(problem)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -84,7 +86,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     R, H, P, N = len(call.weights), call.H, call.P, len(x)
     lead = call.x.shape[:-1]
     y = call.x.new_zeros((*lead, R * P))
-    others = call.definition.states[1:]
+    others = call.definition.other_states
     along = [call.x.new_zeros((*lead, R * H)) for _ in others] if trajectory else []
     finals = []
     for r, weights in enumerate(call.weights):
@@ -132,7 +134,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
             ),
             {
                 state: columns(g, r, H)
-                for state, g in zip(call.definition.states[1:], grads.trajectory, strict=False)
+                for state, g in zip(call.definition.other_states, grads.trajectory, strict=False)
             },
             **options,
         )

@@ -28,11 +28,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..cells import CELLS, Cell, arguments
+from ..cells import CELLS, Cell
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
+from .layout import declined_anywhere, wide
 from .layout import side_by_side as saved_layout
-from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel
-from .triton_text import Pieces
+from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel, unreadable
+from .triton_text import Pieces, taken_names
 from .triton_tiling import (
     LEAST,
     Device,
@@ -49,7 +50,6 @@ from .triton_tiling import (
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
 ABILITIES = Abilities()
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: How often a program looks for the others at a meeting before it goes on with NaN: some seconds.
 _PATIENCE = 1 << 24
 _larger: Form = "grid"
@@ -73,30 +73,22 @@ def supports(problem: Problem) -> str | None:
         )
     if problem.device not in ("cpu", "cuda", "meta"):
         return f"triton's kernels run on CUDA and ROCm devices, not on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"triton's kernels take float16, bfloat16, float32 and float64, not {problem.dtype}"
-    if problem.mode == "dual":
+    return declined_anywhere("triton", problem) or _unspeakable(CELLS[problem.cell])
+
+
+@lru_cache(maxsize=256)
+def _unspeakable(cell: Cell) -> str | None:
+    """Why no kernel can be written from a declaration."""
+    names = taken_names(cell)
+    if names:
         return (
-            "triton's kernels have no forward-mode derivative, and run no transform that is "
-            "compiled; choose eager"
+            f"triton's kernels call something of their own {', '.join(names)}, as {cell.name} does;"
+            " rename it in the cell"
         )
-    if problem.mode == "trace":
-        return "torch.jit.trace records no custom kernel"
-    if problem.projected and any(
-        "h_prev" in arguments(phase.forward) for phase in CELLS[problem.cell].phases
-    ):
-        return f"{problem.cell} adds h_prev to gates of another size; it cannot be projected"
+    text = unreadable(cell)
+    if text:
+        return f"triton compiles from source, and that of {text} cannot be read; write it in a file"
     return None
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type of gate arithmetic."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _keeps_gates(cell: Cell, projected: bool) -> bool:
-    """Elman's cells need their output alone, and y holds it."""
-    return projected or cell.saved != cell.states[:1]
 
 
 @contextmanager
@@ -303,7 +295,7 @@ class _Task:
         """Where the kernels leave the states, and, in parts, carry them, from the first on."""
         in_parts = self.tiling.form != "walk"
         finals = [self.state(self.P, self.dtype)]
-        others = self.cell.states[1:]
+        others = self.cell.other_states
         finals += [self.state(self.H, self.wide if in_parts else self.dtype) for _ in others]
         if in_parts:
             for final, state in zip(finals, self.cell.states, strict=True):
@@ -337,7 +329,7 @@ class _Task:
         cell, H = self.cell, self.H
         if w.b_hh is None:
             return w.b_ih
-        if cell.recurrent_gates == cell.gates and not cell.apart_gates:
+        if not cell.parts_differ and cell.recurrent_gates:
             return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
         bias = w.b_hh.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
         for place, gate in enumerate(cell.recurrent_gates):
@@ -349,7 +341,7 @@ class _Task:
     def launch(self, kind: str, grid: tuple[int, int, int], k: Any = None, **values: Any) -> None:
         if min(grid) == 0:
             return
-        run = kernel(self.cell.name, kind, self.projected, k)
+        run = kernel(self.cell, kind, self.projected, k)
         run(grid, self.values | values, self.tiling.options())
 
     def tiles(self, B: int, width: int) -> tuple[int, int, int]:
@@ -435,7 +427,7 @@ def _is_kept(task: _Task, full: bool) -> dict[str, int]:
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
     task = _Task(call)
     full = save and call.memory == "full"
-    others = task.cell.states[1:]
+    others = task.cell.other_states
     with task.on_device():
         y = task.padded(task.rows(task.R * task.P))
         finals = task.final_states()
@@ -461,7 +453,7 @@ def _walk_forward(
     cell = task.cell
     gates = task.input_product()
     kept = {name: task.rows(width) for name, width in _is_kept(task, full).items()}
-    keeps_gates = _keeps_gates(cell, task.projected)
+    keeps_gates = cell.keeps_gates(task.projected)
     task.values |= {"gates_ptr": gates, "y_ptr": y, "SAVE": full and keeps_gates}
     task.values |= {f"{name}_ptr": kept.get(name) for name in ("extra", "m")}
     for k, (state, final) in enumerate(zip(cell.states, finals, strict=True)):
@@ -481,8 +473,8 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """
     task = _Task(call)
     cell, R, H = task.cell, task.R, task.H
-    along = [task.rows(R * H, task.wide) for _ in cell.states[1:]]
-    if not along and not cell.extras and not _keeps_gates(cell, task.projected):
+    along = [task.rows(R * H, task.wide) for _ in cell.other_states]
+    if not along and not cell.extras and not cell.keeps_gates(task.projected):
         return [], []
     if len(cell.phases) > 1:
         y = task.rows(R * task.P)
@@ -502,10 +494,10 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         task.values["s_ptr"] = parts[0] if R == 1 else torch.stack(parts, 1)
     task.values |= {"gates_ptr": gates, "SAVE": True}
     task.values |= {f"{name}_ptr": kept.get(name) for name in ("extra", "m")}
-    for state, every in zip(cell.states[1:], along, strict=True):
+    for state, every in zip(cell.other_states, along, strict=True):
         task.values[f"{state}_all_ptr"] = every
     task.launch("forward_given", task.tiles(task.B, H), task.aligned)
-    keeps = [gates] if _keeps_gates(cell, task.projected) else []
+    keeps = [gates] if cell.keeps_gates(task.projected) else []
     return [*keeps, *kept.values()], along
 
 
@@ -518,17 +510,17 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
 
 def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
     call, cell, R, H, N = task.call, task.cell, task.R, task.H, task.N
-    G, G_hh, U = cell.G, len(cell.recurrent_gates), len(cell.unit_parameters)
+    G, G_hh, U = cell.G, cell.G_hh, len(cell.unit_parameters)
     y = result.y.contiguous()
     if call.memory == "lean":
         rest, along = _rebuild(call, y)
     else:
         rest = [t.contiguous() for t in result.saved]
-        others = len(cell.states) - 1
+        others = len(cell.other_states)
         count = len(rest) - (others if not result.trajectory or task.dtype is not task.wide else 0)
         along = rest[count:] or [t.contiguous() for t in result.trajectory]
         rest = rest[:count]
-    gates = rest.pop(0) if _keeps_gates(cell, task.projected) else None
+    gates = rest.pop(0) if cell.keeps_gates(task.projected) else None
     extra = rest.pop(0) if cell.extras else None
     m = rest.pop(0) if task.projected else None
 
@@ -536,7 +528,9 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         return torch.empty(shape, dtype=dtype, device=task.device)
 
     dgates = new(N, R, G * H, dtype=task.dtype)
-    dproduct = new(N, R, G_hh * H, dtype=task.dtype) if cell.apart_gates else dgates
+    dproduct = new(N, R, G_hh * H, dtype=task.dtype) if cell.parts_differ else dgates
+    waits = any(name in cell.extras for name in cell.handed_on)
+    dextra = new(N, R, len(cell.extras) * H, dtype=task.wide) if waits else None
     dh_all = new(N, R, task.P, dtype=task.dtype) if task.projected else None
     tiles = triton.cdiv(task.B, task.tiling.block_b)
     dunit = new(tiles, R, U, H, dtype=task.wide).zero_() if U else None
@@ -544,6 +538,8 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         "y_ptr": y,
         "gates_ptr": gates,
         "extra_ptr": extra,
+        "m_ptr": m,
+        "dextra_ptr": dextra,
         "dgates_ptr": dgates,
         "dproduct_ptr": dproduct,
         "dh_all_ptr": dh_all,
@@ -570,7 +566,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
             torch.mm(dgates.view(N, R * G * H), task.w_ih(), out=flat)
         if wanted.weights:
             h = None
-            if any(cell.product_gates(p) and p.operand == "h_prev" for p in cell.phases):
+            if cell.masks_h:
                 h = task.previous_h(y)
             operands = _operands(task, h, gates, extra)
             dunits = None if dunit is None else dunit.sum(0).to(task.dtype)
@@ -579,8 +575,8 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
                 d, x, product = dgates[:, r], task.x, dproduct[:, r]
                 dw_hh = [
                     torch.mm(product[:, first * H : last * H].t(), operands[phase.operand][:, r])
-                    for phase, (first, last) in ((p, cell.product_rows(p)) for p in cell.phases)
-                    if last and w.w_hh is not None
+                    for phase, (first, last) in ((p, cell.product_rows(p)) for p in cell.products)
+                    if w.w_hh is not None
                 ]
                 dw_hr = None
                 if dh_all is not None and m is not None:

@@ -5,6 +5,7 @@ Gate arithmetic is in float32, for float64 in float64.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 from functools import cache
 from types import FunctionType
@@ -13,8 +14,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..cells import CELLS, bind
+from ..cells import Cell, bind
 from . import triton_source as source
+from .triton_text import backward_text, forward_text
 
 #: Under TRITON_INTERPRET=1 kernels run in NumPy, on the CPU. It is read when a kernel is made.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -351,15 +353,25 @@ def _jit_text(text: Any) -> Any:
     return triton.jit(bound)
 
 
+def unreadable(cell: Cell) -> str | None:
+    """The name of a text whose source Triton cannot read, if there is one."""
+    for phase in cell.phases:
+        for text in (phase.forward, phase.backward):
+            try:
+                inspect.getsource(text)  # type: ignore[arg-type]
+            except (OSError, TypeError):
+                return getattr(text, "__name__", repr(text))
+    return None
+
+
 @cache
-def kernel(cell: str, kind: str, projected: bool, k: Any = None) -> Kernel:
+def kernel(cell: Cell, kind: str, projected: bool, k: Any = None) -> Kernel:
     """A loop of :mod:`.triton_source`, bound to the texts of its cell."""
-    definition = CELLS[cell]
-    text = source.TEXTS[kind](definition, projected, k)
+    text = source.TEXTS[kind](cell, projected, k)
     names: dict[str, Any] = {"tl": tl, "__name__": __name__, **_HELPERS}
-    for p in definition.phases:
-        for equations in (p.forward, p.backward):
-            names[equations.__name__] = _jit_text(equations)
+    for at, phase in enumerate(cell.phases):
+        names[forward_text(at)] = _jit_text(phase.forward)
+        names[backward_text(at)] = _jit_text(phase.backward)
     name = text[4 : text.index("(")]
     # inspect, by which Triton finds a function's text, asks linecache
     file = f"<fastseq {name}{' projected' if projected else ''} {k}>"

@@ -39,7 +39,9 @@ from .triton_text import (
     Steps,
     Term,
     apart,
+    backward_text,
     comma,
+    forward_text,
     gate_place,
     grid_kernel,
     groups,
@@ -66,18 +68,12 @@ def _hidden(projected: bool) -> str:
 _MASK = "h_mask = load_or_zero(h_mask_ptr, state * P + hidden, (batch < B) & is_hidden, WIDE)"
 
 
-def _masks(cell: Cell) -> bool:
-    """Whether a product takes h, which may be masked."""
-    return any(cell.product_gates(p) and p.operand == "h_prev" for p in cell.phases)
-
-
 class _Names:
     """Where the values of a cell live in memory, and which of its gates are one tile."""
 
     def __init__(self, cell: Cell, projected: bool, joint: bool = True) -> None:
         self.cell, self.projected, self.joint = cell, projected, joint
-        self.G_hh = len(cell.recurrent_gates)
-        self.keeps_gates = projected or cell.saved != cell.states[:1]
+        self.keeps_gates = cell.keeps_gates(projected)
 
     def slots(self, pointer: str) -> tuple[str, ...]:
         """The values that stand side by side in a row of a buffer."""
@@ -85,16 +81,13 @@ class _Names:
 
     def place(self, name: str) -> tuple[str, str]:
         """Buffer and place of a value that forward saves, or of h and the other states."""
-        cell = self.cell
-        if name == "h" and not self.projected:
-            return "y", "at * P + units"
+        if name == "h":
+            return ("m", "at * H + units") if self.projected else ("y", "at * P + units")
         for pointer in ("gates", "extra"):
             slots = self.slots(pointer)
             if name in slots:
                 return pointer, gate_place(len(slots), slots.index(name))
-        if name in cell.states[1:]:
-            return f"{name}_all", "at * H + units"
-        raise NotImplementedError(f"{cell.name}: {name} is used in another phase and not saved")
+        return f"{name}_all", "at * H + units"  # another state
 
     def runs(self, gates: Iterable[str], order: Sequence[str]) -> list[tuple[str, ...]]:
         """The gates that are one tile, neighbours in ``order``."""
@@ -125,6 +118,12 @@ class _Names:
                 found.append(store_gates(pointer, len(slots), first, run))
         return found
 
+    def waiting(self, value: str) -> tuple[str, str]:
+        """Where the gradient of a value that is handed on waits for its phase: beside it, which in
+        dgates is where its gate's gradient will be."""
+        pointer, place = self.place(value)
+        return f"d{pointer}", place
+
     def weight(self, gate: str) -> int:
         return self.cell.recurrent_gates.index(gate)
 
@@ -139,7 +138,7 @@ class _Names:
 
     def row(self, group: tuple[str, ...]) -> str:
         """The number of the first of some gates' blocks of w_hh."""
-        return f"recurrence * {self.G_hh} + {self.weight(group[0])}"
+        return f"recurrence * {self.cell.G_hh} + {self.weight(group[0])}"
 
 
 def _tile(kind: str, group: tuple[str, ...]) -> str:
@@ -152,11 +151,11 @@ def _tile(kind: str, group: tuple[str, ...]) -> str:
 
 def _apart_biases(cell: Cell) -> list[str]:
     """b_hh of the gates whose recurrent part stands apart; the others' is in the input product."""
-    G_hh = len(cell.recurrent_gates)
     return [
-        f"b_{g} = load_or_zero(b_hh_ptr, (recurrence * {G_hh} + {cell.recurrent_gates.index(g)}) "
-        "* H + units, is_unit, WIDE)"
-        for g in cell.apart_gates
+        f"b_hh_{g} = load_or_zero(b_hh_ptr, (recurrence * {cell.G_hh} + {at}) * H + units, "
+        "is_unit, WIDE)"
+        for at, g in enumerate(cell.recurrent_gates)
+        if g in cell.apart_gates
     ]
 
 
@@ -194,12 +193,13 @@ def _gate_sums(phase: Phase, group: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def _text(cell: Cell, phase: Phase) -> list[str]:
-    """What stands apart gets its bias; and the text."""
+def _text(cell: Cell, k: int) -> list[str]:
+    """What stands apart gets its bias; and the text of phase k."""
+    phase = cell.phases[k]
     names = arguments(phase.forward)
-    lines = [f"s_{g} = s_{g} + b_{g}" for g in cell.gates if f"s_{g}" in names]
+    lines = [f"s_{g} = s_{g} + b_hh_{g}" for g in cell.gates if f"s_{g}" in names]
     given = ", ".join("h_prev.to(WIDE)" if name == "h_prev" else name for name in names)
-    return [*lines, f"{comma(phase.returns)} = {phase.forward.__name__}({given})"]
+    return [*lines, f"{comma(phase.returns)} = {forward_text(k)}({given})"]
 
 
 def _saved_by(names: _Names, phase: Phase) -> list[str]:
@@ -225,7 +225,7 @@ def _carry(cell: Cell, phase: Phase, suffix: str) -> list[str]:
     """The other states that a phase gives, on to the next step, and stores of them at every step:
     of what is carried, so that the change of layout for the store comes no sooner."""
     lines = []
-    for s in cell.states[1:]:
+    for s in cell.other_states:
         if s in phase.returns:
             carried = f"{s}_{suffix}"
             every = store(f"{s}_all", "at * H + units", carried)
@@ -253,7 +253,7 @@ def _resident(names: _Names, backward: bool) -> list[str]:
             inner = "hidden_down" if of_h else "units_down"
             gate, unit = (f" + gate_{n}", f"unit_{n}") if n > 1 else ("", "units")
             place = f"(({names.row(group)}{gate}) * BLOCK_H + {unit}) * BLOCK_P + {inner}"
-        lines.append(f"{_tile('w', group)} = tl.load(w_hh_ptr + {place})")
+        lines.append(f"{_tile('w_hh', group)} = tl.load(w_hh_ptr + {place})")
     if names.projected:
         place = f"(recurrence * BLOCK_P + {'hidden_down' if backward else 'hidden'}) * BLOCK_H"
         lines.append(
@@ -278,12 +278,12 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
         is made again, over any tile of the units.
     """
     names = _Names(cell, projected, joint=ahead and not given)
-    others = cell.states[1:]
+    others = cell.other_states
     carries_h = not (given and projected)
     start = [PLACE, _hidden(projected), *_apart_biases(cell), *_units(cell)]
     if not given:
         start += _resident(names, backward=False)
-        start += [_MASK] if _masks(cell) else []
+        start += [_MASK] if cell.masks_h else []
     if carries_h:
         start.append(
             "h_prev = load_or_zero(h_0_ptr, state * P + hidden, (batch < B) & is_hidden, WIDE)"
@@ -297,12 +297,12 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
     carried = [f"{s}_prev" for s in others] + (["h_prev"] if carries_h else [])
     loads: list[Load] = []
     body = [_reset(carried)] if carried else []
-    for phase in cell.phases:
+    for k, phase in enumerate(cell.phases):
         own = _input(names, phase)
         gates = cell.product_gates(phase)
         if gates and given:
             for g in gates:
-                own.append(load_gates("s_", (g,), "s", names.G_hh, names.weight(g)))
+                own.append(load_gates("s_", (g,), "s", cell.G_hh, names.weight(g)))
                 body += _gate_sums(phase, (g,))
         elif gates:
             operand = phase.operand
@@ -310,10 +310,10 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
                 operand = "masked(h_prev.to(WIDE), h_mask_ptr, h_mask)"
             body.append(f"operand = {operand}.to(gates_ptr.dtype.element_ty)")
             for group in names.product_groups(phase):
-                weights = _tile("w", group)
+                weights = _tile("w_hh", group)
                 body.append(f"{_tile('s', group)} = dot(operand, {weights}, PRECISION, WIDE)")
                 body += _gate_sums(phase, group)
-        body += _text(cell, phase)
+        body += _text(cell, k)
         body += _keep(names, phase, set()) + _carry(cell, phase, "prev")
         loads += own
     if projected:
@@ -337,11 +337,7 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
 
 def _forward(cell: Cell, projected: bool) -> Steps:
     """Parts: the phases, and the projection."""
-    others = cell.states[1:]
-    if others and len(cell.phases) > 1:
-        raise NotImplementedError(
-            f"{cell.name}: the steps hold a second state in cells of one phase alone"
-        )
+    others = cell.other_states
     parts = [_forward_phase(cell, projected, k) for k in range(len(cell.phases))]
     if projected:
         operand = ("m", "at * H", "live")
@@ -350,11 +346,11 @@ def _forward(cell: Cell, projected: bool) -> Steps:
         parts.append(Part(terms, [], *_hand_on_h(cell)))
     step = ["time = tl.where(reverse, steps - 1 - step, step)", ROWS, KEPT_IN_STEPS]
     carried = {}
-    if _takes_h(cell):
+    if cell.reads_h:
         carried["h_last"] = ("h_n", "state * P + hidden", "(batch < B) & is_hidden")
     for s in others:
         carried[f"{s}_last"] = (f"{s}_n", "state * H + units", "(batch < B) & is_unit")
-    start, initial = [*_apart_biases(cell), *_units(cell)], [_MASK] if _masks(cell) else []
+    start, initial = [*_apart_biases(cell), *_units(cell)], [_MASK] if cell.masks_h else []
     return Steps(cell, "forward", start, initial, carried, step, parts)
 
 
@@ -366,26 +362,20 @@ _NEXT_OPERAND = "(((step + 1) % 2 * R + recurrence) * B + batch) * P + hidden"
 def _hand_on_h(cell: Cell) -> tuple[list[str], list[str]]:
     """To the other programs, and what may come late."""
     lines = ["h = h.to(y_ptr.dtype.element_ty)"]
-    if _masks(cell):
+    if cell.masks_h:
         value = "masked(h.to(WIDE), h_mask_ptr, h_mask)"
         lines.append(store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
     late = [store("y", "at * P + hidden", "h", "live & is_hidden")]
-    if _takes_h(cell):
+    if cell.reads_h:
         late.append("h_last = tl.where(live, h.to(WIDE), h_last)")
     else:
         late.append(store("h_n", "state * P + hidden", "h", "live & is_hidden"))
     return lines, late
 
 
-def _takes_h(cell: Cell) -> bool:
-    """Whether a text takes the last h itself, beside the product."""
-    return any("h_prev" in arguments(phase.forward) for phase in cell.phases)
-
-
 def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
     """A phase's product, and its text."""
     names, phase = _Names(cell, projected), cell.phases[k]
-    gates = cell.product_gates(phase)
     later = {n for p in cell.phases[k + 1 :] for n in (*arguments(p.forward), p.operand)}
     if phase.operand == "h_prev":
         width = "P"
@@ -400,15 +390,18 @@ def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
         gate, unit = (f" + gate_{n}", f"unit_{n}") if n > 1 else ("", "units")
         place = f"w_hh_ptr + (({names.row(group)}{gate}) * H + {unit}) * {width} + down"
         exists = "is_unit" if n == 1 else f"(unit_{n} < H)"
-        result, weights = _tile("s", group), _tile("w", group)
+        result, weights = _tile("s", group), _tile("w_hh", group)
         terms.append(Term(result, operand, weights, place, width, exists, n))
         body += _gate_sums(phase, group)
+    earlier = {n for p in cell.phases[:k] for n in p.returns}
     for name in arguments(phase.forward):
         if name.endswith("_prev"):
             body.append(f"{name} = tl.where(kept, {name.removesuffix('_prev')}_last, 0.0)")
-        elif name in cell.saved and name[2:] not in gates:  # an earlier phase's
+        elif name in earlier and name in cell.states:
+            body.append(f"{name} = {name}_last")
+        elif name in earlier:
             body.append(f"{name} = {shared(*names.place(name))}")
-    body += _text(cell, phase)
+    body += _text(cell, k)
     handed_on = [n for n in _saved_by(names, phase) if n in later]
     body += names.store_saved(handed_on)
     late = _keep(names, phase, later) + _carry(cell, phase, "last")
@@ -428,7 +421,7 @@ def _received(names: _Names, phase: Phase) -> tuple[list[str], list[Load]]:
     first step, and loads."""
     cell = names.cell
     start, previous, saved = [], [], []
-    for name in arguments(phase.backward):
+    for name in phase.takes_back:
         if name.endswith("_prev"):
             line, one = load_previous(name.removesuffix("_prev"))
             start.append(line)
@@ -438,13 +431,24 @@ def _received(names: _Names, phase: Phase) -> tuple[list[str], list[Load]]:
     return start, names.load_saved(saved) + previous
 
 
+def _from_phase(name: str, k: int) -> str:
+    """What phase k gives of a gradient that several phases may give parts of."""
+    return f"{name}_of_{k}"
+
+
+def _shares(cell: Cell, k: int) -> list[str]:
+    """The gradients of phase k that several phases may give parts of: of states, before the step
+    and after it, and of values that are handed on."""
+    several = {*cell.states, *(f"{s}_prev" for s in cell.states), *cell.handed_on}
+    return [name for name in cell.phases[k].gradients if name[1:] in several]
+
+
 def _gradients(names: _Names, k: int) -> list[str]:
     """The backward text and the stores of the gates' gradients."""
     cell, phase = names.cell, names.cell.phases[k]
-    results = [f"dh_prev_{k}" if n == "dh_prev" else n for n in phase.gradients]
-    lines = [
-        f"{comma(results)} = {phase.backward.__name__}({', '.join(arguments(phase.backward))})"
-    ]
+    shares = _shares(cell, k)
+    results = [_from_phase(n, k) if n in shares else n for n in phase.gradients]
+    lines = [f"{comma(results)} = {backward_text(k)}({', '.join(phase.takes_back)})"]
     of_gate = {"da": {}, "dx": {}, "ds": {}}  # type: dict[str, dict[str, str]]
     for name in phase.gradients:
         kind, _, gate = name.partition("_")
@@ -454,11 +458,25 @@ def _gradients(names: _Names, k: int) -> list[str]:
     for run in names.runs(inputs, cell.gates):
         first = cell.gates.index(run[0])
         lines.append(store_gates("dgates", cell.G, first, [inputs[g] for g in run]))
-    if cell.apart_gates:
+    if cell.parts_differ:
         for run in names.runs(recurrent, cell.recurrent_gates):
             values = [recurrent[g] for g in run]
-            lines.append(store_gates("dproduct", names.G_hh, names.weight(run[0]), values))
+            lines.append(store_gates("dproduct", cell.G_hh, names.weight(run[0]), values))
     return lines
+
+
+def _of_units(cell: Cell, phase: Phase) -> list[str]:
+    """The gradients of unit parameters that a phase gives."""
+    return [f"d{u}" for u in cell.unit_parameters if f"d{u}" in phase.gradients]
+
+
+def _takers(cell: Cell, value: str) -> list[int]:
+    """The phases whose text takes a value that an earlier phase returns."""
+    return [
+        k
+        for k, phase in enumerate(cell.phases)
+        if value in phase.takes and value not in phase.returns
+    ]
 
 
 def _product_gradient(phase: Phase, group: tuple[str, ...]) -> str:
@@ -466,9 +484,12 @@ def _product_gradient(phase: Phase, group: tuple[str, ...]) -> str:
     return together([f"ds_{g}" if f"ds_{g}" in phase.gradients else f"da_{g}" for g in group])
 
 
-def _sum_of_direct(cell: Cell) -> str:
-    parts = [f"dh_prev_{k}" for k, p in enumerate(cell.phases) if "dh_prev" in p.gradients]
-    return " + ".join(parts)
+def _sum_of_direct(cell: Cell, state: str) -> str:
+    """The gradient of a state before the step that the texts give; nothing where they take none."""
+    name = f"d{state}_prev"
+    return " + ".join(
+        _from_phase(name, k) for k, p in enumerate(cell.phases) if name in p.gradients
+    )
 
 
 def _state_gradient(state: str) -> Load:
@@ -488,9 +509,9 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
     ahead: as in forward.
     """
     names = _Names(cell, projected, joint=ahead)
-    others, U = cell.states[1:], len(cell.unit_parameters)
+    others, U = cell.other_states, len(cell.unit_parameters)
     start = [PLACE, _hidden(projected), *_units(cell), *_resident(names, backward=True)]
-    start += [_MASK] if _masks(cell) else []
+    start += [_MASK] if cell.masks_h else []
     start.append(f"dh_next = {load('dh', 'state * P + hidden', '(batch < B) & is_hidden')}")
     start += [
         f"d{s}_next = {load(f'd{s}', 'state * H + units', '(batch < B) & is_unit')}" for s in others
@@ -505,33 +526,42 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
     for s in others:
         loads.append(_state_gradient(s))
         body.append(f"d{s} = d{s}_next + d{s}_all")
-    sums = []
+    sums: list[str] = []
+    received: set[str] = set()  # values handed on, of which a part of the gradient is there
     for k, phase in reversed(list(enumerate(cell.phases))):
         first, own = _received(names, phase)
         start += [line for line in first if line not in start]
         loads += [one for one in own if one not in loads]
         body += _gradients(names, k)
+        body += [f"total_{n[1:]} += tl.where(live, {n}, 0.0)" for n in _of_units(cell, phase)]
+        for n in _shares(cell, k):
+            if not n.endswith("_prev"):
+                first_share = n[1:] not in (*cell.states, *received)
+                received.add(n[1:])
+                body.append(f"{n} {'' if first_share else '+'}= {_from_phase(n, k)}")
         product = " + ".join(
             f"dot_apart({_product_gradient(phase, group)}.to(y_ptr.dtype.element_ty), "
-            f"{_tile('w', group)}, PRECISION, WIDE)"
+            f"{_tile('w_hh', group)}, PRECISION, WIDE)"
             for group in names.product_groups(phase)
         )
         if product and phase.operand == "h_prev":
             sums.append(product)
         elif product:
-            body.append(f"d{phase.operand} = {product}")
-    direct = _sum_of_direct(cell)
+            body.append(f"d{phase.operand} {'+' if phase.operand in received else ''}= {product}")
+            received.add(phase.operand)
+    direct = _sum_of_direct(cell, "h")
     if sums:
         body.append(f"dh_prev = masked({' + '.join(sums)}, h_mask_ptr, h_mask)")
     if direct:
         body.append(f"dh_prev {'+' if sums else ''}= {direct}")
     elif not sums:
         body.append("dh_prev = tl.zeros_like(dh_next)")
+    for s in others:
+        body.append(f"d{s}_prev = {_sum_of_direct(cell, s) or f'tl.zeros_like(d{s}_next)'}")
     body += [
         f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
         for s in cell.states
     ]
-    body += [f"total_{u} += tl.where(live, d{u}, 0.0)" for u in cell.unit_parameters]
     end = [store("dh", "state * P + hidden", "dh_next", "(batch < B) & is_hidden")]
     end += [
         store(f"d{s}", "state * H + units", f"d{s}_next", "(batch < B) & is_unit") for s in others
@@ -552,7 +582,7 @@ def _backward(cell: Cell, projected: bool) -> Steps:
     """
     U = len(cell.unit_parameters)
     last = len(cell.phases) - 1
-    initial = [_MASK] if _masks(cell) else []
+    initial = [_MASK] if cell.masks_h else []
     parts = [_backward_phase(cell, projected, k, initial) for k in range(last, -1, -1)]
     if projected:
         terms, own, body = _gradient_of_h(_Names(cell, True))
@@ -561,7 +591,7 @@ def _backward(cell: Cell, projected: bool) -> Steps:
         parts.insert(0, Part(terms, own, body, []))
     step = ["time = tl.where(reverse, step, steps - 1 - step)", ROWS, KEPT_IN_STEPS, EARLIER, LATER]
     carried = {"dh_next": ("dh", "state * P + hidden", "(batch < B) & is_hidden")}
-    for s in cell.states[1:]:
+    for s in cell.other_states:
         carried[f"d{s}_next"] = (f"d{s}", "state * H + units", "(batch < B) & is_unit")
     for k, u in enumerate(cell.unit_parameters):
         place = f"((tile * R + recurrence) * {U} + {k}) * H + units"
@@ -595,13 +625,14 @@ def _from_gates(
 ) -> Term:
     """The gradient of a phase's operand: the gates' gradients, which stand side by side in a row,
     times their rows of w_hh, which stand one below the other."""
-    first, end = names.cell.product_rows(phase)
+    cell = names.cell
+    first, end = cell.product_rows(phase)
     inner = "H" if end - first == 1 else f"{end - first} * H"
-    weights = f"w_hh_ptr + ((recurrence * {names.G_hh} + {first}) * H + down) * {width} + {columns}"
+    weights = f"w_hh_ptr + ((recurrence * {cell.G_hh} + {first}) * H + down) * {width} + {columns}"
     return Term(
         result,
-        ("dproduct", f"({at} * {names.G_hh} + {first}) * H", exists),
-        _tile("w", names.cell.product_gates(phase)),
+        ("dproduct", f"({at} * {cell.G_hh} + {first}) * H", exists),
+        _tile("w_hh", cell.product_gates(phase)),
         weights,
         inner,
         "is_hidden" if columns == "hidden" else "is_unit",
@@ -617,11 +648,11 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
     initial: takes up what stands before the first step.
     """
     names = _Names(cell, projected)
-    phase, last = cell.phases[k], k == len(cell.phases) - 1
+    phase = cell.phases[k]
     terms: list[Term] = []
     own: list[Load] = []
     body: list[str] = []
-    if "dh" in arguments(phase.backward):
+    if "h" in phase.returns:
         if projected:
             operand = ("dh_all", "at * P", "live")
             weight = "w_hr_ptr + (recurrence * P + down) * H + units"
@@ -631,44 +662,40 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
     for p in cell.phases[k + 1 :]:
         if p.operand in phase.returns:
             terms.append(_from_gates(names, p, f"d{p.operand}", "at", "live", "H", "units"))
-    known = {"h", *(p.operand for p in cell.phases)}
-
-    def waits(name: str) -> bool:
-        """The gradient of another phase's value is where its gate's gradient will be."""
-        return name[0] == "d" and name[1:] in cell.saved[: cell.G] and name[1:] not in known
-
-    def gradient_place(name: str) -> str:
-        return gate_place(cell.G, cell.saved.index(name[1:]))
-
-    for name in arguments(phase.backward):
-        if waits(name):
-            body.append(f"{name} = {shared('dgates', gradient_place(name))}")
+    products = {term.result for term in terms}
+    for value in phase.returns:  # what texts of later phases have left of its gradient
+        if value in cell.handed_on and _takers(cell, value):
+            sign = "+" if f"d{value}" in products else ""
+            body.append(f"d{value} {sign}= {shared(*names.waiting(value))}")
     start, received = _received(names, phase)
     initial += start
     own = own + received
-    if last:
-        for s in cell.states[1:]:
+    for s in cell.other_states:
+        if s in phase.returns:
             own.append(_state_gradient(s))
             body.append(f"d{s} = d{s}_next + d{s}_all")
     body += _gradients(names, k)
-    for name in phase.gradients:
-        if waits(name):
-            body.append(store("dgates", gradient_place(name), name))
-    if last:
-        body += [
-            f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
-            for s in cell.states[1:]
-        ]
-    if not projected:
-        direct = f"tl.where(kept, dh_prev_{k}, 0.0)" if "dh_prev" in phase.gradients else "0.0"
-        if last:
-            body.append(f"dh_next = tl.where(live, {direct}, dh_next)")
-        elif "dh_prev" in phase.gradients:
-            body.append(f"dh_next += {direct}")
+    for name in _shares(cell, k):
+        value, share = name[1:], _from_phase(name, k)
+        if value in cell.handed_on:
+            place = names.waiting(value)
+            if max(_takers(cell, value)) != k:
+                share = f"{share} + {shared(*place)}"
+            body.append(store(*place, share))
+        elif value in cell.states:
+            body.append(f"d{value}_next += tl.where(live, {share}, 0.0)")
+    for s in cell.states:
+        if s == "h" and projected:
+            continue
+        name, rest = f"d{s}_prev", f"tl.where(live, 0.0, d{s}_next)"
+        share = _from_phase(name, k) if name in phase.gradients else ""
+        if s in phase.returns:
+            body.append(f"d{s}_next = {f'tl.where(kept, {share}, {rest})' if share else rest}")
+        elif share:
+            body.append(f"d{s}_next += tl.where(kept, {share}, 0.0)")
     body += [
-        f"total_{u} += tl.sum(tl.where(live, d{u}, 0.0), 0)[None, :]"
-        for u in cell.unit_parameters
-        if f"d{u}" in phase.gradients
+        f"total_{n[1:]} += tl.sum(tl.where(live, {n}, 0.0), 0)[None, :]"
+        for n in _of_units(cell, phase)
     ]
     return Part(terms, own, body, [])
 

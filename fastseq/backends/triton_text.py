@@ -6,9 +6,9 @@ components of h (in a walk all, (1, BLOCK_P), else a tile as of units), ``rows``
 belongs to, ``is_unit``, ``is_hidden``.
 
 Buffers, a row for each of the input: gates, dgates (N, R, G, H); dproduct, s (N, R, G_hh, H);
-extra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). operand (2, R, B,
-P): h, masked, as the products of even and odd steps take it, h_0 at first. Weights: w_hh (R, G_hh,
-H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
+extra, dextra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (N, R, P). operand
+(2, R, B, P): h, masked, as the products of even and odd steps take it, h_0 at first. Weights: w_hh
+(R, G_hh, H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
 
 Gates that are neighbours in a buffer are one tile (BLOCK_B, n * BLOCK_H), n two or four: one load
 or store, one product, and one change of layout where there would be n. ``side_n`` and ``of_n``
@@ -28,7 +28,7 @@ from ..cells import Cell
 #: In the order of a kernel's arguments; a kernel has those that its text names.
 POINTERS = (
     "gates s w_hh w_hr b_hh unit h_0 h_mask reset reverse lengths offsets y extra m h_n "
-    "operand dgates dproduct dh_all dy dh dunit counter"
+    "operand dgates dextra dproduct dh_all dy dh dunit counter"
 ).split()
 SIZES = ("step", "tiles", "patience", "T", "B", "R", "H", "P", "capacity")
 CONSTANTS = ("SAVE", "WIDE", "PRECISION", "PAIRED", "BLOCK_B", "BLOCK_H", "BLOCK_P", "BLOCK_K")
@@ -38,9 +38,49 @@ def state_pointers(cell: Cell) -> list[str]:
     """Of the states other than h: first, at every step, last; and their gradients."""
     return [
         name
-        for state in cell.states[1:]
+        for state in cell.other_states
         for name in (f"{state}_0", f"{state}_all", f"{state}_n", f"d{state}", f"d{state}_all")
     ]
+
+
+def forward_text(k: int) -> str:
+    """How a kernel calls the forward text of phase k."""
+    return f"forward_{k}"
+
+
+def backward_text(k: int) -> str:
+    return f"backward_{k}"
+
+
+#: What kernels call their own values and helpers, and how those names begin or end that are made
+#: from a cell's. A cell that has one of them is declined.
+OWN_NAMES = frozenset(
+    """afresh ahead apart2 apart4 arrive at at_earlier at_later batch capacity columns comes counter
+    done dot dot_apart down dy earlier first first_row float fresh goal h_mask hidden hidden_down
+    inner is_hidden is_unit kept known later length lengths_of live load load_or_zero masked operand
+    passes patience poison range recurrence reset reverse rows rows_later shared sliced_dot slices
+    state step steps sum_of_slices tile tiles time tl together2 together4 units units_down wait
+    within""".split()
+)
+MADE_NAMES = (
+    r"(w_hh|b_hh|total|dproduct)_\w+|w_hr\w*|(side|of|gate|unit|operand|forward|backward)_\d+|"
+    r"\w+_(ahead|next|last|first|all|ptr|of_\d+)|[A-Z_\d]+"
+)
+
+
+def taken_names(cell: Cell) -> list[str]:
+    """Names of a cell's values that a kernel uses for something else."""
+    values = {n for p in cell.phases for n in (*p.takes, *p.returns)} | set(cell.states)
+    values |= {f"d{name}" for name in values}
+    tiles = {
+        f"{part}_{'_'.join(cell.gates[i:j])}"
+        for part in "axs"
+        for i in range(cell.G)
+        for j in range(i + 2, cell.G + 1)
+    }
+    states = {f"{name}_ptr" for name in POINTERS} & {f"{n}_ptr" for n in state_pointers(cell)}
+    found = {n for n in values if n in OWN_NAMES | tiles or re.fullmatch(MADE_NAMES, n)}
+    return sorted(found | states)
 
 
 def indent(lines: str | Iterable[str], levels: int = 1) -> str:

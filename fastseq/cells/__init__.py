@@ -15,14 +15,44 @@ N   sum of the sequence lengths: rows of a packed sequence
 ==  ===========================================================
 """
 
-from .declaration import Cell, Phase, arguments, bind, fingerprint
+from .declaration import Cell, Phase
 from .elman import INDRNN, RNN_RELU, RNN_TANH
 from .gru import GRU, GRU_RESET_BEFORE
 from .lstm import LSTM
+from .text import WORDS, arguments, bind, fingerprint
 
 CELLS: dict[str, Cell] = {
     cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU, GRU_RESET_BEFORE, INDRNN)
 }
+
+#: What each name has stood for in this process. Kernels and choices are kept by name.
+_named = dict(CELLS)
+_LIBRARY = frozenset(CELLS)
+
+
+def register(cell: Cell) -> Cell:
+    """Let the backends run a cell of your own, by its name; the cell.
+
+    The kernels of Numba and Triton are made from its declaration, and so are the reference and the
+    eager form. Raises ValueError where the name is taken.
+    """
+    if cell.name in CELLS:
+        raise ValueError(f"cell {cell.name!r}: there is one of this name; choose another")
+    if _named.setdefault(cell.name, cell) != cell:
+        raise ValueError(
+            f"cell {cell.name!r}: the name stood for another cell in this process, whose kernels "
+            "are kept by name; choose another"
+        )
+    CELLS[cell.name] = cell
+    return cell
+
+
+def unregister(name: str) -> None:
+    """Take a cell of your own out again. Raises ValueError for any other."""
+    if name not in CELLS or name in _LIBRARY:
+        raise ValueError(f"cell {name!r}: expected the name of a cell that register() was given")
+    del CELLS[name]
+
 
 __all__ = [
     "CELLS",
@@ -32,9 +62,12 @@ __all__ = [
     "LSTM",
     "RNN_RELU",
     "RNN_TANH",
+    "WORDS",
     "Cell",
     "Phase",
     "arguments",
     "bind",
     "fingerprint",
+    "register",
+    "unregister",
 ]

@@ -1,11 +1,6 @@
 """What a cell declares, so that every backend can be generic over it.
 
-A cell's equations are *texts*: plain functions of one hidden unit at one time step, made of
-assignments, ``+ - *`` and a small vocabulary of free names (``sigmoid``, ``tanh``, ``dtanh``, ...),
-with no literal numbers. :func:`bind` gives the free names their meaning, so the same text runs on
-NumPy arrays, torch tensors, and inside Numba and Triton kernels.
-
-The names of a text's arguments say what they are:
+A cell's equations are texts (:mod:`.text`). The names of a text's arguments say what they are:
 
 ========== ============================================================================
 ``a_g``     pre-activation of gate ``g``: input part plus recurrent part
@@ -14,27 +9,20 @@ The names of a text's arguments say what they are:
 ``c_prev``  the state ``c`` before the step;  ``c`` in a backward text: after the step
 ``u``       a parameter per hidden unit, if the cell lists it in ``unit_parameters``
 ``z``       a value that the step saved, or that an earlier phase returned
+``nv``      the value ``v`` normalised over its row, if the phase lists it in ``normal``
 ``d...``    in a backward text: the gradient of the loss with respect to ``...``
 ========== ============================================================================
+
+A declaration that a backend would misread is refused when it is made (:mod:`.check`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import numbers
-import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-Text = Callable[..., Any]
-
-
-def arguments(text: Text) -> tuple[str, ...]:
-    """The names of a text's arguments, in order."""
-    code = text.__code__
-    return code.co_varnames[: code.co_argcount]
+from .check import check
+from .text import Text, arguments
 
 
 @dataclass(frozen=True)
@@ -44,18 +32,33 @@ class Phase:
     The product multiplies ``operand`` by the rows of ``w_hh`` that belong to the gates which the
     forward text takes as ``a_g`` or ``s_g``; a text that takes neither has no product.
 
-    forward, backward: the two texts.
-    returns, gradients: what each of them returns, by name. ``gradients`` of the same name from
-        several phases add up (``dh_prev``).
+    forward, backward: the two texts. backward: None where there is none; the eager form alone,
+        which autograd sees through, runs such a cell.
+    returns, gradients: what each of them returns, by name. ``gradients`` has that of every argument
+        of the forward text; those of the same name from several phases add up.
     operand: ``h_prev``, or a value returned by an earlier phase, whose gradient the backward text
         of that earlier phase then takes.
+    normal: groups of values that are normalised together over a row; the forward text takes ``nv``
+        for each ``v``, and the backward text gives ``dnv``.
     """
 
     forward: Text
     returns: tuple[str, ...]
-    backward: Text
-    gradients: tuple[str, ...]
+    backward: Text | None = None
+    gradients: tuple[str, ...] = ()
     operand: str = "h_prev"
+    normal: tuple[tuple[str, ...], ...] = ()
+
+    @cached_property
+    def takes(self) -> tuple[str, ...]:
+        """What the forward text takes, a normalised value by the name that it has before."""
+        grouped = {f"n{name}": name for group in self.normal for name in group}
+        return tuple(grouped.get(name, name) for name in arguments(self.forward))
+
+    @cached_property
+    def takes_back(self) -> tuple[str, ...]:
+        """What the backward text takes."""
+        return () if self.backward is None else arguments(self.backward)
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,16 @@ class Cell:
     name: as users write it.
     gates: in the order of the rows of ``w_ih``.
     states: the first is the hidden state ``h``, which recurrent products and the next layer read.
-    saved: values kept from forward for backward. The first G are written over the input product,
-        gate by gate; each further one has a buffer of its own. States other than ``h`` need not be
-        listed: their value at every step is kept anyway.
+    saved: values kept from forward for backward, and those that one phase hands on to a later one.
+        The first G are written over the input product, gate by gate: the k-th is a value that the
+        phase of gate k returns, or a later one. Each further one has a buffer of its own. States
+        other than ``h`` need not be listed: their value at every step is kept anyway.
     phases: in the order in which forward runs them; backward runs them in reverse.
     unit_parameters: names of parameters of shape (H,).
+    scans: whether ``h = a h_prev + b`` with a and b of x alone, so that time may go in parallel.
     source: the paper.
+
+    Raises ValueError for a declaration that a backend would misread.
     """
 
     name: str
@@ -80,51 +87,92 @@ class Cell:
     phases: tuple[Phase, ...]
     source: str
     unit_parameters: tuple[str, ...] = ()
+    scans: bool = False
 
     def __post_init__(self) -> None:
-        known = {f"{state}_prev" for state in self.states} | set(self.unit_parameters)
-        known |= {f"{part}_{gate}" for part in "axs" for gate in self.gates}
-        for phase in self.phases:
-            unknown = [name for name in arguments(phase.forward) if name not in known]
-            if unknown or (phase.operand not in known):
-                raise ValueError(
-                    f"{self.name}: {phase.forward.__name__} takes {unknown or phase.operand}, "
-                    "which is no gate part (a_g, x_g, s_g), previous state, unit parameter or "
-                    "value of an earlier phase"
-                )
-            known |= set(phase.returns)
-        missing = [name for name in (*self.states, *self.saved) if name not in known]
-        if missing or len(self.saved) < len(self.gates):
-            raise ValueError(
-                f"{self.name}: saved {self.saved} must name at least {len(self.gates)} values that "
-                f"the phases take or return, and every state must be returned; missing {missing}"
-            )
+        check(self)
 
     @property
     def G(self) -> int:
         return len(self.gates)
 
     @cached_property
-    def recurrent_gates(self) -> tuple[str, ...]:
-        """The gates that own rows of ``w_hh``, in its order."""
-        taken = {name for phase in self.phases for name in arguments(phase.forward)}
-        return tuple(g for g in self.gates if f"a_{g}" in taken or f"s_{g}" in taken)
-
-    @cached_property
-    def apart_gates(self) -> tuple[str, ...]:
-        """The gates whose recurrent part enters apart from the input part (``s_g``)."""
-        taken = {name for phase in self.phases for name in arguments(phase.forward)}
-        return tuple(g for g in self.gates if f"s_{g}" in taken)
+    def other_states(self) -> tuple[str, ...]:
+        """The states but for ``h``."""
+        return self.states[1:]
 
     @cached_property
     def extras(self) -> tuple[str, ...]:
         """Saved values beyond the first G, each with a buffer of its own."""
         return self.saved[self.G :]
 
+    @cached_property
+    def recurrent_gates(self) -> tuple[str, ...]:
+        """The gates that own rows of ``w_hh``, in its order."""
+        taken = {name for phase in self.phases for name in phase.takes}
+        return tuple(g for g in self.gates if f"a_{g}" in taken or f"s_{g}" in taken)
+
+    @cached_property
+    def G_hh(self) -> int:
+        return len(self.recurrent_gates)
+
+    @cached_property
+    def apart_gates(self) -> tuple[str, ...]:
+        """The gates whose recurrent part enters apart from the input part (``s_g``)."""
+        taken = {name for phase in self.phases for name in phase.takes}
+        return tuple(g for g in self.gates if f"s_{g}" in taken)
+
+    @cached_property
+    def parts_differ(self) -> bool:
+        """Whether the gates' recurrent parts have gradients of their own: some enter apart, or
+        some gates have none."""
+        own = self.recurrent_gates
+        return bool(self.apart_gates) or bool(own and own != self.gates)
+
+    @cached_property
+    def handed_on(self) -> tuple[str, ...]:
+        """What one phase returns and a later one takes or multiplies, but for states."""
+        found: dict[str, None] = {}
+        for k, phase in enumerate(self.phases):
+            later = {n for p in self.phases[k + 1 :] for n in (*p.takes, p.operand)}
+            found |= dict.fromkeys(n for n in phase.returns if n in later)
+        return tuple(n for n in found if n not in self.states)
+
+    @cached_property
+    def reads_h(self) -> bool:
+        """Whether a text takes ``h_prev`` itself, beside its product."""
+        return any("h_prev" in phase.takes for phase in self.phases)
+
+    @cached_property
+    def can_project(self) -> bool:
+        """Whether h may have another size than the gates: nothing pointwise meets h, and w_hh
+        multiplies nothing else."""
+        return not self.reads_h and all(phase.operand == "h_prev" for phase in self.phases)
+
+    @cached_property
+    def masks_h(self) -> bool:
+        """Whether a product takes h, which may be masked."""
+        return any(self.product_gates(p) and p.operand == "h_prev" for p in self.phases)
+
+    def keeps_gates(self, projected: bool) -> bool:
+        """Whether backward wants the saved values of the gates: of a cell whose one saved value is
+        ``h`` it wants the output alone, which holds h where it is not projected."""
+        return projected or self.saved != self.states[:1]
+
+    def beyond(self, autograd: bool = False) -> str | None:
+        """What the declaration has that no backend runs; None where there is nothing.
+
+        autograd: of a backend whose derivatives are torch's, which wants no backward text.
+        """
+        if any(phase.normal for phase in self.phases):
+            return f"{self.name} normalises values over a row, for which no backend has a loop"
+        if not autograd and any(phase.backward is None for phase in self.phases):
+            return f"{self.name} has no backward text; choose eager, which needs none"
+        return None
+
     def product_gates(self, phase: Phase) -> tuple[str, ...]:
         """The gates whose recurrent part the product of this phase gives."""
-        names = arguments(phase.forward)
-        return tuple(g for g in self.gates if f"a_{g}" in names or f"s_{g}" in names)
+        return tuple(g for g in self.gates if f"a_{g}" in phase.takes or f"s_{g}" in phase.takes)
 
     def product_rows(self, phase: Phase) -> tuple[int, int]:
         """First and last+1 row block (in units of H) of ``w_hh`` that the phase multiplies.
@@ -135,73 +183,10 @@ class Cell:
         if not gates:
             return (0, 0)
         first = self.recurrent_gates.index(gates[0])
-        if self.recurrent_gates[first : first + len(gates)] != gates:
-            raise ValueError(f"{self.name}: gates {gates} of one phase must be neighbours in w_hh")
         return (first, first + len(gates))
 
-
-def fingerprint(text: Text, vocabulary: dict[str, Any]) -> str:
-    """A short hash of a text and of everything, however deep, that it is bound to.
-
-    Line numbers and file names are left out. Objects that hold Python code (functions, and what
-    Numba and Triton make of them) count by their code, all others by their ``repr``.
-    """
-    digest = hashlib.sha256()
-    seen: set[int] = set()
-
-    def add(value: Any) -> None:
-        function = getattr(value, "py_func", value)
-        function = getattr(function, "_defn", function)
-        code = function if isinstance(function, types.CodeType) else None
-        if code is None:
-            code = getattr(function, "__code__", None)
-        if code is None:
-            if isinstance(value, types.ModuleType):
-                digest.update(value.__name__.encode())
-            elif isinstance(value, (str, numbers.Number, tuple, frozenset, type, type(None))):
-                digest.update(repr(value).encode())
-            else:
-                digest.update(type(value).__qualname__.encode())
-            return
-        if id(function) in seen:
-            return
-        seen.add(id(function))
-        digest.update(code.co_code)
-        digest.update(repr((code.co_names, code.co_varnames)).encode())
-        for constant in code.co_consts:
-            add(constant)
-        names = getattr(function, "__globals__", {})
-        for name in code.co_names:
-            if name in names:
-                digest.update(name.encode())
-                add(names[name])
-        for cell in getattr(function, "__closure__", None) or ():
-            add(cell.cell_contents)
-
-    add(text.__code__)
-    for name in sorted(vocabulary):
-        digest.update(name.encode())
-        add(vocabulary[name])
-    return digest.hexdigest()[:16]
-
-
-def bind(text: Text, label: str, /, **vocabulary: Any) -> Text:
-    """The same text with its free names bound to ``vocabulary``.
-
-    label: cell, backend and dtype. It becomes part of ``__qualname__`` together with a hash of all
-    that is bound in, because Numba's disk cache keys on file, qualified name and bytecode but not
-    on globals: without the hash a second vocabulary would run the first one's machine code.
-    """
-    missing = [
-        name
-        for name in text.__code__.co_names
-        if name not in vocabulary and name not in text.__globals__.get("__builtins__", {})
-    ]
-    if missing:
-        raise ValueError(f"{text.__name__}: the vocabulary lacks {', '.join(missing)}")
-    used = {name: vocabulary[name] for name in text.__code__.co_names if name in vocabulary}
-    name = f"{text.__name__}_{label}_{fingerprint(text, used)}"
-    bound = types.FunctionType(text.__code__, used, name)
-    bound.__qualname__ = name
-    bound.__module__ = text.__module__
-    return bound
+    @cached_property
+    def products(self) -> tuple[Phase, ...]:
+        """The phases that have a product, in the order of their rows of ``w_hh``."""
+        found = [p for p in self.phases if self.product_gates(p)]
+        return tuple(sorted(found, key=self.product_rows))

@@ -1,0 +1,94 @@
+"""The texts of the equations: what they take, and what binds them to a backend's vocabulary.
+
+A text is a plain function of one hidden unit at one time step, made of assignments, ``+ - *`` and
+words of the vocabulary, which are its free names, with no literal numbers. :func:`bind` gives the
+words their meaning, so the same text runs on NumPy arrays, torch tensors, and inside Numba and
+Triton kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+import types
+from collections.abc import Callable
+from typing import Any
+
+Text = Callable[..., Any]
+
+#: What a text may call, each of one argument; every backend has all of them. The derivatives
+#: (``dsigmoid``, ...) take the function's value, not its argument.
+WORDS = ("sigmoid", "tanh", "relu", "dsigmoid", "dtanh", "drelu")
+
+
+def arguments(text: Text) -> tuple[str, ...]:
+    """The names of a text's arguments, in order."""
+    code = text.__code__
+    return code.co_varnames[: code.co_argcount]
+
+
+def fingerprint(text: Text, vocabulary: dict[str, Any]) -> str:
+    """A short hash of a text and of everything, however deep, that it is bound to.
+
+    Line numbers and file names are left out. Objects that hold Python code (functions, and what
+    Numba and Triton make of them) count by their code, all others by their ``repr``.
+    """
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+
+    def add(value: Any) -> None:
+        function = getattr(value, "py_func", value)
+        function = getattr(function, "_defn", function)
+        code = function if isinstance(function, types.CodeType) else None
+        if code is None:
+            code = getattr(function, "__code__", None)
+        if code is None:
+            if isinstance(value, types.ModuleType):
+                digest.update(value.__name__.encode())
+            elif isinstance(value, (str, numbers.Number, tuple, frozenset, type, type(None))):
+                digest.update(repr(value).encode())
+            else:
+                digest.update(type(value).__qualname__.encode())
+            return
+        if id(function) in seen:
+            return
+        seen.add(id(function))
+        digest.update(code.co_code)
+        digest.update(repr((code.co_names, code.co_varnames)).encode())
+        for constant in code.co_consts:
+            add(constant)
+        names = getattr(function, "__globals__", {})
+        for name in code.co_names:
+            if name in names:
+                digest.update(name.encode())
+                add(names[name])
+        for cell in getattr(function, "__closure__", None) or ():
+            add(cell.cell_contents)
+
+    add(text.__code__)
+    for name in sorted(vocabulary):
+        digest.update(name.encode())
+        add(vocabulary[name])
+    return digest.hexdigest()[:16]
+
+
+def bind(text: Text, label: str, /, **vocabulary: Any) -> Text:
+    """The same text with its free names bound to ``vocabulary``.
+
+    label: cell, backend and dtype. It becomes part of ``__qualname__`` together with a hash of all
+    that is bound in, because Numba's disk cache keys on file, qualified name and bytecode but not
+    on globals: without the hash a second vocabulary would run the first one's machine code.
+    """
+    missing = [
+        name
+        for name in text.__code__.co_names
+        if name not in vocabulary and name not in text.__globals__.get("__builtins__", {})
+    ]
+    if missing:
+        raise ValueError(f"{text.__name__}: the vocabulary lacks {', '.join(missing)}")
+    used = {name: vocabulary[name] for name in text.__code__.co_names if name in vocabulary}
+    name = f"{text.__name__}_{label}_{fingerprint(text, used)}"
+    bound = types.FunctionType(text.__code__, used, name)
+    bound.__qualname__ = name
+    bound.__module__ = text.__module__
+    return bound
