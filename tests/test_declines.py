@@ -55,9 +55,7 @@ ON_CPU = {"cuda": ({"device": "cuda"}, "{0}'s kernels run on the CPU, not on cud
 
 #: backend -> what differs from PLAIN, and the reason, with the backend's name for {0}
 REASONS = {
-    "native": KERNELS
-    | ON_CPU
-    | {"unknown cell": ({"cell": "peephole"}, "native has no kernel of peephole")},
+    "native": KERNELS | ON_CPU,
     "numba": KERNELS | ON_CPU,
     "triton": {name: (change | {"device": "cuda"}, why) for name, (change, why) in KERNELS.items()}
     | {

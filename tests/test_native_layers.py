@@ -10,7 +10,7 @@ from problems import draw
 from rules import same_bits
 
 from fastseq.backends import load
-from fastseq.backends.contract import Call, OutputGradients, Wanted
+from fastseq.backends.contract import Call, OutputGradients, Request, Wanted
 from fastseq.cells import CELLS
 
 native = load("native")
@@ -128,7 +128,7 @@ def test_steps_of_a_stream(cell):
     h = torch.stack([case.states[0], torch.zeros_like(case.states[0])])
     others = tuple(s.clone() for s in case.states[1:])
     weights = tuple(compact(case.weights))
-    handle = native.stream(cell, weights, 2, h, others, (h[0, -1], h[1, -1]))
+    handle = native.stream(Request(cell, 2), weights, h, others, (h[0, -1], h[1, -1]))
     for t in range(3):
         assert same_bits(native.stream_step(handle, case.x[t], 1), expected[t])
 

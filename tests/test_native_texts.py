@@ -125,9 +125,7 @@ def of_two_units(x_h, u, v, h_prev):
 
 def doubled_unit(cell):
     """The same gates and states, and a text that takes one unit parameter more."""
-    phase = dataclasses.replace(
-        cell.phases[0], forward=of_two_units, backward=None, gradients=("dx_h", "dh_prev")
-    )
+    phase = dataclasses.replace(cell.phases[0], forward=of_two_units, backward=None, gradients=())
     return dataclasses.replace(cell, phases=(phase,), unit_parameters=("u", "v"))
 
 
@@ -135,7 +133,9 @@ OTHERS = {
     "native has no kernel of mgu, only of lstm, gru,": dataclasses.replace(
         CELLS["gru"], name="mgu"
     ),
-    "extras 's_n' where this cell has ''": dataclasses.replace(CELLS["gru"], saved=("r", "z", "n")),
+    "extras 's_n' where this cell has 's_n h'": dataclasses.replace(
+        CELLS["gru"], saved=("r", "z", "n", "s_n", "h")
+    ),
     "unit parameters 'u' where this cell has 'u v'": doubled_unit(CELLS["indrnn"]),
 }
 

@@ -14,11 +14,10 @@ import os
 import independent
 import pytest
 import torch
+from children import child
 from independent import affine, blocks, masked, over_time
 from pairwise import covering
-from problems import draw, full
-from test_parity import against_the_independent
-from test_triton import child
+from problems import against_the_independent, draw, full
 
 from fastseq.backends import choice, load
 from fastseq.cells import Cell, Phase, register, unregister

@@ -52,7 +52,7 @@ def launched(monkeypatch):
     if not isinstance(native, str):
         kernels = Heard(native._cpu, lambda name, function: spy(f"native {name}", function))
         monkeypatch.setattr(native, "_cpu", kernels)
-        for name in ("layers", "layers_backward"):  # taken out of the extension by their names
+        for name in ("layers", "layers_backward"):  # which call the same two of the extension's
             patch(native, name, f"native {name}")
     numba = load("numba")
     if not isinstance(numba, str):
@@ -85,7 +85,8 @@ def expected(backend, whole):
     """whole: the call is one for native's kernels of whole stacks. Autograd of the last two is
     torch's."""
     if backend == "native" and whole:
-        return {"native layers", "native layers_backward"}
+        ways = ("layers", "layers_backward", "forward", "backward")
+        return {f"native {way}" for way in ways}
     ways = ("forward",) if backend in ("eager", "torch") else ("forward", "backward")
     return {f"{backend} {way}" for way in ways}
 

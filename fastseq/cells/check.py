@@ -13,12 +13,12 @@ import keyword
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from .text import WORDS, Text, arguments
 
-if TYPE_CHECKING:
-    from .declaration import Cell, Phase
+Cell: TypeAlias = Any  # of declaration.py, which imports this file
+Phase: TypeAlias = Any
 
 
 def check(cell: Cell) -> None:
