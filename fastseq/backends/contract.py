@@ -153,11 +153,13 @@ def unflatten(cell: Cell, flat: Sequence[Tensor | None]) -> list[Weights]:
 
 def ways(request: Request, weights: Sequence[Tensor]) -> list[Weights]:
     """The weights of each layer and direction, from those that there are, in one list."""
-    size = request.per_recurrence
-    recurrent = bool(CELLS[request.cell].recurrent_gates)
+    size, recurrent = request.per_recurrence, bool(CELLS[request.cell].recurrent_gates)
+    each = [weights[first : first + size] for first in range(0, len(weights), size)]
+    if recurrent and request.biased and not request.projected:
+        return [Weights(w[0], w[1], w[2], w[3], None, tuple(w[4:])) for w in each]
     found = []
-    for first in range(0, len(weights), size):
-        rest = list(weights[first : first + size])
+    for way in each:
+        rest = list(way)
         w_ih, w_hh = rest.pop(0), rest.pop(0) if recurrent else None
         b_ih = rest.pop(0) if request.biased else None
         b_hh = rest.pop(0) if request.biased and recurrent else None

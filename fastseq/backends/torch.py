@@ -125,7 +125,7 @@ def layers(
 ) -> tuple[Tensor, list[Tensor], tuple[()]]:
     """All layers, as torch.nn calls them; torch draws what dropout keeps."""
     if request.order == ONE_STEP:
-        finals = _step(request.cell, x, states, ways(request, weights)[0])
+        finals = _step(request.cell, x, states, weights)
         return finals[0], finals, ()
     if not states:
         states = _zero_states(request, x, batch_sizes, weights)
@@ -185,7 +185,10 @@ def _one_step(
     def run(
         layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
     ) -> tuple[Tensor, list[Tensor]]:
-        ends = [_step(request.cell, x, [s[d] for s in states], w) for d, w in enumerate(weights)]
+        ends = [
+            _step(request.cell, x, [s[d] for s in states], way.given())
+            for d, way in enumerate(weights)
+        ]
         if len(ends) == 1:
             return ends[0][0], [s.unsqueeze(0) for s in ends[0]]
         return torch.cat([end[0] for end in ends], -1), [
@@ -195,14 +198,16 @@ def _one_step(
     return one_by_one(request, x, states, ways(request, weights), run)
 
 
-def _step(cell: str, x: Tensor, states: Sequence[Tensor], weights: Weights) -> list[Tensor]:
+def _step(
+    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor]:
     """The states (B, H) after one step of x (B, I), by torch's cell function."""
     if not states:
-        zeros = x.new_zeros((x.shape[0], weights.w_hh.shape[1]))  # type: ignore[union-attr]
+        zeros = x.new_zeros((x.shape[0], weights[1].shape[1]))
         states = [zeros] * len(CELLS[cell].states)
     if len(states) == 1:
-        return [_STEPS[cell](x, states[0], *weights[:4])]
-    return list(_STEPS[cell](x, states, *weights[:4]))
+        return [_STEPS[cell](x, states[0], *weights)]
+    return list(_STEPS[cell](x, states, *weights))
 
 
 def _layer_weights(call: Call, weights: Weights) -> list[Tensor]:

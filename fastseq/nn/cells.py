@@ -72,6 +72,10 @@ class RecurrentCell(nn.Module):
             if tensor.dtype != dtype or tensor.device != device:
                 self._check_kinds(x, states)
                 break
+        if not torch.compiler.is_compiling():
+            finals = short.checked_step(self, x, states)
+            if finals is not None:
+                return list(finals) if rank == 2 else [s.squeeze(0) for s in finals]
         return run(self._stack(input, hx))[1]
 
     def _stack(self, input: Tensor, hx: Sequence[Tensor]) -> Stack:

@@ -112,7 +112,7 @@ def check_states(stack: Stack) -> None:
         )
     batched = stack.geometry.batched
     for k, state in enumerate(stack.states):
-        size = stack.P if k == 0 else stack.H
+        size = stack.H if k else stack.P
         layers = request.layers * request.directions
         expected = (layers, stack.geometry.B, size) if batched else (layers, size)
         label = f"hidden[{k}] size" if len(names) > 1 else "hidden size"

@@ -37,6 +37,10 @@ class Geometry:
     def is_ragged(self) -> bool:
         return self.batch_sizes is not None
 
+    def numbers(self, x: Any) -> Tensor:
+        """The caller's input as a plain tensor."""
+        return x
+
     def cast(self, x: Any, dtype: torch.dtype) -> Any:
         """The caller's input in another type."""
         return x.to(dtype)
@@ -164,6 +168,9 @@ class Packed(Geometry):
         else:  # whether it is what it must be, is checked later
             self.B = int(sizes[0]) if sizes.dim() == 1 and len(sizes) else 0
 
+    def numbers(self, x: PackedSequence) -> Tensor:
+        return x.data
+
     def cast(self, x: PackedSequence, dtype: torch.dtype) -> PackedSequence:
         return PackedSequence(x.data.to(dtype), self.batch_sizes, self.order, self.restore)
 
@@ -266,6 +273,9 @@ class Jagged(Geometry):
         starts = offsets[:-1].index_select(0, self.order)
         on = _on(offsets, sequence)
         self.places = starts.index_select(0, on) + _on(offsets, step)
+
+    def numbers(self, x: Any) -> Tensor:
+        return x.values()
 
     def rows(self, x: Any) -> Tensor:
         values = x.values()

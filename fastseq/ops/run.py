@@ -37,6 +37,7 @@ def _autocast(stack: Stack) -> None:
     """Under autocast all tensors take its dtype; gates and carried states stay float32 inside."""
     dtype = torch.get_autocast_dtype(stack.data.device.type)
     stack.x = stack.geometry.cast(stack.x, dtype)
+    stack.data = stack.geometry.numbers(stack.x)
     stack.states = [s.to(dtype) for s in stack.states]
     stack.weights = [w.to(dtype) for w in stack.weights]
     if stack.h_mask is not None:
@@ -46,11 +47,6 @@ def _autocast(stack: Stack) -> None:
 def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     request, geometry = stack.request, stack.geometry
     single = request.order == ONE_STEP
-    if single and not torch.compiler.is_compiling() and modes.is_plain():
-        x = stack.data
-        short = choice.short_way(request.cell, x.dtype, x.device.type, request.backend, False, True)
-        if short is not None and not hasattr(short[1], "layers_backward"):
-            return _one_step(stack, short[1])
     if not single and modes.is_exporting() and onnx.is_exporting():
         reason = onnx.reason_against(stack)
         if reason is None:
@@ -71,7 +67,7 @@ def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
         return _one_step(stack, module)
     _to_rows(stack)
     outputs = None if module is None else _in_one_call(stack, name, module)
-    y, finals, along = outputs or _one_by_one(stack, task, name)
+    y, finals, along = outputs or _one_by_one(stack, task, name, module)
     if request.editable:
         y, *finals = editable([y, *finals])
     return (
@@ -110,7 +106,8 @@ def _to_rows(stack: Stack) -> None:
     geometry.pack()
     stack.x = geometry.rows(stack.x)
     stack.states = [geometry.state(s) for s in stack.states]
-    stack.request = stack.request._replace(order=TIME_FIRST)
+    if stack.request.order != TIME_FIRST:
+        stack.request = stack.request._replace(order=TIME_FIRST)
     if not stack.states and geometry.hides_batch:
         stack.states = zero_states(stack, stack.x)
     if geometry.order is None:
@@ -142,39 +139,35 @@ def _in_one_call(stack: Stack, name: str, module: Any) -> Outputs | None:
     return None if out is None else (out[0], list(out[1]), [])
 
 
-def _one_by_one(stack: Stack, task: Problem, name: str) -> Outputs:
+def _one_by_one(stack: Stack, task: Problem, name: str, module: Any) -> Outputs:
     """The layers one after another, each by a call of its own."""
-    request, D = stack.request, stack.request.directions
-    sizes = stack.geometry.batch_sizes
-    weights = ways(request, stack.weights)
-    module = None if task.mode == "compile" else choice.in_one_call(name, task)
-    if module is not None and hasattr(module, "layers_backward"):
-        module = None
+    request, D, sizes = stack.request, stack.request.directions, stack.geometry.batch_sizes
     reset = None
     if stack.reset is not None:
         reset = spread_reset(stack.reset, sizes, D, stack.x.shape[0])
-    widths = [stack.P, *[stack.H] * (len(request.definition.states) - 1)]
     along: list[Tensor] = []
-    one = request._replace(layers=1, dropout=0.0)
 
-    def before(layer: int, x: Tensor) -> Tensor:
+    def masked(layer: int, x: Tensor) -> Tensor:
         if layer:
             x = dropped(request, x)
-        if stack.input_masks is not None:
-            x = masks.mask_input(x, stack.input_masks[layer], sizes)
-        return x
+        return masks.mask_input(x, stack.input_masks[layer], sizes)  # type: ignore[index]
 
-    def run(
+    def by_torch(
+        layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
+    ) -> tuple[Tensor, list[Tensor]]:
+        one = request._replace(layers=1, dropout=0.0)
+        flat = [w for way in weights for w in way.given()]
+        y, finals, _ = module.layers(one, x, sizes, states, flat, (), False)
+        return y, list(finals)
+
+    def by_operator(
         layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
     ) -> tuple[Tensor, list[Tensor]]:
         nonlocal along
-        if module is not None:
-            flat = [w for way in weights for w in way.given()]
-            y, finals, _ = module.layers(one, x, sizes, states, flat, (), False)
-            return y, list(finals)
         h_mask = None if stack.h_mask is None else stack.h_mask.narrow(0, layer * D, D)
         drawn = None
         if stack.masks is not None:
+            widths = [stack.P, *[stack.H] * len(request.definition.other_states)]
             drawn = masks.of_layer(stack.masks, layer, D, x, sizes, widths)
         trajectory = request.trajectory and layer == request.layers - 1
         y, finals, along = _layer(
@@ -182,7 +175,14 @@ def _one_by_one(stack: Stack, task: Problem, name: str) -> Outputs:
         )
         return y, finals
 
-    y, finals = one_by_one(request, stack.x, stack.states, weights, run, before)
+    y, finals = one_by_one(
+        request,
+        stack.x,
+        stack.states,
+        ways(request, stack.weights),
+        by_operator if module is None or hasattr(module, "layers_backward") else by_torch,
+        None if stack.input_masks is None else masked,
+    )
     if task.training and task.mode == "compile":
         # Backward reads these, and in a graph nothing notices when they are edited in place. Where
         # they are not, inductor takes the copies out.

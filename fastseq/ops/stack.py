@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import cuda_rule
 from ..backends.contract import ONE_STEP, Masks, Problem, Request
+from ..cells import CELLS, Cell
 from . import modes
 from .geometry import Geometry
 
@@ -40,22 +41,22 @@ class Stack:
     h_mask: Tensor | None = None
     input_masks: Sequence[Tensor] | None = None
     masks: Masks | None = None
+    #: The numbers of the input, however they lie.
+    data: Tensor = field(init=False)
 
-    @property
-    def data(self) -> Tensor:
-        """The numbers of the input."""
-        x = self.x
-        if isinstance(x, Tensor):
-            return x.values() if x.is_nested else x
-        return x.data
+    cell: Cell = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = self.geometry.numbers(self.x)
+        self.cell = CELLS[self.request.cell]
 
     @property
     def H(self) -> int:
-        return self.weights[0].shape[0] // self.request.definition.G
+        return self.weights[0].shape[0] // len(self.cell.gates)
 
     @property
     def P(self) -> int:
-        return self.weights[1].shape[1] if self.request.definition.recurrent_gates else self.H
+        return self.weights[1].shape[1] if self.cell.recurrent_gates else self.H
 
     def needs_grad(self) -> bool:
         # an exported program records the operator alone, which has no autograd formula
@@ -120,7 +121,6 @@ def problem(stack: Stack) -> Problem:
 def zero_states(stack: Stack, like: Tensor) -> list[Tensor]:
     """The initial states where none were given, (layers * D, B, ...)."""
     request = stack.request
-    others = len(request.definition.states) - 1
     count = request.layers * request.directions
-    sizes = (stack.P, *[stack.H] * others)
+    sizes = (stack.P, *[stack.H] * len(stack.cell.other_states))
     return [like.new_zeros((count, stack.geometry.B, size)) for size in sizes]
