@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cells import CELLS
 from . import BACKENDS, DIFFERENTIABLE, Entry, cuda_rule, imported, load
 from .contract import Backend, Memory, Problem
 from .torch import uses_onednn
@@ -63,7 +64,7 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
         return (DIFFERENTIABLE,)
     T, B, H = problem.T, problem.B, problem.H
     if problem.mode == "transform":
-        repaid = 12 if problem.cell.startswith("rnn") else 8
+        repaid = 12 if CELLS[problem.cell].G == 1 else 8
         pays = problem.device == "cpu" and T is not None and T >= repaid
         return (*kernels, "eager") if pays else ("eager",)
     if problem.device == "cuda":
@@ -73,7 +74,7 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     if T is None or B is None or H is None:
         return ours
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
-    rnn = problem.cell.startswith("rnn")
+    one_gate = CELLS[problem.cell].G == 1
     if native and not sixteen:
         one_row = T * B == 1 and problem.training and is_outer_product(problem.cell, H)
         return theirs if one_row else ours
@@ -81,7 +82,7 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
     if native and (half or all(size and size % 2 == 0 for size in (problem.I, H, problem.P))):
         if uses_onednn(problem) and not half:
             return ours
-        return ours if T >= (8 if rnn or H >= 512 else 4) else theirs
+        return ours if T >= (8 if one_gate or H >= 512 else 4) else theirs
     if uses_onednn(problem):
         if sixteen:
             return ours if B * H <= 256 and T >= 32 else theirs
@@ -91,14 +92,14 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
         return theirs if shared and problem.threads > 1 else ours
     if sixteen and H >= 512 and B >= 32:
         return theirs
-    repaid = 12 if rnn else 5 if problem.training else 8
+    repaid = 12 if one_gate else 5 if problem.training else 8
     return ours if T >= repaid else theirs
 
 
 def is_outer_product(cell: str, H: int) -> bool:
     """Of one step of one sequence that is trained: whether its time is that of the weights'
     gradients, an outer product, which torch's operations write faster."""
-    return cell != "lstm" and H >= 256
+    return not CELLS[cell].other_states and H >= 256
 
 
 def left_to_us(problem: Problem) -> tuple[str, ...]:

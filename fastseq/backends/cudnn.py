@@ -230,7 +230,7 @@ def _loop(call: Call, training: bool) -> list[Tensor]:
         result = eager.forward(call)
         return [result.y, *result.states]
     function = getattr(_VF, call.cell)
-    hidden = call.states if call.cell == "lstm" else call.states[0]
+    hidden = call.states if len(call.states) > 1 else call.states[0]
     tail = (call.weights[0].b_ih is not None, 1, 0.0, training, len(call.weights) == 2)
     with without_cudnn() if _steps(call) > _LONGEST else nullcontext():
         if call.batch_sizes is None:

@@ -39,6 +39,8 @@ ABILITIES = Abilities()
 
 _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _STEPS: dict[str, Any] = {cell: getattr(_VF, f"{cell}_cell") for cell in _CELLS}
+#: Of these cells torch projects the state, and those oneDNN runs.
+_PROJECTED = _ON_ONEDNN = frozenset(("lstm",))
 _LSTM_MODE = 2  # at::native's number for LSTM in mkldnn_rnn_layer
 
 
@@ -49,7 +51,7 @@ def unavailable() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.cell not in _CELLS:
         return f"torch has no {problem.cell}; its cells are {', '.join(_CELLS)}"
-    if problem.projected and problem.cell != "lstm":
+    if problem.projected and problem.cell not in _PROJECTED:
         return "torch projects the hidden state of an LSTM only"
     P, H = problem.P, problem.H
     if problem.projected and P is not None and H is not None and P >= H:
@@ -77,7 +79,12 @@ def supports(problem: Problem) -> str | None:
 
 def uses_onednn(problem: Problem) -> bool:
     """Whether torch runs this on oneDNN, as at::native::use_mkldnn decides."""
-    if problem.cell != "lstm" or problem.device != "cpu" or problem.projected or problem.ragged:
+    if (
+        problem.cell not in _ON_ONEDNN
+        or problem.device != "cpu"
+        or problem.projected
+        or problem.ragged
+    ):
         return False
     if problem.B == 0 or not torch.backends.mkldnn.is_available():
         return False

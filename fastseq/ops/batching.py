@@ -9,7 +9,7 @@ A batched tensor has one dimension more, of V members. Three ways to run V calls
 - *loop*: V calls, stacked. Members with both their own input and their own weights; and gradients
   of shared weights for each member, which a call would sum.
 
-What a backend saves is taken to be laid out as numba's: rows in front, as in x or flat; first the
+What a backend saves is taken to be laid out so: rows in front, as in x or flat; first the
 same tensors of each recurrence in turn, then tensors with all recurrences side by side in columns.
 """
 

@@ -66,7 +66,7 @@ def recurrence_backward_flops(
     if wanted[2]:
         total += w_ih + w_hh + w_hr
     definition = CELLS[cell]
-    if memory == "lean" and (w_hr or definition.saved != definition.states[:1]):
+    if memory == "lean" and definition.keeps_gates(bool(w_hr)):
         total += w_ih + w_hh
     return 2 * _rows(x, batch_sizes) * total
 

@@ -193,7 +193,7 @@ def layer_weights(cell: str, weights: LayerWeights) -> tuple[list[Tensor], int, 
             )
         flat += tensors
     each = len(ways[0])
-    if each % 2 and cell != "lstm":
+    if each % 2 and not CELLS[cell].other_states:
         raise ValueError("weights: a projection w_hr is for lstm only")
     return flat, len(ways), each >= 4, each % 2 == 1
 

@@ -82,7 +82,7 @@ def refuse_tangents() -> None:
 
 
 def named_range(cell: str, backend: str, way: str = "") -> AbstractContextManager[Any]:
-    """A range of its own in a profile, as ``fastseq::lstm numba``; 0.3 us where none is made."""
+    """A range of its own in a profile, as ``fastseq::lstm native``; 0.3 us where none is made."""
     if torch.autograd._profiler_enabled():
         return torch.autograd.profiler.record_function(f"fastseq::{cell}{way} {backend}")
     return nullcontext()
