@@ -9,6 +9,7 @@ a mask depends on no backend, no order of the batch and no split of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -119,24 +120,8 @@ def of_layer(
     sizes: Sequence[int],
 ) -> Masks:
     """A layer's, drawn for the rows of x. sizes: of its states."""
-    return Masks(
-        masks.zoneout,
-        masks.seed,
-        masks.ids,
-        _stay(masks, layer, directions, x, batch_sizes, sizes),
-    )
-
-
-def _stay(
-    masks: Masks,
-    layer: int,
-    directions: int,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    sizes: Sequence[int],
-) -> list[list[Tensor | float]]:
     if masks.seed is None:
-        return [list(masks.zoneout)] * directions
+        return replace(masks, stay=[list(masks.zoneout)] * directions)
     B = masks.ids.shape[0]
     if batch_sizes is None:
         step = torch.arange(x.shape[0], device=x.device).repeat_interleave(B)
@@ -144,13 +129,13 @@ def _stay(
     else:
         step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
         ids = masks.ids.index_select(0, sequence)
-    found: list[list[Tensor | float]] = [[] for _ in range(directions)]
+    stay: list[list[Tensor | float]] = [[] for _ in range(directions)]
     for k, (rate, size) in enumerate(zip(masks.zoneout, sizes, strict=True)):
         sites = [site(ZONEOUT + k, layer, d) for d in range(directions)]
         kept = _keep(masks.seed, sites, ids, step, size, rate)
-        for way, kept_way in zip(found, kept, strict=True):
+        for way, kept_way in zip(stay, kept, strict=True):
             way.append(~kept_way)
-    return found
+    return replace(masks, stay=stay)
 
 
 def site(kind: int, layer: int, direction: int = 0) -> int:
