@@ -92,7 +92,7 @@ def test_one_leaf_of_one_output(backend, memory, leaf, output):
     case.settle(backend, memory=memory, trajectory=output == "c")
     truth = gradients({output: case.independent(True)[output]}, case.leaves())
     one, leaves = only(case, leaf)
-    outputs = one.run(backend, output == "c", memory)
+    outputs = one.run(backend, trajectory=output == "c", memory=memory)
     found = gradients({output: outputs[output]}, leaves)
     check_all(found, None, {f"d{leaf}": truth[f"d{leaf}"]}, DOUBLE)
 
@@ -109,7 +109,7 @@ def test_all_states_change_no_bit(backend, memory, form, dtype):
     case = draw("lstm", T, B, 4, 6, lengths=lengths, directions=directions, dtype=dtype)
     found = []
     for trajectory in (False, True):
-        outputs = case.run(backend, trajectory, memory)
+        outputs = case.run(backend, trajectory=trajectory, memory=memory)
         outputs = {name: outputs[name] for name in ("y", "h_n", "c_n")}
         found.append(outputs | gradients(outputs, case.leaves()))
     for name, value in found[0].items():

@@ -389,7 +389,7 @@ def test_what_training_keeps(cell, memory):
 OUT_OF_MEMORY = """
 import gc, resource, torch
 from fastseq.backends import load
-from fastseq.backends.contract import Call, OutputGradients, Wanted
+from fastseq.backends.contract import Call, OutputGradients, Request, Wanted
 from problems import draw
 
 native = load("native")
@@ -410,11 +410,10 @@ h, c = torch.zeros(2, 1, 4, 2100), torch.zeros(1, 4, 2100)
 
 def layers(call, save):
     weights = tuple(w for w in call.weights[0].flat() if w is not None)
-    return native.layers(native.NUMBER["lstm"], call.x, None, (), weights, 1, (False,), 0, None,
-                         None, (), 1.0, 1, False, False, save, False, None)
+    return native.layers(Request("lstm"), call.x, None, (), weights, (), save)
 
 def stream():
-    return native.stream("lstm", wide_weights, 1, h, (c,), outputs)
+    return native.stream(Request("lstm"), wide_weights, h, (c,), outputs)
 
 wide_weights, outputs = tuple(wide.weights[0].flat()[:4]), (h[0], h[1])
 references = sys.getrefcount(wide_weights), sys.getrefcount(h)

@@ -127,7 +127,6 @@ def problem_of(row, backend, needs_grad=True):
         projected=P != H,
         ragged=row["layout"] != "dense",
         training=needs_grad,
-        dropout=row["training"] and row["dropout"] > 0,
         threads=torch.get_num_threads(),
     )
 

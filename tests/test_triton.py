@@ -71,7 +71,7 @@ def test_flags_are_not_kept(reverse):
         ({"device": "mps"}, "CUDA and ROCm"),
         ({"dtype": torch.complex64}, "complex64"),
         ({"mode": "dual"}, "eager"),
-        ({"mode": "trace"}, "choose torch"),
+        ({"mode": "trace"}, "records no custom kernel"),
         ({"cell": "gru", "projected": True, "P": 3}, "cannot be projected"),
     ],
 )

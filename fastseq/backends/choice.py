@@ -56,8 +56,8 @@ def preferred(problem: Problem, native: bool = True) -> tuple[str, ...]:
         return ("native",)
     if problem.single:  # torch has cell functions, which cost the least of all but native's call
         order = preferred(problem._replace(single=False), native)
-        whole = order[0] == "native" and problem.dtype in (torch.float32, torch.float64)
-        return order if whole else ("torch", *order)
+        plain = problem.mode == "plain" and problem.dtype in (torch.float32, torch.float64)
+        return order if plain and order[0] == "native" else ("torch", *order)
     if problem.mode == "trace":
         return ("torch", "eager")
     if problem.mode == "dual":

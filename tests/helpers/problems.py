@@ -140,6 +140,7 @@ class Layers:
             memory=memory,
             deterministic=deterministic,
             backend=backend,
+            editable=False,
         )
         if self.lengths is None:
             geometry = Dense(self.x, False)
