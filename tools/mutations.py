@@ -415,7 +415,7 @@ MUTATIONS = (
         RUN,
         "x = masks.mask_input(x, stack.input_masks[0], sizes)",
         "pass",
-        MASKED,
+        ("tests/test_masks.py::test_an_input_that_is_masked_alone",),
     ),
     Mutation(
         "stack: the states of every step are the first layer's",
@@ -543,6 +543,20 @@ MUTATIONS = (
         ("tests/test_served.py::test_lean_memory_runs_on_what_is_named",),
     ),
     Mutation(
+        "choice: the short way is that of inference",
+        CHOICE,
+        "for training in (False, True):\n        chosen =",
+        "for training in (False, False):\n        chosen =",
+        ("tests/test_served.py::test_lean_memory_runs_on_what_is_named",),
+    ),
+    Mutation(
+        "torch: the states of empty sequences are lost",
+        "fastseq/backends/torch.py",
+        "torch.cat([new, old.narrow(",
+        "torch.cat([new, 0 * old.narrow(",
+        parity("torch-lstm", "zero lengths"),
+    ),
+    Mutation(
         "choice: a stack in one call takes the options of a layer",
         CHOICE,
         "stacks is not None and stacks(problem)",
@@ -596,7 +610,7 @@ MUTATIONS = (
         WHOLE,
         "found[1 : 1 + given],",
         "found[1 : 1 + len(dstates)],",
-        ("tests/test_whole.py::test_projection", "tests/test_whole.py::test_what_a_stack_keeps"),
+        ("tests/test_whole.py::test_only_what_wants_a_gradient_has_one",),
     ),
     Mutation(
         "whole: a second derivative drops nothing out",
