@@ -144,7 +144,8 @@ def test_no_steps(kind, backend):
 @backends
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_dropout_is_torchs_between_single_layers(kind, backend, bidirectional):
-    """Bit for bit under one seed, and read from the module at each call."""
+    """Bit for bit under one seed, and read from the module at each call; of one step, too, which
+    torch's layers run by its cells."""
     options = {"bidirectional": bidirectional, "backend": backend}
     needs(backend)
     stack = getattr(fastseq, kind)(4, 6, 3, dropout=0.1, **options)
@@ -160,17 +161,18 @@ def test_dropout_is_torchs_between_single_layers(kind, backend, bidirectional):
                 if f"_l{k}" in name
             }
         )
-    x = torch.randn(5, 3, 4)
-    torch.manual_seed(11)
-    out, state = stack(x)
-    torch.manual_seed(11)
-    y, finals = x, []
-    for k, single in enumerate(singles):
-        y, last = single(torch.dropout(y, 0.5, True) if k else y)
-        finals.append(tensors(last))
-    assert torch.equal(out, y)
-    for whole, parts in zip(tensors(state), zip(*finals, strict=True), strict=True):
-        assert torch.equal(whole, torch.cat(parts))
+    for steps in (1, 5):
+        x = torch.randn(steps, 3, 4)
+        torch.manual_seed(11)
+        out, state = stack(x)
+        torch.manual_seed(11)
+        y, finals = x, []
+        for k, single in enumerate(singles):
+            y, last = single(torch.dropout(y, 0.5, True) if k else y)
+            finals.append(tensors(last))
+        assert torch.equal(out, y)
+        for whole, parts in zip(tensors(state), zip(*finals, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(parts))
     stack.eval()
     again = stack(x)[0]
     assert torch.equal(again, stack(x)[0]) and not torch.equal(again, out)
@@ -319,6 +321,9 @@ def test_reset_unbatched_and_packed(kind):
     packed_out, _ = pad_packed_sequence(ours(packed, reset=both)[0])
     assert_same(packed_out[:, 1], out)
     assert_same(packed_out[:3, 0], ours(other)[0])
+    ours.batch_first = True  # which says how reset lies, and nothing of packed rows
+    turned, _ = ours(packed, reset=both.t())
+    assert torch.equal(pad_packed_sequence(turned)[0], packed_out)
 
 
 @layers

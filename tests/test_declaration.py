@@ -249,6 +249,11 @@ def _no_product(x_q, x_r, c, k):
     return x_q * c, k * x_r, x_q * x_r
 
 
+def _hands_on_a_part(a_p, c_prev, h_prev, u):
+    p = sigmoid(a_p)
+    return p * c_prev + u * h_prev, p, a_p
+
+
 def _takes_replaced(a_q, x_r, s_r, c_prev, k):
     return a_q * c_prev, k * x_r, a_q * s_r
 
@@ -274,6 +279,13 @@ PLACES = [
     ({"other": {"operand": "u"}}, "phase 1 multiplies u"),
     ({"other": {"operand": "c"}}, "phase 1 multiplies c"),
     ({"other": {"operand": "q"}}, "phase 1 multiplies q"),
+    (
+        {
+            "one": {"forward": _hands_on_a_part, "returns": ("c", "p", "a_p")},
+            "other": {"operand": "a_p"},
+        },
+        "phase 1 multiplies a_p",
+    ),
     ({"other": {"forward": _no_product}}, "has the operand k, and takes no a_g or s_g"),
     ({"states": ("h", "c", "v")}, r"states \['v'\] are returned by no phase"),
     (

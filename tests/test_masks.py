@@ -300,6 +300,13 @@ def test_every_form_of_input(cell, shape, backend, form):
     check(make(kind, backend, **options, **SHAPES[shape], **RATES["three"]), form)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+def test_an_input_that_is_masked_alone(backend, form):
+    """Of one layer, which then goes in one call where its backend has one."""
+    check(make("GRU", backend, input_dropout=0.3), form)
+
+
 @pytest.mark.parametrize("memory", ["full", "lean"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)

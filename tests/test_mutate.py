@@ -14,7 +14,7 @@ pytestmark = pytest.mark.full
 SAMPLE = (
     "reset: the reverse direction takes forward's",
     "lengths: the states are not put back in order",
-    "cells: the LSTM's forget gate takes the new c",
+    "cells: the LSTM's gates trade places",
     "layers: the short way takes no heed of the backend named",
 )
 

@@ -116,6 +116,10 @@ def test_it_declines_in_its_own_words(registered):
             {"forward": lambda call, save: None},
             "forward takes (call, save), the contract asks for (call, save, trajectory)",
         ),
+        (
+            {"forward": lambda call, trajectory, save: None},
+            "forward takes (call, trajectory, save), the contract asks for (call, save, ",
+        ),
         ({"layers": lambda: None}, "it has no function stacks"),
         ({"layers_backward": lambda: None}, "layers_backward takes (), the contract asks for ("),
         ({"stream": lambda: None}, "it has no function streams"),

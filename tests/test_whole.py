@@ -172,7 +172,14 @@ def test_second_derivatives(kind, options):
         return torch.func.functional_call(m, dict(zip(names, weights, strict=True)), (x,))[0]
 
     weights = tuple(p.detach().requires_grad_() for p in m.parameters())
-    assert is_whole(run(x, *weights))
+    y = run(x, *weights)
+    assert is_whole(y)
+    first, again = (
+        torch.autograd.grad(y.square().sum(), (x, *weights), retain_graph=True, create_graph=graph)
+        for graph in (False, True)
+    )
+    for plain, differentiable in zip(first, again, strict=True):
+        check_alike(differentiable.detach(), plain)
     torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
     torch.autograd.gradgradcheck(run, (x, *weights), fast_mode=True)
 

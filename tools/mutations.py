@@ -20,9 +20,19 @@ NUMBAS_ROWS = ("tests/test_native_windows.py::test_many_rows_of_numba",)
 WIDE = ("tests/test_native_windows.py::test_wide_products",)
 TRITON = ("tests/test_triton.py::test_under_the_interpreter",)
 SERVED = ("tests/test_served.py",)
-KERNELS, LOOPS, PRODUCT = "csrc/cpu/kernels.cpp", "csrc/cpu/loops.h", "csrc/cpu/product.h"
+ABILITIES = ("tests/test_own_backend.py::test_what_it_cannot_is_declined_for_it",)
+MASKED = ("tests/test_masks.py::test_every_form_of_input",)
+MISTAKES = ("tests/test_functional.py::test_mistakes",)
+DROPOUT = ("tests/test_calling.py::test_dropout_is_torchs_between_single_layers",)
+NESTED = ("tests/test_nested.py::test_it_is_what_lengths_gives",)
+PACKED = ("tests/test_ragged.py::test_packed",)
+REFUSED = ("tests/test_declaration.py::test_refused",)
+KERNELS, PRODUCT = "csrc/cpu/kernels.cpp", "csrc/cpu/product.h"
+BACKWARD, GRADIENTS = "csrc/cpu/backward.h", "csrc/cpu/gradients.h"
 NUMBA, NUMBA_LOOPS = "fastseq/backends/numba.py", "fastseq/backends/numba_loops.py"
-PADDING, STACK = "fastseq/ops/padding.py", "fastseq/ops/stack.py"
+CHOICE, STACKED = "fastseq/backends/choice.py", "fastseq/backends/stacked.py"
+GEOMETRY, RUN, WHOLE = "fastseq/ops/geometry.py", "fastseq/ops/run.py", "fastseq/ops/whole.py"
+CHECKS, SHORT = "fastseq/ops/checks.py", "fastseq/nn/short.py"
 AUTOGRAD, EAGER = "fastseq/ops/autograd.py", "fastseq/backends/eager.py"
 
 
@@ -35,7 +45,7 @@ MUTATIONS = (
     # Native's windows
     Mutation(
         "native: the last window alone is summed",
-        KERNELS,
+        GRADIENTS,
         "N, parts, 4, input, recurrent, sums, !begin);",
         "N, parts, 4, input, recurrent, sums, false);",
         WINDOWS,
@@ -63,16 +73,17 @@ MUTATIONS = (
     ),
     Mutation(
         "native: a window begins one step late",
-        KERNELS,
+        GRADIENTS,
         "w->t0 = reverse ? k : in.steps - end;",
         "w->t0 = reverse ? k : in.steps - end + (end < in.steps);",
         WINDOWS,
     ),
     Mutation(
         "native: dh does not cross a window's edge",
-        LOOPS,
-        "operand[b] = after(s, own) && !cut(s, own)",
-        "operand[b] = after(s, own) && !cut(s, own) && s.after >= now.t0 && s.after < now.t1",
+        BACKWARD,
+        "operand[b] = after(s, own) && !cut(s, own)\n",
+        "const index next = time_after(s);\n"
+        "operand[b] = after(s, own) && !cut(s, own) && next >= now.t0 && next < now.t1\n",
         WINDOWS,
     ),
     Mutation(
@@ -84,35 +95,37 @@ MUTATIONS = (
     ),
     Mutation(
         "native: the units' gradients of the last chain alone",
-        LOOPS,
-        "dunit[H + u] += dunit[u]",
-        "dunit[H + u] = dunit[u]",
+        BACKWARD,
+        "of[H + u] += of[u]",
+        "of[H + u] = of[u]",
         WINDOWS,
     ),
     Mutation(
         "native: dW_hh without h_mask",
-        LOOPS,
-        "        now.h_prev[at] = product;\n",
-        "",
+        BACKWARD,
+        "now.h_prev[at] = multiplied(h_prev[b], own, now.masked + at * P);",
+        "now.h_prev[at] = h_prev[b];",
         WINDOWS,
     ),
     Mutation(
         "native: dW_hh without reset",
-        LOOPS,
-        "      if (r.reset && r.reset[n]) h = zeros;\n",
-        "",
+        BACKWARD,
+        "now.h_prev[at] = multiplied(h_prev[b], own,",
+        "const T* h = h_prev[b];\n"
+        "if (own < s.before.alive) h = call.y + column(s.before.base + own) * P;\n"
+        "now.h_prev[at] = multiplied(h, own,",
         WINDOWS,
     ),
     Mutation(
         "native: the second phase's dW_hh of the last window alone",
-        KERNELS,
+        GRADIENTS,
         "N, second, 1, value, none, unused, !begin);",
         "N, second, 1, value, none, unused, false);",
         WINDOWS,
     ),
     Mutation(
         "native: dW_hr of the last window alone",
-        KERNELS,
+        GRADIENTS,
         "N, all, 1, m, none, unused, !begin);",
         "N, all, 1, m, none, unused, false);",
         WINDOWS,
@@ -135,22 +148,22 @@ MUTATIONS = (
     Mutation(
         "numba: a chain of the units' gradients counts twice",
         NUMBA_LOOPS,
-        "        store1(dunit_0, i, ZERO)\n",
+        "        store1(dunit, i, ZERO)\n",
         "",
         NUMBAS_ROWS,
     ),
     Mutation(
         "numba: the units' gradients of one task alone",
         NUMBA,
-        "for d in dunits)",
-        "for d in dunits[:1])",
+        "sum((d[k] for d in sums),",
+        "sum((d[k] for d in sums[:1]),",
         NUMBAS_ROWS,
     ),
     Mutation(
         "numba: backward walks as if time ran forward",
         NUMBA_LOOPS,
-        'walk="step if reverse else T - 1 - step"',
-        'walk="T - 1 - step"',
+        '"step if reverse else T - 1 - step"',
+        '"T - 1 - step"',
         parity("numba-lstm", "reset"),
     ),
     Mutation(
@@ -195,6 +208,13 @@ MUTATIONS = (
         '"""\n    finals = [torch.zeros_like(s) for s in task.states]',
         ("tests/test_parity.py::test_lean",),
     ),
+    Mutation(
+        "numba: two extra values share a buffer",
+        NUMBA,
+        "_address(row if extra is None else extra)",
+        "_address(row if extra is None else kept[r].extras[0])",
+        ("tests/test_own_cell.py::test_on_the_cpu",),
+    ),
     # Triton's grids, under its interpreter
     Mutation(
         "triton: a program walks one tile of the batch alone",
@@ -212,18 +232,25 @@ MUTATIONS = (
     ),
     # The equations and the reference
     Mutation(
-        "cells: the LSTM's forget gate takes the new c",
+        "cells: the LSTM's gates trade places",
         "fastseq/cells/lstm.py",
-        "dc_total * c_prev * dsigmoid(f)",
-        "dc_total * c * dsigmoid(f)",
-        ("tests/test_cells.py::test_backward_is_the_complex_step_derivative",),
+        'gates=("i", "f", "g", "o")',
+        'gates=("f", "i", "g", "o")',
+        ("tests/test_reference.py::test_against_torch",),
     ),
     Mutation(
         "cells: the GRU's gates trade places",
         "fastseq/cells/gru.py",
-        "def gru_forward(a_r, a_z, x_n, s_n, h_prev):\n    r = sigmoid(a_r)\n    z = sigmoid(a_z)",
-        "def gru_forward(a_r, a_z, x_n, s_n, h_prev):\n    r = sigmoid(a_z)\n    z = sigmoid(a_r)",
+        'name="gru",\n    gates=("r", "z", "n")',
+        'name="gru",\n    gates=("z", "r", "n")',
         ("tests/test_reference.py::test_against_torch",),
+    ),
+    Mutation(
+        "cells: a backward that is no derivative is taken",
+        "fastseq/cells/check.py",
+        "abs(got - sum(terms)) <= 1e-9 * size,",
+        "True,",
+        REFUSED,
     ),
     Mutation(
         "reference: no gradient is cut where reset",
@@ -238,6 +265,20 @@ MUTATIONS = (
         "doperand = doperand * h_mask[:B_t]",
         "pass",
         ("tests/test_reference.py::test_against_the_independent_writing",),
+    ),
+    Mutation(
+        "cells: an operand may be a gate's part",
+        "fastseq/cells/check.py",
+        "known and phase.operand not in parts,",
+        "known,",
+        REFUSED,
+    ),
+    Mutation(
+        "cells: a value that goes to a later phase may be lost",
+        "fastseq/cells/check.py",
+        "        not unsaved,\n",
+        "        True,\n",
+        REFUSED,
     ),
     # The eager form
     Mutation(
@@ -264,52 +305,180 @@ MUTATIONS = (
     # What users pass, and what becomes of it
     Mutation(
         "reset: the reverse direction takes forward's",
-        PADDING,
+        GEOMETRY,
         "reset.roll(-1, 0).masked_fill(last[:, None], False)",
         "reset",
         parity("eager-lstm", "reset"),
     ),
     Mutation(
+        "batch_first: reset is not transposed",
+        GEOMETRY,
+        "if self.batch_first and value.dim() == 2 else value\n\n\nclass OneStep",
+        "if False else value\n\n\nclass OneStep",
+        ("tests/test_calling.py::test_reset",),
+    ),
+    Mutation(
+        "batch_first: reset of packed rows is not transposed",
+        GEOMETRY,
+        "if self.batch_first and value.dim() == 2 else value\n\n\nclass Padded",
+        "if False else value\n\n\nclass Padded",
+        ("tests/test_calling.py::test_reset_unbatched_and_packed",),
+    ),
+    Mutation(
         "lengths: the states are not put back in order",
-        PADDING,
-        "self._on(state, self.restore)",
-        "self._on(state, torch.arange(self.B))",
+        GEOMETRY,
+        "_on(state, self.restore))\n\n\nclass Jagged",
+        "torch.arange(self.B))\n\n\nclass Jagged",
         parity("eager-lstm", "ragged"),
     ),
     Mutation(
         "lengths: the states are not sorted",
-        PADDING,
-        "self._on(state, self.order)",
-        "self._on(state, torch.arange(self.B))",
+        GEOMETRY,
+        "        return self.sorted(state, 1)\n\n    def final(self, state: Tensor) -> Tensor:\n"
+        "        return state.index",
+        "        return state\n\n    def final(self, state: Tensor) -> Tensor:\n"
+        "        return state.index",
         parity("eager-lstm", "ragged"),
     ),
     Mutation(
+        "lengths: the padding of the output is not zero",
+        GEOMETRY,
+        "y.new_zeros(shape)",
+        "y.new_ones(shape)",
+        ("tests/test_gradients_alone.py::test_batch_first_with_lengths",),
+    ),
+    Mutation(
+        "nested: the sequences are not sorted",
+        GEOMETRY,
+        "starts = offsets[:-1].index_select(0, self.order)",
+        "starts = offsets[:-1]",
+        NESTED,
+    ),
+    Mutation(
+        "nested: the states are not put back in order",
+        GEOMETRY,
+        "_on(state, self.restore))\n\n\ndef _on",
+        "torch.arange(self.B))\n\n\ndef _on",
+        NESTED,
+    ),
+    Mutation(
+        "packed: the states are not put back in order",
+        GEOMETRY,
+        "return state if self.restore is None else state.index_select(1, self.restore)",
+        "return state",
+        PACKED,
+    ),
+    Mutation(
+        "packed and nested: the states are not sorted",
+        GEOMETRY,
+        'in the order of the rows."""\n        return self.sorted(state, 1)',
+        'in the order of the rows."""\n        return state',
+        (*PACKED, *NESTED),
+    ),
+    Mutation(
         "lengths: reset is not sorted",
-        STACK,
-        "stack.reset = stack.reset.index_select(1, padding.order)",
+        RUN,
+        "stack.reset = geometry.sorted(stack.reset, 1)",
         "pass",
         parity("eager-lstm", "all at once"),
     ),
     Mutation(
         "lengths: h_mask is not sorted",
-        STACK,
-        "stack.h_mask = padding.sort(stack.h_mask)",
+        RUN,
+        "stack.h_mask = geometry.sorted(stack.h_mask, 1)",
         "pass",
         parity("eager-lstm", "all at once"),
     ),
     Mutation(
+        "lengths: the input's masks are not sorted",
+        RUN,
+        "stack.input_masks = [geometry.sorted(mask, 0) for mask in stack.input_masks]",
+        "pass",
+        MASKED,
+    ),
+    Mutation(
+        "lengths: the names of the sequences are not sorted",
+        RUN,
+        "stack.masks.ids = geometry.sorted(stack.masks.ids, 0)",
+        "pass",
+        ("tests/test_masks.py::test_zoneout",),
+    ),
+    Mutation(
         "stack: every layer takes the first one's h_mask",
-        STACK,
+        RUN,
         "stack.h_mask.narrow(0, layer * D, D)",
         "stack.h_mask.narrow(0, 0, D)",
         parity("eager-lstm", "all at once"),
     ),
     Mutation(
-        "packed: the states are not put back in order",
-        "fastseq/nn/recurrent.py",
-        "finals = [s.index_select(1, unsorted_indices) for s in finals]",
+        "stack: the input of no layer is masked",
+        RUN,
+        "x = masks.mask_input(x, stack.input_masks[layer], sizes)",
         "pass",
-        ("tests/test_calling.py::test_packed",),
+        ("tests/test_masks.py::test_it_is_what_the_loop_computes",),
+    ),
+    Mutation(
+        "stack: the input of a stack in one call is not masked",
+        RUN,
+        "x = masks.mask_input(x, stack.input_masks[0], sizes)",
+        "pass",
+        ("tests/test_masks.py::test_an_input_that_is_masked_alone",),
+    ),
+    Mutation(
+        "stack: the states of every step are the first layer's",
+        RUN,
+        "layer == request.layers - 1",
+        "layer == 0",
+        ("tests/test_calling.py::test_all_states",),
+    ),
+    Mutation(
+        "stack: what a caller may edit is never copied",
+        RUN,
+        'o.clone() if getattr(o.grad_fn, "_forward_cls", None) is RecurrenceFunction else o',
+        "o",
+        ("tests/test_calling.py::test_output_may_be_edited_before_backward",),
+    ),
+    Mutation(
+        "stack: the final states stand in the wrong order of layers",
+        STACKED,
+        "zip(*finals, strict=True)",
+        "zip(*reversed(finals), strict=True)",
+        parity("eager-lstm", "two layers"),
+    ),
+    Mutation(
+        "stack: the first layer's input is dropped out, too",
+        STACKED,
+        "        elif layer:\n",
+        "        else:\n",
+        DROPOUT,
+    ),
+    Mutation(
+        "stack: of layers one by one the first one's input is dropped out, too",
+        RUN,
+        "        if layer:\n            x = dropped(request, x)",
+        "        if True:\n            x = dropped(request, x)",
+        DROPOUT,
+    ),
+    Mutation(
+        "checks: the two directions may have other sizes",
+        CHECKS,
+        'raise ValueError("weights: both directions must have the same sizes")',
+        "pass",
+        MISTAKES,
+    ),
+    Mutation(
+        "checks: h_mask may want a gradient",
+        CHECKS,
+        'raise ValueError("h_mask: gets no gradient; pass h_mask.detach()")',
+        "pass",
+        MISTAKES,
+    ),
+    Mutation(
+        "functional: the states trade places",
+        "fastseq/ops/functional.py",
+        "tuple(finals) if pair",
+        "tuple(finals[::-1]) if pair",
+        ("tests/test_functional.py::test_options",),
     ),
     Mutation(
         "masks: zoneout of both directions is one",
@@ -341,11 +510,72 @@ MUTATIONS = (
         ("tests/test_transforms.py::test_lengths",),
     ),
     Mutation(
+        "vmap: reset is another sequence's",
+        "fastseq/ops/batching.py",
+        "_fold(reset, dims[2], 1, V),",
+        "_fold(None if reset is None else reset.roll(1, -1), dims[2], 1, V),",
+        ("tests/test_transforms.py::test_members_with_their_own_masks",),
+    ),
+    Mutation(
         "choice: a backend that declines falls back in silence",
-        "fastseq/backends/choice.py",
-        "if backend is None else names(backend):",
-        'if backend is None else (*names(backend), "eager"):',
+        CHOICE,
+        "names(backend):\n        reason =",
+        '(*names(backend), "eager"):\n        reason =',
         ("tests/test_choice.py",),
+    ),
+    *(
+        Mutation(
+            f"choice: {how} {ability}",
+            CHOICE,
+            f"if problem.{asked} and not can.{ability}:",
+            f"if {new.format(asked)}:",
+            ABILITIES,
+        )
+        for ability, asked in (
+            ("zoneout", "zoneout"),
+            ("deterministic", "deterministic"),
+            ("input_product", "input_product"),
+            ("heads", "heads > 1"),
+        )
+        for how, new in (
+            ("every backend is asked for", "False and problem.{}"),
+            ("no backend gets", "problem.{}"),
+        )
+    ),
+    Mutation(
+        "choice: the short way is that of full memory",
+        CHOICE,
+        'memory: Memory = "lean" if lean else "full"',
+        'memory: Memory = "full"',
+        ("tests/test_served.py::test_lean_memory_runs_on_what_is_named",),
+    ),
+    Mutation(
+        "choice: the short way is that of inference",
+        CHOICE,
+        "for training in (False, True):\n        chosen =",
+        "for training in (False, False):\n        chosen =",
+        ("tests/test_served.py::test_lean_memory_runs_on_what_is_named",),
+    ),
+    Mutation(
+        "torch: the states of empty sequences are lost",
+        "fastseq/backends/torch.py",
+        "torch.cat([new, old.narrow(",
+        "torch.cat([new, 0 * old.narrow(",
+        parity("torch-lstm", "zero lengths"),
+    ),
+    Mutation(
+        "choice: a stack in one call takes the options of a layer",
+        CHOICE,
+        "stacks is not None and stacks(problem)",
+        "stacks is not None",
+        parity("native-lstm", "reset"),
+    ),
+    Mutation(
+        "contract: a function may name its arguments otherwise",
+        "fastseq/backends/contract.py",
+        "if found != expected:",
+        "if len(found) != len(expected):",
+        ("tests/test_own_backend.py::test_what_the_contract_asks_is_checked_as_it_is_loaded",),
     ),
     Mutation(
         "native: an extension of other sources is refused",
@@ -356,17 +586,45 @@ MUTATIONS = (
     ),
     Mutation(
         "layers: the short way takes no heed of the backend named",
-        "fastseq/nn/direct.py",
-        'module.backend in (None, "native")',
-        "True",
+        SHORT,
+        "device, module.backend, lean, single)",
+        "device, None, lean, single)",
         SERVED,
     ),
     Mutation(
         "layers: the kernels of whole stacks drop out",
-        "fastseq/ops/whole.py",
-        "    return cell in _numbers\n",
-        "    return False\n",
+        "fastseq/backends/native.py",
+        "return plain and not own and not lean",
+        "return False",
         SERVED,
+    ),
+    Mutation(
+        "layers: the short way hands back batch_first's output time first",
+        SHORT,
+        "y = y.transpose(0, 1)",
+        "pass",
+        ("tests/test_calling.py::test_batch_first",),
+    ),
+    Mutation(
+        "layers: the short way is open under autocast",
+        "fastseq/ops/modes.py",
+        "        torch._C._is_any_autocast_enabled()\n        or torch",
+        "        torch",
+        ("tests/test_calling.py::test_autocast_of_layers",),
+    ),
+    Mutation(
+        "whole: states that were not given get gradients",
+        WHOLE,
+        "found[1 : 1 + given],",
+        "found[1 : 1 + len(dstates)],",
+        ("tests/test_whole.py::test_only_what_wants_a_gradient_has_one",),
+    ),
+    Mutation(
+        "whole: a second derivative drops nothing out",
+        WHOLE,
+        "return x * (mask / (1.0 - request.dropout) if request.dropout < 1 else mask)",
+        "return x",
+        ("tests/test_whole.py::test_second_derivatives",),
     ),
     Mutation(
         "autograd: numba's backward is the eager form's",
