@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.full
 
 SAMPLE = (
     "reset: the reverse direction takes forward's",
@@ -42,6 +41,7 @@ def test_names_are_told_apart():
     assert len(names) == len(set(names)) and set(SAMPLE) <= set(names)
 
 
+@pytest.mark.full
 def test_the_tests_notice_a_sample():
     status, said = mutate(*SAMPLE)
     assert status == 0, said
@@ -65,6 +65,7 @@ def mutation(name, old, new, test="tests/test_size.py"):
     return tool("mutations").Mutation(name, "size.py", old, new, (test,))
 
 
+@pytest.mark.full
 def test_a_verdict_on_each(toy, capsys):
     before = (toy / "size.py").read_text()
     given = [
@@ -87,6 +88,7 @@ def test_a_verdict_on_each(toy, capsys):
         ("x > 0", "x > 0", "its new text is its old one"),
     ],
 )
+@pytest.mark.full
 def test_an_old_text_that_does_not_stand_once(toy, capsys, old, new, words):
     mutate = tool("mutate")
     for run in (mutate.try_all, mutate.check):
@@ -94,6 +96,7 @@ def test_an_old_text_that_does_not_stand_once(toy, capsys, old, new, words):
         assert words in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_tests_that_are_not_there_notice_nothing(toy, capsys):
     given = [mutation("no test", "return 1", "return 2", "tests/test_gone.py")]
     assert tool("mutate").try_all(toy, given) == 2

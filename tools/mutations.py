@@ -413,8 +413,8 @@ MUTATIONS = (
     Mutation(
         "stack: the input of no layer is masked",
         RUN,
-        "x = masks.mask_input(x, stack.input_masks[layer], sizes)",
-        "pass",
+        "return masks.mask_input(x, stack.input_masks[layer], sizes)",
+        "return x",
         ("tests/test_masks.py::test_it_is_what_the_loop_computes",),
     ),
     Mutation(

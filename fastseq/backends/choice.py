@@ -215,9 +215,9 @@ def in_one_call(name: str, problem: Problem) -> Any | None:
     return module if stacks is not None and stacks(problem) else None
 
 
-def in_one_call_constant(name: str, *problem: Any) -> Any | None:
-    """:func:`in_one_call` for a graph that is traced."""
-    return in_one_call(name, Problem(*problem))
+def in_one_call_constant(name: str, *problem: Any) -> bool:
+    """Whether :func:`in_one_call` finds a module, for a graph that is traced."""
+    return in_one_call(name, Problem(*problem)) is not None
 
 
 in_one_call_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -70,6 +70,8 @@ def supports(problem: Problem) -> str | None:
         return "torch keeps all gates for backward, so memory='lean' cannot be had of it"
     if problem.mode == "transform":
         return "torch's kernels have no rules for torch.func"
+    if problem.single:  # its cell functions are made of operations
+        return None
     if problem.mode == "dual":
         return "torch's kernels have no forward-mode derivative"
     if problem.mode == "compile" and problem.device != "cuda":
@@ -112,11 +114,13 @@ def single_step(problem: Problem) -> bool:
 
 
 def stacks(problem: Problem) -> bool:
-    """Whether autograd is torch's own: always, but in a graph that is compiled, and for an LSTM
-    trained on oneDNN."""
+    """Whether autograd is torch's own: always for a step of a cell; for a layer but in a graph that
+    is compiled, and but for an LSTM trained on oneDNN."""
+    if problem.single:
+        return True
     if problem.mode == "compile":
         return False
-    if problem.mode == "trace" or problem.single or single_step(problem):
+    if problem.mode == "trace" or single_step(problem):
         return True
     return not (problem.training and uses_onednn(problem))
 

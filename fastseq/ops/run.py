@@ -9,7 +9,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from ..backends import DIFFERENTIABLE, choice, load
+from ..backends import DIFFERENTIABLE, STEPPING, choice, load
 from ..backends.contract import ONE_STEP, TIME_FIRST, Problem, Weights, ways
 from ..backends.stacked import dropped, one_by_one
 from . import autograd, masks, modes, onnx, whole
@@ -18,6 +18,8 @@ from .geometry import spread_reset
 from .library import make_call
 from .stack import Stack, problem, zero_states
 
+#: In a graph that is traced a step of a cell is this backend's, or no call of a whole stack.
+STEPS = load(STEPPING)
 #: y, the final states (layers * D, B, ...), and the other states of the last layer at every step
 Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
 
@@ -59,7 +61,8 @@ def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     task = problem(stack)
     if task.mode == "compile":
         name = choice.select_constant(request.backend, *task)
-        module = choice.in_one_call_constant(name, *task)
+        steps = single and choice.in_one_call_constant(name, *task)
+        module = STEPS if steps else None
     else:
         name = choice.select(task, request.backend)
         module = choice.in_one_call(name, task)
