@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import BACKENDS, choice
+from ..backends.contract import Problem
 from ..ops.stack import problem
 from .cells import RecurrentCell
 from .recurrent import Recurrent
@@ -21,7 +22,8 @@ def explain(
     reset: Tensor | None = None,
     all_states: bool = False,
 ) -> str | None:
-    """Print which backend will run ``module(input, ...)``, and why each other one will not.
+    """Print which backend will run ``module(input, ...)``, whether all layers go in one call of it,
+    and why each other backend will not run.
 
     On CUDA, where no backend is named, the measurement behind the choice is printed too.
 
@@ -61,9 +63,15 @@ def explain(
     for name in BACKENDS:
         reason = choice.reason_against(name, task)
         if name == verdict.chosen:
-            print(f"  {name:<10} runs")
+            print(f"  {name:<10} runs, {_how(name, task)}")
         elif reason is not None:
             print(f"  {name:<10} declines: {reason}")
         else:
             print(f"  {name:<10} could run it, is not asked first")
     return verdict.chosen
+
+
+def _how(name: str, task: Problem) -> str:
+    if task.single:
+        return "one step"
+    return "layer by layer" if choice.in_one_call(name, task) is None else "all layers in one call"
