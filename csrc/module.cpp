@@ -33,6 +33,9 @@ PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t count) {
     PyErr_SetString(PyExc_ImportError, "torch's DLPack exchange interface is of an unknown version");
     return nullptr;
   }
+  PyObject* method = PyObject_GetAttrString(a[1], "is_neg");
+  if (!method) return nullptr;
+  is_neg = method;
   Py_INCREF(a[1]), Py_INCREF(a[2]);
   tensor_type = a[1], parameter_type = a[2];
   api = found;

@@ -7,7 +7,7 @@ import fuzz
 import pytest
 import torch
 from fuzz import Fuzzed, check, found, fuzzed
-from rules import check_close
+from rules import check_alike, check_close
 
 import fastseq
 from fastseq.backends import load
@@ -81,18 +81,12 @@ def test_a_seed_is_one_problem_and_others_are_others():
     assert forms == set(fuzz.FORMS)
 
 
-#: Kernels that read the memory of such a view.
-NEGATED = {"native": ("x", "h_0", "weight"), "numba": ("x", "weight")}
-
-
 @pytest.mark.parametrize("of", ["x", "h_0", "weight"])
 @pytest.mark.parametrize("backend", (*OURS, "eager", "torch"))
-def test_a_view_that_is_negated_lazily(backend, of, request):
+def test_a_view_that_is_negated_lazily(backend, of):
     """torch keeps a bit for it: what lies in memory is the negative of its numbers."""
     if isinstance(load(backend), str):
         pytest.skip(load(backend))
-    if of in NEGATED.get(backend, ()):
-        request.applymarker(pytest.mark.xfail)
     layer = fastseq.GRU(4, 6, backend=backend, dtype=torch.float64)
     x, h_0 = torch.randn(5, 3, 4).double(), torch.randn(1, 3, 6).double()
     expected = layer(x, h_0)
@@ -103,3 +97,37 @@ def test_a_view_that_is_negated_lazily(backend, of, request):
     found = torch.func.functional_call(layer, weights, (negated["x"], negated["h_0"]))
     for ours, truth in zip(found, expected, strict=True):
         check_close(ours, None, truth, torch.float64, of)
+
+
+@pytest.mark.parametrize("of", ["x", "h_0", "c_0", "dy", "weight"])
+@pytest.mark.parametrize("backend", (None, *OURS))
+@pytest.mark.parametrize("kind", ["cell", "layer", "reset"])
+def test_what_is_negated_lazily_everywhere(kind, backend, of):
+    """In the short way and the long one, of cells and layers, forward and backward."""
+    if backend is not None and isinstance(load(backend), str):
+        pytest.skip(load(backend))
+    options = {"backend": backend, "dtype": torch.float64}
+    m = fastseq.LSTMCell(4, 6, **options) if kind == "cell" else fastseq.LSTM(4, 6, 2, **options)
+    lead, count = ((3,), ()) if kind == "cell" else ((5, 3), (2,))
+    x, h, c = (torch.randn(*s).double() for s in ((*lead, 4), (*count, 3, 6), (*count, 3, 6)))
+    given = {"x": x, "h_0": h, "c_0": c, "dy": torch.randn(*lead, 6).double()}
+    name = "weight_hh" if kind == "cell" else "weight_hh_l1"
+    given["weight"] = dict(m.named_parameters())[name].detach().clone()
+    more = {"reset": torch.rand(5, 3) < 0.5} if kind == "reset" else {}
+
+    def run(given):
+        leaf = given["x"].detach().requires_grad_()
+        arguments = (leaf, (given["h_0"], given["c_0"]))
+        y, *_ = torch.func.functional_call(m, {name: given["weight"]}, arguments, more)
+        y.backward(given["dy"])
+        return [y.detach(), leaf.grad]
+
+    negated = given | {of: torch._neg_view(-given[of])}
+    for ours, truth in zip(run(negated), run(given), strict=True):
+        check_close(ours, None, truth, torch.float64, of)
+
+
+def test_steps_of_what_is_negated_lazily():
+    m, x = fastseq.LSTM(4, 6), torch.randn(1, 4)
+    expected = fastseq.streaming(m).step(x).clone()
+    check_alike(fastseq.streaming(m).step(torch._neg_view(-x)), expected, "x")

@@ -430,7 +430,7 @@ def fake(monkeypatch):
 
 
 def problem(module, x):
-    return ops_stack.problem(module._stack(x, None, None, None, False))
+    return ops_stack.problem(module._call_stack(x, None, None, None, False))
 
 
 def test_two_gpus_of_one_process_have_their_own_rules(gpus, fake, ruled, monkeypatch):
@@ -457,7 +457,7 @@ def test_a_ragged_call_knows_whether_it_is_recorded(gpus, fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     module, x = fake("cuda:0")
     assert not problem(module, x).recording
-    stack = module._stack(x, None, None, None, False)
+    stack = module._call_stack(x, None, None, None, False)
     stack.geometry = Padded(x, False, torch.empty(16, dtype=torch.int64))
     assert ops_stack.problem(stack).recording
 

@@ -156,7 +156,7 @@ struct Call {
       each_weight(r.weights, [&](int slot, const T*& pointer, std::initializer_list<int64_t> shape) {
         PyObject* w = weight(layer, d, slot);
         if (is_none(w)) return;
-        const DLTensor t = see(w);
+        const DLTensor t = see_weight(w);
         need_shape(t, shape);
         const bool is_half = is_halved(t);
         if (shape.size() == 2) ++matrices, halved += is_half;
@@ -232,6 +232,14 @@ struct Call {
 
  private:
   DLTensor see(PyObject* object) const { return order == CHECKED ? view(object) : plain(object); }
+
+  // A weight. Of x and the states Python knows that they are not negated lazily, as of Parameters.
+  DLTensor see_weight(PyObject* object) const {
+    const DLTensor w = see(object);
+    const bool own = reinterpret_cast<PyObject*>(Py_TYPE(object)) == parameter_type;
+    if (order != CHECKED && !own && negated(object)) throw Declined();
+    return w;
+  }
 
   static bool is_halved(const DLTensor& t) {
     return sizeof(T) == 4 && t.dtype.code == 4 && t.dtype.bits == 16 && t.device.type == 1 &&

@@ -19,6 +19,7 @@ namespace {
 
 const DLExchangeApi* api = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr;
+PyObject* is_neg = nullptr;  // the method of Tensor
 
 // An error that Python knows of already.
 struct PythonError {};
@@ -58,6 +59,15 @@ DLTensor view(PyObject* object) {
   if (api->view(object, &tensor)) throw PythonError();
   tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   return tensor;
+}
+
+// Whether what lies in memory is the negative of a tensor's numbers; 0.15 us.
+bool negated(PyObject* object) {
+  PyObject* answer = PyObject_CallFunctionObjArgs(is_neg, object, nullptr);
+  if (!answer) throw PythonError();
+  const bool yes = answer == Py_True;
+  Py_DECREF(answer);
+  return yes;
 }
 
 // The same of a tensor of this very type: a subclass may mean something else by its data.

@@ -232,8 +232,11 @@ def _run(function: Any, arguments: list[Any], dtype: torch.dtype) -> Any:
         )
         out = function(*copied)
         if out is not None:
-            break
-    return out
+            return out
+    given = [None if w is None else tuple(w.shape) for w in weights]
+    raise RuntimeError(
+        f"weights: their sizes do not fit together, or not an input {tuple(x.shape)}: {given}"
+    )
 
 
 def forward(call: Call, save: bool, trajectory: bool) -> Result:

@@ -76,9 +76,9 @@ class RecurrentCell(nn.Module):
             finals = short.checked_step(self, x, states)
             if finals is not None:
                 return list(finals) if rank == 2 else [s.squeeze(0) for s in finals]
-        return run(self._stack(input, hx))[1]
+        return run(self._call_stack(input, hx))[1]
 
-    def _stack(self, input: Tensor, hx: Sequence[Tensor]) -> Stack:
+    def _call_stack(self, input: Tensor, hx: Sequence[Tensor]) -> Stack:
         own: Any = self
         weights = [own.weight_ih, own.weight_hh]
         if self.bias:

@@ -42,9 +42,9 @@ def explain(
     if isinstance(module, RecurrentCell):
         if isinstance(input, PackedSequence):
             raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
-        stack = module._stack(input, [])
+        stack = module._call_stack(input, [])
     elif isinstance(module, Recurrent):  # with a seed, so that none is drawn
-        stack = module._stack(input, None, lengths, reset, all_states, seed=0)
+        stack = module._call_stack(input, None, lengths, reset, all_states, seed=0)
     else:
         raise TypeError(
             f"module: expected a layer or cell of fastseq, got {type(module).__name__}; "

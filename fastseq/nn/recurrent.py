@@ -200,9 +200,9 @@ class Recurrent(nn.Module):
 
     def weights(self) -> list[Weights]:
         """The parameters as they are now, layers by directions."""
-        return ways(self._request(), self._tensors())
+        return ways(self._call_request(), self._call_weights())
 
-    def _tensors(self) -> list[Any]:
+    def _call_weights(self) -> list[Any]:
         """The parameters as they are now, in one list.
 
         Read from the module's attributes at each call: parametrizations, weight drop and
@@ -217,11 +217,11 @@ class Recurrent(nn.Module):
             self._update_flat_weights()  # type: ignore[operator]  # one chunk, for cuDNN
         return found
 
-    def _request(self, all_states: bool = False) -> Request:
+    def _call_request(self, all_states: bool = False) -> Request:
         """What a call asks for, besides tensors."""
-        return Request(*self._asked(all_states))
+        return Request(*self._call_values(all_states))
 
-    def _asked(self, all_states: bool) -> tuple[Any, ...]:
+    def _call_values(self, all_states: bool) -> tuple[Any, ...]:
         """The values of a Request."""
         layers, training = self.num_layers, self.training
         return (
@@ -286,10 +286,10 @@ class Recurrent(nn.Module):
             return out
         if torch.jit.is_tracing():
             with quiet_tracing():
-                return self._run(input, hx, lengths, reset, all_states, row_ids, seed)
-        return self._run(input, hx, lengths, reset, all_states, row_ids, seed)
+                return self._forward(input, hx, lengths, reset, all_states, row_ids, seed)
+        return self._forward(input, hx, lengths, reset, all_states, row_ids, seed)
 
-    def _run(
+    def _forward(
         self,
         input: Any,
         hx: Any,
@@ -299,12 +299,12 @@ class Recurrent(nn.Module):
         row_ids: Any,
         seed: Any,
     ) -> Any:
-        stack = self._stack(input, hx, lengths, reset, all_states, row_ids, seed)
+        stack = self._call_stack(input, hx, lengths, reset, all_states, row_ids, seed)
         y, finals, along = run(stack)
         state = tuple(finals) if len(finals) > 1 else finals[0]
         return (y, state, along[0]) if all_states else (y, state)
 
-    def _stack(
+    def _call_stack(
         self,
         input: Any,
         hx: Any,
@@ -343,8 +343,8 @@ class Recurrent(nn.Module):
             geometry = Jagged(input)
         else:
             geometry = Dense(input, self.batch_first)
-        stack = Stack(self._request(all_states), input, states, self._tensors(), geometry)
-        self._check_input(stack)
+        stack = Stack(self._call_request(all_states), input, states, self._call_weights(), geometry)
+        self._check_call_input(stack)
         check_states(stack)
         packed = isinstance(geometry, Packed)
         lengths = check_lengths(lengths, geometry.T, geometry.B, packed, batched)
@@ -383,7 +383,7 @@ class Recurrent(nn.Module):
                 "pass the padded tensor and lengths"
             )
 
-    def _check_input(self, stack: Stack) -> None:
+    def _check_call_input(self, stack: Stack) -> None:
         """The input fits the parameters."""
         x, weight = stack.data, stack.weights[0]
         if x.dtype != weight.dtype and not autocasts(x):

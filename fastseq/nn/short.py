@@ -26,12 +26,12 @@ def _made(asked: tuple[Any, ...]) -> Request:
 
 def _backend(module: Any, input: Any, lean: bool, single: bool) -> tuple[str, Any] | None:
     """Name and module of the backend, where a call may go the short way."""
-    if type(input) is not torch.Tensor or input.is_nested or input.is_neg():
-        return None  # of a lazy negation the data are not the numbers
+    if type(input) is not torch.Tensor or input.is_nested:
+        return None
     device = "cpu" if input.is_cpu else input.device.type
     try:
         found = short_way(module.cell, input.dtype, device, module.backend, lean, single)
-    except TypeError:  # no backend is called so, which the long way says
+    except (TypeError, ValueError):  # no backend is called so, which the long way says
         return None
     if found is None or not hasattr(found[1], "layers_backward") or not is_plain():
         return None
@@ -59,7 +59,7 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
         states = hx
     else:
         return None
-    request = _made(module._asked(False))
+    request = _made(module._call_values(False))
     out = whole.run(found, request, input, None, states, weights)
     if out is None:
         return None

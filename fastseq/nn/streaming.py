@@ -26,7 +26,7 @@ class Streaming:
             raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
         self.module = module
         self.batch = batch
-        weight = module._tensors()[0]
+        weight = module._call_weights()[0]
         self._names = CELLS[module.cell].states
         size = module.proj_size or module.hidden_size
         layers = module.num_layers
@@ -55,8 +55,8 @@ class Streaming:
                 self._h[0] = self._h[1]
                 self._turn = 0
             self._handle = self._steps.stream(
-                self.module._request(),
-                [w.detach().contiguous() for w in self.module._tensors()],
+                self.module._call_request(),
+                [w.detach().resolve_neg().contiguous() for w in self.module._call_weights()],
                 self._h,
                 () if self._c is None else (self._c,),
                 self._outputs,
@@ -75,7 +75,7 @@ class Streaming:
         Raises:
             ValueError: another shape, dtype or device.
         """
-        if self._handle is not None:
+        if self._handle is not None and not (isinstance(x, Tensor) and x.is_neg()):
             y = self._steps.stream_step(self._handle, x, torch.get_num_threads())
             if y is not None:
                 self._turn ^= 1
@@ -93,7 +93,8 @@ class Streaming:
                 f"x: expected {self._h.dtype} on {self._h.device}, got {x.dtype} on {x.device}"
             )
         if self._handle is not None:
-            y = self._steps.stream_step(self._handle, x.contiguous(), torch.get_num_threads())
+            x = x.resolve_neg().contiguous()
+            y = self._steps.stream_step(self._handle, x, torch.get_num_threads())
             self._turn ^= 1
             return y
         h = self._h[self._turn]

@@ -27,13 +27,15 @@ eager = load(DIFFERENTIABLE)
 def needs_no_operator(*tensors: Tensor | None) -> bool:
     """Whether nobody but the kernels has to see a call: then the operator, 15 us, is left out.
 
-    No tracer, profile, transform or mode is active, and no tensor stands for something else.
+    No tracer, profile, transform or mode is active, and no tensor stands for something else, or for
+    nothing, as on the meta device.
     """
     return not (
         torch.compiler.is_compiling()
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or tensors[0].is_meta  # type: ignore[union-attr]
     ) and _PLAIN.issuperset(map(type, tensors))
 
 

@@ -144,7 +144,7 @@ def check_lengths(
         raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
     if not batched:
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
-    if not isinstance(lengths, (Tensor, Sequence)):
+    if not isinstance(lengths, (Tensor, Sequence)) and not hasattr(lengths, "__array__"):
         raise TypeError(
             f"lengths: expected a tensor or a sequence of integers, got {type(lengths).__name__}"
         )

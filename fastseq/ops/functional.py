@@ -178,6 +178,7 @@ def layer_weights(cell: str, weights: LayerWeights) -> tuple[list[Tensor], int, 
     ways = [weights] if isinstance(weights[0], Tensor) else list(weights)
     if len(ways) > 2:
         raise ValueError(f"weights: expected one or two directions, got {len(ways)}")
+    counts = [len(way) for way in ways]
     flat: list[Tensor] = []
     for way in ways:
         tensors = list(way)
@@ -186,13 +187,12 @@ def layer_weights(cell: str, weights: LayerWeights) -> tuple[list[Tensor], int, 
                 "weights: expected 2 to 5 tensors (w_ih, w_hh[, b_ih, b_hh][, w_hr]) a direction, "
                 f"got {len(tensors)} of {[type(w).__name__ for w in tensors]}"
             )
-        if len(tensors) != len(ways[0]):
-            raise ValueError(
-                "weights: expected as many tensors for both directions, "
-                f"got {len(ways[0])} and {len(tensors)}"
-            )
+        if len(tensors) % 2 != counts[0] % 2:
+            raise ValueError("weights: both directions must have the same sizes")
+        if len(tensors) < 4 <= max(counts):  # one direction has no biases, so they are zero
+            tensors[2:2] = [w.new_zeros(w.shape[:1]) for w in tensors[:2]]
         flat += tensors
-    each = len(ways[0])
+    each = len(flat) // len(ways)
     if each % 2 and not CELLS[cell].other_states:
         raise ValueError("weights: a projection w_hr is for lstm only")
     return flat, len(ways), each >= 4, each % 2 == 1

@@ -23,11 +23,13 @@ class Geometry:
     T, B: steps of the longest sequence, and sequences.
     batch_sizes: of the rows, where they are packed.
     order: sequence k of the rows is the caller's number order[k]; None where they are the same.
+    copies: whether what the caller gets is a copy of the rows.
     hides_batch: whether the rows do not tell B: where sequences may be empty, or a graph is traced.
     """
 
     batch_sizes: Tensor | None = None
     order: Tensor | None = None
+    copies = False
     hides_batch = False
     batched = True
     T: int
@@ -194,6 +196,7 @@ class Padded(Dense):
     depends on the lengths' values.
     """
 
+    copies = True
     hides_batch = True
 
     def __init__(self, x: Tensor, batch_first: bool, lengths: Tensor) -> None:
@@ -254,6 +257,7 @@ class Jagged(Geometry):
     which those behind its end hold no sequence.
     """
 
+    copies = True
     hides_batch = True
 
     def __init__(self, x: Any) -> None:

@@ -88,6 +88,16 @@ def named_range(cell: str, backend: str, way: str = "") -> AbstractContextManage
     return nullcontext()
 
 
+def negated(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a lazy negation: in memory its numbers have another sign."""
+    return True in [t.is_neg() for t in tensors if t is not None]
+
+
+def as_numbers(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Tensors whose memory holds their numbers."""
+    return [None if t is None else t.resolve_neg() for t in tensors]
+
+
 def available(backend: str) -> ModuleType:
     """The backend's module. A program that another machine exported may name one that is not."""
     module = load(backend)
@@ -158,6 +168,9 @@ def recurrence(
     trajectory: bool,
 ) -> list[Tensor]:
     refuse_tangents()
+    if negated(x, h_mask, *states, *weights):
+        x, h_mask = as_numbers((x, h_mask))
+        states, weights = as_numbers(states), as_numbers(weights)
     call = make_call(
         cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
     )
@@ -185,6 +198,10 @@ def recurrence_backward(
     trajectory: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    if negated(x, h_mask, dy, *states, *weights, *dstates, *dtrajectory):
+        x, h_mask, dy = as_numbers((x, h_mask, dy))
+        states, weights = as_numbers(states), as_numbers(weights)
+        dstates, dtrajectory = as_numbers(dstates), as_numbers(dtrajectory)
     call = make_call(
         cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
     )

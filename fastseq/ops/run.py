@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from ..backends import DIFFERENTIABLE, STEPPING, choice, load
-from ..backends.contract import ONE_STEP, TIME_FIRST, Problem, Weights, ways
+from ..backends.contract import TIME_FIRST, Problem, Weights, ways
 from ..backends.stacked import dropped, one_by_one
 from . import autograd, masks, modes, onnx, whole
 from .autograd import RecurrenceFunction
@@ -44,11 +44,12 @@ def _autocast(stack: Stack) -> None:
     stack.weights = [w.to(dtype) for w in stack.weights]
     if stack.h_mask is not None:
         stack.h_mask = stack.h_mask.to(dtype)
+    stack.cast = True
 
 
 def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     request, geometry = stack.request, stack.geometry
-    single = request.order == ONE_STEP
+    single = stack.single
     if not single and modes.is_exporting() and onnx.is_exporting():
         reason = onnx.reason_against(stack)
         if reason is None:
@@ -71,7 +72,7 @@ def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     _to_rows(stack)
     outputs = None if module is None else _in_one_call(stack, name, module)
     y, finals, along = outputs or _one_by_one(stack, task, name, module)
-    if request.editable:
+    if request.editable and not geometry.copies:
         y, *finals = editable([y, *finals])
     return (
         geometry.output(y),
@@ -135,7 +136,8 @@ def _in_one_call(stack: Stack, name: str, module: Any) -> Outputs | None:
     if not hasattr(module, "layers_backward"):
         y, finals, _ = module.layers(request, x, sizes, stack.states, stack.weights, (), False)
         return y, list(finals), []
-    if not modes.is_plain():
+    # the caller's own tensor: a view of a subclass may be none, as when a checkpoint runs again
+    if not modes.is_plain() or type(stack.data) not in (Tensor, torch.nn.Parameter):
         return None
     states, weights = tuple(stack.states), tuple(stack.weights)
     out = whole.run((name, module), request, x, sizes, states, weights)

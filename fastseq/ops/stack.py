@@ -41,6 +41,8 @@ class Stack:
     h_mask: Tensor | None = None
     input_masks: Sequence[Tensor] | None = None
     masks: Masks | None = None
+    #: Whether autocast took the tensors to another type.
+    cast: bool = False
     #: The numbers of the input, however they lie.
     data: Tensor = field(init=False)
 
@@ -49,6 +51,11 @@ class Stack:
     def __post_init__(self) -> None:
         self.data = self.geometry.numbers(self.x)
         self.cell = CELLS[self.request.cell]
+
+    @property
+    def single(self) -> bool:
+        """Whether it is a cell's step, and not one under autocast, where gates want float32."""
+        return self.request.order == ONE_STEP and not self.cast
 
     @property
     def H(self) -> int:
@@ -102,7 +109,7 @@ def problem(stack: Stack) -> Problem:
         bias=request.biased,
         projected=request.projected,
         ragged=geometry.is_ragged,
-        single=request.order == ONE_STEP,
+        single=stack.single,
         reset=stack.reset is not None,
         h_mask=stack.h_mask is not None,
         zoneout=() if stack.masks is None else stack.masks.zoneout,
