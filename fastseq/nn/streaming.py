@@ -75,7 +75,7 @@ class Streaming:
         Raises:
             ValueError: another shape, dtype or device.
         """
-        if self._handle is not None and not (isinstance(x, Tensor) and x.is_neg()):
+        if self._handle is not None and not (type(x) is Tensor and x.is_neg()):
             y = self._steps.stream_step(self._handle, x, torch.get_num_threads())
             if y is not None:
                 self._turn ^= 1
