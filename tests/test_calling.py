@@ -229,6 +229,25 @@ def test_nothing_that_is_given_is_written(kind, backend):
     assert not storages & {t.untyped_storage().data_ptr() for t in out}
 
 
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+@backends
+def test_on_meta(kind, backend):
+    """Shapes without numbers, which a kernel must not look for."""
+    _, ours = pair(kind, 4, 6, backend=backend)
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    expected = tensors(ours(x))
+    found = tensors(ours.to("meta")(x.to("meta")))
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+    assert all(t.is_meta for t in found)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_a_wrong_input_is_told_before_a_wrong_backend(kind):
+    m = getattr(fastseq, kind)(4, 6, backend="cudnn")
+    with pytest.raises(ValueError, match="Expected input to be"):
+        m(torch.randn(5, 3, 2, 4))
+
+
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTMCell", "GRUCell"])
 @backends
 def test_output_may_be_edited_before_backward(kind, backend):

@@ -96,6 +96,12 @@ def test_training_by_inductor(row):
     train_at_several_sizes(row, "inductor")
 
 
+def test_packed_with_a_reset_that_is_batch_first():
+    """No state and no order tell the batch, only the reset does, in its first dimension."""
+    row = plain("GRU", "packed", reset=True, batch_first=True)
+    train_at_several_sizes(row, "aot_eager")
+
+
 @compiles_cpp
 def test_inductor():
     """Packed rows; padded ones are in the model below."""

@@ -4,6 +4,7 @@ import ast
 import inspect
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from pairwise import covering
@@ -279,6 +280,11 @@ MISTAKES = {
         )
         for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
     },
+    "a projection in one direction": (
+        lambda: lstm(w=(weights(), weights(w_hh=(24, P), w_hr=(P, H)))),
+        ValueError,
+        "weights: both directions must have the same sizes",
+    ),
     "directions that differ": (
         lambda: lstm(w=(weights(), weights((20, I), (20, 5), (20,), (20,)))),
         ValueError,
@@ -596,3 +602,25 @@ def test_every_check_is_failed_once():
             reached |= {k for k, end in raises.items() if k <= last.lineno <= end}
     assert len(raises) > 20
     assert reached == set(raises), f"no mistake reaches lines {sorted(set(raises) - reached)}"
+
+
+def test_a_direction_without_biases_beside_one_that_has_them():
+    whole = [torch.randn(w.shape) for w in weights()]
+    bare, zeros = [torch.randn(w.shape) for w in whole[:2]], [torch.zeros(4 * H)] * 2
+    x = torch.randn(T, B, I)
+    for given, same in (
+        ((bare, whole), ((*bare, *zeros), whole)),
+        ((whole, bare), (whole, (*bare, *zeros))),
+    ):
+        ours, expected = (flat(fastseq.lstm(x, w)) for w in (given, same))
+        assert all(map(torch.equal, ours, expected))
+
+
+def flat(value):
+    return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in flat(v)]
+
+
+def test_lengths_of_numpy():
+    x, w = torch.randn(T, B, I), weights()
+    y, _ = fastseq.lstm(x, w, lengths=np.array([5, 2, 3]))
+    assert torch.equal(y, fastseq.lstm(x, w, lengths=[5, 2, 3])[0])

@@ -327,3 +327,39 @@ def test_profiler(kind, backend):
     ):
         assert seen.get(key) == 2, f"{key} in {[k for k in seen if 'fastseq' in k]}"
     assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype, calls", [(torch.float32, 1), (torch.bfloat16, 0)], ids=str)
+def test_a_cell_under_autocast(dtype, calls):
+    """Its gates are in float32, which torch's cell function in bfloat16 does not give; a cell whose
+    weights are in bfloat16 is torch's."""
+    cell = fastseq.LSTMCell(I, H, dtype=dtype)
+    with counted() as count, torch.autocast("cpu", enabled=dtype is torch.float32):
+        h, c = cell(an_input(B, I, dtype=dtype))
+    assert count["forward"] == calls and h.dtype is c.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_a_subclass_in_a_checkpoint(kind):
+    """What is run again takes the same way, though a view of the input is a plain tensor."""
+
+    class Own(torch.Tensor):
+        pass
+
+    m = getattr(fastseq, kind)(I, H)
+    x = an_input(B, I).as_subclass(Own).requires_grad_()
+    y = checkpoint(m, x, use_reentrant=False)
+    (y[0] if kind == "LSTM" else y).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_of_another_size_is_told(kind, dtype):
+    m = getattr(fastseq, kind)(I, H, dtype=dtype)
+    name = "weight_hh_l0" if kind == "GRU" else "weight_hh"
+    delattr(m, name)
+    setattr(m, name, torch.ones(3 * H, H - 1, dtype=dtype))
+    m.backend = "native"
+    with pytest.raises(RuntimeError, match="weights: their sizes do not fit together"):
+        m(an_input(*((T, B, I) if kind == "GRU" else (B, I)), dtype=dtype))

@@ -226,3 +226,41 @@ def test_a_packed_sequence_that_does_not_add_up(name, sizes):
         m(packed)
     with pytest.raises(RuntimeError, match="batch_sizes: expected a 1-D int64"):
         m(nn.utils.rnn.PackedSequence(torch.randn(3, 3), torch.tensor([2.0, 1.0])))
+
+
+def jagged(parts):
+    return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+
+FORMS = {
+    "packed": lambda parts: ((pack_sequence(parts, enforce_sorted=False),), {}),
+    "packed in order": lambda parts: ((pack_sequence(parts),), {}),
+    "padded": lambda parts: (
+        (nn.utils.rnn.pad_sequence(parts),),
+        {"lengths": [len(part) for part in parts]},
+    ),
+    "jagged": lambda parts: ((jagged(parts),), {}),
+}
+
+
+@pytest.mark.parametrize("memory", ["full", "lean"])  # lean: layer by layer
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+@backends
+def test_what_is_returned_may_be_edited_before_backward(kind, backend, form, memory):
+    if (backend, memory) == ("torch", "lean"):
+        pytest.skip("torch keeps all gates")
+    needs(backend)
+    m = getattr(fastseq, kind)(4, 6, backend=backend, memory=memory)
+    given, keywords = FORMS[form](sequences((5, 3, 1)))
+
+    def gradients(edit):
+        m.zero_grad()
+        y, h = m(*given, **keywords)
+        y = y.data if isinstance(y, PackedSequence) else y.values() if y.is_nested else y
+        y, h = edit(y), edit(h)
+        (y.square().sum() + h.square().sum()).backward()
+        return [p.grad.clone() for p in m.parameters()]
+
+    ours, expected = gradients(lambda t: t.mul_(2)), gradients(lambda t: t * 2)
+    assert all(map(torch.equal, ours, expected))

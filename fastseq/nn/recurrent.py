@@ -336,9 +336,7 @@ class Recurrent(nn.Module):
             batched = rank == 3
         states = self._states(hx, batched)
         if isinstance(input, PackedSequence):
-            turned = self.batch_first and isinstance(reset, Tensor) and reset.dim() == 2
-            known = reset.transpose(0, 1) if turned else reset  # type: ignore[union-attr]
-            geometry = Packed(input, self.batch_first, (known, *states))
+            geometry = Packed(input, self.batch_first, reset, states)
         elif input.is_nested:
             geometry = Jagged(input)
         else:

@@ -232,7 +232,7 @@ def _layer(
     states = given_states(cell, hx)
     geometry: Geometry
     if isinstance(input, PackedSequence):
-        geometry = Packed(input, False, (reset, h_mask, *states))
+        geometry = Packed(input, False, reset, (h_mask, *states))
     elif not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
     elif input.is_nested:

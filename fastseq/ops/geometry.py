@@ -153,12 +153,13 @@ class OneStep(Geometry):
 class Packed(Geometry):
     """A PackedSequence.
 
-    known: tensors that know the batch, in their second dimension or in their only one. A graph that
-        is traced does not read it off ``batch_sizes``; what they say is checked when it runs.
+    reset, known: tensors that know the batch: as the caller gives it; and in their second dimension
+        or in their only one. A graph that is traced does not read it off ``batch_sizes``; what they
+        say is checked when it runs.
     """
 
     def __init__(
-        self, x: PackedSequence, batch_first: bool, known: Sequence[Tensor | None] = ()
+        self, x: PackedSequence, batch_first: bool, reset: Any, known: Sequence[Tensor | None]
     ) -> None:
         data, self.batch_sizes, self.order, self.restore = x
         self.batch_first = batch_first
@@ -166,7 +167,8 @@ class Packed(Geometry):
         self.T = sizes.shape[0] if sizes.dim() else 0
         self.hides_batch = torch.compiler.is_compiling()
         if self.hides_batch:
-            self.B = _settled(data, sizes, [self.order, *known])
+            first = self.times(reset) if isinstance(reset, Tensor) else None
+            self.B = _settled(data, sizes, [self.order, first, *known])
         else:  # whether it is what it must be, is checked later
             self.B = int(sizes[0]) if sizes.dim() == 1 and len(sizes) else 0
 
