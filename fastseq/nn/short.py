@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.choice import short_way
 from ..backends.contract import BATCH_FIRST, ONE_STEP, Request
 from ..ops import whole
-from ..ops.modes import autocasts, in_transform, is_plain
+from ..ops.modes import autocasts, is_plain
 
 
 def _made(asked: tuple[Any, ...]) -> Request:
@@ -28,7 +28,7 @@ def _backend(module: Any, input: Any, lean: bool, single: bool) -> tuple[str, An
     """Name and module of the backend, where a call may go the short way."""
     if type(input) is not torch.Tensor or input.is_nested:
         return None
-    device = "cpu" if input.is_cpu else input.device.type
+    device = "cpu" if input.is_cpu else input.device.type  # its type alone takes 0.2 us more
     try:
         found = short_way(module.cell, input.dtype, device, module.backend, lean, single)
     except (TypeError, ValueError):  # no backend is called so, which the long way says
@@ -85,10 +85,10 @@ def step(cell: Any, input: Any, hx: Any) -> tuple[torch.Tensor, ...] | None:
 def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Tensor] | None:
     """The same by a backend whose autograd is torch's, of an input (B, I) and states (B, H) that
     were checked. A call by the long way costs 8 us more, and torch's cell function 20."""
-    if in_transform() or autocasts(input):
+    if torch._C._functorch.peek_interpreter_stack() is not None or autocasts(input):
         return None
-    kind = cell.cell, input.dtype, input.device.type
-    found = short_way(*kind, cell.backend, False, True)
+    device = "cpu" if input.is_cpu else input.device.type
+    found = short_way(cell.cell, input.dtype, device, cell.backend, False, True)
     if found is None or hasattr(found[1], "layers_backward"):
         return None
     try:
@@ -100,11 +100,10 @@ def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Ten
 
 def _of_cell(cell: Any) -> tuple[Request, tuple[Any, ...]]:
     """What a cell asks for, and its weights. Raises KeyError where one is no parameter."""
+    bias, own = cell.bias, cell._parameters
     request = _made(
-        (cell.cell, 1, 1, cell.bias, False, ONE_STEP, False, 0.0, False, False, "full", None, False)
+        (cell.cell, 1, 1, bias, False, ONE_STEP, False, 0.0, False, False, "full", None, False)
     )
-    parameters = cell._parameters
-    if not cell.bias:
-        return request, (parameters["weight_ih"], parameters["weight_hh"])
-    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
-    return request, tuple([parameters[name] for name in names])
+    if not bias:
+        return request, (own["weight_ih"], own["weight_hh"])
+    return request, (own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"])

@@ -27,34 +27,42 @@ def check_layer(stack: Stack) -> None:
         raise TypeError(
             f"deterministic: expected a bool, got {type(request.deterministic).__name__}"
         )
+    G, G_hh = cell.G, len(cell.recurrent_gates)
     first = None
     for w_ih, w_hh, b_ih, b_hh, w_hr, _ in ways(request, stack.weights):
-        assert w_ih is not None
-        if w_ih.dim() != 2 or w_ih.shape[0] % cell.G:
-            raise ValueError(f"w_ih: expected ({cell.G}*H, input_size), got {tuple(w_ih.shape)}")
-        H = w_ih.shape[0] // cell.G
-        G_hh = len(cell.recurrent_gates)
-        if w_hr is not None and (w_hr.dim() != 2 or w_hr.shape[1] != H):
-            raise ValueError(f"w_hr: expected (proj_size, {H}), got {tuple(w_hr.shape)}")
-        P = H if w_hr is None else w_hr.shape[0]
-        expected = {"w_hh": (w_hh, (G_hh * H, P)), "b_ih": (b_ih, (cell.G * H,))}
-        expected["b_hh"] = (b_hh, (G_hh * H,))
-        for name, (w, shape) in expected.items():
-            if w is not None and tuple(w.shape) != shape:
-                raise ValueError(f"{name}: expected {shape}, got {tuple(w.shape)}")
-        for name, w in (("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)):
-            check_dtype_and_device(x, w, name)
-        check_dtype_and_device(x, w_hr, "w_hr")
+        assert w_ih is not None and w_hh is not None
+        if w_ih.dim() != 2 or w_ih.shape[0] % G:
+            raise ValueError(f"w_ih: expected ({G}*H, input_size), got {tuple(w_ih.shape)}")
+        rows, width = w_ih.shape
+        H = P = rows // G
+        if w_hr is not None:
+            if w_hr.dim() != 2 or w_hr.shape[1] != H:
+                raise ValueError(f"w_hr: expected (proj_size, {H}), got {tuple(w_hr.shape)}")
+            P = w_hr.shape[0]
+        check_shape("w_hh", w_hh, (G_hh * H, P))
+        check_kind(x, w_ih, "w_ih")
+        check_kind(x, w_hh, "w_hh")
+        if b_ih is not None and b_hh is not None:
+            check_shape("b_ih", b_ih, (rows,))
+            check_shape("b_hh", b_hh, (G_hh * H,))
+            check_kind(x, b_ih, "b_ih")
+            check_kind(x, b_hh, "b_hh")
+        if w_hr is not None:
+            check_kind(x, w_hr, "w_hr")
         if (H, P) != (first or (H, P)):
             raise ValueError("weights: both directions must have the same sizes")
         first = H, P
-        check_feature_size(x, w_ih.shape[1])
+        check_feature_size(x, width)
     check_steps(stack)
 
 
-def check_dtype_and_device(x: Tensor, weight: Tensor | None, name: str) -> None:
-    if weight is None:
-        return
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+
+
+def check_kind(x: Tensor, weight: Tensor, name: str) -> None:
+    """It has the input's dtype and device."""
     if x.dtype != weight.dtype and not autocasts(x):
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}) of {name}. "
@@ -116,7 +124,7 @@ def check_states(stack: Stack) -> None:
         layers = request.layers * request.directions
         expected = (layers, stack.geometry.B, size) if batched else (layers, size)
         label = f"hidden[{k}] size" if len(names) > 1 else "hidden size"
-        if tuple(state.shape) != expected:
+        if state.shape != expected:
             raise RuntimeError(
                 f"Expected {label} {expected}, got {list(state.shape)}; it is "
                 f"(num_layers * num_directions, {'batch, ' if batched else ''}"

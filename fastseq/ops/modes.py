@@ -74,6 +74,8 @@ def is_plain() -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast takes ``x`` to its dtype."""
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return False
     device = x.device.type
     return (
         device != "meta"

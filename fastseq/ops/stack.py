@@ -79,49 +79,54 @@ class Stack:
 
 def problem(stack: Stack) -> Problem:
     """What the choice of a backend depends on."""
-    now = modes.mode()
+    mode = modes.mode()
     request, geometry, x = stack.request, stack.geometry, stack.data
-    traced = now in ("compile", "trace")
+    traced = mode in ("compile", "trace")
     T = B = width = H = P = None
-    if now != "compile":
+    if mode != "compile":
         width, H, P = stack.weights[0].shape[1], stack.H, stack.P
         if traced:  # there a size is a tensor
             width, H, P = int(width), int(H), int(P)
     if not traced:
         T, B = geometry.T, geometry.B
-    capability, tf32, recording = None, False, False
-    if x.device.type == "cuda":
+    ragged = geometry.is_ragged
+    device, capability, tf32, recording = "cpu", None, False, False
+    if not x.is_cpu:
+        device = x.device.type
+    if device == "cuda":
         capability = cuda_rule.capability(x.device)
         tf32 = cuda_rule.uses_tf32(x.dtype)
-        if geometry.is_ragged and now == "plain":
+        if ragged and mode == "plain":
             recording = torch.cuda.is_current_stream_capturing()
-    return Problem(
-        cell=request.cell,
-        dtype=x.dtype,
-        device=x.device.type,
-        T=T,
-        B=B,
-        I=width,
-        H=H,
-        P=P,
-        R=request.directions,
-        layers=request.layers,
-        bias=request.biased,
-        projected=request.projected,
-        ragged=geometry.is_ragged,
-        single=stack.single,
-        reset=stack.reset is not None,
-        h_mask=stack.h_mask is not None,
-        zoneout=() if stack.masks is None else stack.masks.zoneout,
-        trajectory=request.trajectory,
-        memory=request.memory,
-        deterministic=request.deterministic,
-        training=stack.needs_grad(),
-        threads=1 if traced else torch.get_num_threads(),
-        mode=now,
-        capability=capability,
-        tf32=tf32,
-        recording=recording,
+    return Problem(  # in the fields' order: their names would take a microsecond
+        request.cell,
+        x.dtype,
+        device,
+        T,
+        B,
+        width,
+        H,
+        P,
+        request.directions,
+        request.layers,
+        request.biased,
+        request.projected,
+        ragged,
+        stack.single,
+        stack.reset is not None,
+        stack.h_mask is not None,
+        () if stack.masks is None else stack.masks.zoneout,
+        False,  # input_product
+        1,  # heads
+        request.trajectory,
+        request.memory,
+        request.deterministic,
+        stack.needs_grad(),
+        1 if traced else torch.get_num_threads(),
+        mode,
+        capability,
+        tf32,
+        recording,
     )
 
 
