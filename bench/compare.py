@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 # fastseq is another tree's, the benchmark this one's
 SERVE = (
     "import sys; sys.path[0] = {tree!r}; import fastseq; sys.path[0] = {root!r}; "
-    "from bench.compare import serve; serve({threads})"
+    "from bench.compare import serve; serve({threads}, {backend!r})"
 )
 Row = tuple[list[str], float, bool]
 QUIET = 0.01  # OpenMP's threads of the process before spin for up to 8 ms
@@ -50,11 +50,12 @@ def ways(workload: Workload) -> list[str]:
 
 
 @lru_cache(1)
-def call(workload: Workload, way: str) -> tuple[Callable[[], Any], str | None]:
+def call(workload: Workload, way: str, backend: str | None) -> tuple[Callable[[], Any], str | None]:
     """What is timed, and the backend that is chosen."""
     import fastseq
 
     module: Any = workload.module(fastseq, "layer" if way == "handle" else None)
+    module.backend = backend
     module.train(way == "training")
     if way == "handle":
         return Walk(workload, fastseq.streaming(module, workload.B), "handle"), None
@@ -71,7 +72,7 @@ def call(workload: Workload, way: str) -> tuple[Callable[[], Any], str | None]:
         return run, fastseq.explain(module, x)
 
 
-def serve(threads: int) -> None:
+def serve(threads: int, backend: str | None) -> None:
     """Answers a line of JSON, [workload, way, seconds], with the median of a call's seconds."""
     torch.set_num_threads(threads)
     print(json.dumps({"file": sys.modules["fastseq"].__file__}), flush=True)
@@ -79,7 +80,7 @@ def serve(threads: int) -> None:
         name, way, seconds = json.loads(line)
         workload, samples = by_name(name), []
         mode = torch.inference_mode if way in ("call", "handle") else torch.set_grad_enabled
-        run, chosen = call(workload, way)
+        run, chosen = call(workload, way, backend)
         with mode(way != "forward"):
             run()  # the threads have slept
             end = time.perf_counter() + seconds
@@ -94,8 +95,8 @@ def serve(threads: int) -> None:
 class Tree:
     """A process that runs one checkout's fastseq."""
 
-    def __init__(self, tree: Path, threads: int) -> None:
-        code = SERVE.format(tree=str(tree), root=str(ROOT), threads=threads)
+    def __init__(self, tree: Path, threads: int, backend: str | None) -> None:
+        code = SERVE.format(tree=str(tree), root=str(ROOT), threads=threads, backend=backend)
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=tree, **pipes)
         found = Path(self._answer()["file"]).resolve()
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("other", type=Path, help="the root of the other checkout, kernels built")
     parser.add_argument("--workloads", default="small-* peers-* streaming-*", help="patterns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--backend", help="who runs both; the choice of each tree if left out")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each process")
     parser.add_argument("--seconds", type=float, default=0.05, help="of a turn, one call at least")
     parser.add_argument("--tolerance", type=float, default=0.03, help="beyond the noise")
@@ -168,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     try:
         for folder in folders:
-            trees.append(Tree(folder, options.threads))
+            trees.append(Tree(folder, options.threads, options.backend))
         for name, way in ((workload.name, way) for workload in found for way in ways(workload)):
             rows.append(row(trees, name, way, options))
             print("  ".join(rows[-1][0]), flush=True)

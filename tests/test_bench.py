@@ -384,12 +384,18 @@ def test_a_tree_answers_with_the_time_of_a_call(monkeypatch, capsys):
         "sys.stdin", io.StringIO("".join(f"{json.dumps([*c, 0])}\n" for c in cases))
     )
     monkeypatch.setattr(compare.time, "perf_counter", itertools.count().__next__)
-    compare.serve(torch.get_num_threads())
+    compare.serve(torch.get_num_threads(), None)
     first, *answers = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == {"file": fastseq.__file__} and len(answers) == len(cases)
     calls = [3 if name == "tiny-streaming" else 1 for name, _ in cases]
     assert [answer["seconds"] for answer in answers] == [1 / count for count in calls]
     assert [answer["chosen"] is None for answer in answers] == [c[1] == "handle" for c in cases]
+
+
+def test_a_tree_runs_the_backend_that_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO('["tiny-layer", "training", 0]\n'))
+    compare.serve(torch.get_num_threads(), "eager")
+    assert json.loads(capsys.readouterr().out.splitlines()[1])["chosen"] == "eager"
 
 
 def test_a_slower_tree_is_marked_after_more_rounds(monkeypatch, capsys, tmp_path):
@@ -404,7 +410,7 @@ def test_a_slower_tree_is_marked_after_more_rounds(monkeypatch, capsys, tmp_path
     class Answers:
         process = SimpleNamespace(communicate=lambda: None)
 
-        def __init__(self, tree, threads):
+        def __init__(self, tree, threads, backend):
             self.seconds = 2.0 if tree.name == "this" else 1.0
 
         def sample(self, *question):
@@ -429,7 +435,7 @@ def test_a_process_runs_the_tree_that_it_was_given(tmp_path):
     (tmp_path / "fastseq").mkdir()
     (tmp_path / "fastseq" / "__init__.py").write_text("__file__ = '/elsewhere/fastseq'")
     with pytest.raises(RuntimeError, match=r"the process imported .*elsewhere"):
-        compare.Tree(tmp_path, 1)
+        compare.Tree(tmp_path, 1, None)
 
 
 def test_what_is_too_large_is_skipped_with_a_reason(monkeypatch):
