@@ -62,6 +62,7 @@ def test_speed(workload, way, benchmark, request, peers):
         median_ms={label: milliseconds(median(samples)) for label, samples in timed.items()},
         fastest_ms={label: milliseconds(min(samples)) for label, samples in timed.items()},
         declined=race.declined,
+        wrong=race.wrong,
     )
     if way == "training":
         benchmark.extra_info["saved_bytes"] = race.saved_bytes()

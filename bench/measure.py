@@ -84,6 +84,7 @@ class Race:
     ) -> None:
         self.workload, self.way = workload, way
         self.declined: dict[str, str] = {}
+        self.wrong: dict[str, str] = {}  # of other backends: theirs alone have no figure
         training = way == "training"
         theirs = workload.module().train(training)
         self.x = workload.input()
@@ -106,6 +107,8 @@ class Race:
                 try:
                     module = self._ours(name)
                     self._enter(Contender(name, module, name, walk=self._walk(module)))
+                except WrongNumbers as error:
+                    self.wrong[name] = str(error)
                 except (NotImplementedError, RuntimeError) as error:
                     if f"{name}: " not in str(error):
                         raise

@@ -238,6 +238,26 @@ def test_wrong_numbers_are_refused_before_any_clock(monkeypatch, what, dtype):
         measure.Race(workload, "training", [], 60.0)
 
 
+def test_another_backend_with_wrong_numbers_has_no_figure_alone(monkeypatch):
+    workload = by_name("tiny-layer")
+    results = measure.results
+
+    def planted(module, *rest, **options):
+        found = results(module, *rest, **options)
+        factor = 1.01 if getattr(module, "backend", None) == "eager" else 1
+        return {name: value * factor for name, value in found.items()}
+
+    monkeypatch.setattr(measure, "results", planted)
+    race = measure.Race(workload, "training", ["eager", "reference"], 60.0)
+    assert [c.label for c in race.contenders] == [measure.TORCH, measure.OURS, "reference"]
+    assert list(race.wrong) == ["eager"] and race.wrong["eager"].startswith("eager, numbers: ")
+    record = table.read(table.newest())
+    case = record["benchmarks"][0]["extra_info"]
+    case["wrong"] = race.wrong
+    line = f"\n- {case['workload']}-{case['way']}: eager, numbers: "
+    assert line in table.full(record)
+
+
 def test_wrong_steps_are_refused(monkeypatch):
     handle = type(fastseq.streaming(fastseq.GRU(1, 1)))
     step = handle.step
@@ -258,7 +278,7 @@ def test_a_case_with_wrong_numbers_is_named_and_has_no_figure(monkeypatch):
         with pytest.raises(StopIteration):
             report.send(SimpleNamespace(get_result=lambda answer=answer: answer))
     assert conftest.WRONG == {"w-training": "fastseq, numbers: output"}
-    record = table.read(table.newest())
+    record = {**table.read(table.newest()), "wrong": {}}
     assert "No figure" not in table.full(record)
     assert "\n- w-training: fastseq, numbers" in table.full({**record, "wrong": conftest.WRONG})
 
