@@ -191,9 +191,10 @@ def rows(results: Results, others: Iterable[Results] = ()) -> list[list[str]]:
         (middle(fractions(results, way)) for way in WAYS),
     )
     for other in others:
-        threads = other["machine_info"]["threads"]
+        machine = other["machine_info"]
+        threads, core = machine["threads"], machine["cpu_model"]
         row(
-            f"the best other library, {threads} thread" + "s" * (threads > 1),
+            f"the best other library, {threads} thread{'s' * (threads > 1)}, {core}",
             f"{OTHERS}, near the limit {NEAR_EACH}",
             (near_and_elsewhere(*beside_others(other, way)) for way in WAYS),
         )

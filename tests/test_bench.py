@@ -382,6 +382,22 @@ def test_a_note_names_the_instructions_and_changes(monkeypatch):
     assert measure.instructions() == "AVX-512"
 
 
+def test_a_processor_is_named_with_its_core(monkeypatch):
+    facts = "processor : 0\nvendor_id : AuthenticAMD\ncpu family : {}\nmodel : {}\nmodel name : X\n"
+    for family, model, core in (
+        *((23, 0x01, "Zen"), (23, 0x31, "Zen 2"), (25, 0x01, "Zen 3"), (25, 0x21, "Zen 3")),
+        *((25, 0x11, "Zen 4"), (25, 0x61, "Zen 4"), (25, 0xA0, "Zen 4"), (26, 0x02, "Zen 5")),
+    ):
+        text = facts.format(family, model)
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
+        assert measure.cpu_name() == f"X ({core})"
+    monkeypatch.setattr(Path, "read_text", lambda self: facts.format(99, 1))
+    assert measure.cpu_name() == "X"
+    intel = facts.format(6, 0x11).replace("AuthenticAMD", "GenuineIntel")
+    monkeypatch.setattr(Path, "read_text", lambda self: intel)
+    assert measure.cpu_name() == "X"
+
+
 def test_two_trees_are_judged_beyond_their_noise():
     quiet = [[1.0, 1.1, 9.0], [1.1, 1.0, 1.1]]
     assert compare.verdict(quiet * 2, 0.03) == (1.0, 0.0, "")
@@ -626,7 +642,7 @@ def test_the_best_other_library_and_the_limit():
         case("long-rnn", 1.0, 10.0, least=1.0),
         case("streaming-h128-gru", 1.0, 10.0, least=1.0, a=1.0),
         peers={"a": "1.0", "b": "2.0", "c": "not available: none"},
-        machine_info={"threads": 2},
+        machine_info={"threads": 2, "cpu_model": "X"},
     )
     near, elsewhere = aims.beside_others(results, "forward")
     assert near == [pytest.approx(0.98)] and elsewhere == pytest.approx([1.01, 3.0])
@@ -636,7 +652,7 @@ def test_the_best_other_library_and_the_limit():
     )
     assert aims.near_and_elsewhere([], []) == "not measured"
     name, aim, *_ = aims.rows(results, [results])[-1]
-    assert name == "the best other library, 2 threads"
+    assert name == "the best other library, 2 threads, X"
     assert aim == "1.2, each 1.0, near the limit 0.95"
 
 
@@ -647,7 +663,7 @@ def test_the_aims_are_written_into_the_page(results, tmp_path, monkeypatch, caps
     for name in (aims.FEW, "LSTM and GRU in float16"):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"| {name} "))
         assert line.count("least") == 2
-    assert "| the best other library, 1 thread " in printed
+    assert "| the best other library, 1 thread, " in printed
     assert printed.count(results[0].name) == 2
     page = tmp_path / "page.md"
     begin, end = pages.marks("aims")
