@@ -192,9 +192,9 @@ def rows(results: Results, others: Iterable[Results] = ()) -> list[list[str]]:
     )
     for other in others:
         machine = other["machine_info"]
-        threads, core = machine["threads"], machine["cpu_model"]
+        threads, model = machine["threads"], machine["cpu_model"]
         row(
-            f"the best other library, {threads} thread{'s' * (threads > 1)}, {core}",
+            f"the best other library, {threads} thread{'s' * (threads > 1)}, {model}",
             f"{OTHERS}, near the limit {NEAR_EACH}",
             (near_and_elsewhere(*beside_others(other, way)) for way in WAYS),
         )

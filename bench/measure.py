@@ -60,7 +60,8 @@ class Contender:
 
 
 class WrongNumbers(Exception):
-    """A contender's numbers are not those of the layer: its case gets no figure."""
+    """A contender's numbers are not those of the layer: it gets no figure, and where it is fastseq
+    as it chooses, nor does its case."""
 
 
 class Race:
@@ -84,7 +85,7 @@ class Race:
     ) -> None:
         self.workload, self.way = workload, way
         self.declined: dict[str, str] = {}
-        self.wrong: dict[str, str] = {}  # of other backends: theirs alone have no figure
+        self.wrong: dict[str, str] = {}  # named backends whose numbers are
         training = way == "training"
         theirs = workload.module().train(training)
         self.x = workload.input()
@@ -406,8 +407,8 @@ def free_memory() -> int | None:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself, and of AMD's the core: a virtual one says "AMD EPYC" alone,
-    of cores that multiply twice as fast as their forerunners among others."""
+    """What the processor calls itself. AMD's have their core behind it: a virtual machine's says
+    "AMD EPYC" and no more, and Zen 5 multiplies twice as fast as Zen 4."""
     facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

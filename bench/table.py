@@ -209,12 +209,8 @@ def full(results: Results) -> str:
             if title == "training":
                 header.append("kept MiB / torch.nn")
             parts.append(markdown(header, rows))
-    wrong = list(results.get("wrong", {}).items())
-    for info in infos:
-        name = f"{info['workload']}-{info['way']}"
-        wrong += [(name, reason) for reason in info.get("wrong", {}).values()]
-    if wrong:
-        lines = [f"- {name}: {reason}" for name, reason in wrong]
+    if results.get("wrong"):
+        lines = [f"- {name}: {reason}" for name, reason in results["wrong"].items()]
         parts.append("No figure, because the numbers are wrong:\n\n" + "\n".join(lines))
     if results.get("skipped"):
         lines = [f"- {name}: {reason}" for name, reason in results["skipped"].items()]

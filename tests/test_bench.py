@@ -17,6 +17,7 @@ from rules import check_close
 import fastseq
 from bench import (
     aims,
+    bench_layers,
     compare,
     conftest,
     deterministic,
@@ -238,7 +239,7 @@ def test_wrong_numbers_are_refused_before_any_clock(monkeypatch, what, dtype):
         measure.Race(workload, "training", [], 60.0)
 
 
-def test_another_backend_with_wrong_numbers_has_no_figure_alone(monkeypatch):
+def test_a_named_backend_with_wrong_numbers_leaves_the_others_their_figures(monkeypatch):
     workload = by_name("tiny-layer")
     results = measure.results
 
@@ -251,11 +252,19 @@ def test_another_backend_with_wrong_numbers_has_no_figure_alone(monkeypatch):
     race = measure.Race(workload, "training", ["eager", "reference"], 60.0)
     assert [c.label for c in race.contenders] == [measure.TORCH, measure.OURS, "reference"]
     assert list(race.wrong) == ["eager"] and race.wrong["eager"].startswith("eager, numbers: ")
-    record = table.read(table.newest())
-    case = record["benchmarks"][0]["extra_info"]
-    case["wrong"] = race.wrong
-    line = f"\n- {case['workload']}-{case['way']}: eager, numbers: "
-    assert line in table.full(record)
+
+    def pedantic(function, args, setup, rounds):
+        setup()
+        function(*args)
+
+    options = {"--backends": "eager reference", "--rounds": 1, "--seconds": 0.0, "--limit": 60.0}
+    request = SimpleNamespace(config=SimpleNamespace(getoption=options.get))
+    benchmark = SimpleNamespace(pedantic=pedantic, enabled=False, extra_info={})
+    monkeypatch.setattr(bench_layers, "possible", lambda threads: [])
+    monkeypatch.setattr(bench_layers, "least_seconds", lambda *arguments: 1.0)
+    with pytest.raises(measure.WrongNumbers, match=r"^eager, numbers: output"):
+        bench_layers.test_speed(workload, "training", benchmark, request, [])
+    assert set(benchmark.extra_info["median_ms"]) == {measure.TORCH, "reference"}
 
 
 def test_wrong_steps_are_refused(monkeypatch):

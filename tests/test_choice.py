@@ -1,11 +1,54 @@
 """Which backend runs: the rule, the caller's word, and what users are told."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from problems import PLAIN
 
 import fastseq
-from fastseq.backends import BACKENDS, choice, load
+from fastseq.backends import BACKENDS, choice, cuda_rule, load
+from fastseq.backends.contract import ONE_STEP, Problem, Request
+from fastseq.ops.geometry import Dense
+from fastseq.ops.stack import Stack, problem
+
+
+def test_what_a_backend_is_chosen_by_stands_in_its_place(monkeypatch):
+    """Each field of a problem, told by a value that no other has."""
+    request = Request(
+        cell="lstm",
+        layers=3,
+        directions=2,
+        biased="biased",
+        projected="projected",
+        deterministic="deterministic",
+        trajectory="trajectory",
+        memory="memory",
+    )
+    w_ih, w_hh = torch.empty(4 * 6, 4), torch.empty(4 * 6, 5)
+    geometry = Dense(torch.empty(7, 8, 4), False)
+    geometry.batch_sizes = torch.ones(7)
+    stack = Stack(request, torch.empty(7, 8, 4), [], [w_ih, w_hh], geometry, reset=w_ih)
+    device = SimpleNamespace(type="cuda")
+    stack.data = SimpleNamespace(dtype="dtype", device=device, is_cpu=False)
+    stack.masks = SimpleNamespace(zoneout="zoneout")
+    monkeypatch.setattr(Stack, "needs_grad", lambda self: "training")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    monkeypatch.setattr(cuda_rule, "capability", lambda device: "capability")
+    monkeypatch.setattr(cuda_rule, "uses_tf32", lambda dtype: "tf32")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "recording")
+    told = "dtype zoneout trajectory memory deterministic training capability tf32 recording"
+    sizes = {"T": 7, "B": 8, "I": 4, "H": 6, "P": 5, "R": 2, "layers": 3, "threads": 9}
+    words = {name: name for name in told.split()}
+    flags = {"ragged": True, "single": False, "reset": True, "h_mask": False}
+    assert problem(stack) == Problem(
+        cell="lstm", device="cuda", bias="biased", projected="projected", **sizes, **flags, **words
+    )
+    stack.reset, stack.h_mask = None, w_hh
+    found = problem(stack)
+    assert (found.reset, found.h_mask, found.single) == (False, True, False)
+    stack.request = request._replace(order=ONE_STEP)
+    assert problem(stack).single
 
 
 def first(native=False, **changes) -> str:

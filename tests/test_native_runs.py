@@ -329,12 +329,16 @@ def test_profiler(kind, backend):
     assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("dtype, calls", [(torch.float32, 1), (torch.bfloat16, 0)], ids=str)
-def test_a_cell_under_autocast(dtype, calls):
-    """Its gates are in float32, which torch's cell function in bfloat16 does not give; a cell whose
-    weights are in bfloat16 is torch's."""
+@pytest.mark.parametrize(
+    "dtype, enabled, calls",
+    [(torch.float32, True, 1), (torch.bfloat16, True, 1), (torch.bfloat16, False, 0)],
+    ids=str,
+)
+def test_a_cell_under_autocast(dtype, enabled, calls):
+    """Its gates are in float32, which torch's cell function in bfloat16 does not give; outside, a
+    cell whose weights are in bfloat16 is torch's."""
     cell = fastseq.LSTMCell(I, H, dtype=dtype)
-    with counted() as count, torch.autocast("cpu", enabled=dtype is torch.float32):
+    with counted() as count, torch.autocast("cpu", enabled=enabled):
         h, c = cell(an_input(B, I, dtype=dtype))
     assert count["forward"] == calls and h.dtype is c.dtype is torch.bfloat16
 

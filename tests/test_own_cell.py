@@ -211,18 +211,11 @@ def _valid(row):
 
 
 def rows(**changes):
-    """Combinations in which every two values stand together; marked full in the other types, and
-    for early_gate in bfloat16 as well: a type is a compilation."""
+    """Combinations in which every two values stand together; marked full in the other types."""
     other = covering(AXES | changes | {"dtype": (torch.float64, torch.float16)}, _valid)
-    long = {(cell, dtype) for cell in OWN for dtype in (torch.float64, torch.float16)}
-    long.add(("early_gate", torch.bfloat16))
     return [
-        pytest.param(
-            *(cell, row),
-            id=f"{cell}-{_name_of(row)}",
-            marks=full if (cell, row["dtype"]) in long else (),
-        )
-        for some in (covering(AXES | changes, _valid), other)
+        pytest.param(cell, row, id=f"{cell}-{_name_of(row)}", marks=marks)
+        for some, marks in ((covering(AXES | changes, _valid), ()), (other, full))
         for cell in OWN
         for row in some
     ]

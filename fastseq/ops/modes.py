@@ -74,6 +74,7 @@ def is_plain() -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast takes ``x`` to its dtype."""
+    # the question below takes 0.3 us more, and is the one that a tracer knows
     if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
         return False
     device = x.device.type
