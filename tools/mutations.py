@@ -42,6 +42,28 @@ def parity(backend_and_cell: str, special: str) -> tuple[str, ...]:
 
 
 MUTATIONS = (
+    # More threads than cores
+    Mutation(
+        "native: a call takes more threads than the quota",
+        "csrc/cpu/run.cpp",
+        "if (pool.quota > 0 && pool.quota < threads)",
+        "if (pool.quota < 0)",
+        ("tests/test_cores.py::test_threads_of_a_call",),
+    ),
+    Mutation(
+        "native: a call takes more threads than there are processors",
+        "csrc/cpu/run.cpp",
+        "return cores < threads ? cores : threads;",
+        "return threads;",
+        ("tests/test_cores.py",),
+    ),
+    Mutation(
+        "the limits of the groups around a process's own are not read",
+        "fastseq/backends/openmp.py",
+        "for group in (own, *own.parents):",
+        "for group in (own,):",
+        ("tests/test_cores.py::test_quota",),
+    ),
     # Native's windows
     Mutation(
         "native: the last window alone is summed",
