@@ -152,8 +152,8 @@ constexpr char BACKWARD[] =
     "(" FASTSEQ_COMMON ", y, saved, dy, dstates, dtrajectory, wants_x, wants_weights,"
     " wants_states)"
     " -> [dx, *dstates, *dweights] | None";
-constexpr char STREAM[] = "(cell, weights, layers, h, others, outputs) -> stream | None";
-constexpr char STREAM_STEP[] = "(stream, x, threads) -> y | None";
+constexpr char STREAM[] = "(cell, weights, layers, h, others) -> stream | None";
+constexpr char STREAM_STEP[] = "(stream, x, out, threads) -> y | None";
 
 constexpr int count_of(const char* text) {  // of its arguments
   int count = 1;

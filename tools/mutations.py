@@ -326,6 +326,34 @@ MUTATIONS = (
     ),
     # What users pass, and what becomes of it
     Mutation(
+        "a stream's state is not copied with its handle",
+        "fastseq/nn/streaming.py",
+        'own["_states"] = {name: s.clone() for name, s in self._states.items()}',
+        'own["_states"] = {name: s.zero_() for name, s in self._states.items()}',
+        ("tests/test_streaming.py::test_copies",),
+    ),
+    Mutation(
+        "a stream's state is broadcast",
+        "fastseq/nn/streaming.py",
+        '_like(f"state: {name}", new, tuple(mine.shape), words, mine)',
+        "new",
+        ("tests/test_streaming.py::test_states_that_do_not_fit",),
+    ),
+    Mutation(
+        "a stream does not see a forward of the subclass's own",
+        "fastseq/nn/streaming.py",
+        "type(module).forward is not Recurrent.forward",
+        "False",
+        ("tests/test_streaming.py::test_a_forward_of_its_own",),
+    ),
+    Mutation(
+        "a stream's step leaves the state where it was",
+        "csrc/python/stream.h",
+        "one.r.h_0 = one.r.h_n = states + layer * B * P;",
+        "one.r.h_0 = states + layer * B * P, one.r.h_n = output_.data();",
+        ("tests/test_streaming.py::test_steps_are_those_of_the_module",),
+    ),
+    Mutation(
         "reset: the reverse direction takes forward's",
         GEOMETRY,
         "reset.roll(-1, 0).masked_fill(last[:, None], False)",

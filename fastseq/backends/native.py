@@ -81,8 +81,8 @@ SIGNATURES = {
     "forward": f"({_COMMON}, save, trajectory, known) -> (y, states, saved) | None",
     "backward": f"({_COMMON}, y, saved, dy, dstates, dtrajectory, wants_x, wants_weights,"
     " wants_states) -> [dx, *dstates, *dweights] | None",
-    "stream": "(cell, weights, layers, h, others, outputs) -> stream | None",
-    "stream_step": "(stream, x, threads) -> y | None",
+    "stream": "(cell, weights, layers, h, others) -> stream | None",
+    "stream_step": "(stream, x, out, threads) -> y | None",
 }
 
 
@@ -369,11 +369,8 @@ def stream(
     weights: Sequence[Tensor],
     h: Tensor,
     others: Sequence[Tensor],
-    outputs: tuple[Tensor, Tensor],
 ) -> Any:
-    return _cpu.stream(
-        NUMBER[request.cell], tuple(weights), request.layers, h, tuple(others), outputs
-    )
+    return _cpu.stream(NUMBER[request.cell], tuple(weights), request.layers, h, tuple(others))
 
 
 stream_step = getattr(_cpu, "stream_step", None)  # another build may have none
