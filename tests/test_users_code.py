@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.ao.nn.quantized.reference as nnqr
 import torch.nn.functional as F
 from torch import _VF, nn
 from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
@@ -667,7 +668,40 @@ def test_a_default_device_leaves_the_short_way_open(kind, monkeypatch):
     assert len(count) == 1
 
 
+# quantization
+
+QPARAMS = {"qscheme": torch.per_tensor_affine, "dtype": torch.quint8, "scale": 2.0, "zero_point": 5}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "RNN"])
+def test_reference_quantized_modules(kind):
+    x = sample(kind).float()
+
+    def use(m):
+        names = m._flat_weights_names if kind in LAYERS else ("weight_ih", "weight_hh")
+        qparams = {name: QPARAMS for name in names if "weight" in name} | {"is_decomposed": False}
+        return getattr(nnqr, kind).from_float(m.float(), qparams)(x)
+
+    same(kind, use)
+
+
 # misuse
+
+
+WRONG = [("weight_ih", (1, 9)), ("weight_hh", (3, H)), ("bias_hh", (3,)), ("weight_ih", (0, I))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", [None, "native", "numba", "eager", "torch", "reference"])
+def test_weights_of_another_size(kind, backend):
+    """Kernels read them by the module's sizes."""
+    needs(backend)
+    for name, shape in WRONG:
+        m = getattr(fastseq, kind)(I, H, backend=backend)
+        name += "_l0" if kind in LAYERS else ""
+        setattr(m, name, nn.Parameter(torch.zeros(shape)))
+        with pytest.raises(RuntimeError, match=r"weight_ih|weight_hh|bias_hh|expanded size"):
+            m(sample(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

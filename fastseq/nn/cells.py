@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backends.contract import ONE_STEP, Backend, Request
 from ..cells import CELLS
+from ..ops.checks import check_weights
 from ..ops.geometry import OneStep
 from ..ops.modes import autocasts, overridden
 from ..ops.run import run
@@ -116,7 +117,12 @@ def cell_stack(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Stack:
         training=cell.training,
         backend=options(cell).backend,
     )
-    return Stack(request, input, list(hx), _weights(cell), OneStep(input))
+    stack = Stack(request, input, list(hx), _weights(cell), OneStep(input))
+    check_weights(stack, _NAMES, cell.input_size, cell.hidden_size)
+    return stack
+
+
+_NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
 def _weights(cell: Any) -> list[Tensor]:

@@ -21,6 +21,7 @@ from ..ops.checks import (
     check_seed,
     check_states,
     check_steps,
+    check_weights,
 )
 from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
 from ..ops.modes import autocasts, overridden
@@ -335,6 +336,8 @@ def _check_call_input(module: Any, stack: Stack) -> None:
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
         )
     check_feature_size(x, module.input_size)
+    sizes = module.input_size, module.hidden_size, module.proj_size
+    check_weights(stack, module._flat_weights_names, *sizes)
     if x.device != weight.device:
         raise RuntimeError(
             "Input and parameter tensors are not at the same device, found input tensor at "
