@@ -2,6 +2,7 @@
 
 from . import compat
 from .backends.choice import backends
+from .install import install, uninstall
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain, replace, restore, streaming
 from .ops.functional import gru, lstm, rnn
 
@@ -18,9 +19,11 @@ __all__ = [
     "compat",
     "explain",
     "gru",
+    "install",
     "lstm",
     "replace",
     "restore",
     "rnn",
     "streaming",
+    "uninstall",
 ]
