@@ -3,7 +3,19 @@
 from . import compat
 from .backends.choice import backends
 from .install import install, uninstall
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain, replace, restore, streaming
+from .nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    RNNCell,
+    explain,
+    replace,
+    restore,
+    set_options,
+    streaming,
+)
 from .ops.functional import gru, lstm, rnn
 
 __version__ = "0.1.0"
@@ -24,6 +36,7 @@ __all__ = [
     "replace",
     "restore",
     "rnn",
+    "set_options",
     "streaming",
     "uninstall",
 ]

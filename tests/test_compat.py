@@ -33,13 +33,14 @@ def test_replace_takes_them(kind):
     model = nn.ModuleDict({"theirs": getattr(nn, kind)(4, 6), "ours": getattr(fastseq, kind)(4, 6)})
     x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
     before = [layer(x) for layer in model.values()]
-    model["ours"].backend = "eager"
+    model["ours"].fastseq.backend = "eager"
     report = fastseq.replace(model, compat=True, backend=("torch", "eager"))
     assert list(report.swapped) == ["theirs", "ours"] and not report.left
     assert f"theirs: now fastseq.compat.{kind}(4, 6" in str(report)
     assert all(type(layer) is getattr(compat, kind) for layer in model.values())
     assert all(isinstance(layer, getattr(nn, kind)) for layer in model.values())
-    assert model["theirs"].backend == ("torch", "eager") and model["ours"].backend == "eager"
+    assert model["theirs"].fastseq.backend == ("torch", "eager")
+    assert model["ours"].fastseq.backend == "eager"
     for layer, expected in zip(model.values(), before, strict=True):
         assert_same(layer(x), expected)
     assert "already" in fastseq.replace(model).left["ours"]

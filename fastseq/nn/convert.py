@@ -11,18 +11,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..backends import choice
+from ..backends.choice import as_order
 from ..backends.contract import Backend, Memory
 from . import compat as compat_classes
+from . import flat_weights
 from .asks import asked
 from .cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
 from .counterparts import become, counterpart, own_methods, wrapped_by_torch
 from .layers import GRU, LSTM, RNN
-from .recurrent import Recurrent, check_memory
+from .options import check_memory, options
+from .recurrent import Recurrent
 
 #: torch.nn's class -> fastseq's
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
-    ours.torch_class: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+    ours._fastseq_torch: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
 }
 #: fastseq's main class -> that which is an instance of torch.nn's, too
 COMPAT: dict[type[nn.Module], type[nn.Module]] = {
@@ -88,12 +90,10 @@ def replace(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: an unknown ``backend`` or ``memory``. Nothing is changed then.
+        ValueError, TypeError: an unknown ``backend`` or ``memory``. Nothing is changed then.
     """
     _check_model(model)
-    check_memory(memory)
-    if backend is not None:
-        choice.names(backend)
+    backend, memory = as_order(backend), check_memory(memory)
     report = Report()
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -102,10 +102,12 @@ def replace(
             reason = _reason_left(module)
             if ours is not None and reason is None:
                 module.__class__ = COMPAT[ours] if compat else ours
-                module.__dict__.pop("_flat_weights", None)
-                module.backend = backend
+                flat = module.__dict__.pop("_flat_weights", None)
+                own: Any = options(module)
+                own.backend = backend
                 if isinstance(module, Recurrent):
-                    module.memory = memory
+                    own.memory = memory
+                    flat_weights.adopt(module, flat)
                 done.add(module)
             elif compat and type(module) in COMPAT and not own_methods(module):
                 module.__class__ = COMPAT[type(module)]

@@ -6,12 +6,13 @@ Where torch.nn raises for the same mistake, the class and the leading words are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import ways
-from .modes import autocasts
+from .modes import autocasts, in_transform
 from .stack import Stack
 
 
@@ -152,16 +153,7 @@ def check_lengths(
         raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
     if not batched:
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
-    if not isinstance(lengths, (Tensor, Sequence)) and not hasattr(lengths, "__array__"):
-        raise TypeError(
-            f"lengths: expected a tensor or a sequence of integers, got {type(lengths).__name__}"
-        )
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
-    if not is_integral(lengths):
-        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-    if tuple(lengths.shape) != (B,):
-        raise ValueError(f"lengths: expected one a sequence, ({B},), got {tuple(lengths.shape)}")
+    lengths = _integers("lengths", lengths, B)
     if torch.compiler.is_compiling():
         within = ((lengths >= 0) & (lengths <= T)).all()
         torch._assert_async(within, "lengths: expected values from 0 to T")
@@ -169,7 +161,28 @@ def check_lengths(
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low} to {high}")
-    return lengths.to(torch.int64)
+    return lengths
+
+
+def _integers(name: str, values: Any, B: int) -> Tensor:
+    """One for each sequence, as an int64 tensor (B,)."""
+    if not isinstance(values, Tensor):
+        listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+        if not listed and not hasattr(values, "__array__"):
+            raise TypeError(
+                f"{name}: expected a tensor or a sequence of integers, got {type(values).__name__}"
+            )
+        try:
+            values = torch.as_tensor(
+                values, dtype=None if len(values) else torch.int64, device="cpu"
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected integers, got {values!r}") from error
+    if not is_integral(values):
+        raise TypeError(f"{name}: expected integers, got {values.dtype}")
+    if tuple(values.shape) != (B,):
+        raise ValueError(f"{name}: expected one a sequence, ({B},), got {tuple(values.shape)}")
+    return values.to(torch.int64)
 
 
 def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
@@ -196,14 +209,18 @@ def is_integral(tensor: Tensor) -> bool:
 
 
 def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
-    """As an int64 tensor (B,)."""
-    if not isinstance(row_ids, Tensor):
-        row_ids = torch.as_tensor(row_ids, dtype=None if len(row_ids) else torch.int64)
-    if not is_integral(row_ids):
-        raise TypeError(f"row_ids: expected integers, got {row_ids.dtype}")
-    if tuple(row_ids.shape) != (B,):
-        raise ValueError(f"row_ids: expected one a sequence, ({B},), got {tuple(row_ids.shape)}")
-    return row_ids.to(torch.int64)
+    """As an int64 tensor (B,) with values from 0 to 2^48 - 1."""
+    row_ids = _integers("row_ids", row_ids, B)
+    low, high = 0, 2**48 - 1
+    within = ((row_ids >= low) & (row_ids <= high)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(within, "row_ids: expected values from 0 to 2**48 - 1")
+    elif not in_transform() and not row_ids.is_meta and not within:
+        raise ValueError(
+            f"row_ids: expected values from 0 to 2**48 - 1, got {int(row_ids.min())} to "
+            f"{int(row_ids.max())}"
+        )
+    return row_ids
 
 
 def check_seed(seed: Tensor | int) -> None:
