@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from importlib.abc import MetaPathFinder
 from types import ModuleType
@@ -38,6 +39,7 @@ def install() -> None:
             if getattr(place, theirs.__name__) is not mine:
                 _before[key] = getattr(place, theirs.__name__)
                 setattr(place, theirs.__name__, mine)
+        copyreg.pickle(theirs, _reduced)
     _dynamo.allow()
 
 
@@ -48,7 +50,20 @@ def uninstall() -> None:
         if getattr(place, name) in COMPAT.values():  # else another tool put its own there since
             setattr(place, name, before)
     _before.clear()
+    for theirs in COUNTERPARTS:
+        copyreg.dispatch_table.pop(theirs, None)
     _dynamo.forbid()
+
+
+def _reduced(layer: nn.Module) -> tuple[Any, ...]:
+    """A layer that is torch.nn's still, for a pickle: the name of its class leads to ours."""
+    reduced: Any = layer.__reduce_ex__(2)
+    return (_made, (type(layer).__name__,), *reduced[2:])
+
+
+def _made(name: str) -> nn.Module:
+    kind = next(theirs for theirs in COUNTERPARTS if theirs.__name__ == name)
+    return kind.__new__(kind)
 
 
 class _Dynamo(MetaPathFinder):

@@ -161,7 +161,8 @@ def test_attributes_that_are_copied_to_a_base(installed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pickles_and_copies(kind):
-    """A pickle names the class it finds there: torch.nn's become fastseq's, and load without."""
+    """A pickle of before loads with the class that its name leads to; one of since names
+    fastseq's. A layer that is torch.nn's still stays so."""
     x, theirs = sample(kind), THEIRS[kind](4, 6)
     before = pickle.dumps(theirs)
     fastseq.install()
@@ -171,10 +172,13 @@ def test_pickles_and_copies(kind):
         made = getattr(nn, kind)(4, 6)
         assert type(copy.deepcopy(made)) is type(made)
         assert type(copy.deepcopy(theirs)) is THEIRS[kind]
-        since = pickle.dumps(made)
+        since, kept = pickle.dumps(made), pickle.dumps(theirs)
     finally:
         fastseq.uninstall()
+    assert pickle.dumps(theirs) == before
     assert_same(loaded(x), theirs(x))
+    assert type(pickle.loads(kept)) is THEIRS[kind]
+    assert_same(pickle.loads(kept)(x), theirs(x))
     again = pickle.loads(since)
     assert type(again) is getattr(fastseq.compat, kind)
     assert_same(again(x), made(x))
