@@ -587,7 +587,7 @@ MUTATIONS = (
     Mutation(
         "layers: the short way takes no heed of the backend named",
         SHORT,
-        "device, module.backend, lean, single)",
+        "device, own.backend, lean, single)",
         "device, None, lean, single)",
         SERVED,
     ),
