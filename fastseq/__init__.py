@@ -2,7 +2,6 @@
 
 from . import compat
 from .backends.choice import backends
-from .install import install, uninstall
 from .nn import (
     GRU,
     LSTM,
@@ -17,6 +16,7 @@ from .nn import (
     streaming,
 )
 from .ops.functional import gru, lstm, rnn
+from .switch import install, uninstall
 
 __version__ = "0.1.0"
 

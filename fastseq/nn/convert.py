@@ -192,13 +192,13 @@ def _advised(module: Any, base: type[nn.Module]) -> str:
 
 def _notes(model: nn.Module, swapped: dict[str, nn.Module]) -> Iterator[str]:
     """Where the code of the modules around the swapped layers asks for torch.nn's classes."""
-    theirs = {ours: kind for kind, ours in COUNTERPARTS.items()}
+    theirs = {ours: (kind, COMPAT[ours]) for kind, ours in COUNTERPARTS.items()}
     kinds: dict[type[nn.Module], set[type]] = {}
     for name, module in swapped.items():
         around = name
         while around:
             around = around.rpartition(".")[0]
-            kinds.setdefault(type(model.get_submodule(around)), set()).add(theirs[type(module)])
+            kinds.setdefault(type(model.get_submodule(around)), set()).update(theirs[type(module)])
     for kind, layers in kinds.items():
         found = dict.fromkeys(asked(kind, tuple(layers)))
         for layer in dict.fromkeys(layer for _, layer in found):
