@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.contract import ONE_STEP, Backend, Request
+from ..backends.tracing import unrecorded
 from ..cells import CELLS
 from ..ops.geometry import OneStep
 from ..ops.modes import autocasts
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, short
-from .recurrent import described, quiet_tracing
+from .recurrent import described
 
 
 class RecurrentCell(nn.Module):
@@ -44,9 +45,6 @@ class RecurrentCell(nn.Module):
             finals = short.step(self, input, hx)
             if finals is not None:
                 return list(finals)
-        if torch.jit.is_tracing():
-            with quiet_tracing():
-                return self._checked_step(input, hx or ())
         return self._checked_step(input, hx or ())
 
     def _checked_step(self, input: Tensor, hx: Sequence[Tensor]) -> list[Tensor]:
@@ -92,6 +90,7 @@ class RecurrentCell(nn.Module):
         )
         return Stack(request, input, list(hx), weights, OneStep(input))
 
+    @unrecorded
     def _check_sizes(self, x: Tensor, states: Sequence[Tensor]) -> None:
         B, size = x.shape
         if size != self.input_size:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.contract import BATCH_FIRST, TIME_FIRST, Backend, Memory, Request, Weights, ways
+from ..backends.tracing import unrecorded
 from ..cells import CELLS
 from ..ops import masks
 from ..ops.checks import (
@@ -62,14 +62,6 @@ def described(hx: Any) -> str:
     if isinstance(hx, Tensor):
         return f"a tensor of shape {tuple(hx.shape)}"
     return f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
-
-
-class quiet_tracing(warnings.catch_warnings):
-    """Checks compare shapes, of which torch.jit.trace warns outside of torch's own files."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
 
 
 class Recurrent(nn.Module):
@@ -284,9 +276,6 @@ class Recurrent(nn.Module):
             and (out := short.layers(self, input, hx)) is not None
         ):
             return out
-        if torch.jit.is_tracing():
-            with quiet_tracing():
-                return self._forward(input, hx, lengths, reset, all_states, row_ids, seed)
         return self._forward(input, hx, lengths, reset, all_states, row_ids, seed)
 
     def _forward(
@@ -352,6 +341,7 @@ class Recurrent(nn.Module):
         self._mask(stack, row_ids, seed)
         return stack
 
+    @unrecorded
     def _check_nested(self, input: Any, lengths: Any, reset: Any) -> None:
         """Its rows are those of the sequences, one behind the other."""
         for name, value in (("lengths", lengths), ("reset", reset)):
@@ -381,6 +371,7 @@ class Recurrent(nn.Module):
                 "pass the padded tensor and lengths"
             )
 
+    @unrecorded
     def _check_call_input(self, stack: Stack) -> None:
         """The input fits the parameters."""
         x, weight = stack.data, stack.weights[0]

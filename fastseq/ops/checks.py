@@ -6,15 +6,18 @@ Where torch.nn raises for the same mistake, the class and the leading words are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import ways
+from ..backends.tracing import numbers, unrecorded
 from .modes import autocasts
 from .stack import Stack
 
 
+@unrecorded
 def check_layer(stack: Stack) -> None:
     """Input and weights of one layer fit together."""
     request, x = stack.request, stack.data
@@ -75,6 +78,7 @@ def check_kind(x: Tensor, weight: Tensor, name: str) -> None:
         )
 
 
+@unrecorded
 def check_feature_size(x: Tensor, input_size: int) -> None:
     if x.shape[-1] != input_size:
         raise RuntimeError(
@@ -82,6 +86,7 @@ def check_feature_size(x: Tensor, input_size: int) -> None:
         )
 
 
+@unrecorded
 def check_steps(stack: Stack) -> None:
     """There is a step, and packed rows are what ``batch_sizes`` says: kernels trust it."""
     sizes, x = stack.geometry.batch_sizes, stack.data
@@ -89,7 +94,7 @@ def check_steps(stack: Stack) -> None:
         if stack.geometry.T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         return
     if sizes.device.type != "cpu" or sizes.dtype is not torch.int64 or sizes.dim() != 1:
         raise RuntimeError(
@@ -108,6 +113,7 @@ def check_steps(stack: Stack) -> None:
         )
 
 
+@unrecorded
 def check_states(stack: Stack) -> None:
     """Given states have the right number, rank, size, dtype and device."""
     request, x = stack.request, stack.data
@@ -118,11 +124,11 @@ def check_states(stack: Stack) -> None:
         raise ValueError(
             f"hx: expected {len(names)} states ({', '.join(names)}), got {len(stack.states)}"
         )
-    batched = stack.geometry.batched
+    batched, (B,) = stack.geometry.batched, numbers(stack.geometry.B)
     for k, state in enumerate(stack.states):
         size = stack.H if k else stack.P
         layers = request.layers * request.directions
-        expected = (layers, stack.geometry.B, size) if batched else (layers, size)
+        expected = (layers, B, size) if batched else (layers, size)
         label = f"hidden[{k}] size" if len(names) > 1 else "hidden size"
         if state.shape != expected:
             raise RuntimeError(
@@ -148,6 +154,14 @@ def check_lengths(
     """As an int64 tensor (B,) with values from 0 to T."""
     if lengths is None:
         return None
+    _check_form(lengths, packed, batched)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+    _check_values(lengths, T, B)
+    return lengths.to(torch.int64)
+
+
+def _check_form(lengths: Any, packed: bool, batched: bool) -> None:
     if packed:
         raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
     if not batched:
@@ -156,8 +170,11 @@ def check_lengths(
         raise TypeError(
             f"lengths: expected a tensor or a sequence of integers, got {type(lengths).__name__}"
         )
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+
+
+@unrecorded
+def _check_values(lengths: Tensor, T: int, B: int) -> None:
+    T, B = numbers(T, B)
     if not is_integral(lengths):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):
@@ -169,7 +186,6 @@ def check_lengths(
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low} to {high}")
-    return lengths.to(torch.int64)
 
 
 def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
@@ -180,13 +196,19 @@ def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
         raise TypeError(f"reset: expected a bool tensor, got {type(reset).__name__}")
     if reset.dtype is not torch.bool:
         raise TypeError(f"reset: expected torch.bool, got {reset.dtype}; use reset.bool()")
-    reset, (T, B) = stack.geometry.times(reset), (stack.geometry.T, stack.geometry.B)
+    reset = stack.geometry.times(reset)
+    _check_reset(reset, stack)
+    return reset
+
+
+@unrecorded
+def _check_reset(reset: Tensor, stack: Stack) -> None:
+    T, B = numbers(stack.geometry.T, stack.geometry.B)
     if tuple(reset.shape) != (T, B):
         raise ValueError(f"reset: expected (T, B) = ({T}, {B}), got {tuple(reset.shape)}")
     device = stack.data.device
     if reset.device != device:
         raise RuntimeError(f"reset: expected it on the input's device {device}, got {reset.device}")
-    return reset
 
 
 def is_integral(tensor: Tensor) -> bool:
@@ -201,9 +223,15 @@ def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
         row_ids = torch.as_tensor(row_ids, dtype=None if len(row_ids) else torch.int64)
     if not is_integral(row_ids):
         raise TypeError(f"row_ids: expected integers, got {row_ids.dtype}")
+    _check_count(row_ids, B)
+    return row_ids.to(torch.int64)
+
+
+@unrecorded
+def _check_count(row_ids: Tensor, B: int) -> None:
+    (B,) = numbers(B)
     if tuple(row_ids.shape) != (B,):
         raise ValueError(f"row_ids: expected one a sequence, ({B},), got {tuple(row_ids.shape)}")
-    return row_ids.to(torch.int64)
 
 
 def check_seed(seed: Tensor | int) -> None:
@@ -219,13 +247,14 @@ def check_seed(seed: Tensor | int) -> None:
         raise ValueError(f"seed: expected 64 bits, from -2**63 to 2**63 - 1, got {seed}")
 
 
+@unrecorded
 def check_mask(h_mask: Tensor | None, stack: Stack) -> Tensor | None:
     if h_mask is None:
         return None
     if not isinstance(h_mask, Tensor):
         raise TypeError(f"h_mask: expected a tensor, got {type(h_mask).__name__}")
     request, dtype, device = stack.request, stack.data.dtype, stack.data.device
-    expected = (request.layers * request.directions, stack.geometry.B, stack.P)
+    expected = (request.layers * request.directions, *numbers(stack.geometry.B), stack.P)
     if tuple(h_mask.shape) != expected:
         raise ValueError(f"h_mask: expected {expected}, got {tuple(h_mask.shape)}")
     if h_mask.requires_grad:
