@@ -55,7 +55,7 @@ def call(workload: Workload, way: str, backend: str | None) -> tuple[Callable[[]
     import fastseq
 
     module: Any = workload.module(fastseq, "layer" if way == "handle" else None)
-    module.backend = backend
+    getattr(module, "fastseq", module).backend = backend  # older commits had no namespace
     module.train(way == "training")
     if way == "handle":
         return Walk(workload, fastseq.streaming(module, workload.B), "handle"), None

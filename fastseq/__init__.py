@@ -2,7 +2,19 @@
 
 from . import compat
 from .backends.choice import backends
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain, replace, restore, streaming
+from .nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    RNNCell,
+    explain,
+    replace,
+    restore,
+    set_options,
+    streaming,
+)
 from .ops.functional import gru, lstm, rnn
 
 __version__ = "0.1.0"
@@ -22,5 +34,6 @@ __all__ = [
     "replace",
     "restore",
     "rnn",
+    "set_options",
     "streaming",
 ]

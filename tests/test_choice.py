@@ -149,7 +149,7 @@ def test_a_backend_that_declines_says_why_and_what_helps():
     reset = torch.zeros(2, 1, dtype=torch.bool)
     with pytest.raises(NotImplementedError, match="torch cannot reset single rows in mid-sequence"):
         m(torch.randn(2, 1, 3), reset=reset)
-    m.backend = ("torch", "eager")
+    m.fastseq.backend = ("torch", "eager")
     m(torch.randn(2, 1, 3), reset=reset)
 
 

@@ -301,7 +301,7 @@ def test_exported_and_run_on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "supports", lambda problem: None)
         choice.judge.cache_clear()
-        module.backend = "torch"
+        module.fastseq.backend = "torch"
         program = torch.export.export(module, (x,))
     choice.judge.cache_clear()
     assert [n.args[1] for n in program.graph.nodes if "recurrence" in str(n.target)] == [

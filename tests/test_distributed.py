@@ -187,7 +187,7 @@ def compare(found, cases, batches=STEPS):
         expected = parameters(model)
         exact, _ = build(case)
         exact.double()
-        exact.layer.backend = None  # that of the float32 layer may not take float64
+        exact.layer.fastseq.backend = None  # that of the float32 layer may not take float64
         train(exact, form)
         for name, value in expected.items():
             assert not torch.equal(value, before[name]), name

@@ -449,6 +449,21 @@ MISTAKES = {
         TypeError,
         "row_ids: expected integers, got torch.float32",
     ),
+    "row_ids, text": (
+        lambda: layer(row_ids="abc"),
+        TypeError,
+        "row_ids: expected a tensor or a sequence of integers, got str",
+    ),
+    "lengths, texts": (
+        lambda: lstm(lengths=["a", "b", "c"]),
+        TypeError,
+        "lengths: expected integers, got ['a', 'b', 'c']",
+    ),
+    "row_ids, range": (
+        lambda: layer(row_ids=[-1, 2**50, 3]),
+        ValueError,
+        f"row_ids: expected values from 0 to 2**48 - 1, got -1 to {2**50}",
+    ),
     "row_ids, shape": (
         lambda: layer(row_ids=[1, 2]),
         ValueError,

@@ -376,8 +376,8 @@ def test_what_torch_does_not_run(feature):
             keywords["all_states"] = True
         x = torch.randn(T, B, I, **double)
         y = compiled(x, **keywords)[0]
-        module.backend = "eager"
+        module.fastseq.backend = "eager"
         check_alike(y, module(x, **keywords)[0])
-        module.backend = "triton"
+        module.fastseq.backend = "triton"
         y.sum().backward()
     assert {operators(graph) for graph in counter.graphs} == {1}

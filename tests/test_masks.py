@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from twins import compiles_cpp, needs
 
 import fastseq
+from fastseq.nn.recurrent import layer_weights
 from fastseq.ops import masks
 
 T, B, I, H, P = 6, 4, 5, 7, 3  # noqa: E741  (the field's letters)
@@ -181,7 +182,7 @@ def inputs(layer, batch=B, dtype=torch.float64):
 
     count = layer.num_layers * (1 + layer.bidirectional)
     states = [leaf(count, batch, layer.proj_size or H)]
-    if layer.cell == "lstm":
+    if layer._fastseq_cell == "lstm":
         states.append(leaf(count, batch, H))
     return leaf(T, batch, I), states
 
@@ -221,17 +222,18 @@ def expected(layer, form, x, states, ids=IDS):
     training, finals = layer.training, []
     size = layer.proj_size or H
     for n in range(layer.num_layers):
-        if training and layer.input_dropout:
-            x = x * mask(1, n, 0, ids, x.shape[-1], layer.input_dropout)
+        if training and layer.fastseq.input_dropout:
+            x = x * mask(1, n, 0, ids, x.shape[-1], layer.fastseq.input_dropout)
         ways = []
         for d in range(D):
             k = n * D + d
-            named = layer.weights()[k]
+            named = layer_weights(layer)[k]
             w_hh, h_mask = named.w_hh, None
-            if training and layer.recurrent_dropout:
-                h_mask = mask(0, n, d, ids, size, layer.recurrent_dropout)
-            if training and layer.weight_dropout:
-                w_hh = w_hh * mask(2, n, d, range(w_hh.shape[0]), size, layer.weight_dropout)
+            if training and layer.fastseq.recurrent_dropout:
+                h_mask = mask(0, n, d, ids, size, layer.fastseq.recurrent_dropout)
+            if training and layer.fastseq.weight_dropout:
+                rows, rate = range(w_hh.shape[0]), layer.fastseq.weight_dropout
+                w_hh = w_hh * mask(2, n, d, rows, size, rate)
             weights = (named.w_ih, w_hh, *named[2:5])
             start = [s[k] for s in states]
             ways.append(walk(layer, x, start, weights, n, d, lengths, h_mask, ids))
@@ -242,7 +244,8 @@ def expected(layer, form, x, states, ids=IDS):
 
 def walk(layer, x, states, weights, n, d, lengths, h_mask, ids):
     """One recurrence, a sequence and a step at a time, so that zoneout has a place between them."""
-    rates = layer.zoneout if isinstance(layer.zoneout, tuple) else (layer.zoneout,) * len(states)
+    rates = layer.fastseq.zoneout
+    rates = rates if isinstance(rates, tuple) else (rates,) * len(states)
     rows, finals = [], []
     for b, row in enumerate(ids):
         length = x.shape[0] if lengths is None else lengths[b]
@@ -250,7 +253,7 @@ def walk(layer, x, states, weights, n, d, lengths, h_mask, ids):
         for t in reversed(range(length)) if d else range(length):
             one = None if h_mask is None else h_mask[b : b + 1]
             step = x[t : t + 1, b : b + 1]
-            _, new, _ = independent.CELLS[layer.cell](
+            _, new, _ = independent.CELLS[layer._fastseq_cell](
                 step, now, *weights, h_mask=one, reverse=False, lengths=None, reset=None
             )
             for k, p in enumerate(rates):
@@ -347,7 +350,7 @@ def test_zoneout_needs_the_eager_form(backend):
     layer = make("LSTM", backend, zoneout=0.1)
     with pytest.raises(NotImplementedError, match="zoneout blends them; choose eager"):
         layer(torch.randn(T, B, I, dtype=torch.float64))
-    layer.backend = None
+    layer.fastseq.backend = None
     assert fastseq.explain(layer, torch.randn(T, B, I, dtype=torch.float64)) == "eager"
 
 
@@ -479,7 +482,7 @@ def test_dropout_between_layers_is_still_torchs():
     torch.manual_seed(1)
     found = layer(x, seed=SEED)[0]
     torch.manual_seed(1)
-    one, two = layer.weights()
+    one, two = layer_weights(layer)
     y, _ = fastseq.gru(x * mask(1, 0, 0, range(B), I, 0.5), one[:4])
     y, _ = fastseq.gru(torch.dropout(y, 0.5, True) * mask(1, 1, 0, range(B), H, 0.5), two[:4])
     check_alike(found, y)
@@ -594,12 +597,13 @@ def test_nothing_is_added_to_the_state():
 def test_the_options_show_and_change():
     layer = make("LSTM", recurrent_dropout=0.25, zoneout=(0.05, 0.5))
     assert repr(layer) == "LSTM(5, 7, recurrent_dropout=0.25, zoneout=(0.05, 0.5))"
-    layer.recurrent_dropout, layer.zoneout = 0, 0
-    assert repr(layer) == repr(make("LSTM")) and layer.zoneout == 0 and layer._rates is None
+    layer.fastseq.recurrent_dropout, layer.fastseq.zoneout = 0, 0
+    assert repr(layer) == repr(make("LSTM"))
+    assert layer.fastseq.zoneout == 0 and layer.fastseq.rates is None
     x, _ = inputs(layer)
     assert torch.equal(layer(x)[0], make("LSTM")(x)[0])
-    layer.input_dropout = 0.5
-    assert (layer.input_dropout, layer.zoneout) == (0.5, 0)
+    layer.fastseq.input_dropout = 0.5
+    assert (layer.fastseq.input_dropout, layer.fastseq.zoneout) == (0.5, 0)
     assert not torch.equal(layer(x)[0], make("LSTM")(x)[0])
 
 
@@ -614,7 +618,7 @@ def test_what_is_no_probability(name, value):
     with pytest.raises(ValueError, match=words):
         make("GRU", **{name: value})
     with pytest.raises(ValueError, match=words):
-        setattr(make("GRU"), name, value)
+        setattr(make("GRU").fastseq, name, value)
 
 
 MISTAKES = {
@@ -637,9 +641,11 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.parametrize("training", [True, False])
-def test_mistakes(name, training):
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+def test_mistakes(name, rate, training):
+    """They are told whether or not the layer has masks that would read them."""
     keywords, error, words = MISTAKES[name]
-    layer = make("GRU", recurrent_dropout=0.1).train(training)
+    layer = make("GRU", recurrent_dropout=rate).train(training)
     with pytest.raises(error, match=words):
         layer(inputs(layer)[0], **keywords)
 
@@ -656,12 +662,13 @@ def test_torch_nn_cannot_stand_in():
     model = nn.Sequential(make("LSTM", recurrent_dropout=0.5))
     report = fastseq.restore(model)
     assert type(model[0]) is fastseq.LSTM
-    assert report.left == {"0": "torch.nn has no recurrent_dropout; set it to 0 first"}
+    words = "torch.nn has no recurrent_dropout; set it to 0 first, "
+    assert report.left == {"0": words + "layer.fastseq.recurrent_dropout = 0"}
     with pytest.raises(TypeError, match=r"torch\.nn has no recurrent_dropout"):
         torch.jit.script(model)
-    model[0].recurrent_dropout = 0
+    model[0].fastseq.recurrent_dropout = 0
     fastseq.restore(model)
-    assert type(model[0]) is nn.LSTM and not hasattr(model[0], "_rates")
+    assert type(model[0]) is nn.LSTM and not hasattr(model[0], "fastseq")
 
 
 def test_packed_in_order_takes_ids_in_order():

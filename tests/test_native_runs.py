@@ -364,6 +364,6 @@ def test_a_weight_of_another_size_is_told(kind, dtype):
     name = "weight_hh_l0" if kind == "GRU" else "weight_hh"
     delattr(m, name)
     setattr(m, name, torch.ones(3 * H, H - 1, dtype=dtype))
-    m.backend = "native"
+    m.fastseq.backend = "native"
     with pytest.raises(RuntimeError, match="weights: their sizes do not fit together"):
         m(an_input(*((T, B, I) if kind == "GRU" else (B, I)), dtype=dtype))

@@ -37,7 +37,7 @@ def flat(state):
 def state_for(layer, batch, seed=1):
     random = torch.Generator().manual_seed(seed)
     count = layer.num_layers * (1 + layer.bidirectional)
-    sizes = [layer.proj_size or H, H] if layer.cell == "lstm" else [H]
+    sizes = [layer.proj_size or H, H] if layer._fastseq_cell == "lstm" else [H]
     found = tuple(
         torch.randn(count, batch, size, generator=random, dtype=torch.float64).requires_grad_()
         for size in sizes

@@ -63,7 +63,7 @@ class Layers(nn.Module):
             if state is not None:
                 count = layer.num_layers * (1 + layer.bidirectional)
                 h = state.expand(count, -1, -1) * torch.arange(1.0, count + 1)[:, None, None]
-                hx = (h, -h) if layer.cell == "lstm" else h
+                hx = (h, -h) if layer._fastseq_cell == "lstm" else h
             ordered = x.transpose(0, 1) if layer.batch_first else x
             y, last = layer(ordered, hx, lengths=lengths)
             found += [y.transpose(0, 1) if layer.batch_first else y, *flat(last)]
@@ -205,7 +205,7 @@ def test_the_eager_form_is_exported_step_by_step(name):
     """What the sentence says helps: any batch, one number of steps."""
     make, keywords, _ = REFUSED[name]
     layer = make()
-    layer.backend = "eager"
+    layer.fastseq.backend = "eager"
 
     class Model(nn.Module):
         def __init__(self):

@@ -81,10 +81,10 @@ def test_a_model_that_is_such_a_module(kind):
 def test_options():
     model = Tagger()
     fastseq.replace(model, backend=("eager", "torch"), memory="full")
-    assert model.encoder.backend == model.step.backend == ("eager", "torch")
+    assert model.encoder.fastseq.backend == model.step.fastseq.backend == ("eager", "torch")
     model = Tagger()
     fastseq.replace(model, memory="lean")
-    assert model.encoder.memory == "lean"
+    assert model.encoder.fastseq.memory == "lean"
     assert repr(model.stages[0]) == "GRU(12, 6, memory='lean')"
     untouched = Tagger()
     with pytest.raises(ValueError, match="memory: expected 'full' or 'lean'"):
@@ -117,7 +117,7 @@ def test_what_is_left_and_why():
     assert "already" in left["ours"] and "already" in left["compat"]
     assert "quantized" in left["quantizable"]
     assert all(type(m) is kinds[name] for name, m in model.items() if name != "plain")
-    assert model["ours"].backend == "eager"
+    assert model["ours"].fastseq.backend == "eager"
     assert "  own: left, " in str(report)
 
 
@@ -253,7 +253,7 @@ def test_to_torch(kind):
     module.register_load_state_dict_pre_hook(lambda m, *args: seen.append(m))
     twin = to_torch(module)
     assert type(twin) is getattr(nn, kind) and type(module) is getattr(fastseq, kind)
-    assert not twin.training and module.backend == "eager" and not hasattr(twin, "backend")
+    assert not twin.training and module.fastseq.backend == "eager" and not hasattr(twin, "fastseq")
     for a, b in zip(module.parameters(), twin.parameters(), strict=True):
         assert a is b
     x = torch.randn(3, 5, 4) if kind in LAYERS else torch.randn(3, 4)

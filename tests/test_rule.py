@@ -21,6 +21,7 @@ from bench import cuda_results, cuda_rule, rule, table
 from fastseq.backends import choice, load, measured_cuda
 from fastseq.backends import cuda_rule as chooser
 from fastseq.backends.contract import Abilities, Problem
+from fastseq.nn.recurrent import call_stack
 from fastseq.ops import stack as ops_stack
 from fastseq.ops.geometry import Padded
 
@@ -430,7 +431,7 @@ def fake(monkeypatch):
 
 
 def problem(module, x):
-    return ops_stack.problem(module._call_stack(x, None, None, None, False))
+    return ops_stack.problem(call_stack(module, x, None))
 
 
 def test_two_gpus_of_one_process_have_their_own_rules(gpus, fake, ruled, monkeypatch):
@@ -457,7 +458,7 @@ def test_a_ragged_call_knows_whether_it_is_recorded(gpus, fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     module, x = fake("cuda:0")
     assert not problem(module, x).recording
-    stack = module._call_stack(x, None, None, None, False)
+    stack = call_stack(module, x, None)
     stack.geometry = Padded(x, False, torch.empty(16, dtype=torch.int64))
     assert ops_stack.problem(stack).recording
 
@@ -566,7 +567,7 @@ def test_explain_says_what_was_measured(gpus, fake, ruled, capsys):
     def said(device):
         module, x = fake(device)
         fastseq.explain(module, x)
-        module.backend = "torch"
+        module.fastseq.backend = "torch"
         fastseq.explain(module, x)
         printed = capsys.readouterr().out
         (line,) = [line for line in printed.splitlines() if line.startswith("measured: ")]

@@ -242,7 +242,8 @@ def test_what_is_not_plain_goes_the_long_way():
     x = torch.randn(4, 3, 5)
     h = torch.zeros(2, 3, 7)
     assert short(m, x, None) is not None
-    assert short(m, x, (h, h)) is not None
+    for given in ((h, h), [h, h], (h[:, :1].expand(2, 3, 7), h)):
+        assert short(m, x, given) is not None
     for given in (
         (x.double(), None),
         (x[..., :4], None),
@@ -250,8 +251,8 @@ def test_what_is_not_plain_goes_the_long_way():
         (x[:, :0], None),
         (x.to("meta"), None),
         (torch.randn(4, 3, 2, 5), None),
-        (x, [h, h]),
         (x, h),
+        (x, [h]),
         (x, (h, h[:1])),
         (x, (h, h.double())),
         (x, (h, None)),
@@ -269,13 +270,13 @@ def test_what_is_not_plain_goes_the_long_way():
     seen = []
     torch.func.vmap(lambda row: seen.append(short(m, row, None)) or row, in_dims=1)(x)
     assert seen == [None]
-    m.backend = "eager"
+    m.fastseq.backend = "eager"
     assert short(m, x, None) is None
-    m.backend = None
-    m.memory = "lean"
+    m.fastseq.backend = None
+    m.fastseq.memory = "lean"
     assert short_way.layers(m, x, None) is None  # wants gradients
     assert short(m, x, None) is not None
-    m.memory = "full"
+    m.fastseq.memory = "full"
     torch.nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")
     assert short(m, x, None) is None
 

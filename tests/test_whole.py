@@ -35,7 +35,7 @@ def made(kind, options, dtype=torch.float32):
 def states_of(m, batch, dtype=torch.float32):
     """h_0, and c_0 of an LSTM, that want gradients."""
     rows = m.num_layers * (2 if m.bidirectional else 1)
-    sizes = [m.proj_size or m.hidden_size] + [m.hidden_size] * (m.cell == "lstm")
+    sizes = [m.proj_size or m.hidden_size] + [m.hidden_size] * (m._fastseq_cell == "lstm")
     made = [torch.randn(rows, *batch, n, dtype=dtype, requires_grad=True) for n in sizes]
     return tuple(made) if len(made) > 1 else made[0]
 

@@ -121,10 +121,17 @@ class Verdict(NamedTuple):
     declined: dict[str, str]
 
 
-def names(backend: Backend) -> tuple[str, ...]:
-    """The backends that a caller names, checked."""
+def as_order(backend: Any) -> Backend:
+    """What a caller gives as ``backend``, checked: None, a name, or names in order as a tuple.
+
+    Raises:
+        TypeError: neither of these.
+        ValueError: there is no backend of that name.
+    """
+    if backend is None:
+        return None
     found = (backend,) if isinstance(backend, str) else backend
-    if not isinstance(found, tuple) or not found or not all(isinstance(n, str) for n in found):
+    if not isinstance(found, (tuple, list)) or not found or not all(map(_is_name, found)):
         raise TypeError(
             "backend: expected None, a name, or a tuple of names in order of preference, "
             f"got {backend!r}"
@@ -132,7 +139,17 @@ def names(backend: Backend) -> tuple[str, ...]:
     for name in found:
         if name not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return found
+    return backend if isinstance(backend, str) else tuple(found)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def names(backend: Backend) -> tuple[str, ...]:
+    """The backends that a caller names, checked."""
+    order = as_order(() if backend is None else backend)
+    return (order,) if isinstance(order, str) else order or ()
 
 
 def is_elsewhere(device: str) -> bool:

@@ -129,7 +129,7 @@ class _Task:
         self.threads = torch.get_num_threads()
 
     def new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
+        return torch.empty(shape, dtype=self.dtype, device="cpu")
 
     def bias(self, r: int) -> Tensor:
         """What simply adds to the input product, (G*H): b_ih, and b_hh of the gates not apart."""

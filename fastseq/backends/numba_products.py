@@ -67,7 +67,7 @@ class Room:
     __slots__ = ("address", "tensor")
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
-        self.tensor = torch.empty(count + 16, dtype=dtype)
+        self.tensor = torch.empty(count + 16, dtype=dtype, device="cpu")
         self.address = (self.tensor.data_ptr() + 63) & -64
 
 
@@ -77,7 +77,7 @@ def product(a: Tensor, b: Tensor, threads: int, out: Tensor | None = None) -> Te
     if rows < _FEW_ROWS or inner == 0 or columns == 0:
         return torch.mm(a, b, out=out)
     if out is None:
-        out = torch.empty((rows, columns), dtype=a.dtype)
+        out = torch.empty((rows, columns), dtype=a.dtype, device="cpu")
     s = simd(NUMPY[a.dtype])
     kernel = _kernel(a.dtype)
     transposed = b.stride(1) != 1

@@ -112,7 +112,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
             return np.zeros((N, width))
         return _array(grad).reshape(-1, R * width)[:N, r * width : (r + 1) * width]
 
-    dx = torch.zeros(call.x.shape, dtype=torch.float64)
+    dx = torch.zeros(call.x.shape, dtype=torch.float64, device="cpu")
     dstates, dweights = [], []
     for r, weights in enumerate(call.weights):
         options = _options(call, r, N)

@@ -5,6 +5,7 @@ from .convert import Report, replace, restore
 from .counterparts import to_torch
 from .explain import explain
 from .layers import GRU, LSTM, RNN
+from .options import CellOptions, LayerOptions, set_options
 from .recurrent import Recurrent
 from .streaming import Streaming, streaming
 
@@ -12,8 +13,10 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CellOptions",
     "GRUCell",
     "LSTMCell",
+    "LayerOptions",
     "RNNCell",
     "Recurrent",
     "Report",
@@ -21,6 +24,7 @@ __all__ = [
     "explain",
     "replace",
     "restore",
+    "set_options",
     "streaming",
     "to_torch",
 ]

@@ -12,120 +12,176 @@ from ..backends.contract import ONE_STEP, Backend, Request
 from ..backends.tracing import unrecorded
 from ..cells import CELLS
 from ..ops.geometry import OneStep
-from ..ops.modes import autocasts
+from ..ops.modes import autocasts, overridden
 from ..ops.run import run
 from ..ops.stack import Stack
-from . import counterparts, short
+from . import counterparts, graph, short
+from .options import CellOptions, HasOptions, of_today, options
 from .recurrent import described
 
 
-class RecurrentCell(nn.Module):
+class RecurrentCell(HasOptions, nn.Module):
     """What the cells share. ``backend`` is fastseq's own option, keyword-only."""
 
-    backend: Backend = None
+    #: the name of the cell in :mod:`fastseq.cells`
+    _fastseq_cell: str
+    #: torch.nn's class that computes the same
+    _fastseq_torch: type[nn.Module]
+
     input_size: int
     hidden_size: int
     bias: bool
     weight_ih: Tensor
 
-    @property
-    def cell(self) -> str:
-        raise NotImplementedError
+    def _fastseq_options(self) -> CellOptions:
+        return CellOptions()
 
     def __prepare_scriptable__(self) -> nn.Module:
         return counterparts.to_torch(self)
 
     def extra_repr(self) -> str:
-        s = super().extra_repr()
-        return s if self.backend is None else f"{s}, backend={self.backend!r}"
+        return ", ".join([super().extra_repr(), *options(self).given()])
 
-    def _step(self, input: Tensor, hx: Sequence[Tensor] | None) -> list[Tensor]:
-        """The states after one step; ``hx`` holds as many tensors as the cell has states."""
-        if not torch.compiler.is_compiling():
-            finals = short.step(self, input, hx)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(of_today(self, state))
+
+
+def step(cell: Any, forward: Any, input: Any, hx: Any) -> Any:
+    """What ``forward``, a cell's own, returns: the states after one step, h or (h, c)."""
+    pair = len(CELLS[cell._fastseq_cell].states) > 1
+    if not torch.compiler.is_compiling():
+        if hx is None:
+            states: tuple[Any, ...] = ()
+        else:
+            states = tuple(hx) if pair and isinstance(hx, (tuple, list)) else (hx,)
+        if hx is None or len(states) == 1 + pair:
+            finals = short.step(cell, input, states)
             if finals is not None:
-                return list(finals)
-        return self._checked_step(input, hx or ())
+                return finals if pair else finals[0]
+        node = graph.leaf(cell, forward, input, hx)
+        if node is not None:
+            return node
+    return _checked(cell, input, hx)
 
-    def _checked_step(self, input: Tensor, hx: Sequence[Tensor]) -> list[Tensor]:
-        rank = input.dim()
-        if rank not in (1, 2):
+
+def _checked(cell: Any, input: Any, hx: Any) -> Any:
+    states = _given_states(cell, hx)
+    if not isinstance(input, Tensor):
+        raise AttributeError(f"input: expected a Tensor, got {type(input).__name__}")
+    pair = len(CELLS[cell._fastseq_cell].states) > 1
+    if not torch.compiler.is_compiling():
+        if options(cell).backend is None and overridden((input, *states, *_weights(cell))):
+            return cell._fastseq_torch.forward(cell, input, hx)
+    finals = checked_step(cell, input, states)
+    return tuple(finals) if pair else finals[0]
+
+
+def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The states after one step; ``hx`` holds as many tensors as the cell has states, or none."""
+    rank = input.dim()
+    if rank not in (1, 2):
+        raise ValueError(f"{cell._get_name()}: Expected input to be 1D or 2D, got {rank}D instead")
+    for k, state in enumerate(hx):
+        if state.dim() not in (1, 2):
+            label = f"hx[{k}]" if len(hx) > 1 else "hidden"
             raise ValueError(
-                f"{self._get_name()}: Expected input to be 1D or 2D, got {rank}D instead"
+                f"{cell._get_name()}: Expected {label} to be 1D or 2D, got {state.dim()}D instead"
             )
-        for k, state in enumerate(hx):
-            if state.dim() not in (1, 2):
-                label = f"hx[{k}]" if len(hx) > 1 else "hidden"
-                raise ValueError(
-                    f"{self._get_name()}: Expected {label} to be 1D or 2D, "
-                    f"got {state.dim()}D instead"
-                )
-        x, states = input, hx
-        if rank == 1:
-            x, states = input.unsqueeze(0), [s.unsqueeze(0) for s in hx]
-        self._check_sizes(x, states)
-        weight = self.weight_ih
-        dtype, device = weight.dtype, weight.device
-        for tensor in (x, *states):
-            if tensor.dtype != dtype or tensor.device != device:
-                self._check_kinds(x, states)
-                break
-        if not torch.compiler.is_compiling():
-            finals = short.checked_step(self, x, states)
-            if finals is not None:
-                return list(finals) if rank == 2 else [s.squeeze(0) for s in finals]
-        return run(self._call_stack(input, hx))[1]
+    x, states = input, hx
+    if rank == 1:
+        x, states = input.unsqueeze(0), [s.unsqueeze(0) for s in hx]
+    _check_sizes(cell, x, states)
+    weight = cell.weight_ih
+    dtype, device = weight.dtype, weight.device
+    for tensor in (x, *states):
+        if tensor.dtype != dtype or tensor.device != device:
+            _check_kinds(cell, x, states)
+            break
+    if not torch.compiler.is_compiling():
+        finals = short.checked_step(cell, x, states)
+        if finals is not None:
+            return finals if rank == 2 else [s.squeeze(0) for s in finals]
+    return run(cell_stack(cell, input, hx))[1]
 
-    def _call_stack(self, input: Tensor, hx: Sequence[Tensor]) -> Stack:
-        own: Any = self
-        weights = [own.weight_ih, own.weight_hh]
-        if self.bias:
-            weights += [own.bias_ih, own.bias_hh]
-        request = Request(
-            self.cell,
-            biased=self.bias,
-            order=ONE_STEP,
-            training=self.training,
-            backend=self.backend,
+
+def cell_stack(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Stack:
+    """What the operations run."""
+    request = Request(
+        cell._fastseq_cell,
+        biased=cell.bias,
+        order=ONE_STEP,
+        training=cell.training,
+        backend=options(cell).backend,
+    )
+    return Stack(request, input, list(hx), _weights(cell), OneStep(input))
+
+
+def _weights(cell: Any) -> list[Tensor]:
+    weights = [cell.weight_ih, cell.weight_hh]
+    return [*weights, cell.bias_ih, cell.bias_hh] if cell.bias else weights
+
+
+def _given_states(cell: Any, hx: Any) -> list[Tensor]:
+    """The given state as a list; empty if none."""
+    if hx is None:
+        return []
+    names = CELLS[cell._fastseq_cell].states
+    if len(names) == 1:
+        if not isinstance(hx, Tensor):
+            raise AttributeError(
+                f"hx: {cell._get_name()} takes one tensor h as its state, got {described(hx)}"
+            )
+        return [hx]
+    if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
+        raise RuntimeError(
+            f"hx: {cell._get_name()} takes a pair (h, c) as its state, got {described(hx)}"
         )
-        return Stack(request, input, list(hx), weights, OneStep(input))
-
-    @unrecorded
-    def _check_sizes(self, x: Tensor, states: Sequence[Tensor]) -> None:
-        B, size = x.shape
-        if size != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {size} expected {self.input_size}"
+    for name, state in zip(names, hx, strict=True):
+        if not isinstance(state, Tensor):
+            raise AttributeError(
+                f"hx: expected a tensor {name}, got {type(state).__name__}; "
+                "torch.as_tensor makes one of an array"
             )
-        for k, state in enumerate(states):
-            if state.dim() != 2:
-                raise RuntimeError(
-                    f"hidden{k}: expected the rank of the input; for one sequence both are 1-D, "
-                    f"for a batch both are 2-D"
-                )
-            if state.shape[0] != B:
-                raise RuntimeError(
-                    f"Input batch size {B} doesn't match hidden{k} batch size {state.shape[0]}"
-                )
-            if state.shape[1] != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, "
-                    f"expected {self.hidden_size}"
-                )
+    return list(hx)
 
-    def _check_kinds(self, x: Tensor, states: Sequence[Tensor]) -> None:
-        dtype, device = self.weight_ih.dtype, self.weight_ih.device
-        labels = ("input", *(f"{name}_0" for name in CELLS[self.cell].states))
-        for label, tensor in zip(labels, (x, *states), strict=False):
-            if tensor.device != device:
-                raise RuntimeError(
-                    f"{label}: expected it on the weights' device {device}, got {tensor.device}"
-                )
-            if tensor.dtype != dtype and not autocasts(x):
-                raise RuntimeError(
-                    f"{label}: expected the weights' dtype {dtype}, got {tensor.dtype}; "
-                    f"convert it: {label}.to({dtype})"
-                )
+
+@unrecorded
+def _check_sizes(cell: Any, x: Tensor, states: Sequence[Tensor]) -> None:
+    B, size = x.shape
+    if size != cell.input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {size} expected {cell.input_size}"
+        )
+    for k, state in enumerate(states):
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"hidden{k}: expected the rank of the input; for one sequence both are 1-D, "
+                f"for a batch both are 2-D"
+            )
+        if state.shape[0] != B:
+            raise RuntimeError(
+                f"Input batch size {B} doesn't match hidden{k} batch size {state.shape[0]}"
+            )
+        if state.shape[1] != cell.hidden_size:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, "
+                f"expected {cell.hidden_size}"
+            )
+
+
+def _check_kinds(cell: Any, x: Tensor, states: Sequence[Tensor]) -> None:
+    dtype, device = cell.weight_ih.dtype, cell.weight_ih.device
+    labels = ("input", *(f"{name}_0" for name in CELLS[cell._fastseq_cell].states))
+    for label, tensor in zip(labels, (x, *states), strict=False):
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{label}: expected it on the weights' device {device}, got {tensor.device}"
+            )
+        if tensor.dtype != dtype and not autocasts(x):
+            raise RuntimeError(
+                f"{label}: expected the weights' dtype {dtype}, got {tensor.dtype}; "
+                f"convert it: {label}.to({dtype})"
+            )
 
 
 class RNNCell(RecurrentCell, nn.RNNCellBase):
@@ -149,19 +205,19 @@ class RNNCell(RecurrentCell, nn.RNNCellBase):
             self, input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype
         )
         self.nonlinearity = nonlinearity
-        self.backend = backend
+        self._fastseq = CellOptions(backend=backend)
 
-    torch_class = nn.RNNCell
+    _fastseq_torch = nn.RNNCell
 
     @property
-    def cell(self) -> str:
+    def _fastseq_cell(self) -> str:  # type: ignore[override]
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h' (B, H) of input (B, I) and h (B, H), or all without B; zeros if ``hx`` is None."""
-        return self._step(input, _one_state(self, hx))[0]
+        return step(self, RNNCell.forward, input, hx)
 
 
 class LSTMCell(RecurrentCell, nn.RNNCellBase):
@@ -183,21 +239,16 @@ class LSTMCell(RecurrentCell, nn.RNNCellBase):
         nn.RNNCellBase.__init__(
             self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype
         )
-        self.backend = backend
+        self._fastseq = CellOptions(backend=backend)
 
-    cell = "lstm"
-    torch_class = nn.LSTMCell
+    _fastseq_cell = "lstm"
+    _fastseq_torch = nn.LSTMCell
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(h', c') of input (B, I) and a pair (h, c) of (B, H), or all without B."""
-        if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-            raise RuntimeError(
-                f"hx: {self._get_name()} takes a pair (h, c) as its state, got {described(hx)}"
-            )
-        h, c = self._step(input, hx)
-        return h, c
+        return step(self, LSTMCell.forward, input, hx)
 
 
 class GRUCell(RecurrentCell, nn.RNNCellBase):
@@ -219,21 +270,11 @@ class GRUCell(RecurrentCell, nn.RNNCellBase):
         nn.RNNCellBase.__init__(
             self, input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype
         )
-        self.backend = backend
+        self._fastseq = CellOptions(backend=backend)
 
-    cell = "gru"
-    torch_class = nn.GRUCell
+    _fastseq_cell = "gru"
+    _fastseq_torch = nn.GRUCell
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h' (B, H) of input (B, I) and h (B, H), or all without B; zeros if ``hx`` is None."""
-        return self._step(input, _one_state(self, hx))[0]
-
-
-def _one_state(module: RecurrentCell, hx: Tensor | None) -> list[Tensor] | None:
-    if hx is None:
-        return None
-    if not isinstance(hx, Tensor):
-        raise AttributeError(
-            f"hx: {module._get_name()} takes one tensor h as its state, got {described(hx)}"
-        )
-    return [hx]
+        return step(self, GRUCell.forward, input, hx)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..backends.choice import as_order
 from ..backends.contract import Backend, Memory
+from . import flat_weights
 from .cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
 from .counterparts import become, counterpart
 from .layers import GRU, LSTM, RNN
-from .recurrent import Recurrent, check_memory
+from .options import check_memory, options
+from .recurrent import Recurrent
 
 #: torch.nn's class -> fastseq's
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
-    ours.torch_class: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+    ours._fastseq_torch: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
 }
 _NAMES = {theirs.__name__ for theirs in COUNTERPARTS}
 
@@ -66,19 +70,21 @@ def replace(model: nn.Module, *, backend: Backend = None, memory: Memory = "full
         A :class:`Report` of what was swapped, and of what was left and why.
 
     Raises:
-        ValueError: an unknown ``memory``.
+        ValueError, TypeError: an unknown ``backend`` or ``memory``; nothing is changed then.
     """
-    check_memory(memory)
+    backend, memory = as_order(backend), check_memory(memory)
     report = Report()
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         ours = COUNTERPARTS.get(type(module))
         if ours is not None:
             module.__class__ = ours
-            module.__dict__.pop("_flat_weights", None)
-            module.backend = backend
+            flat = module.__dict__.pop("_flat_weights", None)
+            own: Any = options(module)
+            own.backend = backend
             if isinstance(module, Recurrent):
-                module.memory = memory
+                own.memory = memory
+                flat_weights.adopt(module, flat)
             done.add(module)
         if module in done:
             report.swapped[name] = module

@@ -1,4 +1,4 @@
-"""torch.nn's module in place of fastseq's. A class of ours names its own as ``torch_class``."""
+"""torch.nn's module in place of fastseq's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-#: The options that torch.nn's modules have not.
-OPTIONS = ("backend", "memory", "deterministic", "_rates")
+from . import flat_weights
+from .options import options
+
+#: What torch.nn's modules have not.
+OWN = ("_fastseq", "_fastseq_put")
 
 
 def to_torch(module: nn.Module) -> nn.Module:
@@ -41,20 +44,24 @@ def counterpart(module: nn.Module) -> type[nn.Module] | str:
     """torch.nn's class that computes what ``module`` does, or why there is none."""
     if parametrize.is_parametrized(module):
         return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
-    ours: Any = next((kind for kind in type(module).__mro__ if "torch_class" in vars(kind)), None)
+    ours: Any = next((k for k in type(module).__mro__ if "_fastseq_torch" in vars(k)), None)
     if ours is None:
         return f"it has no {type(module).__name__}"
     if type(module).forward is not ours.forward:
         return f"{type(module).__qualname__} has a forward of its own"
-    if rates := getattr(module, "_rates", None):
+    if rates := getattr(options(module), "rates", None):
         masked = [name for name, rate in rates._asdict().items() if rate]
-        return f"torch.nn has no {', '.join(masked)}; set it to 0 first"
-    return vars(ours)["torch_class"]
+        remedy = ", ".join(f"layer.fastseq.{name} = 0" for name in masked)
+        return f"torch.nn has no {', '.join(masked)}; set it to 0 first, {remedy}"
+    return vars(ours)["_fastseq_torch"]
 
 
 def become(module: Any, theirs: type[nn.Module]) -> None:
+    put = flat_weights.valid(module) if module.__dict__.get("_fastseq_put") else None
     module.__class__ = theirs
-    for own in OPTIONS:
+    for own in OWN:
         module.__dict__.pop(own, None)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()  # a list that torch.nn keeps and fastseq does not
+        if put is not None:
+            module._flat_weights = list(put)

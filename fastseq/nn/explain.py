@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ..backends import BACKENDS, choice
 from ..backends.contract import Problem
 from ..ops.stack import problem
-from .cells import RecurrentCell
-from .recurrent import Recurrent
+from .cells import RecurrentCell, cell_stack
+from .recurrent import Recurrent, call_stack
 
 
 def explain(
@@ -42,9 +42,9 @@ def explain(
     if isinstance(module, RecurrentCell):
         if isinstance(input, PackedSequence):
             raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
-        stack = module._call_stack(input, [])
+        stack = cell_stack(module, input, [])
     elif isinstance(module, Recurrent):  # with a seed, so that none is drawn
-        stack = module._call_stack(input, None, lengths, reset, all_states, seed=0)
+        stack = call_stack(module, input, None, lengths, reset, all_states, seed=0)
     else:
         raise TypeError(
             f"module: expected a layer or cell of fastseq, got {type(module).__name__}; "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..backends.contract import Backend, Memory
+from ..cells import CELLS
+from .options import LayerOptions
 from .recurrent import Recurrent
 
 
@@ -60,20 +62,21 @@ class RNN(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._set_options(
-            backend,
-            memory,
-            deterministic,
-            recurrent_dropout,
-            input_dropout,
-            weight_dropout,
-            zoneout,
+        self._fastseq = LayerOptions(
+            CELLS[self._fastseq_cell].states,
+            backend=backend,
+            memory=memory,
+            deterministic=deterministic,
+            recurrent_dropout=recurrent_dropout,
+            input_dropout=input_dropout,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
         )
 
-    torch_class = nn.RNN
+    _fastseq_torch = nn.RNN
 
     @property
-    def cell(self) -> str:
+    def _fastseq_cell(self) -> str:  # type: ignore[override]
         return self.mode.lower()
 
 
@@ -129,19 +132,25 @@ class LSTM(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._set_options(
-            backend,
-            memory,
-            deterministic,
-            recurrent_dropout,
-            input_dropout,
-            weight_dropout,
-            zoneout,
+        self._fastseq = LayerOptions(
+            CELLS[self._fastseq_cell].states,
+            backend=backend,
+            memory=memory,
+            deterministic=deterministic,
+            recurrent_dropout=recurrent_dropout,
+            input_dropout=input_dropout,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
         )
 
-    cell = "lstm"
-    _output_is_editable = False
-    torch_class = nn.LSTM
+    _fastseq_cell = "lstm"
+    _fastseq_editable = False
+    _fastseq_torch = nn.LSTM
+
+    # torch.nn's own methods of an LSTM, for a subclass with a forward of its own
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
 class GRU(Recurrent, nn.RNNBase):
@@ -193,18 +202,19 @@ class GRU(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._set_options(
-            backend,
-            memory,
-            deterministic,
-            recurrent_dropout,
-            input_dropout,
-            weight_dropout,
-            zoneout,
+        self._fastseq = LayerOptions(
+            CELLS[self._fastseq_cell].states,
+            backend=backend,
+            memory=memory,
+            deterministic=deterministic,
+            recurrent_dropout=recurrent_dropout,
+            input_dropout=input_dropout,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
         )
 
-    cell = "gru"
-    torch_class = nn.GRU
+    _fastseq_cell = "gru"
+    _fastseq_torch = nn.GRU
 
 
 def _refuse_unknown(name: str, unknown: dict) -> None:

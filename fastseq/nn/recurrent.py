@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..backends.contract import BATCH_FIRST, TIME_FIRST, Backend, Memory, Request, Weights, ways
+from ..backends.contract import Request, Weights, ways
 from ..backends.tracing import unrecorded
 from ..cells import CELLS
 from ..ops import masks
@@ -24,37 +23,11 @@ from ..ops.checks import (
     check_steps,
 )
 from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
-from ..ops.modes import autocasts
+from ..ops.modes import autocasts, overridden
 from ..ops.run import run
 from ..ops.stack import Stack
-from . import counterparts, short
-
-
-def check_memory(memory: Memory) -> None:
-    if memory not in ("full", "lean"):
-        raise ValueError(f"memory: expected 'full' or 'lean', got {memory!r}")
-
-
-def check_rate(name: str, value: float) -> None:
-    """A probability, as torch.nn asks of its ``dropout``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Number) or not 0 <= value <= 1:
-        raise ValueError(
-            f"{name} should be a number in range [0, 1] representing the probability of an "
-            f"element being zeroed, got {value!r}"
-        )
-
-
-def _rate(name: str) -> Any:
-    """An option of the layers that may change between calls, checked as it is set."""
-
-    def get(self: Recurrent) -> float:
-        return getattr(self._rates or masks.Rates(), name)
-
-    def put(self: Recurrent, value: float) -> None:
-        check_rate(name, value)
-        self._set_rates(**{name: float(value)})
-
-    return property(get, put)
+from . import counterparts, flat_weights, graph, short
+from .options import HasOptions, LayerOptions, of_today, options
 
 
 def described(hx: Any) -> str:
@@ -64,7 +37,7 @@ def described(hx: Any) -> str:
     return f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
 
 
-class Recurrent(nn.Module):
+class Recurrent(HasOptions, nn.Module):
     """A stack of recurrent layers around the operations.
 
     Subclasses say what their cell is and register parameters named as torch.nn's; everything
@@ -91,16 +64,14 @@ class Recurrent(nn.Module):
     split. ``dropout`` between the layers is torch's own.
     """
 
-    backend: Backend = None
-    memory: Memory = "full"
-    deterministic: bool = False
+    #: the name of the cell in :mod:`fastseq.cells`
+    _fastseq_cell: str
+    #: torch.nn's class that computes the same
+    _fastseq_torch: type[nn.Module]
     #: torch.nn's LSTM does not let its output be edited in place before backward; the others do.
-    _output_is_editable = True
-    #: None where nothing is masked: torch.compile need not look at numbers that may change.
-    _rates: masks.Rates | None = None
-    recurrent_dropout = _rate("recurrent_dropout")
-    input_dropout = _rate("input_dropout")
-    weight_dropout = _rate("weight_dropout")
+    _fastseq_editable = True
+    #: what was put into ``_flat_weights``
+    _fastseq_put: flat_weights.Put | None = None
 
     input_size: int
     hidden_size: int
@@ -113,65 +84,11 @@ class Recurrent(nn.Module):
     _all_weights: list[list[str]]
     _flat_weights_names: list[str]
 
-    @property
-    def cell(self) -> str:
-        """The name of the cell in :mod:`fastseq.cells`."""
-        raise NotImplementedError
-
-    def _set_options(
-        self,
-        backend: Backend,
-        memory: Memory,
-        deterministic: bool,
-        recurrent_dropout: float,
-        input_dropout: float,
-        weight_dropout: float,
-        zoneout: float | tuple[float, ...],
-    ) -> None:
-        check_memory(memory)
-        self.backend = backend
-        if not isinstance(deterministic, bool):
-            raise TypeError(f"deterministic: expected a bool, got {type(deterministic).__name__}")
-        self.memory = memory
-        self.deterministic = deterministic
-        self.recurrent_dropout = recurrent_dropout
-        self.input_dropout = input_dropout
-        self.weight_dropout = weight_dropout
-        self.zoneout = zoneout
-
-    @property
-    def zoneout(self) -> float | tuple[float, ...]:
-        rates = (self._rates or masks.Rates()).zoneout or (0.0,)
-        return rates[0] if len(set(rates)) == 1 else rates
-
-    @zoneout.setter
-    def zoneout(self, value: float | tuple[float, ...]) -> None:
-        states = CELLS[self.cell].states
-        rates = tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(states)
-        if len(rates) != len(states):
-            raise ValueError(
-                f"zoneout: expected a number, or one for each of {', '.join(states)}, got {value!r}"
-            )
-        for rate in rates:
-            check_rate("zoneout", rate)
-        self._set_rates(zoneout=tuple(float(rate) for rate in rates) if any(rates) else ())
-
-    def _set_rates(self, **changed: Any) -> None:
-        rates = (self._rates or masks.Rates())._replace(**changed)
-        self._rates = rates if any(rates) else None
+    def _fastseq_options(self) -> LayerOptions:
+        return LayerOptions(CELLS[self._fastseq_cell].states)
 
     def extra_repr(self) -> str:
-        s = super().extra_repr()
-        if self.backend is not None:
-            s += f", backend={self.backend!r}"
-        if self.memory != "full":
-            s += f", memory={self.memory!r}"
-        if self.deterministic:
-            s += ", deterministic=True"
-        for name in masks.Rates._fields if self._rates else ():
-            if value := getattr(self, name):
-                s += f", {name}={value}"
-        return s
+        return ", ".join([super().extra_repr(), *options(self).given()])
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles no custom kernels: it gets torch.nn's layer with our parameters."""
@@ -179,59 +96,26 @@ class Recurrent(nn.Module):
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        """As torch.nn's list, but made anew from the attributes.
+        """As torch.nn's list, and like it to be read, set, and set item by item.
 
-        A list that is kept goes stale when a weight is replaced, and holds derived weights, which
-        cannot be copied.
+        It is made anew from the attributes: a list that is kept goes stale when a weight is
+        replaced, and holds derived weights, which cannot be copied.
         """
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return flat_weights.read(self)
 
     @_flat_weights.setter
-    def _flat_weights(self, value: list[Tensor | None]) -> None:
-        """torch.nn's methods set the list after they set the attributes."""
+    def _flat_weights(self, value: Sequence[Tensor | None]) -> None:
+        flat_weights.put(self, value)
 
-    def weights(self) -> list[Weights]:
-        """The parameters as they are now, layers by directions."""
-        return ways(self._call_request(), self._call_weights())
+    def __getstate__(self) -> dict[str, Any]:
+        options(self)
+        return flat_weights.state(self, super().__getstate__())
 
-    def _call_weights(self) -> list[Any]:
-        """The parameters as they are now, in one list.
-
-        Read from the module's attributes at each call: parametrizations, weight drop and
-        functional_call put other tensors in their place.
-        """
-        parameters, found = self._parameters, []
-        for names in self._all_weights:
-            for name in names:
-                w = parameters.get(name)
-                found.append(getattr(self, name) if w is None else w)
-        if found[0].is_cuda and not torch.compiler.is_compiling():
-            self._update_flat_weights()  # type: ignore[operator]  # one chunk, for cuDNN
-        return found
-
-    def _call_request(self, all_states: bool = False) -> Request:
-        """What a call asks for, besides tensors."""
-        return Request(*self._call_values(all_states))
-
-    def _call_values(self, all_states: bool) -> tuple[Any, ...]:
-        """The values of a Request."""
-        layers, training = self.num_layers, self.training
-        return (
-            self.cell,
-            layers,
-            2 if self.bidirectional else 1,
-            self.bias,
-            self.proj_size > 0,
-            BATCH_FIRST if self.batch_first else TIME_FIRST,
-            self.deterministic,
-            # a float that Dynamo reads makes it trace twice where dynamic=True
-            self.dropout if layers > 1 and training else 0.0,
-            training,
-            all_states,
-            self.memory,
-            self.backend,
-            self._output_is_editable,
-        )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state, put = flat_weights.split(state)
+        super().__setstate__(of_today(self, state))
+        if put is not None:
+            self._flat_weights = put
 
     def forward(
         self,
@@ -272,169 +156,238 @@ class Recurrent(nn.Module):
             not torch.compiler.is_compiling()
             and lengths is None
             and reset is None
+            and row_ids is None
+            and seed is None
             and not all_states
             and (out := short.layers(self, input, hx)) is not None
         ):
             return out
-        return self._forward(input, hx, lengths, reset, all_states, row_ids, seed)
+        given: dict[str, Any] = {
+            "lengths": lengths,
+            "reset": reset,
+            "row_ids": row_ids,
+            "seed": seed,
+        }
+        if not torch.compiler.is_compiling():
+            node = graph.leaf(self, Recurrent.forward, input, hx, all_states=all_states, **given)
+            if node is not None:
+                return node
+            if _is_torchs(self, input, hx, all_states, given):
+                return self._fastseq_torch.forward(self, input, hx)
+        return call(self, input, hx, all_states=all_states, **given)
 
-    def _forward(
-        self,
-        input: Any,
-        hx: Any,
-        lengths: Any,
-        reset: Tensor | None,
-        all_states: bool,
-        row_ids: Any,
-        seed: Any,
-    ) -> Any:
-        stack = self._call_stack(input, hx, lengths, reset, all_states, row_ids, seed)
-        y, finals, along = run(stack)
-        state = tuple(finals) if len(finals) > 1 else finals[0]
-        return (y, state, along[0]) if all_states else (y, state)
 
-    def _call_stack(
-        self,
-        input: Any,
-        hx: Any,
-        lengths: Any,
-        reset: Tensor | None,
-        all_states: bool,
-        row_ids: Any = None,
-        seed: Any = None,
-    ) -> Stack:
-        """What the operations run, with everything that a caller gives checked."""
-        geometry: Geometry
-        if isinstance(input, PackedSequence):
-            if input.data.dim() != 2:
-                raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
-            batched = True
-        elif not isinstance(input, Tensor):
-            raise TypeError(
-                f"input: expected a Tensor or PackedSequence, got {type(input).__name__}"
-            )
-        elif input.is_nested:
-            self._check_nested(input, lengths, reset)
-            batched = True
-        else:
-            rank = input.dim()
-            if rank not in (2, 3):
-                raise ValueError(
-                    f"{self._get_name()}: Expected input to be 2D or 3D, got {rank}D instead"
-                )
-            batched = rank == 3
-        states = self._states(hx, batched)
-        if isinstance(input, PackedSequence):
-            geometry = Packed(input, self.batch_first, reset, states)
-        elif input.is_nested:
-            geometry = Jagged(input)
-        else:
-            geometry = Dense(input, self.batch_first)
-        stack = Stack(self._call_request(all_states), input, states, self._call_weights(), geometry)
-        self._check_call_input(stack)
-        check_states(stack)
-        packed = isinstance(geometry, Packed)
-        lengths = check_lengths(lengths, geometry.T, geometry.B, packed, batched)
-        if lengths is not None:
-            stack.geometry = Padded(input, self.batch_first, lengths)
-        stack.reset = check_reset(reset, stack)
-        self._mask(stack, row_ids, seed)
-        return stack
+def call(
+    module: Any,
+    input: Any,
+    hx: Any,
+    lengths: Any = None,
+    reset: Tensor | None = None,
+    all_states: bool = False,
+    row_ids: Any = None,
+    seed: Any = None,
+) -> Any:
+    """What :meth:`Recurrent.forward` returns, with everything checked."""
+    stack = call_stack(module, input, hx, lengths, reset, all_states, row_ids, seed)
+    y, finals, along = run(stack)
+    state = tuple(finals) if len(finals) > 1 else finals[0]
+    return (y, state, along[0]) if all_states else (y, state)
 
-    @unrecorded
-    def _check_nested(self, input: Any, lengths: Any, reset: Any) -> None:
-        """Its rows are those of the sequences, one behind the other."""
-        for name, value in (("lengths", lengths), ("reset", reset)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: not taken with a NestedTensor; pass the padded tensor, "
-                    "torch.nested.to_padded_tensor(input, 0.0), and lengths"
-                )
-        if input.layout is not torch.jagged:
-            raise TypeError(
-                f"input: expected a NestedTensor of layout torch.jagged, got {input.layout}; make "
-                "it with torch.nested.as_nested_tensor(list(input.unbind()), layout=torch.jagged)"
-            )
-        if input.dim() != 3:
-            raise ValueError(
-                f"{self._get_name()}: Expected a NestedTensor input to be 3D, got {input.dim()}D "
-                "instead"
-            )
-        if input._ragged_idx != 1:
-            raise ValueError(
-                "input: expected a NestedTensor (B, jagged, I), got the jagged dimension as number "
-                f"{input._ragged_idx}; transpose it back"
-            )
-        if input.lengths() is not None:
-            raise ValueError(
-                "input: expected a NestedTensor without holes, as input.contiguous() makes it; or "
-                "pass the padded tensor and lengths"
-            )
 
-    @unrecorded
-    def _check_call_input(self, stack: Stack) -> None:
-        """The input fits the parameters."""
-        x, weight = stack.data, stack.weights[0]
-        if x.dtype != weight.dtype and not autocasts(x):
+def _is_torchs(module: Any, input: Any, hx: Any, all_states: bool, given: dict[str, Any]) -> bool:
+    """Whether a plain call is left to torch's own function: where a tensor of a subclass is to see
+    it (``__torch_function__``), as torch.nn's layer would show it."""
+    own = options(module)
+    if own.backend is not None or own.rates is not None or all_states:
+        return False
+    if any(value is not None for value in given.values()):
+        return False
+    data = input.data if isinstance(input, PackedSequence) else input
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    if isinstance(data, Tensor) and data.is_nested:
+        return False
+    return overridden((data, *states, *call_weights(module)))
+
+
+def layer_weights(module: Any) -> list[Weights]:
+    """The parameters as they are now, layers by directions."""
+    return ways(call_request(module), call_weights(module))
+
+
+def call_weights(module: Any) -> list[Any]:
+    """The parameters as they are now, in one list.
+
+    Read from the module's attributes at each call: parametrizations, weight drop and
+    functional_call put other tensors in their place. What was put into ``_flat_weights`` stands
+    before them.
+    """
+    if module._fastseq_put is not None and (put := flat_weights.valid(module)) is not None:
+        return list(put)
+    parameters, found = module._parameters, []
+    for names in module._all_weights:
+        for name in names:
+            w = parameters.get(name)
+            found.append(getattr(module, name) if w is None else w)
+    if not torch.compiler.is_compiling() and not overridden(found) and found[0].is_cuda:
+        module._update_flat_weights()  # one chunk, for cuDNN
+    return found
+
+
+def call_request(module: Any, all_states: bool = False) -> Request:
+    """What a call asks for, besides tensors."""
+    return Request(*short.asked(module, options(module), all_states))
+
+
+def call_stack(
+    module: Any,
+    input: Any,
+    hx: Any,
+    lengths: Any,
+    reset: Tensor | None,
+    all_states: bool,
+    row_ids: Any = None,
+    seed: Any = None,
+) -> Stack:
+    """What the operations run, with everything that a caller gives checked."""
+    geometry: Geometry
+    if isinstance(input, PackedSequence):
+        if input.data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+        batched = True
+    elif not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
+    elif input.is_nested:
+        _check_nested(module, input, lengths, reset)
+        batched = True
+    else:
+        rank = input.dim()
+        if rank not in (2, 3):
             raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+                f"{module._get_name()}: Expected input to be 2D or 3D, got {rank}D instead"
             )
-        check_feature_size(x, self.input_size)
-        if x.device != weight.device:
+        batched = rank == 3
+    states = _states(module, hx, batched)
+    if isinstance(input, PackedSequence):
+        geometry = Packed(input, module.batch_first, reset, states)
+    elif input.is_nested:
+        geometry = Jagged(input)
+    else:
+        geometry = Dense(input, module.batch_first)
+    stack = Stack(call_request(module, all_states), input, states, call_weights(module), geometry)
+    _check_call_input(module, stack)
+    check_states(stack)
+    packed = isinstance(geometry, Packed)
+    lengths = check_lengths(lengths, geometry.T, geometry.B, packed, batched)
+    if lengths is not None:
+        stack.geometry = Padded(input, module.batch_first, lengths)
+    stack.reset = check_reset(reset, stack)
+    _mask(module, stack, row_ids, seed)
+    return stack
+
+
+@unrecorded
+def _check_nested(module: Any, input: Any, lengths: Any, reset: Any) -> None:
+    """Its rows are those of the sequences, one behind the other."""
+    for name, value in (("lengths", lengths), ("reset", reset)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: not taken with a NestedTensor; pass the padded tensor, "
+                "torch.nested.to_padded_tensor(input, 0.0), and lengths"
+            )
+    if input.layout is not torch.jagged:
+        raise TypeError(
+            f"input: expected a NestedTensor of layout torch.jagged, got {input.layout}; make "
+            "it with torch.nested.as_nested_tensor(list(input.unbind()), layout=torch.jagged)"
+        )
+    if input.dim() != 3:
+        raise ValueError(
+            f"{module._get_name()}: Expected a NestedTensor input to be 3D, got {input.dim()}D "
+            "instead"
+        )
+    if input._ragged_idx != 1:
+        raise ValueError(
+            "input: expected a NestedTensor (B, jagged, I), got the jagged dimension as number "
+            f"{input._ragged_idx}; transpose it back"
+        )
+    if input.lengths() is not None:
+        raise ValueError(
+            "input: expected a NestedTensor without holes, as input.contiguous() makes it; or "
+            "pass the padded tensor and lengths"
+        )
+
+
+@unrecorded
+def _check_call_input(module: Any, stack: Stack) -> None:
+    """The input fits the parameters."""
+    x, weight = stack.data, stack.weights[0]
+    if x.dtype != weight.dtype and not autocasts(x):
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+        )
+    check_feature_size(x, module.input_size)
+    if x.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{x.device} and parameter tensor at {weight.device}"
+        )
+    if stack.request.trajectory and len(CELLS[module._fastseq_cell].states) == 1:
+        raise ValueError(
+            f"all_states: {module._get_name()} has no state but h, which the output holds"
+        )
+    check_steps(stack)
+
+
+def _mask(module: Any, stack: Stack, row_ids: Any, seed: Any) -> None:
+    """Give the stack its masks."""
+    B = stack.geometry.B
+    if row_ids is not None:
+        row_ids = check_row_ids(row_ids, B)
+    if seed is not None:
+        check_seed(seed)
+    rates = options(module).rates
+    if rates is None or not (module.training or rates.zoneout):
+        return
+    device = stack.data.device
+    ids = torch.arange(B, device=device) if row_ids is None else row_ids.to(device)
+    masks.apply(stack, rates, seed, ids)
+
+
+def _states(module: Any, hx: Any, batched: bool) -> list[Tensor]:
+    """The given states as a list; empty if none."""
+    if hx is None:
+        return []
+    rank = 3 if batched else 2
+    names = CELLS[module._fastseq_cell].states
+    if len(names) == 1:
+        if not isinstance(hx, Tensor):
+            raise AttributeError(
+                f"hx: {module._get_name()} takes one tensor h_0 as its state, got {described(hx)}"
+            )
+        if hx.dim() != rank:
+            kind = "batched 3-D" if batched else "unbatched 2-D"
             raise RuntimeError(
-                "Input and parameter tensors are not at the same device, found input tensor at "
-                f"{x.device} and parameter tensor at {weight.device}"
+                f"For {kind} input, hx should also be {rank}-D but got {hx.dim()}-D tensor"
             )
-        if stack.request.trajectory and len(CELLS[self.cell].states) == 1:
-            raise ValueError(
-                f"all_states: {self._get_name()} has no state but h, which the output holds"
+        states = [hx]
+    else:
+        if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            raise RuntimeError(
+                f"For {kind} input, hx should be a pair (h_0, c_0) of {rank}-D tensors, "
+                f"got {described(hx)}"
             )
-        check_steps(stack)
-
-    def _mask(self, stack: Stack, row_ids: Any, seed: Any) -> None:
-        """Give the stack its masks."""
-        B = stack.geometry.B
-        if row_ids is not None:
-            row_ids = check_row_ids(row_ids, B)
-        if seed is not None:
-            check_seed(seed)
-        rates = self._rates
-        if rates is None or not (self.training or rates.zoneout):
-            return
-        device = stack.data.device
-        ids = torch.arange(B, device=device) if row_ids is None else row_ids.to(device)
-        masks.apply(stack, rates, seed, ids)
-
-    def _states(self, hx: Any, batched: bool) -> list[Tensor]:
-        """The given states as a list; empty if none."""
-        if hx is None:
-            return []
-        rank = 3 if batched else 2
-        names = CELLS[self.cell].states
-        if len(names) == 1:
-            if not isinstance(hx, Tensor):
+        states = list(hx)
+        for name, state in zip(names, states, strict=True):
+            if not isinstance(state, Tensor):
                 raise AttributeError(
-                    f"hx: {self._get_name()} takes one tensor h_0 as its state, got {described(hx)}"
+                    f"hx: expected a tensor {name}_0, got {type(state).__name__}; "
+                    "torch.as_tensor makes one of an array"
                 )
-            if hx.dim() != rank:
-                kind = "batched 3-D" if batched else "unbatched 2-D"
-                raise RuntimeError(
-                    f"For {kind} input, hx should also be {rank}-D but got {hx.dim()}-D tensor"
-                )
-            states = [hx]
-        else:
-            if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
-                kind = "batched 3-D" if batched else "unbatched 2-D"
-                raise RuntimeError(
-                    f"For {kind} input, hx should be a pair (h_0, c_0) of {rank}-D tensors, "
-                    f"got {described(hx)}"
-                )
-            states = list(hx)
-            if any(s.dim() != rank for s in states):
-                kind = "batched 3-D" if batched else "unbatched 2-D"
-                ranks = ", ".join(f"{s.dim()}-D" for s in states)
-                raise RuntimeError(
-                    f"For {kind} input, hx and cx should also be {rank}-D but got ({ranks}) tensors"
-                )
-        return states
+        if any(s.dim() != rank for s in states):
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            ranks = ", ".join(f"{s.dim()}-D" for s in states)
+            raise RuntimeError(
+                f"For {kind} input, hx and cx should also be {rank}-D but got ({ranks}) tensors"
+            )
+    return states

@@ -14,23 +14,46 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import short_way
-from ..backends.contract import BATCH_FIRST, ONE_STEP, Request
+from ..backends.contract import BATCH_FIRST, ONE_STEP, TIME_FIRST, Request
 from ..ops import whole
-from ..ops.modes import autocasts, is_plain
+from ..ops.modes import autocasts, is_plain, overridden
+from . import flat_weights
+from .options import LayerOptions, options
 
 
-def _made(asked: tuple[Any, ...]) -> Request:
+def asked(module: Any, own: LayerOptions, all_states: bool = False) -> tuple[Any, ...]:
+    """What a call of a layer asks for besides tensors: the values of a Request."""
+    layers, training = module.num_layers, module.training
+    return (
+        module._fastseq_cell,
+        layers,
+        2 if module.bidirectional else 1,
+        module.bias,
+        module.proj_size > 0,
+        BATCH_FIRST if module.batch_first else TIME_FIRST,
+        own.deterministic,
+        # a float that Dynamo reads makes it trace twice where dynamic=True
+        module.dropout if layers > 1 and training else 0.0,
+        training,
+        all_states,
+        own.memory,
+        own.backend,
+        module._fastseq_editable,
+    )
+
+
+def _made(values: tuple[Any, ...]) -> Request:
     """A Request of all its values; 0.2 us less than by its name."""
-    return tuple.__new__(Request, asked)
+    return tuple.__new__(Request, values)
 
 
-def _backend(module: Any, input: Any, lean: bool, single: bool) -> tuple[str, Any] | None:
+def _backend(module: Any, own: Any, input: Any, lean: bool, single: bool) -> tuple[str, Any] | None:
     """Name and module of the backend, where a call may go the short way."""
     if type(input) is not torch.Tensor or input.is_nested:
         return None
     device = "cpu" if input.is_cpu else input.device.type  # its type alone takes 0.2 us more
     try:
-        found = short_way(module.cell, input.dtype, device, module.backend, lean, single)
+        found = short_way(module._fastseq_cell, input.dtype, device, own.backend, lean, single)
     except (TypeError, ValueError):  # no backend is called so, which the long way says
         return None
     if found is None or not hasattr(found[1], "layers_backward") or not is_plain():
@@ -38,12 +61,25 @@ def _backend(module: Any, input: Any, lean: bool, single: bool) -> tuple[str, An
     return found
 
 
+def _run(
+    found: tuple[str, Any], request: Request, input: Tensor, states: Any, weights: Any
+) -> Any | None:
+    """One call of the backend; a second with states copied where they are, say, expanded."""
+    out = whole.run(found, request, input, None, states, weights)
+    if out is None and states:
+        dense = tuple([s.contiguous() for s in states])
+        if any(d is not s for d, s in zip(dense, states, strict=True)):
+            out = whole.run(found, request, input, None, dense, weights)
+    return out
+
+
 def layers(module: Any, input: Any, hx: Any) -> Any | None:
     """What ``module(input, hx)`` returns; None where the long way is due."""
-    if module._rates is not None:
+    own = module._fastseq or options(module)
+    if own.rates is not None:
         return None
-    lean = module.memory != "full" and torch.is_grad_enabled()
-    found = _backend(module, input, lean, False)
+    lean = own.memory != "full" and torch.is_grad_enabled()
+    found = _backend(module, own, input, lean, False)
     if found is None:
         return None
     parameters = module._parameters
@@ -51,16 +87,20 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
         weights = tuple([parameters[name] for names in module._all_weights for name in names])
     except KeyError:  # parametrized, or replaced by a tensor
         return None
+    if module._fastseq_put is not None:
+        weights = flat_weights.valid(module) or weights
+    if overridden(weights):
+        return None
     if hx is None:
         states: tuple[Any, ...] = ()
     elif type(hx) is torch.Tensor:
         states = (hx,)
-    elif type(hx) is tuple and len(hx) == 2 and type(hx[0]) is type(hx[1]) is torch.Tensor:
-        states = hx
+    elif type(hx) in (tuple, list) and len(hx) == 2 and type(hx[0]) is type(hx[1]) is torch.Tensor:
+        states = tuple(hx)
     else:
         return None
-    request = _made(module._call_values(False))
-    out = whole.run(found, request, input, None, states, weights)
+    request = _made(asked(module, own))
+    out = _run(found, request, input, states, weights)
     if out is None:
         return None
     y, finals = out
@@ -69,16 +109,21 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     return y, finals if len(finals) > 1 else finals[0]
 
 
-def step(cell: Any, input: Any, hx: Any) -> tuple[torch.Tensor, ...] | None:
-    """The states after one step of a cell; None where the long way is due. hx: as many, or none."""
-    found = _backend(cell, input, False, True)
+def step(cell: Any, input: Any, states: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
+    """The states after one step of a cell; None where the long way is due. states: all, or none."""
+    for state in states:
+        if type(state) is not torch.Tensor:
+            return None
+    found = _backend(cell, options(cell), input, False, True)
     if found is None or input.dim() != 2:
         return None
     try:
         request, weights = _of_cell(cell)
     except KeyError:
         return None
-    out = whole.run(found, request, input, None, tuple(hx) if hx else (), weights)
+    if overridden(weights):
+        return None
+    out = _run(found, request, input, states, weights)
     return None if out is None else out[1]
 
 
@@ -88,7 +133,8 @@ def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Ten
     if torch._C._functorch.peek_interpreter_stack() is not None or autocasts(input):
         return None
     device = "cpu" if input.is_cpu else input.device.type
-    found = short_way(cell.cell, input.dtype, device, cell.backend, False, True)
+    backend = options(cell).backend
+    found = short_way(cell._fastseq_cell, input.dtype, device, backend, False, True)
     if found is None or hasattr(found[1], "layers_backward"):
         return None
     try:
@@ -100,9 +146,9 @@ def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Ten
 
 def _of_cell(cell: Any) -> tuple[Request, tuple[Any, ...]]:
     """What a cell asks for, and its weights. Raises KeyError where one is no parameter."""
-    bias, own = cell.bias, cell._parameters
+    bias, own, name = cell.bias, cell._parameters, cell._fastseq_cell
     request = _made(
-        (cell.cell, 1, 1, bias, False, ONE_STEP, False, 0.0, False, False, "full", None, False)
+        (name, 1, 1, bias, False, ONE_STEP, False, 0.0, False, False, "full", None, False)
     )
     if not bias:
         return request, (own["weight_ih"], own["weight_hh"])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backends import choice
 from ..cells import CELLS
-from .recurrent import Recurrent
+from .options import options
+from .recurrent import Recurrent, call_request, call_weights
 
 
 class Streaming:
@@ -26,8 +27,8 @@ class Streaming:
             raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
         self.module = module
         self.batch = batch
-        weight = module._call_weights()[0]
-        self._names = CELLS[module.cell].states
+        weight = call_weights(module)[0]
+        self._names = CELLS[module._fastseq_cell].states
         size = module.proj_size or module.hidden_size
         layers = module.num_layers
         self._h = weight.new_zeros((2, layers, batch, size), requires_grad=False)
@@ -41,10 +42,10 @@ class Streaming:
 
     def _backend(self, weight: Tensor) -> Any:
         """The backend that runs single steps on packed weights of this module; else None."""
-        if self.module.zoneout:  # its kernels hand the state on by themselves
+        if options(self.module).zoneout:  # its kernels hand the state on by themselves
             return None
-        kind = self.module.cell, weight.dtype, weight.device.type
-        return choice.streams(*kind, self.batch, self.module.backend)
+        kind = self.module._fastseq_cell, weight.dtype, weight.device.type
+        return choice.streams(*kind, self.batch, options(self.module).backend)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -55,8 +56,8 @@ class Streaming:
                 self._h[0] = self._h[1]
                 self._turn = 0
             self._handle = self._steps.stream(
-                self.module._call_request(),
-                [w.detach().resolve_neg().contiguous() for w in self.module._call_weights()],
+                call_request(self.module),
+                [w.detach().resolve_neg().contiguous() for w in call_weights(self.module)],
                 self._h,
                 () if self._c is None else (self._c,),
                 self._outputs,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.contract import ways
 from ..backends.tracing import numbers, unrecorded
-from .modes import autocasts
+from .modes import autocasts, in_transform
 from .stack import Stack
 
 
@@ -154,31 +154,18 @@ def check_lengths(
     """As an int64 tensor (B,) with values from 0 to T."""
     if lengths is None:
         return None
-    _check_form(lengths, packed, batched)
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
-    _check_values(lengths, T, B)
-    return lengths.to(torch.int64)
-
-
-def _check_form(lengths: Any, packed: bool, batched: bool) -> None:
     if packed:
         raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
     if not batched:
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
-    if not isinstance(lengths, (Tensor, Sequence)) and not hasattr(lengths, "__array__"):
-        raise TypeError(
-            f"lengths: expected a tensor or a sequence of integers, got {type(lengths).__name__}"
-        )
+    lengths = _integers("lengths", lengths, B)
+    _check_ends(lengths, T, B)
+    return lengths
 
 
 @unrecorded
-def _check_values(lengths: Tensor, T: int, B: int) -> None:
+def _check_ends(lengths: Tensor, T: int, B: int) -> None:
     T, B = numbers(T, B)
-    if not is_integral(lengths):
-        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-    if tuple(lengths.shape) != (B,):
-        raise ValueError(f"lengths: expected one a sequence, ({B},), got {tuple(lengths.shape)}")
     if torch.compiler.is_compiling():
         within = ((lengths >= 0) & (lengths <= T)).all()
         torch._assert_async(within, "lengths: expected values from 0 to T")
@@ -186,6 +173,33 @@ def _check_values(lengths: Tensor, T: int, B: int) -> None:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low} to {high}")
+
+
+def _integers(name: str, values: Any, B: int) -> Tensor:
+    """One for each sequence, as an int64 tensor (B,)."""
+    if not isinstance(values, Tensor):
+        listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+        if not listed and not hasattr(values, "__array__"):
+            raise TypeError(
+                f"{name}: expected a tensor or a sequence of integers, got {type(values).__name__}"
+            )
+        try:
+            values = torch.as_tensor(
+                values, dtype=None if len(values) else torch.int64, device="cpu"
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected integers, got {values!r}") from error
+    if not is_integral(values):
+        raise TypeError(f"{name}: expected integers, got {values.dtype}")
+    _check_count(name, values, B)
+    return values.to(torch.int64)
+
+
+@unrecorded
+def _check_count(name: str, values: Tensor, B: int) -> None:
+    (B,) = numbers(B)
+    if tuple(values.shape) != (B,):
+        raise ValueError(f"{name}: expected one a sequence, ({B},), got {tuple(values.shape)}")
 
 
 def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
@@ -218,20 +232,23 @@ def is_integral(tensor: Tensor) -> bool:
 
 
 def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
-    """As an int64 tensor (B,)."""
-    if not isinstance(row_ids, Tensor):
-        row_ids = torch.as_tensor(row_ids, dtype=None if len(row_ids) else torch.int64)
-    if not is_integral(row_ids):
-        raise TypeError(f"row_ids: expected integers, got {row_ids.dtype}")
-    _check_count(row_ids, B)
-    return row_ids.to(torch.int64)
+    """As an int64 tensor (B,) with values from 0 to 2^48 - 1."""
+    row_ids = _integers("row_ids", row_ids, B)
+    _check_ids(row_ids)
+    return row_ids
 
 
 @unrecorded
-def _check_count(row_ids: Tensor, B: int) -> None:
-    (B,) = numbers(B)
-    if tuple(row_ids.shape) != (B,):
-        raise ValueError(f"row_ids: expected one a sequence, ({B},), got {tuple(row_ids.shape)}")
+def _check_ids(row_ids: Tensor) -> None:
+    low, high = 0, 2**48 - 1
+    within = ((row_ids >= low) & (row_ids <= high)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(within, "row_ids: expected values from 0 to 2**48 - 1")
+    elif not in_transform() and not row_ids.is_meta and not within:
+        raise ValueError(
+            f"row_ids: expected values from 0 to 2**48 - 1, got {int(row_ids.min())} to "
+            f"{int(row_ids.max())}"
+        )
 
 
 def check_seed(seed: Tensor | int) -> None:

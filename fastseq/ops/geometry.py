@@ -321,7 +321,7 @@ def packed_positions(batch_sizes: Tensor, rows: int, B: int) -> tuple[Tensor, Te
     Rows behind the last one get any that there are. No shape depends on a value.
     """
     ends = batch_sizes.cumsum(0)
-    row = torch.arange(rows)
+    row = torch.arange(rows, device=batch_sizes.device)
     step = torch.searchsorted(ends, row, right=True).clamp(max=batch_sizes.shape[0] - 1)
     sequence = row - (ends - batch_sizes).index_select(0, step)
     return step, sequence.clamp(max=B - 1)

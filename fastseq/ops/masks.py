@@ -86,7 +86,7 @@ def _constants(values: Sequence[int], device: torch.device) -> Tensor:
 
 def draw_seed(like: Tensor) -> Tensor:
     """63 bits from torch's default generator; ``like`` is any tensor, for the dispatcher."""
-    return torch.randint(2**63 - 1, ())
+    return torch.randint(2**63 - 1, (), device="cpu")
 
 
 # A graph holds both as they are: inductor would draw another seed, and write out the ten rounds.
@@ -105,7 +105,7 @@ def _keep_fake(seed, sites, ids, steps, units, p):
 
 @torch.library.register_fake("fastseq::draw_seed", lib=library)
 def _draw_seed_fake(like):
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 class Rates(NamedTuple):
@@ -157,7 +157,7 @@ def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) ->
     elif seed is None:
         seed = _draw_seed(ids)
     elif not isinstance(seed, Tensor):
-        seed = torch.tensor(seed)
+        seed = torch.tensor(seed, device="cpu")
     if rates.zoneout:
         stack.masks = Masks(rates.zoneout, seed, ids)
     if seed is None:

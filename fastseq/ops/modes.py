@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from ..backends.contract import Mode
 
@@ -64,11 +68,35 @@ def is_plain() -> bool:
     return not (
         torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and not _only_default_devices())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
+    )
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+
+def _only_default_devices() -> bool:
+    """Whether all that sees torch's functions is ``torch.set_default_device`` and
+    ``with torch.device``, which fill in the device of a new tensor. Ours say it themselves."""
+    return all(
+        type(torch._C._get_function_stack_at(k)) is DeviceContext
+        for k in range(torch._C._len_torch_function_stack())
+    )
+
+
+def overridden(tensors: Sequence[Any]) -> bool:
+    """Whether a tensor is of a subclass that sees what torch's functions do
+    (``__torch_function__``)."""
+    # the first question takes 0.1 us, and is true as well where a mode sees everything
+    return torch._C._has_torch_function(tensors) and any(
+        type(t) not in _PLAIN
+        and isinstance(t, Tensor)
+        and type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
+        for t in tensors
     )
 
 

@@ -75,8 +75,10 @@ def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     _to_rows(stack)
     outputs = None if module is None else _in_one_call(stack, name, module)
     y, finals, along = outputs or _one_by_one(stack, task, name, module)
-    if request.editable and not geometry.copies:
-        y, *finals = editable([y, *finals])
+    if not geometry.copies:
+        finals = editable(finals)
+        if request.editable:
+            y = editable([y])[0]
     return (
         geometry.output(y),
         [geometry.final(s) for s in finals],
@@ -113,7 +115,8 @@ def _run_padded(stack: Stack, geometry: Padded) -> tuple[Any, list[Tensor], list
 
 
 def editable(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs that the caller may edit in place before backward, as torch.nn's GRU, RNN and cells.
+    """Outputs that the caller may edit in place before backward: final states, as torch.nn's, and
+    the output of all but the LSTM.
 
     Backward reads the output of a kernel of ours, so the caller gets a copy: of a layer's y,
     1/(G+2) of the bytes that training moves through memory.

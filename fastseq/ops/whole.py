@@ -85,7 +85,7 @@ def _draw(
         lead.reverse()
     kept = 1.0 - request.dropout
     return tuple(
-        torch.empty((*lead, width), dtype=torch.bool).bernoulli_(kept)
+        torch.empty((*lead, width), dtype=torch.bool, device="cpu").bernoulli_(kept)
         for _ in range(request.layers - 1)
     )
 

@@ -35,7 +35,7 @@ def substitute(backend):
 
     for kind in KINDS:
         ours = getattr(fastseq, kind)
-        ours.backend = backend
+        ours.fastseq.backend = backend
         if backend is not None:  # the constructor's default would hide the class's
             init = ours.__init__
             ours.__init__ = functools.partialmethod(init, backend=backend)

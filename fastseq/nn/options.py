@@ -1,0 +1,201 @@
+"""fastseq's own options of a layer or cell, apart from the names that a subclass may want."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..backends.choice import as_order
+from ..backends.contract import Backend, Memory
+from ..ops import masks
+
+
+def check_memory(memory: Any) -> Memory:
+    if memory not in ("full", "lean"):
+        raise ValueError(f"memory: expected 'full' or 'lean', got {memory!r}")
+    return memory
+
+
+def check_deterministic(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"deterministic: expected a bool, got {type(value).__name__}")
+    return value
+
+
+def check_rate(name: str, value: Any) -> float:
+    """A probability, as torch.nn asks of its ``dropout``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise ValueError(
+            f"{name} should be a number in range [0, 1] representing the probability of an "
+            f"element being zeroed, got {value!r}"
+        )
+    return float(value)
+
+
+def check_zoneout(states: tuple[str, ...], value: Any) -> float | tuple[float, ...]:
+    """A rate for all states of the cell, or one for each."""
+    rates = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(rates) not in (1, len(states)):
+        raise ValueError(
+            f"zoneout: expected a number, or one for each of {', '.join(states)}, got {value!r}"
+        )
+    checked = tuple(check_rate("zoneout", rate) for rate in rates)
+    return checked[0] if len(set(checked)) == 1 else checked
+
+
+class Options:
+    """What fastseq lets one choose, as attributes that are checked when they are set."""
+
+    backend: Backend = None
+
+    #: how each option is checked, of the options and the value; an option that stands here exists
+    checks: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
+        "backend": lambda self, value: as_order(value)
+    }
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.checks:
+            raise AttributeError(
+                f"{name}: no option of fastseq's; there are {', '.join(self.checks)}"
+            )
+        self.__dict__[name] = self.checks[name](self, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.given())})"
+
+    def given(self) -> list[str]:
+        """Those that are not the default, as a ``repr`` shows them."""
+        own = ((name, getattr(self, name)) for name in self.checks)
+        return [f"{name}={value!r}" for name, value in own if value != getattr(type(self), name)]
+
+
+class CellOptions(Options):
+    """The options of a cell, which it has as ``cell.fastseq``.
+
+    backend: None chooses; else a name of :func:`fastseq.backends`, or several in order.
+    """
+
+
+class LayerOptions(Options):
+    """The options of a layer, which it has as ``layer.fastseq``: what fastseq.LSTM takes as
+    keywords, and what ``layer.fastseq.zoneout = 0.1`` sets later.
+
+    backend, memory, deterministic, recurrent_dropout, input_dropout, weight_dropout, zoneout: see
+    :class:`fastseq.nn.Recurrent`.
+
+    Raises, when one is set:
+        ValueError, TypeError: no such value.
+        AttributeError: no such option.
+    """
+
+    memory: Memory = "full"
+    deterministic: bool = False
+    recurrent_dropout: float = 0.0
+    input_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    zoneout: float | tuple[float, ...] = 0.0
+    #: the states of the cell, for each of which zoneout may be given
+    states: tuple[str, ...] = ("h",)
+    #: None where nothing is masked: torch.compile need not look at numbers that may change.
+    rates: masks.Rates | None = None
+
+    checks: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
+        **Options.checks,
+        "memory": lambda self, value: check_memory(value),
+        "deterministic": lambda self, value: check_deterministic(value),
+        "recurrent_dropout": lambda self, value: check_rate("recurrent_dropout", value),
+        "input_dropout": lambda self, value: check_rate("input_dropout", value),
+        "weight_dropout": lambda self, value: check_rate("weight_dropout", value),
+        "zoneout": lambda self, value: check_zoneout(self.states, value),
+    }
+
+    def __init__(self, states: tuple[str, ...] = ("h",), **values: Any) -> None:
+        self.__dict__["states"] = states
+        super().__init__(**values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in masks.Rates._fields:
+            zoneout = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout,)
+            if len(zoneout) == 1:
+                zoneout *= len(self.states)
+            rates = masks.Rates(
+                self.recurrent_dropout,
+                self.input_dropout,
+                self.weight_dropout,
+                zoneout if any(zoneout) else (),
+            )
+            self.__dict__["rates"] = rates if any(rates) else None
+
+
+def set_options(model: nn.Module, **options: Any) -> None:
+    """Set options of every layer and cell of fastseq in ``model``, as ``backend="eager"``.
+
+    Args:
+        model: any module.
+        options: names and values, as the layers take them. Cells have ``backend`` alone.
+
+    Raises:
+        TypeError, ValueError: no module, no such option or value; nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name in options:
+        if name not in LayerOptions.checks:
+            raise TypeError(
+                f"{name}: no option of fastseq's; there are {', '.join(LayerOptions.checks)}"
+            )
+    found = [m.fastseq for m in model.modules() if isinstance(m, HasOptions)]
+    ready = [
+        (own, {name: own.checks[name](own, v) for name, v in options.items() if name in own.checks})
+        for own in found
+    ]
+    for own, values in ready:
+        for name, value in values.items():
+            setattr(own, name, value)
+
+
+class HasOptions:
+    """A module with options. Besides torch.nn's attributes a layer or cell of fastseq has
+    ``fastseq``, and names that begin with ``_fastseq``: all others are the user's."""
+
+    _fastseq: Any = None
+
+    @property
+    def fastseq(self) -> Any:
+        """fastseq's own options of this module: :class:`LayerOptions` or :class:`CellOptions`."""
+        return options(self)
+
+    def _fastseq_options(self) -> Options:
+        """The options before any was set."""
+        raise NotImplementedError
+
+
+def options(module: Any) -> Any:
+    """The options of a module; made where its class was changed by hand."""
+    found = module._fastseq
+    if found is None:
+        found = module.__dict__["_fastseq"] = module._fastseq_options()
+    return found
+
+
+def of_today(module: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A pickled module's attributes; before 0.2 the options stood among them."""
+    if "_fastseq" in state or "backend" not in state:
+        return state
+    own = module._fastseq_options()
+    state = dict(state)
+    rates = state.pop("_rates", None) or masks.Rates()
+    former = {name: state.pop(name) for name in own.checks if name in state}
+    if isinstance(own, LayerOptions):
+        former |= {name: value for name, value in rates._asdict().items() if value}
+    for name, value in former.items():
+        setattr(own, name, value)
+    return state | {"_fastseq": own}
