@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends.contract import Masks, ways
 from ..backends.tracing import unrecorded
 from .geometry import packed_positions
-from .library import library
+from .library import library, register_fake
 from .stack import Stack
 
 _WORD = 0xFFFFFFFF
@@ -98,12 +98,12 @@ library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterminis
 library.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastseq::keep", lib=library)
+@register_fake("keep")
 def _keep_fake(seed, sites, ids, steps, units, p):
     return ids.new_empty((len(sites), ids.shape[0], units), dtype=torch.bool)
 
 
-@torch.library.register_fake("fastseq::draw_seed", lib=library)
+@register_fake("draw_seed")
 def _draw_seed_fake(like):
     return torch.empty((), dtype=torch.int64, device="cpu")
 
