@@ -167,7 +167,7 @@ def _recurrence(
         outputs.append(now[0])
         along.append(now[1:])
         states = [
-            new if B_t == len(carried) else torch.cat([new, carried[B_t:]])
+            new if B_t == carried.shape[0] else torch.cat([new, carried[B_t:]])
             for new, carried in zip(now, states, strict=True)
         ]
     if not sizes:

@@ -175,6 +175,7 @@ def recurrence(
     trajectory: bool,
 ) -> list[Tensor]:
     refuse_tangents()
+    states = states or []  # AOTInductor hands None for an empty list
     if negated(x, h_mask, *states, *weights):
         x, h_mask = as_numbers((x, h_mask))
         states, weights = as_numbers(states), as_numbers(weights)
