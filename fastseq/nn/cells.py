@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.contract import ONE_STEP, Backend, Request
+from ..backends.tracing import unrecorded
 from ..cells import CELLS
 from ..ops.checks import check_weights
 from ..ops.geometry import OneStep
@@ -17,7 +18,7 @@ from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, graph, short
 from .options import CellOptions, HasOptions, of_today, options
-from .recurrent import described, quiet_tracing
+from .recurrent import described
 
 
 class RecurrentCell(HasOptions, nn.Module):
@@ -72,10 +73,6 @@ def _checked(cell: Any, input: Any, hx: Any) -> Any:
     if not torch.compiler.is_compiling():
         if options(cell).backend is None and overridden((input, *states, *_weights(cell))):
             return cell._fastseq_torch.forward(cell, input, hx)
-        if torch.jit.is_tracing():
-            with quiet_tracing():
-                finals = checked_step(cell, input, states)
-                return tuple(finals) if pair else finals[0]
     finals = checked_step(cell, input, states)
     return tuple(finals) if pair else finals[0]
 
@@ -154,6 +151,7 @@ def _given_states(cell: Any, hx: Any) -> list[Tensor]:
     return list(hx)
 
 
+@unrecorded
 def _check_sizes(cell: Any, x: Tensor, states: Sequence[Tensor]) -> None:
     B, size = x.shape
     if size != cell.input_size:

@@ -6,10 +6,12 @@ given, and have no autograd formula: that is :mod:`.autograd`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from ..backends.contract import (
     unflatten,
 )
 from ..cells import CELLS
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _LAYER = (
     "str cell, str backend, Tensor x, Tensor? batch_sizes, Tensor[] states, Tensor?[] weights, "
@@ -172,6 +176,7 @@ def recurrence(
     trajectory: bool,
 ) -> list[Tensor]:
     refuse_tangents()
+    states = states or []  # AOTInductor hands None for an empty list
     if negated(x, h_mask, *states, *weights):
         x, h_mask = as_numbers((x, h_mask))
         states, weights = as_numbers(states), as_numbers(weights)
@@ -235,7 +240,33 @@ def unknown_size() -> Any:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-@torch.library.register_fake("fastseq::recurrence", lib=library)
+def register_fake(name: str) -> Callable[[F], F]:
+    """The kernel that gives an operator's shapes. Who compiles for inductor runs it, so it is where
+    inductor is told of the operator, which then compiles where ``implicit_fallbacks`` is off, too;
+    an import of inductor would take seconds of ``import fastseq``."""
+
+    def register(kernel: F) -> F:
+        @wraps(kernel)
+        def fake(*args: Any) -> Any:
+            lowering: Any = sys.modules.get("torch._inductor.lowering")
+            if lowering is not None:
+                _tell_inductor(getattr(torch.ops.fastseq, name).default, lowering)
+            return kernel(*args)
+
+        torch.library.register_fake(f"fastseq::{name}", fake, lib=library)
+        return kernel
+
+    return register
+
+
+def _tell_inductor(operator: Any, lowering: Any) -> None:
+    """That an operator is called as it is, with the layouts that it is traced with."""
+    if operator not in lowering.lowerings:
+        tag = torch._library.utils.get_layout_constraint_tag(operator, with_default=True)
+        lowering.make_fallback(operator, lowering.tag_to_layout_constraint(tag))
+
+
+@register_fake("recurrence")
 def recurrence_fake(
     cell,
     backend,
@@ -270,7 +301,7 @@ def recurrence_fake(
     return outputs
 
 
-@torch.library.register_fake("fastseq::recurrence_backward", lib=library)
+@register_fake("recurrence_backward")
 def recurrence_backward_fake(
     cell,
     backend,
