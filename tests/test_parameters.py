@@ -227,6 +227,40 @@ def test_parametrizations(kind, norm):
     assert_same(ours(x), plain(x))
 
 
+class Counted(nn.Module):
+    """A parametrization as random as dropout, which knows how often it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def forward(self, weight):
+        self.reads += 1
+        return nn.functional.dropout(weight, 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_reads_a_parametrized_weight_once(kind):
+    """Where it draws a mask, a cell has torch.nn's numbers under the same seed."""
+    theirs, ours = pair(kind, 4, 6)
+    names = [name for name, _ in ours.named_parameters() if name.startswith("weight")]
+    for name in names:
+        parametrize.register_parametrization(ours, name, Counted())
+        parametrize.register_parametrization(theirs, name, Counted())
+    for more in [{}, {"lengths": [5, 2, 0]}] if kind in LAYERS else [{}]:
+        for chain in ours.parametrizations.values():
+            chain[0].reads = 0
+        ours(sample(kind), **more)
+        assert [chain[0].reads for chain in ours.parametrizations.values()] == [1] * len(names)
+    if kind not in LAYERS:
+        for seed in range(3):
+            x = sample(kind)
+            torch.manual_seed(seed)
+            found = ours(x)
+            torch.manual_seed(seed)
+            assert_same(found, theirs(x))
+
+
 @in_double
 @pytest.mark.parametrize("kind", KINDS)
 def test_prune(kind):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..backends.contract import ONE_STEP, Backend, Request
 from ..backends.tracing import unrecorded
 from ..cells import CELLS
+from ..ops.checks import check_weights
 from ..ops.geometry import OneStep
 from ..ops.modes import autocasts, overridden
 from ..ops.run import run
@@ -69,14 +70,17 @@ def _checked(cell: Any, input: Any, hx: Any) -> Any:
     if not isinstance(input, Tensor):
         raise AttributeError(f"input: expected a Tensor, got {type(input).__name__}")
     pair = len(CELLS[cell._fastseq_cell].states) > 1
+    weights = _weights(cell)
     if not torch.compiler.is_compiling():
-        if options(cell).backend is None and overridden((input, *states, *_weights(cell))):
+        if options(cell).backend is None and overridden((input, *states, *weights)):
             return cell._fastseq_torch.forward(cell, input, hx)
-    finals = checked_step(cell, input, states)
+    finals = checked_step(cell, input, states, weights)
     return tuple(finals) if pair else finals[0]
 
 
-def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Tensor]:
+def checked_step(
+    cell: Any, input: Tensor, hx: Sequence[Tensor], weights: list[Tensor]
+) -> Sequence[Tensor]:
     """The states after one step; ``hx`` holds as many tensors as the cell has states, or none."""
     rank = input.dim()
     if rank not in (1, 2):
@@ -91,20 +95,22 @@ def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Ten
     if rank == 1:
         x, states = input.unsqueeze(0), [s.unsqueeze(0) for s in hx]
     _check_sizes(cell, x, states)
-    weight = cell.weight_ih
+    weight = weights[0]
     dtype, device = weight.dtype, weight.device
     for tensor in (x, *states):
         if tensor.dtype != dtype or tensor.device != device:
-            _check_kinds(cell, x, states)
+            _check_kinds(cell, x, states, weight)
             break
     if not torch.compiler.is_compiling():
         finals = short.checked_step(cell, x, states)
         if finals is not None:
             return finals if rank == 2 else [s.squeeze(0) for s in finals]
-    return run(cell_stack(cell, input, hx))[1]
+    return run(cell_stack(cell, input, hx, weights))[1]
 
 
-def cell_stack(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Stack:
+def cell_stack(
+    cell: Any, input: Tensor, hx: Sequence[Tensor], weights: list[Tensor] | None = None
+) -> Stack:
     """What the operations run."""
     request = Request(
         cell._fastseq_cell,
@@ -113,7 +119,13 @@ def cell_stack(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Stack:
         training=cell.training,
         backend=options(cell).backend,
     )
-    return Stack(request, input, list(hx), _weights(cell), OneStep(input))
+    weights = _weights(cell) if weights is None else weights
+    stack = Stack(request, input, list(hx), weights, OneStep(input))
+    check_weights(stack, _NAMES, cell.input_size, cell.hidden_size)
+    return stack
+
+
+_NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
 def _weights(cell: Any) -> list[Tensor]:
@@ -169,8 +181,8 @@ def _check_sizes(cell: Any, x: Tensor, states: Sequence[Tensor]) -> None:
             )
 
 
-def _check_kinds(cell: Any, x: Tensor, states: Sequence[Tensor]) -> None:
-    dtype, device = cell.weight_ih.dtype, cell.weight_ih.device
+def _check_kinds(cell: Any, x: Tensor, states: Sequence[Tensor], weight: Tensor) -> None:
+    dtype, device = weight.dtype, weight.device
     labels = ("input", *(f"{name}_0" for name in CELLS[cell._fastseq_cell].states))
     for label, tensor in zip(labels, (x, *states), strict=False):
         if tensor.device != device:

@@ -21,6 +21,7 @@ from ..ops.checks import (
     check_seed,
     check_states,
     check_steps,
+    check_weights,
 )
 from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
 from ..ops.modes import autocasts, overridden
@@ -162,6 +163,7 @@ class Recurrent(HasOptions, nn.Module):
             and (out := short.layers(self, input, hx)) is not None
         ):
             return out
+        weights = None
         given: dict[str, Any] = {
             "lengths": lengths,
             "reset": reset,
@@ -172,15 +174,17 @@ class Recurrent(HasOptions, nn.Module):
             node = graph.leaf(self, Recurrent.forward, input, hx, all_states=all_states, **given)
             if node is not None:
                 return node
-            if _is_torchs(self, input, hx, all_states, given):
+            weights = call_weights(self)
+            if _is_torchs(self, input, hx, weights, all_states, given):
                 return self._fastseq_torch.forward(self, input, hx)
-        return call(self, input, hx, all_states=all_states, **given)
+        return call(self, input, hx, weights, all_states=all_states, **given)
 
 
 def call(
     module: Any,
     input: Any,
     hx: Any,
+    weights: list[Any] | None = None,
     lengths: Any = None,
     reset: Tensor | None = None,
     all_states: bool = False,
@@ -188,13 +192,15 @@ def call(
     seed: Any = None,
 ) -> Any:
     """What :meth:`Recurrent.forward` returns, with everything checked."""
-    stack = call_stack(module, input, hx, lengths, reset, all_states, row_ids, seed)
+    stack = call_stack(module, input, hx, lengths, reset, all_states, row_ids, seed, weights)
     y, finals, along = run(stack)
     state = tuple(finals) if len(finals) > 1 else finals[0]
     return (y, state, along[0]) if all_states else (y, state)
 
 
-def _is_torchs(module: Any, input: Any, hx: Any, all_states: bool, given: dict[str, Any]) -> bool:
+def _is_torchs(
+    module: Any, input: Any, hx: Any, weights: list[Any], all_states: bool, given: dict[str, Any]
+) -> bool:
     """Whether a plain call is left to torch's own function: where a tensor of a subclass is to see
     it (``__torch_function__``), as torch.nn's layer would show it."""
     own = options(module)
@@ -206,7 +212,7 @@ def _is_torchs(module: Any, input: Any, hx: Any, all_states: bool, given: dict[s
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     if isinstance(data, Tensor) and data.is_nested:
         return False
-    return overridden((data, *states, *call_weights(module)))
+    return overridden((data, *states, *weights))
 
 
 def layer_weights(module: Any) -> list[Weights]:
@@ -217,8 +223,9 @@ def layer_weights(module: Any) -> list[Weights]:
 def call_weights(module: Any) -> list[Any]:
     """The parameters as they are now, in one list.
 
-    Read from the module's attributes at each call: parametrizations, weight drop and
-    functional_call put other tensors in their place. What was put into ``_flat_weights`` stands
+    Read from the module's attributes, once a call: parametrizations, weight drop and
+    functional_call put other tensors in their place, and a parametrization may draw random numbers
+    or move on (spectral_norm) whenever it is read. What was put into ``_flat_weights`` stands
     before them.
     """
     if module._fastseq_put is not None and (put := flat_weights.valid(module)) is not None:
@@ -247,6 +254,7 @@ def call_stack(
     all_states: bool,
     row_ids: Any = None,
     seed: Any = None,
+    weights: list[Any] | None = None,
 ) -> Stack:
     """What the operations run, with everything that a caller gives checked."""
     geometry: Geometry
@@ -273,7 +281,9 @@ def call_stack(
         geometry = Jagged(input)
     else:
         geometry = Dense(input, module.batch_first)
-    stack = Stack(call_request(module, all_states), input, states, call_weights(module), geometry)
+    if weights is None:
+        weights = call_weights(module)
+    stack = Stack(call_request(module, all_states), input, states, weights, geometry)
     _check_call_input(module, stack)
     check_states(stack)
     packed = isinstance(geometry, Packed)
@@ -326,6 +336,8 @@ def _check_call_input(module: Any, stack: Stack) -> None:
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
         )
     check_feature_size(x, module.input_size)
+    sizes = module.input_size, module.hidden_size, module.proj_size
+    check_weights(stack, module._flat_weights_names, *sizes)
     if x.device != weight.device:
         raise RuntimeError(
             "Input and parameter tensors are not at the same device, found input tensor at "

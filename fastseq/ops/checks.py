@@ -59,6 +59,29 @@ def check_layer(stack: Stack) -> None:
     check_steps(stack)
 
 
+def check_weights(
+    stack: Stack, names: Sequence[str], input_size: int, hidden_size: int, proj_size: int = 0
+) -> None:
+    """A module's parameters have its sizes: kernels read them by these, and a user may put others.
+
+    names: of the weights, in their order.
+    """
+    request, cell = stack.request, stack.cell
+    P = proj_size or hidden_size
+    rows, recurrent = cell.G * hidden_size, len(cell.recurrent_gates) * hidden_size
+    tail: list[tuple[int, ...]] = [(rows,), (recurrent,)] if request.biased else []
+    tail += [(proj_size, hidden_size)] if request.projected else []
+    each = 2 + len(tail)
+    for k in range(0, len(stack.weights), each):
+        width = input_size if k < each * request.directions else request.directions * P
+        expected = [(rows, width), (recurrent, P), *tail]
+        for n, shape in enumerate(expected):
+            if stack.weights[k + n].shape != shape:
+                raise RuntimeError(
+                    f"{names[k + n]}: expected {shape}, got {tuple(stack.weights[k + n].shape)}"
+                )
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
@@ -158,6 +181,8 @@ def check_lengths(
         raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
     if not batched:
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
+    if isinstance(lengths, Tensor) and torch._C._functorch.is_batchedtensor(lengths):
+        raise NotImplementedError("lengths: all members of a vmap have the same; got some for each")
     lengths = _integers("lengths", lengths, B)
     _check_ends(lengths, T, B)
     return lengths

@@ -1,7 +1,7 @@
-"""The two operators of the library, for any cell and any raw backend.
+"""The two operators of the library, for any cell and any raw backend, and one that copies.
 
-They take the cell's name and flat lists of tensors, neither mutate nor alias what they are given,
-and have no autograd formula: that is :mod:`.autograd`'s.
+The two take the cell's name and flat lists of tensors, neither mutate nor alias what they are
+given, and have no autograd formula: that is :mod:`.autograd`'s.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ library.define(
     f"recurrence_backward({_LAYER}, Tensor[] outputs, Tensor? dy, Tensor?[] dstates, "
     "Tensor?[] dtrajectory, bool trajectory, bool[] wanted) -> Tensor[]"
 )
+library.define("copies(Tensor[] tensors) -> Tensor[]")
 
 
 class Layout(NamedTuple):
@@ -328,3 +329,19 @@ def recurrence_backward_fake(
     if wanted[2]:
         flat += [w.new_empty(w.shape) for w in weights if w is not None]
     return flat
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that a compiler does not take out, 3 us: a caller may edit them behind the graph."""
+    return [t.clone() for t in tensors]
+
+
+library.impl("copies", copies, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastseq::copies", lib=library)
+def copies_fake(tensors):
+    return [torch.empty_like(t) for t in tensors]
+
+
+torch.library.register_autograd("fastseq::copies", lambda ctx, grads: (grads,), lib=library)

@@ -224,10 +224,11 @@ def _one_by_one(stack: Stack, task: Problem, name: str, module: Any) -> Outputs:
     )
     if task.training and task.mode == "compile":
         # Backward reads these, and in a graph nothing notices when they are edited in place. Where
-        # they are not, inductor takes the copies out.
+        # they are not, inductor takes the copies out, but not those of the states, which may be
+        # edited behind the graph.
         y, along = y.clone(), [c.clone() for c in along]
         if request.layers == 1:
-            finals = [s.clone() for s in finals]
+            finals = torch.ops.fastseq.copies(finals)
     return y, finals, along
 
 
