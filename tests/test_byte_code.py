@@ -28,7 +28,7 @@ def check(holds, *words):  # an assert is not in optimized code
 check(fastseq.__file__.endswith(".pyc"), fastseq.__file__)
 x = torch.randn(5, 3, 4)
 reasons = dict(fastseq.backends())
-if reasons["triton"] != "not available: No module named 'triton'; pip install triton":
+if "No module named" not in reasons["triton"]:
     why = "ValueError: @jit functions should be defined in a Python file"
     check(why in reasons["triton"], reasons)
     with contextlib.redirect_stdout(io.StringIO()) as told:
