@@ -20,7 +20,7 @@ from ..cells.declaration import Phase
 from ..cells.text import Text
 from .contract import Abilities, Call, Problem, Result, Weights
 from .layout import unprojected
-from .tracing import loop, unrecorded
+from .tracing import is_tracing, loop, unrecorded
 
 Phases = list[tuple[Phase, Text, tuple[int, int]]]
 
@@ -74,7 +74,7 @@ def texts(cell: Cell) -> list[Text]:
 
 def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
     """One layer. 16-bit types compute gates and carry states other than h in float32."""
-    if torch.jit.is_tracing():
+    if is_tracing():
         return _in_a_trace(call, trajectory)
     if call.batch_sizes is not None and torch.compiler.is_compiling():
         return _of_dense_rows(call, trajectory)

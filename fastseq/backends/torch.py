@@ -32,6 +32,7 @@ from .contract import (
 )
 from .layout import opaque as saved_layout
 from .stacked import one_by_one
+from .tracing import is_tracing
 
 __all__ = ["backward", "forward", "layers", "saved_layout", "stacks", "supports", "unavailable"]
 
@@ -140,7 +141,7 @@ def layers(
         return finals[0], finals, ()
     if not states:
         states = _zero_states(request, x, batch_sizes, weights)
-    traced = torch.jit.is_tracing()
+    traced = is_tracing()
     one = not traced and batch_sizes is None and x.shape[0] == 1 and not request.projected
     if one and x.device.type == "cpu":
         y, finals = _one_step(request, x[0], states, weights)

@@ -23,6 +23,15 @@ _UNIT = torch._C.CompilationUnit()
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def is_tracing() -> bool:
+    """As torch.jit.is_tracing, of which it takes a third of the time."""
+    return torch._C._is_tracing()
+
+
+# for Dynamo a constant, which is false in a graph
+is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """The tracer records nothing meanwhile, and sizes are plain numbers."""
@@ -42,7 +51,7 @@ def unrecorded(function: F) -> F:
 
     @wraps(function)
     def run(*args: Any) -> Any:
-        if not torch.jit.is_tracing():
+        if not is_tracing():
             return function(*args)
         with paused():
             return function(*args)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..backends.contract import ONE_STEP, Backend, Request
 from ..backends.tracing import unrecorded
 from ..cells import CELLS
+from ..ops import steps
 from ..ops.checks import check_weights
 from ..ops.geometry import OneStep
 from ..ops.modes import autocasts, overridden
@@ -42,6 +43,9 @@ class RecurrentCell(HasOptions, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *options(self).given()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != steps.KEY}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(of_today(self, state))

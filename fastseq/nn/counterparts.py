@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..ops import steps
 from . import flat_weights
 from .options import options
 
 #: What torch.nn's modules have not.
-OWN = ("_fastseq", "_fastseq_put")
+OWN = ("_fastseq", "_fastseq_put", steps.KEY)
 
 #: The methods that make up a call of torch.nn's modules.
 _METHODS = (

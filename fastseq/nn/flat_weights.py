@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from ..ops import steps
+
 
 class Put(NamedTuple):
     """What was put into the list, and the attributes at that time."""
@@ -85,7 +87,8 @@ def valid(module: Any) -> tuple[Any, ...] | None:
 
 def state(module: Any, state: dict[str, Any]) -> dict[str, Any]:
     """What is pickled and copied, as torch.nn does it: with the list if it differs."""
-    state.pop("_fastseq_put", None)
+    for made in ("_fastseq_put", steps.KEY):
+        state.pop(made, None)
     if (values := valid(module)) is not None:
         state["_flat_weights"] = list(values)
     return state

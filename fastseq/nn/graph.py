@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Proxy
 
+_NONE = frozenset((Tensor, bool, type(None)))
 
-def proxies(value: Any) -> Iterator[Proxy]:
-    if isinstance(value, Proxy):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from proxies(item)
+
+def _first(values: Any) -> Proxy | None:
+    """One that stands for a tensor, among values and those in their tuples and lists."""
+    for value in values:
+        if type(value) in _NONE:  # 1 us less
+            continue
+        if isinstance(value, Proxy):
+            return value
+        if isinstance(value, (tuple, list)) and (found := _first(value)) is not None:
+            return found
+    return None
 
 
 def leaf(module: Any, forward: Any, input: Any, hx: Any = None, **given: Any) -> Proxy | None:
@@ -21,7 +27,7 @@ def leaf(module: Any, forward: Any, input: Any, hx: Any = None, **given: Any) ->
 
     forward: the one that makes a call a single node. A subclass with another one is traced.
     """
-    found = next(proxies((input, hx, *given.values())), None)
+    found = _first((input, hx, *given.values()))
     if found is None or type(module).forward is not forward:
         return None
     arguments = (input,) if hx is None else (input, hx)

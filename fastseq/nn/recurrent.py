@@ -203,16 +203,15 @@ def _is_torchs(
 ) -> bool:
     """Whether a plain call is left to torch's own function: where a tensor of a subclass is to see
     it (``__torch_function__``), as torch.nn's layer would show it."""
-    own = options(module)
-    if own.backend is not None or own.rates is not None or all_states:
-        return False
-    if any(value is not None for value in given.values()):
-        return False
     data = input.data if isinstance(input, PackedSequence) else input
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    if isinstance(data, Tensor) and data.is_nested:
+    if not overridden((data, *states, *weights)) or all_states:
         return False
-    return overridden((data, *states, *weights))
+    own = options(module)
+    if own.backend is not None or own.rates is not None:
+        return False
+    nested = isinstance(data, Tensor) and data.is_nested
+    return not nested and all(value is None for value in given.values())
 
 
 def layer_weights(module: Any) -> list[Weights]:

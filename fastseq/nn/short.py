@@ -68,15 +68,27 @@ def _backend(module: Any, own: Any, input: Any, lean: bool, single: bool) -> tup
 
 
 def _run(
-    found: tuple[str, Any], request: Request, input: Tensor, states: Any, weights: Any
+    found: tuple[str, Any],
+    request: Request,
+    input: Tensor,
+    states: Any,
+    weights: Any,
+    owner: dict[str, Any] | None,
 ) -> Any | None:
     """One call of the backend; a second with states copied where they are, say, expanded."""
-    out = whole.run(found, request, input, None, states, weights)
+    out = whole.run(found, request, input, None, states, weights, owner)
     if out is None and states:
         dense = tuple([s.contiguous() for s in states])
         if any(d is not s for d, s in zip(dense, states, strict=True)):
-            out = whole.run(found, request, input, None, dense, weights)
+            out = whole.run(found, request, input, None, dense, weights, owner)
     return out
+
+
+def _is_a_step(request: Request, input: Tensor) -> bool:
+    """Whether one layer runs one step, as in a decoder that calls it for each of its own."""
+    if request.layers > 1 or request.directions > 1 or request.projected:
+        return False
+    return input.shape[request.order == BATCH_FIRST and input.dim() == 3] == 1
 
 
 def layers(module: Any, input: Any, hx: Any) -> Any | None:
@@ -111,7 +123,10 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     else:
         return None
     request = _made(asked(module, own))
-    out = _run(found, request, input, states, weights)
+    owner = None
+    if torch.is_grad_enabled() and _is_a_step(request, input):
+        owner = module.__dict__
+    out = _run(found, request, input, states, weights, owner)
     if out is None:
         return None
     y, finals = out
@@ -139,7 +154,7 @@ def step(cell: Any, input: Any, states: tuple[Any, ...]) -> tuple[torch.Tensor, 
         return None
     if overridden(weights):
         return None
-    out = _run(found, request, input, states, weights)
+    out = _run(found, request, input, states, weights, cell.__dict__)
     return None if out is None else out[1]
 
 

@@ -72,15 +72,13 @@ def check_weights(
     rows, recurrent = cell.G * hidden_size, len(cell.recurrent_gates) * hidden_size
     tail: list[tuple[int, ...]] = [(rows,), (recurrent,)] if request.biased else []
     tail += [(proj_size, hidden_size)] if request.projected else []
-    each = 2 + len(tail)
-    for k in range(0, len(stack.weights), each):
-        width = input_size if k < each * request.directions else request.directions * P
-        expected = [(rows, width), (recurrent, P), *tail]
-        for n, shape in enumerate(expected):
-            if stack.weights[k + n].shape != shape:
-                raise RuntimeError(
-                    f"{names[k + n]}: expected {shape}, got {tuple(stack.weights[k + n].shape)}"
-                )
+    expected = [(rows, input_size), (recurrent, P), *tail] * request.directions
+    above = [(rows, request.directions * P), (recurrent, P), *tail] * request.directions
+    expected += above * (request.layers - 1)
+    found = [w.shape for w in stack.weights]
+    if found != expected:
+        k = next(k for k, shape in enumerate(expected) if found[k] != shape)
+        raise RuntimeError(f"{names[k]}: expected {expected[k]}, got {tuple(found[k])}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.contract import BATCH_FIRST, ONE_STEP, TIME_FIRST
+from ..backends.tracing import is_tracing
 
 
 class Geometry:
@@ -169,7 +170,7 @@ class Packed(Geometry):
         if self.hides_batch:
             first = self.times(reset) if isinstance(reset, Tensor) else None
             self.B = _settled(data, sizes, [self.order, first, *known])
-        elif sizes.dim() == 1 and torch.jit.is_tracing():  # which records a tensor, as of shapes
+        elif sizes.dim() == 1 and is_tracing():  # which records a tensor, as of shapes
             self.B = sizes[0]
         else:  # whether it is what it must be, is checked later
             self.B = int(sizes[0]) if sizes.dim() == 1 and len(sizes) else 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Masks, ways
-from ..backends.tracing import unrecorded
+from ..backends.tracing import is_tracing, unrecorded
 from .geometry import packed_positions
 from .library import library, register_fake
 from .stack import Stack
@@ -64,7 +64,7 @@ def keep(
     """
     on, blocks = ids.device, (units + 3) // 4
     at_once = max(1, _AT_ONCE // (len(sites) * max(blocks, 1)))
-    if on.type == "cpu" and not torch.jit.is_tracing() and ids.shape[0] > at_once:
+    if on.type == "cpu" and not is_tracing() and ids.shape[0] > at_once:
         parts = ids.split(at_once)
         when = [None] * len(parts) if steps is None else steps.split(at_once)
         return torch.cat(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from ..backends.contract import Mode
+from ..backends.tracing import is_tracing
 
 
 def is_exporting() -> bool:
@@ -44,7 +45,7 @@ def mode() -> Mode:
             "the layer without the transform, or do without fullgraph=True"
         )
         return "dual"
-    if torch.jit.is_tracing():
+    if is_tracing():
         return "trace"
     if torch.autograd.forward_ad._current_level >= 0:
         return "dual"
@@ -72,7 +73,7 @@ def is_plain() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
+        or is_tracing()
     )
 
 

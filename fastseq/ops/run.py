@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from ..backends import DIFFERENTIABLE, STEPPING, choice, load
 from ..backends.contract import TIME_FIRST, Problem, Weights, ways
 from ..backends.stacked import dropped, one_by_one
+from ..backends.tracing import is_tracing
 from . import autograd, masks, modes, onnx, whole
 from .autograd import RecurrenceFunction
 from .geometry import Packed, Padded, spread_reset
@@ -50,7 +51,7 @@ def _autocast(stack: Stack) -> None:
 
 def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     request, geometry = stack.request, stack.geometry
-    if torch.jit.is_tracing() and isinstance(geometry, Padded):
+    if is_tracing() and isinstance(geometry, Padded):
         return _run_padded(stack, geometry)
     single = stack.single
     if not single and modes.is_exporting() and onnx.is_exporting():
@@ -75,7 +76,7 @@ def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     _to_rows(stack)
     outputs = None if module is None else _in_one_call(stack, name, module)
     y, finals, along = outputs or _one_by_one(stack, task, name, module)
-    if not geometry.copies:
+    if task.training and not geometry.copies:
         finals = editable(finals)
         if request.editable:
             y = editable([y])[0]
@@ -146,7 +147,7 @@ def _to_rows(stack: Stack) -> None:
     stack.states = [geometry.state(s) for s in stack.states]
     if stack.request.order != TIME_FIRST:
         stack.request = stack.request._replace(order=TIME_FIRST)
-    if not stack.states and (geometry.hides_batch or torch.jit.is_tracing()):
+    if not stack.states and (geometry.hides_batch or is_tracing()):
         stack.states = zero_states(stack, stack.x)
     if geometry.order is None:
         return

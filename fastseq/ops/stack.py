@@ -46,6 +46,8 @@ class Stack:
     cast: bool = False
     #: The numbers of the input, however they lie.
     data: Tensor = field(init=False)
+    #: Of the weights, once they were asked for.
+    sizes: tuple[int, int, int] | None = field(init=False, default=None)
 
     cell: Cell = field(init=False)
 
@@ -59,20 +61,22 @@ class Stack:
         return self.request.order == ONE_STEP and not self.cast
 
     @property
-    @unrecorded
     def width(self) -> int:
         """Of the input of the first layer."""
-        return self.weights[0].shape[1]
+        return self._of_weights()[0]
 
     @property
-    @unrecorded
     def H(self) -> int:
-        return self.weights[0].shape[0] // len(self.cell.gates)
+        return self._of_weights()[1]
 
     @property
-    @unrecorded
     def P(self) -> int:
-        return self.weights[1].shape[1] if self.cell.recurrent_gates else self.H
+        return self._of_weights()[2]
+
+    def _of_weights(self) -> tuple[int, int, int]:
+        if self.sizes is None:
+            self.sizes = _sizes(self.weights, self.cell)
+        return self.sizes
 
     def needs_grad(self) -> bool:
         # an exported program records the operator alone, which has no autograd formula
@@ -84,6 +88,14 @@ class Stack:
         if x.requires_grad or any(s.requires_grad for s in self.states):
             return True
         return any(w.requires_grad for w in self.weights)
+
+
+@unrecorded
+def _sizes(weights: Sequence[Tensor], cell: Cell) -> tuple[int, int, int]:
+    """The width of the first layer's input, H and P."""
+    rows, width = weights[0].shape
+    H = rows // len(cell.gates)
+    return width, H, weights[1].shape[1] if cell.recurrent_gates else H
 
 
 def problem(stack: Stack) -> Problem:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..backends.choice import is_outer_product
 from ..backends.contract import BATCH_FIRST, ONE_STEP, Request, Wanted, Weights, ways
 from ..backends.stacked import one_by_one
+from . import steps
 from .autograd import Layout, differentiable_recurrence, gradients_again, is_batched
 from .modes import is_plain
 
@@ -31,12 +32,14 @@ def run(
     batch_sizes: Tensor | None,
     states: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
+    owner: dict[str, Any] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """y, time first, and the final states (layers * D, B, ...); None where the long way is due.
 
     Of a call that :func:`.modes.is_plain`. backend: its name and module, a
     :class:`.contract.WholeStacks` with ``layers_backward``, which says what the tensors are. states
-    and weights are tuples.
+    and weights are tuples. owner: of a call of one step, where its module keeps what it makes of
+    the weights (:mod:`.steps`).
     """
     if x.is_neg():
         return None  # the kernels read memory, where a lazy negation has another sign
@@ -48,8 +51,12 @@ def run(
         or any([w.requires_grad for w in weights])
         or any([s.requires_grad for s in states])
     )
+    of = None  # the first step of a loop has no state that autograd follows
+    if follows and owner is not None and states and states[0].grad_fn is not None:
+        of = _of_steps(owner, weights)
     if (
         follows
+        and of is None
         and x.numel() == x.shape[-1]
         and is_outer_product(request.cell, weights[0].shape[0] // request.definition.G)
     ):
@@ -57,9 +64,14 @@ def run(
     drawn = torch.get_rng_state() if request.dropout else None
     if follows:
         try:
-            y, *finals = StackFunction.apply(
-                backend, request, len(states), x, batch_sizes, *states, *weights
-            )
+            if of is None:
+                y, *finals = StackFunction.apply(
+                    backend, request, len(states), None, None, x, batch_sizes, *states, *weights
+                )
+            else:
+                y, *finals = StackFunction.apply(
+                    backend, request, len(states), of, of.token, x, None, *states
+                )
             return y, tuple(finals)
         except Declined:
             out = None
@@ -90,33 +102,55 @@ def _draw(
     )
 
 
+def _of_steps(owner: dict[str, Any], weights: tuple[Tensor, ...]) -> steps.Weights | None:
+    """The module's weights as one token, where autograd is to find their gradients."""
+    of: steps.Weights | None = owner.get(steps.KEY)
+    if of is not None and of.are(weights):
+        return of
+    if not all([w.is_leaf for w in weights]) or not any([w.requires_grad for w in weights]):
+        return None
+    of = owner[steps.KEY] = steps.Weights(weights)
+    return of
+
+
 class StackFunction(torch.autograd.Function):
-    """((name, module), request, number of states, x, batch_sizes, *states, *weights)
-    -> (y, *final states)"""
+    """((name, module), request, number of states, None, None, x, batch_sizes, *states, *weights)
+    -> (y, *final states)
+
+    Of one step, with its weights' :class:`.steps.Weights` and token: (..., of, token, x, None,
+    *states), and what the gradient of the weights needs is left there.
+    """
 
     @staticmethod
-    def forward(ctx, backend, request, n, x, batch_sizes, *tensors):
+    def forward(ctx, backend, request, n, of, token, x, batch_sizes, *tensors):
         states, weights = tensors[:n], tensors[n:]
+        if of is not None:
+            weights = of.tensors
+            tensors = states + weights
         masks = _draw(request, x, batch_sizes, weights) if request.dropout else ()
         out = backend[1].layers(request, x, batch_sizes, states, weights, masks, True)
         if out is None:
             raise Declined
         y, finals, saved = out
         first = 2 + len(tensors)
-        ctx.call = backend, request, 2 + n, first, first + len(masks)
+        ctx.call = backend, request, of, 2 + n, first, first + len(masks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, batch_sizes, *tensors, *masks, y, *saved)
         return (y.clone() if request.editable else y, *finals)
 
     @staticmethod
     def backward(ctx, *grads):
-        (name, module), request, end, first, last = ctx.call
+        (name, module), request, of, end, first, last = ctx.call
         kept = ctx.saved_tensors
         x, batch_sizes, states, weights = kept[0], kept[1], kept[2:end], kept[end:first]
         masks, y, saved = kept[first:last], kept[last], kept[last + 1 :]
         need = ctx.needs_input_grad
         if all(g is None for g in grads):
             return (None,) * len(need)
+        needs = need[5:]
+        if of is not None:
+            awaited = of.awaited()
+            needs += tuple([awaited and n for n in of.needs])
         if torch.is_grad_enabled() or not all(map(_is_ordinary, grads)) or not is_plain():
             # the layers' own Functions have derivatives of every order, and in every mode
 
@@ -126,9 +160,12 @@ class StackFunction(torch.autograd.Function):
                 return _one_by_one(name, request, x, batch_sizes, rest[:n], rest[n:], masks)
 
             inputs = (x, batch_sizes, *states, *weights)
-            return (None, None, None, *gradients_again(again, inputs, need[3:], grads))
+            again_found = gradients_again(again, inputs, needs, grads)
+            if of is not None and any(needs[end:]):
+                of.now().add(again_found[end:])
+            return (None,) * 5 + tuple(again_found[: len(need) - 5])
         dy, *dstates = [g if g is None else g.resolve_neg().contiguous() for g in grads]
-        wanted = Wanted(need[3], any(need[5 : 3 + end]), any(need[3 + end :]))
+        wanted = Wanted(needs[0], any(needs[2:end]), of is None and any(needs[end:]))
         found = module.layers_backward(
             request, x, batch_sizes, states, weights, masks, y, saved, dy, tuple(dstates), wanted
         )
@@ -138,7 +175,13 @@ class StackFunction(torch.autograd.Function):
         dfinals, dweights = found[1 : 1 + given], found[1 + len(dstates) :]
         if dx is not None and request.order == BATCH_FIRST and dx.dim() == 3:
             dx = dx.transpose(0, 1)
-        return (None, None, None, dx, None, *dfinals, *(dweights or (None,) * len(weights)))
+        if of is not None:
+            if any(needs[end:]):
+                left = steps.Left(x, states, y, saved, dy, tuple(dstates))
+                of.leave(module, request, weights, left)
+            return (None, None, None, None, None, dx, None, *dfinals)
+        dweights = dweights or (None,) * len(weights)
+        return (None, None, None, None, None, dx, None, *dfinals, *dweights)
 
 
 def _is_ordinary(gradient: Tensor | None) -> bool:
