@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends.contract import ONE_STEP, Backend, Request
 from ..cells import CELLS
 from ..ops.geometry import OneStep
-from ..ops.modes import autocasts, overridden
+from ..ops.modes import autocasts, foreign
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, graph, short
@@ -70,7 +70,7 @@ def _checked(cell: Any, input: Any, hx: Any) -> Any:
     pair = len(CELLS[cell._fastseq_cell].states) > 1
     weights = _weights(cell)
     if not torch.compiler.is_compiling():
-        if options(cell).backend is None and overridden((input, *states, *weights)):
+        if options(cell).backend is None and foreign((input, *states, *weights)):
             return cell._fastseq_torch.forward(cell, input, hx)
         if torch.jit.is_tracing():
             with quiet_tracing():

@@ -23,7 +23,7 @@ from ..ops.checks import (
     check_steps,
 )
 from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
-from ..ops.modes import autocasts, overridden
+from ..ops.modes import autocasts, foreign, overridden
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, flat_weights, graph, short
@@ -212,7 +212,7 @@ def _is_torchs(
     module: Any, input: Any, hx: Any, weights: list[Any], all_states: bool, given: dict[str, Any]
 ) -> bool:
     """Whether a plain call is left to torch's own function: where a tensor of a subclass is to see
-    it (``__torch_function__``), as torch.nn's layer would show it."""
+    it (``__torch_function__``), as torch.nn's layer would show it, or where a tensor is sparse."""
     own = options(module)
     if own.backend is not None or own.rates is not None or all_states:
         return False
@@ -222,7 +222,7 @@ def _is_torchs(
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     if isinstance(data, Tensor) and data.is_nested:
         return False
-    return overridden((data, *states, *weights))
+    return foreign((data, *states, *weights))
 
 
 def layer_weights(module: Any) -> list[Weights]:
@@ -239,12 +239,14 @@ def call_weights(module: Any) -> list[Any]:
     before them.
     """
     if module._fastseq_put is not None and (put := flat_weights.valid(module)) is not None:
+        flat_weights.check(module, put)
         return list(put)
     parameters, found = module._parameters, []
     for names in module._all_weights:
         for name in names:
             w = parameters.get(name)
             found.append(getattr(module, name) if w is None else w)
+    flat_weights.check(module, found)
     if not torch.compiler.is_compiling() and not overridden(found) and found[0].is_cuda:
         module._update_flat_weights()  # one chunk, for cuDNN
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.choice import short_way
 from ..backends.contract import BATCH_FIRST, ONE_STEP, TIME_FIRST, Request
 from ..ops import whole
-from ..ops.modes import autocasts, is_plain, overridden
+from ..ops.modes import autocasts, foreign, is_plain, overridden
 from . import flat_weights
 from .options import LayerOptions, options
 
@@ -65,11 +65,17 @@ def _run(
     found: tuple[str, Any], request: Request, input: Tensor, states: Any, weights: Any
 ) -> Any | None:
     """One call of the backend; a second with states copied where they are, say, expanded."""
-    out = whole.run(found, request, input, None, states, weights)
-    if out is None and states:
-        dense = tuple([s.contiguous() for s in states])
-        if any(d is not s for d, s in zip(dense, states, strict=True)):
-            out = whole.run(found, request, input, None, dense, weights)
+    try:
+        out = whole.run(found, request, input, None, states, weights)
+        if out is None and states:
+            dense = tuple([s.contiguous() for s in states])
+            if any(d is not s for d, s in zip(dense, states, strict=True)):
+                out = whole.run(found, request, input, None, dense, weights)
+    except (AttributeError, RuntimeError):
+        tensors = (input, *states, *weights)
+        if foreign(tensors) or not all(isinstance(t, Tensor) for t in tensors):
+            return None
+        raise
     return out
 
 
@@ -87,8 +93,10 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
         weights = tuple([parameters[name] for names in module._all_weights for name in names])
     except KeyError:  # parametrized, or replaced by a tensor
         return None
-    if module._fastseq_put is not None:
-        weights = flat_weights.valid(module) or weights
+    if module._fastseq_put is not None and (put := flat_weights.valid(module)) is not None:
+        if len(put) != len(weights):
+            return None
+        weights = put
     if overridden(weights):
         return None
     if hx is None:

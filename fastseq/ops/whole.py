@@ -50,6 +50,7 @@ def run(
     )
     if (
         follows
+        and x.dim()
         and x.numel() == x.shape[-1]
         and is_outer_product(request.cell, weights[0].shape[0] // request.definition.G)
     ):
