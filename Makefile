@@ -31,7 +31,7 @@ help:
 	@echo "make test-all  the tests in their long form, and a short run of the benchmarks"
 	@echo "make fuzz      random problems of every backend, an hour; MINUTES and BACKEND narrow it,"
 	@echo "               SEED runs one again"
-	@echo "make integration  Captum, Opacus and Lightning with fastseq's layers; installs them"
+	@echo "make integration  other libraries with fastseq's layers, Captum to torchrl; installs them"
 	@echo "make bench     the benchmarks; WORKLOADS, THREADS, ROUNDS, SECONDS, BACKENDS narrow them;"
 	@echo "               PEERS=all, or names, installs other libraries and times them beside"
 	@echo "make gpu       on a GPU, with no network: smoke, build, core, test, bench, sanitize; STAGES,"

@@ -42,15 +42,18 @@ PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// (GOMP_parallel, omp_get_thread_num, omp_get_num_threads), addresses; zeros: no threads
+// (GOMP_parallel, omp_get_thread_num, omp_get_num_threads, omp_get_num_procs, quota): addresses, zeros
+// for no threads; and how many processors' time the process may use, zero for any number's
 PyObject* use_pool(PyObject*, PyObject* const* a, Py_ssize_t count) {
   try {
-    if (count != 3) throw PythonError();
+    if (count != 5) throw PythonError();
     pool.parallel = reinterpret_cast<decltype(pool.parallel)>(integer(a[0]));
     pool.thread_num = reinterpret_cast<decltype(pool.thread_num)>(integer(a[1]));
     pool.num_threads = reinterpret_cast<decltype(pool.num_threads)>(integer(a[2]));
+    pool.num_procs = reinterpret_cast<decltype(pool.num_procs)>(integer(a[3]));
+    pool.quota = static_cast<int>(integer(a[4]));
   } catch (const PythonError&) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "expected three addresses");
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "expected four addresses and a number");
     return nullptr;
   }
   Py_RETURN_NONE;
@@ -107,6 +110,14 @@ PyObject* vocabulary(PyObject*, PyObject* const* a, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// (threads, flops) -> how many of the threads a call takes
+PyObject* threads_of(PyObject*, PyObject* args) {
+  int threads;
+  double flops;
+  if (!PyArg_ParseTuple(args, "id", &threads, &flops)) return nullptr;
+  return PyLong_FromLong(useful_threads(threads, flops));
+}
+
 // (threads, batch, blocks, flops, bytes) -> (rows, units)
 PyObject* plan(PyObject*, PyObject* args) {
   int threads;
@@ -128,10 +139,12 @@ PyCFunction fast(Function function) {
   "cell, x, batch_sizes, states, weights, layers, reverse, order, reset, h_mask, masks, kept," \
   " threads, deterministic, bf16"
 constexpr char CONNECT[] = "(capsule, tensor type, parameter type)";
-constexpr char USE_POOL[] = "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads)";
+constexpr char USE_POOL[] =
+    "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads, omp_get_num_procs, quota)";
 constexpr char SETS[] = "() -> [name]";
 constexpr char USE_SET[] = "(name) -> name before";
 constexpr char VOCABULARY[] = "(function, x, y)";
+constexpr char THREADS_OF[] = "(threads, flops) -> threads";
 constexpr char PLAN[] = "(threads, batch, blocks, flops, bytes) -> (rows, units)";
 constexpr char FORWARD[] =
     "(" FASTSEQ_COMMON ", save, trajectory, known) -> (y, states, saved) | None";
@@ -139,8 +152,8 @@ constexpr char BACKWARD[] =
     "(" FASTSEQ_COMMON ", y, saved, dy, dstates, dtrajectory, wants_x, wants_weights,"
     " wants_states)"
     " -> [dx, *dstates, *dweights] | None";
-constexpr char STREAM[] = "(cell, weights, layers, h, others, outputs) -> stream | None";
-constexpr char STREAM_STEP[] = "(stream, x, threads) -> y | None";
+constexpr char STREAM[] = "(cell, weights, layers, h, others) -> stream | None";
+constexpr char STREAM_STEP[] = "(stream, x, out, threads) -> y | None";
 
 constexpr int count_of(const char* text) {  // of its arguments
   int count = 1;
@@ -156,6 +169,7 @@ PyMethodDef methods[] = {
     {"instruction_sets", sets, METH_NOARGS, SETS},
     {"use_instruction_set", use_set, METH_O, USE_SET},
     {"vocabulary", fast(vocabulary), METH_FASTCALL, VOCABULARY},
+    {"threads", threads_of, METH_VARARGS, THREADS_OF},
     {"plan", plan, METH_VARARGS, PLAN},
     {"forward", fast(dispatch<forward<float>, forward<double>, count_of(FORWARD)>), METH_FASTCALL,
      FORWARD},

@@ -16,6 +16,7 @@ from .nn import (
     streaming,
 )
 from .ops.functional import gru, lstm, rnn
+from .switch import install, uninstall
 
 __version__ = "0.1.0"
 
@@ -30,10 +31,12 @@ __all__ = [
     "compat",
     "explain",
     "gru",
+    "install",
     "lstm",
     "replace",
     "restore",
     "rnn",
     "set_options",
     "streaming",
+    "uninstall",
 ]

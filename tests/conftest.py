@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fastseq.backends import load, openmp
+
+processors = openmp.processors  # as it is outside of the tests
+
 _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 _COMMON = {
     "deadline": None,
@@ -36,6 +40,15 @@ def pytest_configure(config):
         "filterwarnings", "ignore:LSTM with projections is not supported with oneDNN"
     )
     torch.set_num_threads(1)  # the tests run in several processes
+    share_among_any_number()
+
+
+def share_among_any_number():
+    """Have the kernels take as many threads as torch has, on a machine of fewer cores, too."""
+    openmp.processors = lambda: 4096
+    native = load("native")
+    if not isinstance(native, str):
+        native._cpu.use_pool(*openmp.addresses()[:3], 0, 0)
 
 
 def pytest_runtest_setup(item):

@@ -20,8 +20,32 @@ def test_is_both(kind):
     assert cls.forward is getattr(fastseq, kind).forward
     assert cls.__init__ is getattr(fastseq, kind).__init__
     assert repr(module) == repr(getattr(nn, kind)(4, 6))
-    names = {n for n in vars(cls) if not n.startswith("__")}
-    assert not names, "no behaviour of its own"
+    listed = {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+    inherited = {name: getattr(super(cls, module), name).__func__ for name in listed}
+    assert listed == inherited, "no behaviour of its own"
+    theirs = {name for name in vars(getattr(nn, kind)) if not name.startswith("__")}
+    assert theirs <= listed.keys(), "a client may copy the dictionary"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replace_takes_them(kind):
+    """On request, and for the main classes too, which keep their options."""
+    model = nn.ModuleDict({"theirs": getattr(nn, kind)(4, 6), "ours": getattr(fastseq, kind)(4, 6)})
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    before = [layer(x) for layer in model.values()]
+    model["ours"].fastseq.backend = "eager"
+    report = fastseq.replace(model, compat=True, backend=("torch", "eager"))
+    assert list(report.swapped) == ["theirs", "ours"] and not report.left
+    assert f"theirs: now fastseq.compat.{kind}(4, 6" in str(report)
+    assert all(type(layer) is getattr(compat, kind) for layer in model.values())
+    assert all(isinstance(layer, getattr(nn, kind)) for layer in model.values())
+    assert model["theirs"].fastseq.backend == ("torch", "eager")
+    assert model["ours"].fastseq.backend == "eager"
+    for layer, expected in zip(model.values(), before, strict=True):
+        assert_same(layer(x), expected)
+    assert "already" in fastseq.replace(model).left["ours"]
+    fastseq.restore(model)
+    assert all(type(layer) is getattr(nn, kind) for layer in model.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -105,7 +105,10 @@ def test_packed_with_a_reset_that_is_batch_first():
 @compiles_cpp
 def test_inductor():
     """Packed rows; padded ones are in the model below."""
-    train_at_several_sizes(plain("LSTM", "packed"), "inductor")
+    from torch._inductor import config
+
+    with config.patch(implicit_fallbacks=False):
+        train_at_several_sizes(plain("LSTM", "packed"), "inductor")
 
 
 class Tagger(nn.Module):
@@ -579,6 +582,23 @@ def test_every_operator_is_checked():
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
     checked = {"recurrence", "recurrence_backward", "keep", "draw_seed"}
     assert names == {f"fastseq::{name}" for name in checked}
+
+
+def test_every_operator_has_a_fallback():
+    """Inductor knows those that it meets, so that it need not make a fallback unasked."""
+    from torch._inductor.lowering import lowerings
+
+    given = operator_arguments({"cell": "lstm"}, "full", packed=False)
+    operators = torch.ops.fastseq
+    meta = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), given)
+    outputs = operators.recurrence(*meta, True, False)
+    wanted = [True, True, True]
+    operators.recurrence_backward(*meta, outputs, outputs[0], outputs[1:3], [], False, wanted)
+    ids = torch.empty(2, dtype=torch.int64, device="meta")
+    operators.keep(operators.draw_seed(ids), [1], ids, None, 3, 0.5)
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
+    for name in names:
+        assert getattr(operators, name.removeprefix("fastseq::")).default in lowerings, name
 
 
 def test_fake_of_packed_rows_without_states():

@@ -1,10 +1,15 @@
-"""Libraries that take a model apart, or train it, meet fastseq's layers: Captum, Opacus, Lightning.
+"""Libraries that take a model apart, train it, or build layers themselves, meet fastseq's: Captum,
+Opacus, Lightning, torchrl and pytorch-forecasting.
 
 None of them is needed otherwise: ``make integration`` installs them and runs these tests.
 """
 
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
+import clients
 import pytest
 import torch
 from torch import nn
@@ -232,3 +237,57 @@ def test_lightning_in_lower_precision_and_its_summary(tmp_path):
     )
     trainer.fit(task, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8))
     assert losses == [torch.bfloat16] * 3
+
+
+# --- torchrl and pytorch-forecasting, which make their own layers, and ask isinstance of them
+
+PACKAGES = {"torchrl": "torchrl", "forecasting": "pytorch_forecasting"}
+
+
+def client(name):
+    """A model of a library, and what it computes with torch.nn's layers."""
+    pytest.importorskip(PACKAGES[name.partition("_")[0]])
+    run, kind = clients.CLIENTS[name]
+    layer, expected = run(kind, lambda model: None)
+    assert not isinstance(layer, fastseq.nn.Recurrent)
+    return lambda turn: run(kind, turn), expected
+
+
+def agree(found, expected):
+    for mine, yours in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", clients.CLIENTS)
+def test_clients_after_replace_with_compat(name):
+    run, expected = client(name)
+    reports = []
+    layer, found = run(lambda model: reports.append(fastseq.replace(model, compat=True)))
+    agree(found, expected)
+    if name.startswith("torchrl"):
+        assert isinstance(layer, fastseq.nn.Recurrent) and not reports[0].left
+    else:  # a subclass is left, and the report says what would turn it
+        (reason,) = reports[0].left.values()
+        assert reason.startswith("pytorch_forecasting.models.nn.rnn.")
+        assert "fastseq.install() before" in reason
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torchrl_asks_isinstance(kind):
+    """Without compat=True its modules take another way, which the report tells beforehand."""
+    run, _ = client(f"torchrl_module-{kind}")
+    reports = []
+    with pytest.raises(TypeError, match="mask"):
+        run(lambda model: reports.append(fastseq.replace(model)))
+    assert f"isinstance(..., nn.{kind}) stands in {kind}Module." in str(reports[0])
+
+
+@pytest.mark.parametrize("name", clients.CLIENTS)
+def test_clients_after_install(name, tmp_path):
+    _, expected = client(name)
+    script, out = Path(clients.__file__), tmp_path / "found.pt"
+    done = subprocess.run(
+        [sys.executable, str(script), name, str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    agree(torch.load(out), expected)

@@ -1,7 +1,9 @@
 """fastseq.replace and its way back: what is swapped, what is kept, and what is left and why."""
 
 import copy
+import functools
 import gc
+import types
 import warnings
 
 import pytest
@@ -111,7 +113,7 @@ def test_what_is_left_and_why():
     left = {name: reason for name, reason in report.left.items() if "." not in name}
     assert list(left) == ["own", "normed", "scripted", "ours", "compat", "quantizable"]
     assert "OwnLSTM is a subclass of torch.nn.LSTM" in left["own"]
-    assert "derive it from fastseq.LSTM" in left["own"]
+    assert "derive it from fastseq.LSTM, or call fastseq.install()" in left["own"]
     assert "parametrized" in left["normed"]
     assert "scripted" in left["scripted"]
     assert "already" in left["ours"] and "already" in left["compat"]
@@ -195,6 +197,237 @@ def test_old_weight_norm():
     assert not torch.allclose(module(x)[0], before[0])
     module(x)[0].sum().backward()
     assert module.weight_hh_l0_g.grad.any()
+
+
+# -- a forward, or what it calls, that stands on the instance
+
+
+def by_closure(module, method):
+    old = getattr(module, method)
+    return lambda *args, **kwargs: old(*args, **kwargs)
+
+
+def by_partial(module, method):
+    """As accelerate's hooks: the old one stays on the module."""
+    module._old = getattr(module, method)
+    return functools.partial(lambda m, *args, **kwargs: m._old(*args, **kwargs), module)
+
+
+def by_bound_method(module, method):
+    old = getattr(type(module), method)
+    return types.MethodType(lambda m, *args, **kwargs: old(m, *args, **kwargs), module)
+
+
+@pytest.mark.parametrize("wrap", [by_closure, by_partial, by_bound_method])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_of_the_instance(kind, wrap):
+    x = torch.randn(5, 3, 4) if kind in LAYERS else torch.randn(3, 4)
+    for place, turn, back in (
+        (nn, fastseq.replace, fastseq.restore),
+        (fastseq, fastseq.restore, fastseq.replace),
+        (fastseq.compat, fastseq.restore, fastseq.replace),
+    ):
+        module = getattr(place, kind)(4, 6)
+        before = module(x)
+        module.forward = wrap(module, "forward")
+        report = turn(module)
+        assert not report.swapped and type(module) is getattr(place, kind)
+        assert "its forward was replaced on the instance" in report.left[""]
+        assert "take that off" in report.left[""]
+        assert_same(module(x), before)
+        del module.forward
+        assert turn(module).swapped
+        module.forward = wrap(module, "forward")
+        assert_same(module(x), before)
+        assert not back(module).swapped
+
+
+def test_methods_that_torchs_forward_calls():
+    """torch.nn's forward runs what stands there; fastseq's may not."""
+    module = nn.LSTM(4, 6)
+    module.permute_hidden = lambda hx, permutation: (hx[0] + 1, hx[1])
+    x = torch.randn(5, 3, 4)
+    before = module(x)
+    assert "its permute_hidden was replaced" in fastseq.replace(module).left[""]
+    assert_same(module(x), before)
+    with pytest.raises(TypeError, match="forward was replaced on the instance"):
+        layer = fastseq.GRU(4, 6)
+        layer.forward = by_closure(layer, "forward")
+        torch.jit.script(Net(layer))
+
+
+def test_methods_that_compute_nothing_may_stand_on_the_instance():
+    module = nn.GRU(4, 6)
+    module.flatten_parameters = lambda: None
+    module.train = lambda mode=True: module
+    assert fastseq.replace(module).swapped
+    assert fastseq.restore(module).swapped
+    assert "train" in vars(module) and "flatten_parameters" in vars(module)
+
+
+def test_wrapped_by_torch_distributed():
+    """fully_shard and replicate give a module a class of theirs over its own."""
+
+    class Sharded:
+        __module__ = "torch.distributed.fsdp.somewhere"
+
+    for base, turn in ((nn.LSTM, fastseq.replace), (fastseq.LSTM, fastseq.restore)):
+        module = base(4, 6)
+        module.__class__ = type("FSDPLSTM", (Sharded, base), {})
+        report = turn(module)
+        assert "torch.distributed made it a FSDPLSTM" in report.left[""]
+        assert type(module).__name__ == "FSDPLSTM"
+
+
+def test_compiled_layers_are_compiled_again():
+    """Dynamo looks at the class; so a compiled model, or layer, runs what is there now."""
+    torch._dynamo.reset()
+    x, layer = torch.randn(5, 3, 4), nn.GRU(4, 6)
+    layer.compile(backend="eager")
+    model = torch.compile(nn.Sequential(layer), backend="eager")
+    before = model(x)
+    assert list(fastseq.replace(model).swapped) == ["_orig_mod.0"]
+    assert_same(model(x), before)
+    assert_same(layer(x), before)
+    fastseq.restore(model)
+    assert_same(model(x), before)
+
+
+# -- what the report says
+
+
+def copied_base(kind):
+    """As torchrl's: torch's attributes, __module__ among them, on a base of its own."""
+
+    class Base(nn.RNNBase):
+        def __init__(self, *args, **kwargs):
+            super().__init__(kind, *args, **kwargs)
+
+    for name in vars(getattr(nn, kind)):
+        if name != "__init__":
+            setattr(Base, name, getattr(getattr(nn, kind), name))
+    return type(kind, (Base,), {})
+
+
+def test_the_report_names_classes_that_there_are():
+    for kind in ("LSTM", "GRU"):
+        left = fastseq.replace(copied_base(kind)(4, 6)).left[""]
+        assert left.startswith(f"{kind} is a subclass of torch.nn.RNNBase")
+        assert f"derive it from fastseq.{kind}, or call fastseq.install() before" in left
+    left = fastseq.replace(OwnLSTM(4, 6)).left[""]
+    assert left.startswith(f"{__name__}.OwnLSTM is a subclass of torch.nn.LSTM")
+    cell = type("Cell", (nn.RNNCellBase,), {})(4, 6, True, 3)
+    assert "torch.nn.RNNCellBase and may" in fastseq.replace(cell).left[""]
+
+
+LAYER_CLASSES = (nn.LSTM, nn.GRU)
+
+
+def packs(layer):
+    return isinstance(layer, LAYER_CLASSES)
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(4, 6)
+        self.step = nn.GRUCell(4, 6)
+
+    def forward(self, x):
+        return self.layer(x)[0] if isinstance(self.layer, nn.LSTM) else None
+
+
+class AskingTuples(Asking):
+    def forward(self, x):
+        return all(isinstance(m, (nn.Linear, nn.LSTM)) for m in [self.layer])
+
+
+class AskingElsewhere(Asking):
+    @property
+    def first(self):
+        return packs(self.layer)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class AskingDecorated(Asking):
+    @torch.no_grad()
+    def forward(self, x):
+        return nn.LSTM is not None and isinstance(self.layer, nn.modules.rnn.LSTM)
+
+
+class AskingOther(nn.Module):
+    """Neither what it makes nor what it asks of others is a reason to warn."""
+
+    def __init__(self, hx=()):
+        super().__init__()
+        self.layer = nn.LSTM(4, 6) if isinstance(hx, tuple) else nn.LSTM(4, 5)
+        self.gru = nn.GRU(4, 6)
+
+    def forward(self, x):
+        made = nn.LSTM
+        if isinstance(x, nn.utils.rnn.PackedSequence) or isinstance(self.step, nn.RNNCell):
+            return isinstance(self.layer, nn.RNNBase), made
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "kind, method",
+    [
+        (Asking, "Asking.forward"),
+        (AskingTuples, "AskingTuples.forward, Asking.forward"),
+        (AskingElsewhere, "AskingElsewhere.first, Asking.forward"),
+        (AskingDecorated, "AskingDecorated.forward, Asking.forward"),
+        (AskingOther, None),
+    ],
+)
+def test_a_note_where_the_model_asks_isinstance(kind, method):
+    model = nn.Sequential(nn.ModuleDict({"inner": kind()}))
+    notes = fastseq.replace(copy.deepcopy(model)).notes
+    if method is None:
+        assert not notes
+        return
+    assert len(notes) == 1
+    assert notes[0].startswith(f"isinstance(..., nn.LSTM) stands in {method} and is false")
+    assert "replace(model, compat=True)" in notes[0]
+    report = fastseq.replace(model, compat=True)
+    assert len(report.swapped) == 2 and not report.notes
+    assert isinstance(model[0]["inner"].layer, nn.LSTM)
+
+
+# -- misuse
+
+
+@pytest.mark.parametrize("turn", [fastseq.replace, fastseq.restore])
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        (nn.LSTM, "got the class LSTM; make an instance"),
+        ([nn.LSTM(4, 6)], "got list; pass each of the modules, or an nn.ModuleList"),
+        (nn.LSTM(4, 6).parameters(), "got generator; pass each"),
+        (torch.optim.SGD(nn.LSTM(4, 6).parameters()), "got SGD; pass the model whose parameters"),
+        ("model.pt", "got str; pass the model itself"),
+        (nn.LSTM(4, 6).state_dict(), "got OrderedDict; load a state_dict into a model"),
+        (nn.LSTM(4, 6).forward, "got method; pass the module that it calls"),
+        (None, "got NoneType; pass the model itself"),
+        (torch.zeros(3), "got Tensor; pass the model itself"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_that_is_no_module(turn, model, words):
+    with pytest.raises(TypeError, match=f"model: expected a torch.nn.Module, {words}"):
+        turn(model)
+
+
+@pytest.mark.parametrize("backend", ["natve", ("torch", "natve"), (), 3])
+def test_options_are_checked_before_anything_is_changed(backend):
+    model = Tagger()
+    with pytest.raises((TypeError, ValueError), match="backend: expected"):
+        fastseq.replace(model, backend=backend)
+    with pytest.raises(ValueError, match="memory: expected"):
+        fastseq.replace(model, memory="leen")
+    assert type(model.encoder) is nn.LSTM and "_fastseq" not in vars(model.encoder)
 
 
 def test_nothing_to_do():
@@ -380,9 +613,10 @@ def test_trace(kind, backend):
 @pytest.mark.skipif(not torch.backends.quantized.supported_engines, reason="no engine")
 def test_quantize_dynamic():
     """It passes over our layers; restore first."""
-    model = nn.Sequential(fastseq.LSTM(4, 6))
-    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
-    assert type(quantized[0]) is fastseq.LSTM
+    for place in (fastseq.compat, fastseq):
+        model = nn.Sequential(place.LSTM(4, 6))
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+        assert type(quantized[0]) is place.LSTM
     x = torch.randn(5, 3, 4)
     expected = model(x)[0]
     assert_same(quantized(x)[0], expected)

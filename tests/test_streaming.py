@@ -1,7 +1,11 @@
 """One step at a time: the handle of fastseq.streaming, and the short way of a module."""
 
 import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
+import numpy
 import pytest
 import torch
 from problems import full
@@ -142,13 +146,345 @@ def test_weights_are_read_again_when_told(backend):
     close(handle.step(x[2]), y[0], torch.float32)
 
 
-def test_the_output_stays_for_one_more_step():
+def edited(y):
+    """What users do to an output."""
+    torch.relu_(y).mul_(0.5).add_(1.0)
+    return y
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_outputs_are_the_callers(kind, layers, B, backend):
+    """They keep their numbers, and may be edited, which no later step notices."""
+    m = LAYERS[kind](5, 7, num_layers=layers, backend=backend).eval()
+    xs = torch.randn(5, B, 5)
+    with torch.no_grad():
+        y, state = m(xs)
+    handle = fastseq.streaming(m, B)
+    kept = [handle.step(x) for x in xs]
+    close(torch.stack(kept), y, torch.float32)
+    again = fastseq.streaming(m, B)
+    for x, row in zip(xs, y, strict=True):
+        found = again.step(x)
+        close(found, row, torch.float32)
+        edited(found)
+    for ours, theirs in zip(states(again.state), states(state), strict=True):
+        close(ours, theirs, torch.float32)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_buffer_of_the_callers(kind, backend):
+    """Contiguous or not, negated lazily, the input itself: it takes the step's output."""
+    m = LAYERS[kind](7, 7, num_layers=2, backend=backend).eval()
+    x = torch.randn(3, 7)
+    expected, following = fastseq.streaming(m, 3), torch.randn(3, 7)
+    first, second = expected.step(x), expected.step(following)
+    for make in (
+        lambda: torch.empty(3, 7),
+        lambda: torch.empty(3, 14)[:, ::2],
+        lambda: torch._neg_view(torch.empty(3, 7)),
+        lambda: torch.empty(4, 7)[1:],
+        lambda: torch.empty(3, 7).as_subclass(torch.nn.Buffer),
+    ):
+        handle, out = fastseq.streaming(m, 3), make()
+        version = out._version
+        assert handle.step(x, out=out) is out
+        assert torch.equal(out, first)
+        assert out._version > version
+        edited(out)
+        assert torch.equal(handle.step(following, out), second)
+    handle, itself = fastseq.streaming(m, 3), x.clone()
+    assert torch.equal(handle.step(itself, out=itself), first)
+    assert torch.equal(handle.step(following), second)
+    for given in (
+        torch.empty(3, 6),
+        torch.empty(7),
+        torch.empty(1, 3, 7),
+        torch.empty(3, 7, dtype=torch.float64),
+        torch.empty(3, 7, device="meta"),
+        [0.0],
+        torch.empty(3, 7, requires_grad=True),
+    ):
+        handle = fastseq.streaming(m, 3)
+        with pytest.raises(ValueError, match="out: "):
+            handle.step(x, out=given)
+        assert torch.equal(handle.step(x), first)  # nothing was done
+
+
+def test_a_buffer_that_backward_needs():
+    """Autograd is told that it was written to."""
+    handle = fastseq.streaming(fastseq.LSTM(5, 7), 2)
+    out, w = torch.zeros(2, 7), torch.ones(7, requires_grad=True)
+    loss = (out * w).sum()
+    handle.step(torch.randn(2, 5), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_inference_mode_and_outside(kind, backend):
+    m = LAYERS[kind](5, 7, backend=backend)
+    xs = torch.randn(4, 2, 5)
+    whole = fastseq.streaming(m, 2)
+    expected = [whole.step(x) for x in xs]
+    for made, first, then in ((True, True, False), (True, False, True), (False, True, False)):
+        with torch.inference_mode(made):
+            handle = fastseq.streaming(m, 2)
+            handle.refresh()
+        for mode, two in ((first, (0, 1)), (then, (2, 3))):
+            with torch.inference_mode(mode):
+                handle.refresh()
+                for t in two:
+                    out = torch.empty(2, 7) if t % 2 else None
+                    assert torch.equal(handle.step(xs[t], out), expected[t])
+                handle.state = handle.state
+                handle.reset([])
+    with torch.inference_mode():
+        inside = torch.empty(2, 7)
+    handle.reset()
+    assert torch.equal(handle.step(xs[0], inside), expected[0])
+    with torch.inference_mode():
+        again = copy.deepcopy(handle)
+    assert torch.equal(again.step(xs[1]), expected[1])
+    again.reset(1)
+
+
+class Server(torch.nn.Module):
+    def __init__(self, kind, backend):
+        super().__init__()
+        self.rnn = LAYERS[kind](5, 7, num_layers=2, backend=backend)
+        self.live = fastseq.streaming(self.rnn, 2)
+
+
+class Circle(fastseq.GRU):
+    """A layer that holds its own handle."""
+
+
+def by_pickle(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def by_torch(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_processes(value):
+    """As torch.multiprocessing sends it, with tensors in memory that is shared."""
+    return pickle.loads(bytes(ForkingPickler.dumps(value)))
+
+
+WAYS = [copy.deepcopy, by_pickle, by_torch, by_processes]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_copies(kind, way, backend):
+    """A copy goes on where the handle is, on weights and a state of its own."""
+    server = Server(kind, backend)
+    xs = torch.randn(4, 2, 5)
+    server.live.step(xs[0])
+    other = way(server)
+    assert other.live.module is other.rnn and other.rnn is not server.rnn
+    alone = way(server.live)
+    expected = [server.live.step(x) for x in xs[1:]]
+    server.live.reset()
+    if way is not by_processes:  # which share the weights, as torch.multiprocessing has it
+        with torch.no_grad():
+            for w in server.rnn.parameters():
+                w.zero_()
+        server.live.refresh()
+    for handle in (other.live, alone):
+        for x, y in zip(xs[1:], expected, strict=True):
+            assert torch.equal(handle.step(x), y)
+    assert not any(s.any() for s in states(server.live.state))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_of_a_layer_that_holds_its_handle(way, backend):
+    m = Circle(5, 7, backend=backend)
+    m.live = fastseq.streaming(m, 2)
+    x = torch.randn(2, 5)
+    other = way(m)
+    assert other.live.module is other
+    assert torch.equal(other.live.step(x), m.live.step(x))
+
+
+def test_a_copy_of_a_copy_that_has_not_stepped(backend):
+    m = fastseq.GRU(5, 7, backend=backend)
+    handle = fastseq.streaming(m, 2)
+    x = torch.randn(2, 5)
+    handle.step(x)
+    other = copy.copy(copy.deepcopy(by_pickle(handle)))
+    assert torch.equal(other.state, handle.state)
+    other.state = other.state * 2
+    other.reset(0)
+    assert not torch.equal(other.state, handle.state)
+    other.state = handle.state
+    assert torch.equal(other.step(x), handle.step(x))
+
+
+def test_devices_that_are_set():
     m = fastseq.LSTM(5, 7)
-    handle = fastseq.streaming(m, batch=2)
-    first = handle.step(torch.randn(2, 5))
-    kept = first.clone()
-    second = handle.step(torch.randn(2, 5))
-    assert torch.equal(first, kept) and not torch.equal(first, second)
+    x = torch.randn(2, 5)
+    expected = fastseq.streaming(m, 2).step(x)
+    with torch.device("meta"):
+        handle = fastseq.streaming(m, 2)
+        handle.refresh()
+        assert torch.equal(handle.step(x), expected)
+        handle.reset([0])
+        handle.reset([True, True])
+        assert torch.equal(handle.step(x), expected)
+        again = copy.deepcopy(handle)
+        again.reset()
+        assert torch.equal(again.step(x), expected)
+    assert all(s.device.type == "cpu" for s in handle.state)
+
+
+def test_lazy_negation(backend):
+    m = fastseq.LSTM(5, 7, backend=backend)
+    x, h, c = torch.randn(2, 5), torch.randn(1, 2, 7), torch.randn(1, 2, 7)
+    handle = fastseq.streaming(m, 2)
+    handle.state = h, c
+    expected = handle.step(x)
+    handle.state = torch._neg_view(-h), torch._neg_view(-c)
+    assert torch.equal(handle.step(torch._neg_view(-x)), expected)
+
+
+def test_autocast(backend):
+    """The step is made in the weights' type, of an input that autocast made."""
+    m = fastseq.LSTM(5, 7, backend=backend)
+    x = torch.randn(2, 5).bfloat16()
+    handle, again = fastseq.streaming(m, 2), fastseq.streaming(m, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = handle.step(x)
+        assert torch.equal(handle.step(x.float()), again.step(x.float()) * 0 + handle.state[0][-1])
+    again.reset()
+    assert y.dtype is torch.float32 and torch.equal(y, again.step(x.float()))
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 on cpu, got torch\.bfloat16"):
+        handle.step(x)
+
+
+def test_weights_of_another_type_are_read_again(backend):
+    m = fastseq.LSTM(5, 7, backend=backend)
+    handle = fastseq.streaming(m, 2)
+    x = torch.randn(2, 5)
+    handle.step(x)
+    m.double()
+    handle.refresh()
+    with torch.no_grad():
+        y, _ = m(x.double()[None], handle.state)
+    close(handle.step(x.double()), y[0], torch.float64)
+
+
+class Doubled(fastseq.GRU):
+    def forward(self, input, hx=None):
+        y, h = super().forward(2 * input, hx)
+        return y + 1, h
+
+
+def test_a_forward_of_its_own():
+    """A subclass's, the instance's, hooks, and options: a step is what the module makes of it."""
+    x = torch.randn(3, 2, 5)
+
+    def check(m, before=None):
+        handle = before or fastseq.streaming(m, 2)
+        with torch.no_grad():
+            y, h = m.eval()(x, None)
+        close(torch.stack([edited(handle.step(row)) for row in x]), edited(y), torch.float32)
+        close(handle.state, h, torch.float32)
+
+    check(Doubled(5, 7))
+    m = fastseq.GRU(5, 7)
+    own = m.forward
+    m.forward = lambda input, hx=None: own(input + 1, hx)
+    check(m)
+    m = fastseq.GRU(5, 7)
+    m.register_forward_pre_hook(lambda module, given: (-given[0], *given[1:]))
+    check(m)
+    m = fastseq.GRU(5, 7)
+    m.register_forward_hook(lambda module, given, found: (found[0] * 3, found[1]))
+    check(m)
+    m = fastseq.GRU(5, 7)
+    handle = fastseq.streaming(m, 2)
+    m.fastseq.zoneout = 0.5
+    handle.refresh()
+    check(m, handle)
+
+
+class OutputAlone(fastseq.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)[0]
+
+
+def test_a_forward_that_gives_something_else():
+    handle = fastseq.streaming(OutputAlone(5, 7), 2)
+    with pytest.raises(TypeError, match=r"module: expected the forward of OutputAlone to return"):
+        handle.step(torch.randn(2, 5))
+
+
+def test_states_that_do_not_fit(backend):
+    """Nothing is broadcast, and nothing is set in part."""
+    lstm = fastseq.streaming(fastseq.LSTM(5, 7, num_layers=2, backend=backend), 3)
+    gru = fastseq.streaming(fastseq.GRU(5, 7, num_layers=2, backend=backend), 3)
+    lstm.step(torch.randn(3, 5)), gru.step(torch.randn(3, 5))
+    fits, before = torch.randn(2, 3, 7), (*lstm.state, gru.state)
+    wrong = (
+        torch.randn(3, 7),
+        torch.randn(7),
+        torch.tensor(1.0),
+        torch.randn(1, 3, 7),
+        torch.randn(2, 1, 7),
+        torch.randn(2, 3, 1),
+        torch.randn(2, 3, 7, dtype=torch.float64),
+        torch.randn(2, 3, 7).bfloat16(),
+        torch.empty(2, 3, 7, device="meta"),
+        0.0,
+        None,
+    )
+    for bad in wrong:
+        with pytest.raises(ValueError, match="state: h: expected"):
+            gru.state = bad
+        with pytest.raises(ValueError, match="state: h: expected"):
+            lstm.state = bad, fits
+        with pytest.raises(ValueError, match="state: c: expected"):
+            lstm.state = fits, bad
+    for bad in (fits, (fits,), (fits, fits, fits), None, torch.randn(2, 2, 3, 7)):
+        with pytest.raises(TypeError, match=r"state: expected a pair \(h, c\), got"):
+            lstm.state = bad
+    with pytest.raises(ValueError, match="state: h: expected"):
+        gru.state = (fits,)
+    for now, then in zip((*lstm.state, gru.state), before, strict=True):
+        assert torch.equal(now, then)
+    lstm.state = [fits, fits]
+    assert torch.equal(lstm.state[1], fits)
+    gru.state = fits.clone().requires_grad_()
+    assert torch.equal(gru.state, fits) and not gru.state.requires_grad
+
+
+def test_rows_that_are_not_there():
+    handle = fastseq.streaming(fastseq.LSTM(5, 7), 3)
+    handle.step(torch.randn(3, 5))
+    before = handle.state
+    for rows in ([3], [0, -4], torch.tensor([1, 7]), 3):
+        with pytest.raises(IndexError, match="rows: expected indices from -3 to 2, got"):
+            handle.reset(rows)
+    for rows in ([True], torch.ones(3, 1, dtype=torch.bool), True, [True] * 4):
+        with pytest.raises(ValueError, match=r"rows: expected a mask \(batch,\) = \(3,\), got"):
+            handle.reset(rows)
+    for rows in ([0.0], torch.ones(3, dtype=torch.uint8), torch.tensor([1.5])):
+        with pytest.raises(TypeError, match="rows: expected integers, or bools"):
+            handle.reset(rows)
+    for ours, then in zip(handle.state, before, strict=True):
+        assert torch.equal(ours, then)
+    for rows in (-1, torch.tensor(2), numpy.array([2]), torch.tensor([2], dtype=torch.int32)):
+        handle.state = before
+        handle.reset(rows)
+        assert torch.equal(handle.state[0][:, :2], before[0][:, :2])
+        assert not handle.state[0][:, 2].any() and not handle.state[1][:, 2].any()
 
 
 def test_strided_input_and_gradients():
@@ -190,8 +526,15 @@ def test_mistakes():
     for batch in (0, -1, 1.5, True, None):
         with pytest.raises(ValueError, match="batch: expected an int of at least 1"):
             fastseq.streaming(m, batch)
-    with pytest.raises(TypeError, match="module: expected a layer of fastseq, got LSTM"):
+    with pytest.raises(
+        TypeError, match=r"got LSTM of torch\.nn; call fastseq\.replace\(model\) first"
+    ):
         fastseq.streaming(torch.nn.LSTM(5, 7))
+    for cell in (fastseq.GRUCell(5, 7), torch.nn.GRUCell(5, 7)):
+        with pytest.raises(TypeError, match="got GRUCell, which makes single steps itself"):
+            fastseq.streaming(cell)
+    with pytest.raises(TypeError, match="module: expected a layer of fastseq, got Linear"):
+        fastseq.streaming(torch.nn.Linear(5, 7))
 
 
 # The short way

@@ -42,6 +42,28 @@ def parity(backend_and_cell: str, special: str) -> tuple[str, ...]:
 
 
 MUTATIONS = (
+    # More threads than cores
+    Mutation(
+        "native: a call takes more threads than the quota",
+        "csrc/cpu/run.cpp",
+        "if (pool.quota > 0 && pool.quota < threads)",
+        "if (pool.quota < 0)",
+        ("tests/test_cores.py::test_threads_of_a_call",),
+    ),
+    Mutation(
+        "native: a call takes more threads than there are processors",
+        "csrc/cpu/run.cpp",
+        "return cores < threads ? cores : threads;",
+        "return threads;",
+        ("tests/test_cores.py",),
+    ),
+    Mutation(
+        "the limits of the groups around a process's own are not read",
+        "fastseq/backends/openmp.py",
+        "for group in (own, *own.parents):",
+        "for group in (own,):",
+        ("tests/test_cores.py::test_quota",),
+    ),
     # Native's windows
     Mutation(
         "native: the last window alone is summed",
@@ -303,6 +325,34 @@ MUTATIONS = (
         parity("eager-lstm", "h_mask"),
     ),
     # What users pass, and what becomes of it
+    Mutation(
+        "a stream's state is not copied with its handle",
+        "fastseq/nn/streaming.py",
+        'own["_states"] = {name: s.clone() for name, s in self._states.items()}',
+        'own["_states"] = {name: s.zero_() for name, s in self._states.items()}',
+        ("tests/test_streaming.py::test_copies",),
+    ),
+    Mutation(
+        "a stream's state is broadcast",
+        "fastseq/nn/streaming.py",
+        '_like(f"state: {name}", new, tuple(mine.shape), words, mine)',
+        "new",
+        ("tests/test_streaming.py::test_states_that_do_not_fit",),
+    ),
+    Mutation(
+        "a stream does not see a forward of the subclass's own",
+        "fastseq/nn/streaming.py",
+        "type(module).forward is not Recurrent.forward",
+        "False",
+        ("tests/test_streaming.py::test_a_forward_of_its_own",),
+    ),
+    Mutation(
+        "a stream's step leaves the state where it was",
+        "csrc/python/stream.h",
+        "one.r.h_0 = one.r.h_n = states + layer * B * P;",
+        "one.r.h_0 = states + layer * B * P, one.r.h_n = output_.data();",
+        ("tests/test_streaming.py::test_steps_are_those_of_the_module",),
+    ),
     Mutation(
         "reset: the reverse direction takes forward's",
         GEOMETRY,
@@ -587,7 +637,7 @@ MUTATIONS = (
     Mutation(
         "layers: the short way takes no heed of the backend named",
         SHORT,
-        "device, module.backend, lean, single)",
+        "device, own.backend, lean, single)",
         "device, None, lean, single)",
         SERVED,
     ),

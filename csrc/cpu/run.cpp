@@ -61,8 +61,12 @@ void pause(int spins) {
 int useful_threads(int threads, double flops) {
   const double share = 2.5e6;  // about 20 us of work: a thread that is awake takes 2 us to start
   const double most = flops / share;
-  if (most < 2) return 1;
-  return most < threads ? static_cast<int>(most) : threads;
+  if (threads < 2 || most < 2) return 1;
+  if (most < threads) threads = static_cast<int>(most);
+  if (pool.quota > 0 && pool.quota < threads) threads = pool.quota;
+  // asked at each call that is shared, 0.1 us: the affinity of a running process may change
+  const int cores = pool.num_procs ? pool.num_procs() : threads;
+  return cores < threads ? cores : threads;
 }
 
 Plan make_plan(int threads, int64_t batch, int64_t blocks, double flops, double bytes) {

@@ -147,8 +147,8 @@ def _is_name(value: Any) -> bool:
 
 
 def names(backend: Backend) -> tuple[str, ...]:
-    """The backends that a caller names, checked."""
-    order = as_order(() if backend is None else backend)
+    """The backends that a caller names, checked; none for None."""
+    order = as_order(backend)
     return (order,) if isinstance(order, str) else order or ()
 
 

@@ -365,8 +365,9 @@ class WholeStacks(Protocol):
 class Streams(Protocol):
     """Of a backend that runs a stack step by step on packed weights: see nn/streaming.py.
 
-    h: (2, layers, B, P), two buffers that take turns. others: of each other state (layers, B, H),
-    kept and written to. outputs: the last layer's h in both buffers, which steps return in turn.
+    h: (layers, B, P), others: of each other state (layers, B, H); both are kept, and each step
+    writes the next state there. A step returns ``out``, (B, P), with its output in it, or a new
+    tensor; None, and nothing is written, where it does not take the tensors as they are.
     """
 
     def streams(self, problem: Problem) -> bool:
@@ -378,10 +379,11 @@ class Streams(Protocol):
         weights: Sequence[Tensor],
         h: Tensor,
         others: Sequence[Tensor],
-        outputs: tuple[Tensor, Tensor],
     ) -> Any: ...
 
-    def stream_step(self, stream: Any, x: Tensor, threads: int) -> Tensor | None: ...
+    def stream_step(
+        self, stream: Any, x: Tensor, out: Tensor | None, threads: int
+    ) -> Tensor | None: ...
 
 
 def fault(module: Any) -> str | None:

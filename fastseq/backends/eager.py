@@ -9,14 +9,19 @@ from __future__ import annotations
 import builtins
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _VF, Tensor
 
 from ..cells import CELLS, Cell, arguments, bind
+from ..cells.declaration import Phase
 from ..cells.text import Text
 from .contract import Abilities, Call, Problem, Result, Weights
 from .layout import unprojected
+from .tracing import loop, unrecorded
+
+Phases = list[tuple[Phase, Text, tuple[int, int]]]
 
 ABILITIES = Abilities(differentiable=True, zoneout=True)
 
@@ -68,9 +73,11 @@ def texts(cell: Cell) -> list[Text]:
 
 def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
     """One layer. 16-bit types compute gates and carry states other than h in float32."""
+    if torch.jit.is_tracing():
+        return _in_a_trace(call, trajectory)
     x = call.x
     stay = None if call.masks is None else call.masks.stay
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    wide = _wide(x)
     states = call.states or call.zero_states()
     if call.batch_sizes is None:
         T, B = x.shape[:2]
@@ -115,6 +122,11 @@ def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
     )
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """The type of gates and of carried states other than h."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
 def _recurrence(
     cell: Cell,
     x: Tensor,
@@ -128,7 +140,7 @@ def _recurrence(
     stay: Sequence[Tensor | float] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     H = weights.w_ih.shape[0] // cell.G
-    products = [cell.product_rows(phase) for phase in cell.phases]
+    phases = _phases(cell)
     gates = torch.nn.functional.linear(x, weights.w_ih, weights.b_ih)
     inputs = gates.to(wide).split(list(sizes))
     resets = None if reset is None else reset.split(sizes)
@@ -141,45 +153,22 @@ def _recurrence(
     order = range(len(sizes))
     for t in reversed(order) if reverse else order:
         B_t = sizes[t]
-        now = {f"{s}_prev": states[k][:B_t] for k, s in enumerate(cell.states)}
-        if resets is not None:
-            now = {name: value.masked_fill(resets[t][:, None], 0) for name, value in now.items()}
-        h_prev = now["h_prev"]
-        now["h_prev"] = h_prev.to(wide)
-        now |= {
-            name: u.to(wide) for name, u in zip(cell.unit_parameters, weights.units, strict=True)
-        }
-        for gate, value in zip(cell.gates, inputs[t].split(H, -1), strict=True):
-            now[f"x_{gate}"] = value
-        for phase, text, (first, last) in zip(cell.phases, texts(cell), products, strict=True):
-            if last and weights.w_hh is not None:
-                operand = h_prev if phase.operand == "h_prev" else now[phase.operand].to(x.dtype)
-                if h_mask is not None and phase.operand == "h_prev":
-                    operand = operand * h_mask[:B_t]
-                rows = slice(first * H, last * H)
-                bias = None if weights.b_hh is None else weights.b_hh[rows]
-                product = torch.nn.functional.linear(operand, weights.w_hh[rows], bias).to(wide)
-                for gate, value in zip(
-                    cell.product_gates(phase), product.split(H, -1), strict=True
-                ):
-                    now[f"s_{gate}"] = value
-                    if f"a_{gate}" in arguments(phase.forward):
-                        now[f"a_{gate}"] = now[f"x_{gate}"] + value
-            results = text(*(now[name] for name in arguments(phase.forward)))
-            now |= dict(zip(phase.returns, results, strict=True))
-        h = now["h"].to(x.dtype)
-        if weights.w_hr is not None:
-            h = torch.nn.functional.linear(h, weights.w_hr)
-        now["h"] = h
-        if stays is not None:
-            before = (h_prev, *(now[f"{state}_prev"] for state in cell.other_states))
-            for state, old, part in zip(cell.states, before, stays, strict=True):
-                now[state] = _zoned(now[state], old, part[t])
-        outputs.append(now["h"])
-        along.append([now[state] for state in cell.other_states])
+        now = _step(
+            cell,
+            phases,
+            H,
+            inputs[t],
+            [s[:B_t] for s in states],
+            weights,
+            None if resets is None else resets[t],
+            None if h_mask is None else h_mask[:B_t],
+            None if stays is None else [part[t] for part in stays],
+        )
+        outputs.append(now[0])
+        along.append(now[1:])
         states = [
-            now[state] if B_t == len(carried) else torch.cat([now[state], carried[B_t:]])
-            for state, carried in zip(cell.states, states, strict=True)
+            new if B_t == carried.shape[0] else torch.cat([new, carried[B_t:]])
+            for new, carried in zip(now, states, strict=True)
         ]
     if not sizes:
         empty = x.new_zeros((0, states[0].shape[-1]))
@@ -188,6 +177,133 @@ def _recurrence(
         outputs.reverse()
         along.reverse()
     return torch.cat(outputs), states, [torch.cat(s) for s in zip(*along, strict=True)]
+
+
+def _phases(cell: Cell) -> Phases:
+    """Each with its text and the rows of its recurrent product."""
+    rows = [cell.product_rows(phase) for phase in cell.phases]
+    return list(zip(cell.phases, texts(cell), rows, strict=True))
+
+
+def _step(
+    cell: Cell,
+    phases: Phases,
+    H: int,
+    gates: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    stay: Sequence[Tensor | float] | None,
+) -> list[Tensor]:
+    """The states after a step. gates: the input product (B, G*H); reset: (B,); h_mask: (B, P)."""
+    wide = gates.dtype
+    now = {f"{name}_prev": value for name, value in zip(cell.states, states, strict=True)}
+    if reset is not None:
+        now = {name: value.masked_fill(reset[:, None], 0) for name, value in now.items()}
+    h_prev = now["h_prev"]
+    now["h_prev"] = h_prev.to(wide)
+    now |= {name: u.to(wide) for name, u in zip(cell.unit_parameters, weights.units, strict=True)}
+    for gate, value in zip(cell.gates, gates.split(H, -1), strict=True):
+        now[f"x_{gate}"] = value
+    for phase, text, (first, last) in phases:
+        if last and weights.w_hh is not None:
+            operand = h_prev if phase.operand == "h_prev" else now[phase.operand].to(h_prev.dtype)
+            if h_mask is not None and phase.operand == "h_prev":
+                operand = operand * h_mask
+            rows = slice(first * H, last * H)
+            bias = None if weights.b_hh is None else weights.b_hh[rows]
+            product = torch.nn.functional.linear(operand, weights.w_hh[rows], bias).to(wide)
+            for gate, value in zip(cell.product_gates(phase), product.split(H, -1), strict=True):
+                now[f"s_{gate}"] = value
+                if f"a_{gate}" in arguments(phase.forward):
+                    now[f"a_{gate}"] = now[f"x_{gate}"] + value
+        results = text(*(now[name] for name in arguments(phase.forward)))
+        now |= dict(zip(phase.returns, results, strict=True))
+    h = now["h"].to(h_prev.dtype)
+    if weights.w_hr is not None:
+        h = torch.nn.functional.linear(h, weights.w_hr)
+    new = [h, *(now[name] for name in cell.other_states)]
+    if stay is None:
+        return new
+    before = (h_prev, *(now[f"{name}_prev"] for name in cell.other_states))
+    return [_zoned(*parts) for parts in zip(new, before, stay, strict=True)]
+
+
+def _in_a_trace(call: Call, trajectory: bool) -> Result:
+    """:func:`forward` for torch.jit.trace, which would write out the steps and the lengths of its
+    example. Of dense rows: a sequence keeps its state outside of its steps."""
+    cell, x, sizes = call.definition, call.x, call.batch_sizes
+    H, wide = _units(call), _wide(x)
+    alive: list[Tensor] = []
+    lengths: Any = None
+    if sizes is not None:
+        _, lengths = _VF._pad_packed_sequence(x, sizes, False, 0.0, -1)
+        steps = torch.arange(sizes.shape[0], device=x.device)
+        alive = [steps[:, None] < lengths.to(x.device)]
+
+    def dense(rows: Tensor) -> Tensor:
+        """(T, B, ...) from packed rows, or from those of dense ones one behind the other."""
+        if sizes is not None:
+            return _VF._pad_packed_sequence(rows, sizes, False, 0.0, -1)[0]
+        return rows.reshape(*x.shape[:2], *rows.shape[1:])
+
+    def rows(steps: Tensor) -> Tensor:
+        return steps if sizes is None else _VF._pack_padded_sequence(steps, lengths, False)[0]
+
+    states = call.states or call.zero_states()
+    phases, ys, finals, alongs = _phases(cell), [], [], []
+    for r, weights in enumerate(call.weights):
+        gates = torch.nn.functional.linear(x, weights.w_ih, weights.b_ih).to(wide)
+        reset = [] if call.reset is None else [dense(call.reset[r])]
+        stay = None if call.masks is None or call.masks.stay is None else call.masks.stay[r]
+        drawn = [dense(s) for s in stay or () if isinstance(s, Tensor)]
+        mask = [] if call.h_mask is None else [call.h_mask[r]]
+        recurrent = weights._replace(w_ih=None, b_ih=None)
+
+        def step(
+            *tensors: Tensor,
+            resets=bool(reset),
+            stay=stay,
+            masked=bool(mask),
+            recurrent=recurrent,
+        ) -> Any:
+            rest = iter(tensors)
+            gates = next(rest)
+            alive_t = next(rest) if alive else None
+            reset_t = next(rest) if resets else None
+            stay_t = stay and [next(rest) if isinstance(s, Tensor) else s for s in stay]
+            old = [next(rest) for _ in cell.states]
+            mask = next(rest) if masked else None
+            own = recurrent.map(lambda _: next(rest))
+            new = _step(cell, phases, H, gates, old, own, reset_t, mask, stay_t)
+            if alive_t is not None:
+                new = [torch.where(alive_t[:, None], *s) for s in zip(new, old, strict=True)]
+            return tuple(new) if len(new) > 1 else new[0]
+
+        inputs = [gates if sizes is None else dense(gates), *alive, *reset, *drawn]
+        if call.reverse[r]:
+            inputs = [i.flip(0) for i in inputs]
+        start = [s[r] if k == 0 else s[r].to(wide) for k, s in enumerate(states)]
+        along, final = loop(step, inputs, start, [*mask, *recurrent.given()])
+        if call.reverse[r]:
+            along = [s.flip(0) for s in along]
+        ys.append(along[0])
+        alongs.append(along[1:])
+        finals.append(final)
+    return Result(
+        rows(torch.cat(ys, -1)),
+        [torch.stack(s).to(x.dtype) for s in zip(*finals, strict=True)],
+        [rows(torch.cat(s, -1)).to(x.dtype) for s in zip(*alongs, strict=True)]
+        if trajectory
+        else [],
+        [],
+    )
+
+
+@unrecorded
+def _units(call: Call) -> int:
+    return call.H
 
 
 def _zoned(new: Tensor, old: Tensor, stay: Tensor | float) -> Tensor:

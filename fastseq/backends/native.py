@@ -71,16 +71,18 @@ _COMMON = (
 #: and give something else, which nothing but this would tell before it crashes.
 SIGNATURES = {
     "connect": "(capsule, tensor type, parameter type)",
-    "use_pool": "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads)",
+    "use_pool": "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads, omp_get_num_procs,"
+    " quota)",
     "instruction_sets": "() -> [name]",
     "use_instruction_set": "(name) -> name before",
     "vocabulary": "(function, x, y)",
+    "threads": "(threads, flops) -> threads",
     "plan": "(threads, batch, blocks, flops, bytes) -> (rows, units)",
     "forward": f"({_COMMON}, save, trajectory, known) -> (y, states, saved) | None",
     "backward": f"({_COMMON}, y, saved, dy, dstates, dtrajectory, wants_x, wants_weights,"
     " wants_states) -> [dx, *dstates, *dweights] | None",
-    "stream": "(cell, weights, layers, h, others, outputs) -> stream | None",
-    "stream_step": "(stream, x, threads) -> y | None",
+    "stream": "(cell, weights, layers, h, others) -> stream | None",
+    "stream_step": "(stream, x, out, threads) -> y | None",
 }
 
 
@@ -106,9 +108,9 @@ def _connect() -> str | None:
         _cpu.connect(capsule, Tensor, torch.nn.Parameter)
     except (ImportError, ValueError) as error:
         return str(error)
-    _cpu.use_pool(*openmp.addresses())
+    _cpu.use_pool(*openmp.addresses(), openmp.quota() or 0)
     if hasattr(os, "register_at_fork"):  # a forked child has torch's pool, but none of its threads
-        os.register_at_fork(after_in_child=lambda: _cpu.use_pool(0, 0, 0))
+        os.register_at_fork(after_in_child=lambda: _cpu.use_pool(0, 0, 0, 0, 0))
     return None
 
 
@@ -367,11 +369,8 @@ def stream(
     weights: Sequence[Tensor],
     h: Tensor,
     others: Sequence[Tensor],
-    outputs: tuple[Tensor, Tensor],
 ) -> Any:
-    return _cpu.stream(
-        NUMBER[request.cell], tuple(weights), request.layers, h, tuple(others), outputs
-    )
+    return _cpu.stream(NUMBER[request.cell], tuple(weights), request.layers, h, tuple(others))
 
 
 stream_step = getattr(_cpu, "stream_step", None)  # another build may have none

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell
+from . import openmp
 from .contract import (
     Abilities,
     Call,
@@ -126,7 +127,7 @@ class _Task:
         ]
         self.reset = None if call.reset is None else call.reset.contiguous()
         self.h_mask = None if call.h_mask is None else _wide(call.h_mask, self.dtype)
-        self.threads = torch.get_num_threads()
+        self.threads = min(torch.get_num_threads(), openmp.cores())
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device="cpu")

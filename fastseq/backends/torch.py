@@ -66,7 +66,7 @@ def supports(problem: Problem) -> str | None:
         return "torch cannot mask the recurrent operand (h_mask, recurrent_dropout)"
     if problem.trajectory:
         return "torch gives no cell state but the last (all_states=True)"
-    if problem.memory == "lean" and problem.training:
+    if problem.memory == "lean" and problem.training and problem.mode != "trace":
         return "torch keeps all gates for backward, so memory='lean' cannot be had of it"
     if problem.mode == "transform":
         return "torch's kernels have no rules for torch.func"
@@ -156,6 +156,9 @@ def layers(
     hidden: Any = states if len(states) > 1 else states[0]
     if batch_sizes is None:
         y, *finals = function(x, hidden, weights, *tail, False)
+        return y, finals, ()
+    if traced:
+        y, *finals = function(x, batch_sizes, hidden, weights, *tail)
         return y, finals, ()
     # torch wants as many states as sequences of length > 0, and one such sequence at least
     alive = int(batch_sizes[0]) if len(batch_sizes) else 0

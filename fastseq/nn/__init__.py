@@ -1,5 +1,6 @@
 """Floor 4: modules. Layers, directions, packed sequences, dropout, streaming state."""
 
+from . import scripting  # noqa: F401  (torch tells it of modules that are registered)
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import Report, replace, restore
 from .counterparts import to_torch

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.contract import ONE_STEP, Backend, Request
+from ..backends.tracing import unrecorded
 from ..cells import CELLS
+from ..ops.checks import check_weights
 from ..ops.geometry import OneStep
 from ..ops.modes import autocasts, foreign
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, graph, short
 from .options import CellOptions, HasOptions, of_today, options
-from .recurrent import described, quiet_tracing
+from .recurrent import described
 
 
 class RecurrentCell(HasOptions, nn.Module):
@@ -72,10 +74,6 @@ def _checked(cell: Any, input: Any, hx: Any) -> Any:
     if not torch.compiler.is_compiling():
         if options(cell).backend is None and foreign((input, *states, *weights)):
             return cell._fastseq_torch.forward(cell, input, hx)
-        if torch.jit.is_tracing():
-            with quiet_tracing():
-                finals = checked_step(cell, input, states, weights)
-                return tuple(finals) if pair else finals[0]
     finals = checked_step(cell, input, states, weights)
     return tuple(finals) if pair else finals[0]
 
@@ -122,7 +120,12 @@ def cell_stack(
         backend=options(cell).backend,
     )
     weights = _weights(cell) if weights is None else weights
-    return Stack(request, input, list(hx), weights, OneStep(input))
+    stack = Stack(request, input, list(hx), weights, OneStep(input))
+    check_weights(stack, _NAMES, cell.input_size, cell.hidden_size)
+    return stack
+
+
+_NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
 def _weights(cell: Any) -> list[Tensor]:
@@ -154,6 +157,7 @@ def _given_states(cell: Any, hx: Any) -> list[Tensor]:
     return list(hx)
 
 
+@unrecorded
 def _check_sizes(cell: Any, x: Tensor, states: Sequence[Tensor]) -> None:
     B, size = x.shape
     if size != cell.input_size:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..backends.choice import as_order
 from ..backends.contract import Backend, Memory
+from . import compat as compat_classes
 from . import flat_weights
+from .asks import asked
 from .cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
-from .counterparts import become, counterpart
+from .counterparts import become, counterpart, own_methods, wrapped_by_torch
 from .layers import GRU, LSTM, RNN
 from .options import check_memory, options
 from .recurrent import Recurrent
@@ -20,6 +25,10 @@ from .recurrent import Recurrent
 #: torch.nn's class -> fastseq's
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     ours._fastseq_torch: ours for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+}
+#: fastseq's main class -> that which is an instance of torch.nn's, too
+COMPAT: dict[type[nn.Module], type[nn.Module]] = {
+    ours: getattr(compat_classes, ours.__name__) for ours in COUNTERPARTS.values()
 }
 _NAMES = {theirs.__name__ for theirs in COUNTERPARTS}
 
@@ -31,10 +40,12 @@ class Report:
     swapped: name in the model -> the module as it is now. A module that stands at several places
         has several names.
     left: name -> why that recurrent module was left alone.
+    notes: what else in the model's code may depend on the classes that were swapped.
     """
 
     swapped: dict[str, nn.Module] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)}, left {len(self.left)}"]
@@ -43,10 +54,13 @@ class Report:
             for name, module in self.swapped.items()
         ]
         lines += [f"  {_place(name)}: left, {reason}" for name, reason in self.left.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def _package(module: nn.Module) -> str:
+    if type(module) in COMPAT.values():
+        return "fastseq.compat"
     return "fastseq" if isinstance(module, (Recurrent, RecurrentCell)) else "torch.nn"
 
 
@@ -54,7 +68,9 @@ def _place(name: str) -> str:
     return name or "(the model itself)"
 
 
-def replace(model: nn.Module, *, backend: Backend = None, memory: Memory = "full") -> Report:
+def replace(
+    model: nn.Module, *, backend: Backend = None, memory: Memory = "full", compat: bool = False
+) -> Report:
     """Turn every torch.nn.RNN, LSTM, GRU and cell in ``model`` into fastseq's, in place.
 
     Each module stays the same object and changes its class, so that parameters (tied and shared
@@ -65,38 +81,71 @@ def replace(model: nn.Module, *, backend: Backend = None, memory: Memory = "full
     Args:
         model: any module.
         backend, memory: the options of the layers that are swapped; cells have ``backend`` alone.
+        compat: take the classes of :mod:`fastseq.compat`, for a model whose code asks
+            ``isinstance(layer, nn.LSTM)``. Layers of fastseq's main classes then change into these
+            too, and keep their options.
 
     Returns:
         A :class:`Report` of what was swapped, and of what was left and why.
 
     Raises:
-        ValueError, TypeError: an unknown ``backend`` or ``memory``; nothing is changed then.
+        TypeError: ``model`` is no module.
+        ValueError, TypeError: an unknown ``backend`` or ``memory``. Nothing is changed then.
     """
+    _check_model(model)
     backend, memory = as_order(backend), check_memory(memory)
     report = Report()
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        ours = COUNTERPARTS.get(type(module))
-        if ours is not None:
-            module.__class__ = ours
-            flat = module.__dict__.pop("_flat_weights", None)
-            own: Any = options(module)
-            own.backend = backend
-            if isinstance(module, Recurrent):
-                own.memory = memory
-                flat_weights.adopt(module, flat)
-            done.add(module)
+        if module not in done:
+            ours = COUNTERPARTS.get(type(module))
+            reason = _reason_left(module)
+            if ours is not None and reason is None:
+                module.__class__ = COMPAT[ours] if compat else ours
+                flat = module.__dict__.pop("_flat_weights", None)
+                own: Any = options(module)
+                own.backend = backend
+                if isinstance(module, Recurrent):
+                    own.memory = memory
+                    flat_weights.adopt(module, flat)
+                done.add(module)
+            elif compat and type(module) in COMPAT and not own_methods(module):
+                module.__class__ = COMPAT[type(module)]
+                done.add(module)
+            elif reason is not None:
+                report.left[name] = reason
         if module in done:
             report.swapped[name] = module
-        elif (reason := _reason_left(module)) is not None:
-            report.left[name] = reason
+    if not compat:
+        report.notes += _notes(model, report.swapped)
     return report
 
 
+def _check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        got, remedy = f"the class {model.__name__}", "make an instance of it first"
+    elif isinstance(model, torch.optim.Optimizer):
+        got, remedy = type(model).__name__, "pass the model whose parameters it holds"
+    elif isinstance(model, dict):
+        got, remedy = type(model).__name__, "load a state_dict into a model, and pass that"
+    elif isinstance(model, Iterable) and not isinstance(model, (str, torch.Tensor)):
+        got, remedy = type(model).__name__, "pass each of the modules, or an nn.ModuleList of them"
+    elif callable(model):
+        got, remedy = type(model).__name__, "pass the module that it calls"
+    else:
+        got, remedy = type(model).__name__, "pass the model itself"
+    raise TypeError(f"model: expected a torch.nn.Module, got {got}; {remedy}")
+
+
 def _reason_left(module: nn.Module) -> str | None:
-    """Why a recurrent module is not swapped; None for modules that are none."""
+    """Why a recurrent module is not swapped; None for what can be, and for other modules."""
     kind = type(module)
-    if getattr(module, "original_name", None) in _NAMES:
+    if (
+        isinstance(module, torch.jit.ScriptModule)
+        and getattr(module, "original_name", None) in _NAMES
+    ):
         return "it is scripted or traced; replace first, then script"
     if kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES:
         return "it is quantized; fastseq computes in floating point"
@@ -108,12 +157,56 @@ def _reason_left(module: nn.Module) -> str | None:
         )
     if isinstance(module, (Recurrent, RecurrentCell)):
         return "it is fastseq's already"
-    base = next(theirs for theirs in kind.__mro__ if theirs.__module__ == "torch.nn.modules.rnn")
-    ours = getattr(COUNTERPARTS.get(base), "__name__", "RNN, LSTM or GRU")
+    if wrapped_by_torch(kind):
+        return f"torch.distributed made it a {kind.__name__}; replace first, and wrap it then"
+    if kind in COUNTERPARTS:
+        if names := own_methods(module):
+            return (
+                f"its {' and '.join(names)} was replaced on the instance, as a wrapper or a hook "
+                "does; take that off, replace, and put it on again"
+            )
+        return None
+    base = next(k for k in kind.__mro__ if k in COUNTERPARTS or k in (nn.RNNBase, nn.RNNCellBase))
+    ours = _advised(module, base)
     return (
-        f"{kind.__qualname__} is a subclass of torch.nn.{base.__name__} and may compute something "
-        f"else; derive it from fastseq.{ours}"
+        f"{_named(kind)} is a subclass of torch.nn.{base.__name__} and may compute something "
+        f"else; if it calls torch.nn's forward, derive it from {ours}, or call fastseq.install() "
+        "before its module is imported"
     )
+
+
+def _named(kind: type) -> str:
+    """With its module where it can be found there: __module__ may be copied from another class."""
+    name = kind.__qualname__
+    found = getattr(sys.modules.get(kind.__module__), name, None) is kind
+    return f"{kind.__module__}.{name}" if found else name
+
+
+def _advised(module: Any, base: type[nn.Module]) -> str:
+    """The class of fastseq to derive from in the place of ``base``."""
+    name = base.__name__
+    if base is nn.RNNBase:
+        name = str(module.mode).partition("_")[0]
+    return f"fastseq.{name}" if name in _NAMES else "fastseq's cell of that kind"
+
+
+def _notes(model: nn.Module, swapped: dict[str, nn.Module]) -> Iterator[str]:
+    """Where the code of the modules around the swapped layers asks for torch.nn's classes."""
+    theirs = {ours: (kind, COMPAT[ours]) for kind, ours in COUNTERPARTS.items()}
+    kinds: dict[type[nn.Module], set[type]] = {}
+    for name, module in swapped.items():
+        around = name
+        while around:
+            around = around.rpartition(".")[0]
+            kinds.setdefault(type(model.get_submodule(around)), set()).update(theirs[type(module)])
+    for kind, layers in kinds.items():
+        found = dict.fromkeys(asked(kind, tuple(layers)))
+        for layer in dict.fromkeys(layer for _, layer in found):
+            methods = [method for method, of in found if of is layer]
+            yield (
+                f"isinstance(..., nn.{layer.__name__}) stands in {', '.join(methods)} and is false "
+                "for the swapped layers; fastseq.replace(model, compat=True) keeps it true"
+            )
 
 
 def restore(model: nn.Module) -> Report:
@@ -121,7 +214,11 @@ def restore(model: nn.Module) -> Report:
 
     For tools that look for torch.nn's exact types, as ``quantize_dynamic`` does. A module that
     torch.nn cannot stand in for is left, and the report says why.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    _check_model(model)
     report = Report()
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -14,6 +14,17 @@ from .options import options
 #: What torch.nn's modules have not.
 OWN = ("_fastseq", "_fastseq_put")
 
+#: The methods that make up a call of torch.nn's modules.
+_METHODS = (
+    "forward",
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+)
+
 
 def to_torch(module: nn.Module) -> nn.Module:
     """A torch.nn module of the same kind with the very parameters, hooks and mode of ``module``.
@@ -40,6 +51,21 @@ def to_torch(module: nn.Module) -> nn.Module:
     return twin
 
 
+def own_methods(module: nn.Module) -> list[str]:
+    """What was replaced on the instance of what a call runs.
+
+    Such a function is mostly a closure around the bound method of the class that the module had,
+    which would run on, or fail, after a change of class.
+    """
+    return [name for name in _METHODS if name in vars(module)]
+
+
+def wrapped_by_torch(kind: type[nn.Module]) -> bool:
+    """Whether torch.distributed gave a module this class, as fully_shard and replicate do."""
+    places = ("torch.distributed.fsdp.", "torch.distributed._composable.")
+    return any(base.__module__.startswith(places) for base in kind.__mro__)
+
+
 def counterpart(module: nn.Module) -> type[nn.Module] | str:
     """torch.nn's class that computes what ``module`` does, or why there is none."""
     if parametrize.is_parametrized(module):
@@ -47,8 +73,13 @@ def counterpart(module: nn.Module) -> type[nn.Module] | str:
     ours: Any = next((k for k in type(module).__mro__ if "_fastseq_torch" in vars(k)), None)
     if ours is None:
         return f"it has no {type(module).__name__}"
-    if type(module).forward is not ours.forward:
-        return f"{type(module).__qualname__} has a forward of its own"
+    if names := own_methods(module):
+        return f"its {' and '.join(names)} was replaced on the instance; take that off first"
+    if wrapped_by_torch(type(module)):
+        return f"torch.distributed made it a {type(module).__name__}"
+    for name in ("forward", "__call__"):
+        if getattr(type(module), name) is not getattr(ours, name):
+            return f"{type(module).__qualname__} has a {name} of its own"
     if rates := getattr(options(module), "rates", None):
         masked = [name for name, rate in rates._asdict().items() if rate]
         remedy = ", ".join(f"layer.fastseq.{name} = 0" for name in masked)

@@ -25,6 +25,6 @@ def leaf(module: Any, forward: Any, input: Any, hx: Any = None, **given: Any) ->
     if found is None or type(module).forward is not forward:
         return None
     arguments = (input,) if hx is None else (input, hx)
-    keywords = {name: value for name, value in given.items() if value not in (None, False)}
+    keywords = {n: v for n, v in given.items() if v is not None and v is not False}
     tracer: Any = found.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, keywords)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.contract import Request, Weights, ways
+from ..backends.tracing import unrecorded
 from ..cells import CELLS
 from ..ops import masks
 from ..ops.checks import (
@@ -21,6 +21,7 @@ from ..ops.checks import (
     check_seed,
     check_states,
     check_steps,
+    check_weights,
 )
 from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
 from ..ops.modes import autocasts, foreign, overridden
@@ -35,14 +36,6 @@ def described(hx: Any) -> str:
     if isinstance(hx, Tensor):
         return f"a tensor of shape {tuple(hx.shape)}"
     return f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
-
-
-class quiet_tracing(warnings.catch_warnings):
-    """Checks compare shapes, of which torch.jit.trace warns outside of torch's own files."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
 
 
 class Recurrent(HasOptions, nn.Module):
@@ -184,9 +177,6 @@ class Recurrent(HasOptions, nn.Module):
             weights = call_weights(self)
             if _is_torchs(self, input, hx, weights, all_states, given):
                 return self._fastseq_torch.forward(self, input, hx)
-        if torch.jit.is_tracing():
-            with quiet_tracing():
-                return call(self, input, hx, weights, all_states=all_states, **given)
         return call(self, input, hx, weights, all_states=all_states, **given)
 
 
@@ -307,6 +297,7 @@ def call_stack(
     return stack
 
 
+@unrecorded
 def _check_nested(module: Any, input: Any, lengths: Any, reset: Any) -> None:
     """Its rows are those of the sequences, one behind the other."""
     for name, value in (("lengths", lengths), ("reset", reset)):
@@ -337,6 +328,7 @@ def _check_nested(module: Any, input: Any, lengths: Any, reset: Any) -> None:
         )
 
 
+@unrecorded
 def _check_call_input(module: Any, stack: Stack) -> None:
     """The input fits the parameters."""
     x, weight = stack.data, stack.weights[0]
@@ -346,6 +338,8 @@ def _check_call_input(module: Any, stack: Stack) -> None:
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
         )
     check_feature_size(x, module.input_size)
+    sizes = module.input_size, module.hidden_size, module.proj_size
+    check_weights(stack, module._flat_weights_names, *sizes)
     if x.device != weight.device:
         raise RuntimeError(
             "Input and parameter tensors are not at the same device, found input tensor at "

@@ -16,7 +16,14 @@ from torch import Tensor
 from ..backends.choice import short_way
 from ..backends.contract import BATCH_FIRST, ONE_STEP, TIME_FIRST, Request
 from ..ops import whole
-from ..ops.modes import autocasts, foreign, is_plain, overridden
+from ..ops.modes import (
+    autocasts,
+    foreign,
+    is_plain,
+    only_default_devices,
+    overridden,
+    without_default_devices,
+)
 from . import flat_weights
 from .options import LayerOptions, options
 
@@ -81,6 +88,11 @@ def _run(
 
 def layers(module: Any, input: Any, hx: Any) -> Any | None:
     """What ``module(input, hx)`` returns; None where the long way is due."""
+    if torch._C._len_torch_function_stack():
+        if not only_default_devices():
+            return None
+        with without_default_devices():
+            return layers(module, input, hx)
     own = module._fastseq or options(module)
     if own.rates is not None:
         return None
@@ -119,6 +131,11 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
 
 def step(cell: Any, input: Any, states: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
     """The states after one step of a cell; None where the long way is due. states: all, or none."""
+    if torch._C._len_torch_function_stack():
+        if not only_default_devices():
+            return None
+        with without_default_devices():
+            return step(cell, input, states)
     for state in states:
         if type(state) is not torch.Tensor:
             return None

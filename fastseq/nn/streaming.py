@@ -1,160 +1,285 @@
-"""Step by step, with the state, the output and packed weights at hand."""
+"""Step by step, with the state and packed weights at hand."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import choice
 from ..cells import CELLS
+from ..ops.modes import autocasts
 from .options import options
 from .recurrent import Recurrent, call_request, call_weights
 
 
 class Streaming:
-    """A module run one step at a time, for inference: made by :func:`streaming`."""
+    """A module run one step at a time, for inference: made by :func:`streaming`.
+
+    A copy, and what pickle reads back, goes on from the same state by itself, on the copied module.
+    """
 
     def __init__(self, module: Recurrent, batch: int) -> None:
-        if not isinstance(module, Recurrent):
-            raise TypeError(f"module: expected a layer of fastseq, got {type(module).__name__}")
-        if module.bidirectional:
-            raise ValueError(
-                "module: a bidirectional layer needs the whole sequence, so it cannot be streamed"
-            )
+        _check_module(module)
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
         self.module = module
         self.batch = batch
         weight = call_weights(module)[0]
-        self._names = CELLS[module._fastseq_cell].states
-        size = module.proj_size or module.hidden_size
-        layers = module.num_layers
-        self._h = weight.new_zeros((2, layers, batch, size), requires_grad=False)
-        self._c = None
-        if len(self._names) > 1:
-            self._c = weight.new_zeros((layers, batch, module.hidden_size))
-        self._outputs = (self._h[0, -1], self._h[1, -1])
-        self._turn = 0
-        self._steps = self._backend(weight)
+        names = CELLS[module._fastseq_cell].states
+        sizes = (module.proj_size or module.hidden_size, *[module.hidden_size] * (len(names) - 1))
+        with torch.inference_mode(False):  # so that they can be written to in either mode
+            self._states = {
+                name: torch.zeros(
+                    (module.num_layers, batch, size), dtype=weight.dtype, device=weight.device
+                )
+                for name, size in zip(names, sizes, strict=True)
+            }
         self.refresh()
-
-    def _backend(self, weight: Tensor) -> Any:
-        """The backend that runs single steps on packed weights of this module; else None."""
-        if options(self.module).zoneout:  # its kernels hand the state on by themselves
-            return None
-        kind = self.module._fastseq_cell, weight.dtype, weight.device.type
-        return choice.streams(*kind, self.batch, options(self.module).backend)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Read the module's weights again, after they were changed. The state stays."""
-        self._handle = None
-        if self._steps is not None:
-            if self._turn:  # a new handle begins with the first buffer
-                self._h[0] = self._h[1]
-                self._turn = 0
-            self._handle = self._steps.stream(
-                call_request(self.module),
-                [w.detach().resolve_neg().contiguous() for w in call_weights(self.module)],
-                self._h,
-                () if self._c is None else (self._c,),
-                self._outputs,
-            )
+        """Read the module's weights and options again, after they were changed. The state stays."""
+        module = self.module
+        weights = [w.detach().resolve_neg().contiguous() for w in call_weights(module)]
+        with torch.inference_mode(False):
+            self._states = {name: s.to(weights[0]) for name, s in self._states.items()}
+        h, *others = self._states.values()
+        self._stream = None
+        self._is_fresh = True
+        self._kernels: Any = None if _runs_itself(module) else self._backend(weights[0])
+        if self._kernels is not None:
+            self._stream = self._kernels.stream(call_request(module), weights, h, tuple(others))
 
-    def step(self, x: Tensor) -> Tensor:
+    def _backend(self, weight: Tensor) -> Any:
+        """The backend that runs single steps on packed weights of this module; else None."""
+        kind = self.module._fastseq_cell, weight.dtype, weight.device.type
+        return choice.streams(*kind, self.batch, options(self.module).backend)
+
+    def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """One step of all layers.
 
         Args:
             x: (batch, input_size).
+            out: (batch, hidden_size or proj_size), a buffer that the output is written to, or None.
 
         Returns:
-            y, (batch, hidden_size or proj_size), without a gradient. It is the handle's own buffer:
-            the step after the next one writes over it.
+            y, (batch, hidden_size or proj_size), without a gradient: ``out``, or a new tensor. It
+            is the caller's; the handle neither reads it nor writes to it again.
 
         Raises:
-            ValueError: another shape, dtype or device.
+            ValueError: another shape, dtype or device. Under autocast x may be of any floating
+                type; the step is made in the weights' own.
         """
-        if self._handle is not None and not (type(x) is Tensor and x.is_neg()):
-            y = self._steps.stream_step(self._handle, x, torch.get_num_threads())
+        if (
+            self._stream is not None
+            and type(x) is Tensor
+            and not x.is_neg()
+            and (out is None or (type(out) is Tensor and not (out.requires_grad or out.is_neg())))
+        ):
+            y = self._kernels.stream_step(self._stream, x, out, torch.get_num_threads())
             if y is not None:
-                self._turn ^= 1
+                if out is not None and not out.is_inference():
+                    torch.autograd.graph.increment_version(out)
                 return y
-        return self._checked_step(x)
+        return self._checked_step(x, out)
 
     @torch.no_grad()
-    def _checked_step(self, x: Tensor) -> Tensor:
-        shape = (self.batch, self.module.input_size)
-        if not isinstance(x, Tensor) or tuple(x.shape) != shape:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x: expected (batch, input_size) = {shape}, got {got}")
-        if x.dtype != self._h.dtype or x.device != self._h.device:
-            raise ValueError(
-                f"x: expected {self._h.dtype} on {self._h.device}, got {x.dtype} on {x.device}"
-            )
-        if self._handle is not None:
+    def _checked_step(self, x: Tensor, out: Tensor | None) -> Tensor:
+        if not self._is_fresh:
+            self.refresh()
+        h, *others = self._states.values()
+        x = _like("x", x, (self.batch, self.module.input_size), "(batch, input_size)", h)
+        if out is not None:
+            size = "proj_size" if self.module.proj_size else "hidden_size"
+            _like("out", out, (self.batch, h.shape[-1]), f"(batch, {size})", h)
+            if out.requires_grad:
+                raise ValueError(
+                    "out: it requires a gradient, and a step of a handle has none; pass "
+                    "out.detach()"
+                )
+        if self._stream is None:
+            y = self._step_of_module(x, (h, *others))
+        else:
             x = x.resolve_neg().contiguous()
-            y = self._steps.stream_step(self._handle, x, torch.get_num_threads())
-            self._turn ^= 1
+            y = self._kernels.stream_step(self._stream, x, None, torch.get_num_threads())
+            if y is None:
+                raise TypeError(
+                    f"x: expected a plain tensor, got one of type {type(x).__name__} that has no "
+                    "memory of its own; a handle keeps its state outside of torch.func's transforms"
+                )
+        if out is None:
             return y
-        h = self._h[self._turn]
-        state = h if self._c is None else (h, self._c)
-        training = self.module.training
-        self.module.eval()
+        with torch.inference_mode(out.is_inference()):  # which can be written to in its mode alone
+            return out.copy_(y)
+
+    def _step_of_module(self, x: Tensor, states: tuple[Tensor, ...]) -> Tensor:
+        module = self.module
+        training = module.training
+        module.eval()
         try:
-            sequence = x.unsqueeze(1 if self.module.batch_first else 0)
-            _, new = self.module(sequence, state)
+            sequence = x.unsqueeze(1 if module.batch_first else 0)
+            with torch.autocast(x.device.type, enabled=False):
+                found = module(sequence, states if len(states) > 1 else states[0])
         finally:
-            self.module.train(training)
-        self._turn ^= 1
-        self._h[self._turn] = new if self._c is None else new[0]
-        if self._c is not None:
-            self._c.copy_(new[1])
-        return self._outputs[self._turn]
+            module.train(training)
+        try:
+            y, finals = found
+            finals = (finals,) if isinstance(finals, Tensor) else finals
+            for state, final in zip(states, finals, strict=True):
+                state.copy_(final)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"module: expected the forward of {type(module).__name__} to return (output, "
+                f"state), as its base class does, got {type(found).__name__}"
+            ) from error
+        # nobody else may hold it, as a subclass's forward might
+        return y.squeeze(1 if module.batch_first else 0).clone()
 
     @property
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
-        """A copy of the state as the module takes and returns it: h, or (h, c) of an LSTM."""
-        h = self._h[self._turn].clone()
-        return h if self._c is None else (h, self._c.clone())
+        """A copy of the state as the module takes and returns it: h, or (h, c) of an LSTM.
+
+        What is assigned is copied, too. Its shapes are (num_layers, batch, hidden_size or
+        proj_size) and, of c, (num_layers, batch, hidden_size).
+        """
+        found: Any = tuple(s.clone() for s in self._states.values())
+        return found if len(found) > 1 else found[0]
 
     @state.setter
     def state(self, value: Tensor | tuple[Tensor, Tensor]) -> None:
+        own = self._states
+        given: Any = (value,) if len(own) == 1 else value
+        if not isinstance(given, (tuple, list)) or len(given) != len(own):
+            what = f"{len(given)} values" if isinstance(given, (tuple, list)) else _kind(given)
+            raise TypeError(f"state: expected a pair (h, c), got {what}")
+        sizes = {"h": "proj_size" if self.module.proj_size else "hidden_size"}
+        for (name, mine), new in zip(own.items(), given, strict=True):
+            words = f"(num_layers, batch, {sizes.get(name, 'hidden_size')})"
+            _like(f"state: {name}", new, tuple(mine.shape), words, mine)
         with torch.no_grad():
-            if self._c is None:
-                self._h[self._turn].copy_(value)
-            else:
-                h, c = value
-                self._h[self._turn].copy_(h)
-                self._c.copy_(c)
+            for mine, new in zip(own.values(), given, strict=True):
+                mine.copy_(new)
 
-    def reset(self, rows: Tensor | list[int] | None = None) -> None:
-        """Zero the state of ``rows``, indices or a boolean mask, or of all: new sequences begin."""
-        where: Any = slice(None) if rows is None else torch.as_tensor(rows)
-        if rows is not None and not where.numel():
-            return
+    def reset(self, rows: Any = None) -> None:
+        """Zero the state of ``rows`` or of all: new sequences begin.
+
+        Args:
+            rows: indices from -batch to batch - 1, or a mask (batch,) of bools, as a tensor, list
+                or array; all rows if None.
+
+        Raises:
+            IndexError: an index outside of the batch. ValueError: a mask of another shape.
+                TypeError: neither integers nor bools.
+        """
         with torch.no_grad():
-            self._h[:, :, where] = 0
-            if self._c is not None:
-                self._c[:, where] = 0
+            for state in self._states.values():
+                state[:, slice(None) if rows is None else self._rows(rows, state.device)] = 0
+
+    def _rows(self, rows: Any, device: torch.device) -> Tensor:
+        where = torch.as_tensor(rows, device="cpu")
+        if where.dtype is torch.bool:
+            if tuple(where.shape) != (self.batch,):
+                raise ValueError(
+                    f"rows: expected a mask (batch,) = ({self.batch},), got {tuple(where.shape)}"
+                )
+        elif not where.numel():
+            where = where.long()
+        elif where.is_floating_point() or where.is_complex() or where.dtype is torch.uint8:
+            raise TypeError(
+                f"rows: expected integers, or bools for a mask, got {where.dtype}; convert them: "
+                "rows.bool() or rows.long()"
+            )
+        else:
+            least, most = int(where.min()), int(where.max())
+            if least < -self.batch or most >= self.batch:
+                wrong = least if least < -self.batch else most
+                raise IndexError(
+                    f"rows: expected indices from {-self.batch} to {self.batch - 1}, got {wrong}"
+                )
+            where = where.long()
+        return where.to(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the packed weights. Of the state a copy, which torch.multiprocessing may move to
+        memory that processes share."""
+        own = {k: v for k, v in self.__dict__.items() if k not in ("_stream", "_kernels")}
+        with torch.inference_mode(False):
+            own["_states"] = {name: s.clone() for name, s in self._states.items()}
+        return own
+
+    def __setstate__(self, own: dict[str, Any]) -> None:
+        """The weights are packed at the next step: a module that holds the handle may not have them
+        yet."""
+        self.__dict__.update(own)
+        with torch.inference_mode(False):
+            self._states = {name: s.clone() for name, s in self._states.items()}
+        self._stream = self._kernels = None
+        self._is_fresh = False
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, Recurrent):
+        remedy = ""
+        if isinstance(module, nn.RNNCellBase):
+            remedy = ", which makes single steps itself"
+        elif isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)):
+            remedy = " of torch.nn; call fastseq.replace(model) first"
+        raise TypeError(f"module: expected a layer of fastseq, got {_kind(module)}{remedy}")
+    if module.bidirectional:
+        raise ValueError(
+            "module: a bidirectional layer needs the whole sequence, so it cannot be streamed"
+        )
+
+
+def _runs_itself(module: Any) -> bool:
+    """Whether a step is more than the kernels on the module's weights: a forward of a subclass or
+    of the user's, hooks, or zoneout, whose kernels hand the state on by themselves."""
+    return bool(
+        type(module).forward is not Recurrent.forward
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or options(module).zoneout
+    )
+
+
+def _like(name: str, given: Any, shape: tuple[int, ...], words: str, own: Tensor) -> Any:
+    """``given``, which must have this shape, and dtype and device of ``own``. Under autocast x may
+    have another dtype, and is converted."""
+    if not isinstance(given, Tensor) or tuple(given.shape) != shape:
+        got = tuple(given.shape) if isinstance(given, Tensor) else _kind(given)
+        raise ValueError(f"{name}: expected {words} = {shape}, got {got}")
+    if name == "x" and given.device == own.device and autocasts(given):
+        return given.to(own.dtype)
+    if given.dtype != own.dtype or given.device != own.device:
+        raise ValueError(
+            f"{name}: expected {own.dtype} on {own.device}, got {given.dtype} on {given.device}"
+        )
+    return given
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def streaming(module: Recurrent, batch: int = 1) -> Streaming:
     """A handle that runs ``module`` step by step and keeps its state, for inference.
 
-    It owns the state, two output buffers that take turns, and a packed copy of the weights, which
-    makes a step of one layer cost microseconds. The copy is made now, and again by
-    ``handle.refresh()``: call it after changing the weights.
+    It owns the state and a packed copy of the weights, which makes a step of one layer cost
+    microseconds. The copy is made now, and again by ``handle.refresh()``: call it after the weights
+    (by ``load_state_dict``, say) or the options of the module were changed.
 
     Args:
         module: a layer of fastseq that is not bidirectional. Dropout between layers is off.
         batch: how many sequences run side by side.
 
     Returns:
-        A handle with ``step(x)``, ``reset(rows)``, ``refresh()`` and ``state``.
+        A handle with ``step(x, out=None)``, ``reset(rows)``, ``refresh()`` and ``state``.
 
     Numerics: as the module's own step, up to rounding: the packed product sums in another order.
+    The step is made in the weights' type, under autocast too.
 
     Memory: the weights once more.
 
@@ -162,7 +287,7 @@ def streaming(module: Recurrent, batch: int = 1) -> Streaming:
 
         handle = fastseq.streaming(layer, batch=8)
         for x in frames:            # (8, input_size)
-            y = handle.step(x)      # (8, hidden_size)
+            y = handle.step(x)      # (8, hidden_size), a tensor of its own
             handle.reset(ended)     # rows whose sequence has ended
     """
     return Streaming(module, batch)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import ways
+from ..backends.tracing import numbers, unrecorded
 from .modes import autocasts, in_transform
 from .stack import Stack
 
 
+@unrecorded
 def check_layer(stack: Stack) -> None:
     """Input and weights of one layer fit together."""
     request, x = stack.request, stack.data
@@ -57,6 +59,29 @@ def check_layer(stack: Stack) -> None:
     check_steps(stack)
 
 
+def check_weights(
+    stack: Stack, names: Sequence[str], input_size: int, hidden_size: int, proj_size: int = 0
+) -> None:
+    """A module's parameters have its sizes: kernels read them by these, and a user may put others.
+
+    names: of the weights, in their order.
+    """
+    request, cell = stack.request, stack.cell
+    P = proj_size or hidden_size
+    rows, recurrent = cell.G * hidden_size, len(cell.recurrent_gates) * hidden_size
+    tail: list[tuple[int, ...]] = [(rows,), (recurrent,)] if request.biased else []
+    tail += [(proj_size, hidden_size)] if request.projected else []
+    each = 2 + len(tail)
+    for k in range(0, len(stack.weights), each):
+        width = input_size if k < each * request.directions else request.directions * P
+        expected = [(rows, width), (recurrent, P), *tail]
+        for n, shape in enumerate(expected):
+            if stack.weights[k + n].shape != shape:
+                raise RuntimeError(
+                    f"{names[k + n]}: expected {shape}, got {tuple(stack.weights[k + n].shape)}"
+                )
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
@@ -76,6 +101,7 @@ def check_kind(x: Tensor, weight: Tensor, name: str) -> None:
         )
 
 
+@unrecorded
 def check_feature_size(x: Tensor, input_size: int) -> None:
     if x.shape[-1] != input_size:
         raise RuntimeError(
@@ -83,6 +109,7 @@ def check_feature_size(x: Tensor, input_size: int) -> None:
         )
 
 
+@unrecorded
 def check_steps(stack: Stack) -> None:
     """There is a step, and packed rows are what ``batch_sizes`` says: kernels trust it."""
     sizes, x = stack.geometry.batch_sizes, stack.data
@@ -90,7 +117,7 @@ def check_steps(stack: Stack) -> None:
         if stack.geometry.T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         return
     if sizes.device.type != "cpu" or sizes.dtype is not torch.int64 or sizes.dim() != 1:
         raise RuntimeError(
@@ -109,6 +136,7 @@ def check_steps(stack: Stack) -> None:
         )
 
 
+@unrecorded
 def check_states(stack: Stack) -> None:
     """Given states have the right number, rank, size, dtype and device."""
     request, x = stack.request, stack.data
@@ -119,11 +147,11 @@ def check_states(stack: Stack) -> None:
         raise ValueError(
             f"hx: expected {len(names)} states ({', '.join(names)}), got {len(stack.states)}"
         )
-    batched = stack.geometry.batched
+    batched, (B,) = stack.geometry.batched, numbers(stack.geometry.B)
     for k, state in enumerate(stack.states):
         size = stack.H if k else stack.P
         layers = request.layers * request.directions
-        expected = (layers, stack.geometry.B, size) if batched else (layers, size)
+        expected = (layers, B, size) if batched else (layers, size)
         label = f"hidden[{k}] size" if len(names) > 1 else "hidden size"
         if state.shape != expected:
             raise RuntimeError(
@@ -153,7 +181,16 @@ def check_lengths(
         raise ValueError("lengths: a PackedSequence has its own lengths; pass the padded tensor")
     if not batched:
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
+    if isinstance(lengths, Tensor) and torch._C._functorch.is_batchedtensor(lengths):
+        raise NotImplementedError("lengths: all members of a vmap have the same; got some for each")
     lengths = _integers("lengths", lengths, B)
+    _check_ends(lengths, T, B)
+    return lengths
+
+
+@unrecorded
+def _check_ends(lengths: Tensor, T: int, B: int) -> None:
+    T, B = numbers(T, B)
     if torch.compiler.is_compiling():
         within = ((lengths >= 0) & (lengths <= T)).all()
         torch._assert_async(within, "lengths: expected values from 0 to T")
@@ -161,7 +198,6 @@ def check_lengths(
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > T:
             raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low} to {high}")
-    return lengths
 
 
 def _integers(name: str, values: Any, B: int) -> Tensor:
@@ -180,9 +216,15 @@ def _integers(name: str, values: Any, B: int) -> Tensor:
             raise TypeError(f"{name}: expected integers, got {values!r}") from error
     if not is_integral(values):
         raise TypeError(f"{name}: expected integers, got {values.dtype}")
+    _check_count(name, values, B)
+    return values.to(torch.int64)
+
+
+@unrecorded
+def _check_count(name: str, values: Tensor, B: int) -> None:
+    (B,) = numbers(B)
     if tuple(values.shape) != (B,):
         raise ValueError(f"{name}: expected one a sequence, ({B},), got {tuple(values.shape)}")
-    return values.to(torch.int64)
 
 
 def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
@@ -193,13 +235,19 @@ def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
         raise TypeError(f"reset: expected a bool tensor, got {type(reset).__name__}")
     if reset.dtype is not torch.bool:
         raise TypeError(f"reset: expected torch.bool, got {reset.dtype}; use reset.bool()")
-    reset, (T, B) = stack.geometry.times(reset), (stack.geometry.T, stack.geometry.B)
+    reset = stack.geometry.times(reset)
+    _check_reset(reset, stack)
+    return reset
+
+
+@unrecorded
+def _check_reset(reset: Tensor, stack: Stack) -> None:
+    T, B = numbers(stack.geometry.T, stack.geometry.B)
     if tuple(reset.shape) != (T, B):
         raise ValueError(f"reset: expected (T, B) = ({T}, {B}), got {tuple(reset.shape)}")
     device = stack.data.device
     if reset.device != device:
         raise RuntimeError(f"reset: expected it on the input's device {device}, got {reset.device}")
-    return reset
 
 
 def is_integral(tensor: Tensor) -> bool:
@@ -211,6 +259,12 @@ def is_integral(tensor: Tensor) -> bool:
 def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
     """As an int64 tensor (B,) with values from 0 to 2^48 - 1."""
     row_ids = _integers("row_ids", row_ids, B)
+    _check_ids(row_ids)
+    return row_ids
+
+
+@unrecorded
+def _check_ids(row_ids: Tensor) -> None:
     low, high = 0, 2**48 - 1
     within = ((row_ids >= low) & (row_ids <= high)).all()
     if torch.compiler.is_compiling():
@@ -220,7 +274,6 @@ def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
             f"row_ids: expected values from 0 to 2**48 - 1, got {int(row_ids.min())} to "
             f"{int(row_ids.max())}"
         )
-    return row_ids
 
 
 def check_seed(seed: Tensor | int) -> None:
@@ -236,13 +289,14 @@ def check_seed(seed: Tensor | int) -> None:
         raise ValueError(f"seed: expected 64 bits, from -2**63 to 2**63 - 1, got {seed}")
 
 
+@unrecorded
 def check_mask(h_mask: Tensor | None, stack: Stack) -> Tensor | None:
     if h_mask is None:
         return None
     if not isinstance(h_mask, Tensor):
         raise TypeError(f"h_mask: expected a tensor, got {type(h_mask).__name__}")
     request, dtype, device = stack.request, stack.data.dtype, stack.data.device
-    expected = (request.layers * request.directions, stack.geometry.B, stack.P)
+    expected = (request.layers * request.directions, *numbers(stack.geometry.B), stack.P)
     if tuple(h_mask.shape) != expected:
         raise ValueError(f"h_mask: expected {expected}, got {tuple(h_mask.shape)}")
     if h_mask.requires_grad:

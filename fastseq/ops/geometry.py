@@ -33,7 +33,7 @@ class Geometry:
     hides_batch = False
     batched = True
     T: int
-    B: int
+    B: Any  # a number, or while a graph is traced what stands for it
 
     @property
     def is_ragged(self) -> bool:
@@ -169,6 +169,8 @@ class Packed(Geometry):
         if self.hides_batch:
             first = self.times(reset) if isinstance(reset, Tensor) else None
             self.B = _settled(data, sizes, [self.order, first, *known])
+        elif sizes.dim() == 1 and torch.jit.is_tracing():  # which records a tensor, as of shapes
+            self.B = sizes[0]
         else:  # whether it is what it must be, is checked later
             self.B = int(sizes[0]) if sizes.dim() == 1 and len(sizes) else 0
 
@@ -344,7 +346,7 @@ def spread_reset(reset: Tensor, batch_sizes: Tensor | None, directions: int, row
     ways = [reset]
     if directions == 2:
         last = torch.arange(T, device=reset.device) == T - 1
-        ways.append(reset.roll(-1, 0).masked_fill(last[:, None], False))
+        ways.append(reset.roll(-1, 0) & ~last[:, None])
     if batch_sizes is None:
         return torch.stack([way.reshape(-1) for way in ways])
     places = packed_places(batch_sizes, rows, B).to(reset.device)

@@ -1,15 +1,17 @@
-"""The two operators of the library, for any cell and any raw backend.
+"""The two operators of the library, for any cell and any raw backend, and one that copies.
 
-They take the cell's name and flat lists of tensors, neither mutate nor alias what they are given,
-and have no autograd formula: that is :mod:`.autograd`'s.
+The two take the cell's name and flat lists of tensors, neither mutate nor alias what they are
+given, and have no autograd formula: that is :mod:`.autograd`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from ..backends.contract import (
 )
 from ..cells import CELLS
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _LAYER = (
     "str cell, str backend, Tensor x, Tensor? batch_sizes, Tensor[] states, Tensor?[] weights, "
     "bool[] reverse, Tensor? reset, Tensor? h_mask, str memory, bool deterministic"
@@ -36,6 +40,7 @@ library.define(
     f"recurrence_backward({_LAYER}, Tensor[] outputs, Tensor? dy, Tensor?[] dstates, "
     "Tensor?[] dtrajectory, bool trajectory, bool[] wanted) -> Tensor[]"
 )
+library.define("copies(Tensor[] tensors) -> Tensor[]")
 
 
 class Layout(NamedTuple):
@@ -171,6 +176,7 @@ def recurrence(
     trajectory: bool,
 ) -> list[Tensor]:
     refuse_tangents()
+    states = states or []  # AOTInductor hands None for an empty list
     if negated(x, h_mask, *states, *weights):
         x, h_mask = as_numbers((x, h_mask))
         states, weights = as_numbers(states), as_numbers(weights)
@@ -234,7 +240,33 @@ def unknown_size() -> Any:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-@torch.library.register_fake("fastseq::recurrence", lib=library)
+def register_fake(name: str) -> Callable[[F], F]:
+    """The kernel that gives an operator's shapes. Who compiles for inductor runs it, so it is where
+    inductor is told of the operator, which then compiles where ``implicit_fallbacks`` is off, too;
+    an import of inductor would take seconds of ``import fastseq``."""
+
+    def register(kernel: F) -> F:
+        @wraps(kernel)
+        def fake(*args: Any) -> Any:
+            lowering: Any = sys.modules.get("torch._inductor.lowering")
+            if lowering is not None:
+                _tell_inductor(getattr(torch.ops.fastseq, name).default, lowering)
+            return kernel(*args)
+
+        torch.library.register_fake(f"fastseq::{name}", fake, lib=library)
+        return kernel
+
+    return register
+
+
+def _tell_inductor(operator: Any, lowering: Any) -> None:
+    """That an operator is called as it is, with the layouts that it is traced with."""
+    if operator not in lowering.lowerings:
+        tag = torch._library.utils.get_layout_constraint_tag(operator, with_default=True)
+        lowering.make_fallback(operator, lowering.tag_to_layout_constraint(tag))
+
+
+@register_fake("recurrence")
 def recurrence_fake(
     cell,
     backend,
@@ -269,7 +301,7 @@ def recurrence_fake(
     return outputs
 
 
-@torch.library.register_fake("fastseq::recurrence_backward", lib=library)
+@register_fake("recurrence_backward")
 def recurrence_backward_fake(
     cell,
     backend,
@@ -297,3 +329,19 @@ def recurrence_backward_fake(
     if wanted[2]:
         flat += [w.new_empty(w.shape) for w in weights if w is not None]
     return flat
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that a compiler does not take out, 3 us: a caller may edit them behind the graph."""
+    return [t.clone() for t in tensors]
+
+
+library.impl("copies", copies, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastseq::copies", lib=library)
+def copies_fake(tensors):
+    return [torch.empty_like(t) for t in tensors]
+
+
+torch.library.register_autograd("fastseq::copies", lambda ctx, grads: (grads,), lib=library)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import Masks, ways
+from ..backends.tracing import unrecorded
 from .geometry import packed_positions
-from .library import library
+from .library import library, register_fake
 from .stack import Stack
 
 _WORD = 0xFFFFFFFF
@@ -63,19 +64,24 @@ def keep(
     """
     on, blocks = ids.device, (units + 3) // 4
     at_once = max(1, _AT_ONCE // (len(sites) * max(blocks, 1)))
-    if on.type == "cpu" and ids.shape[0] > at_once:
+    if on.type == "cpu" and not torch.jit.is_tracing() and ids.shape[0] > at_once:
         parts = ids.split(at_once)
         when = [None] * len(parts) if steps is None else steps.split(at_once)
         return torch.cat(
             [keep(seed, sites, *part, units, p) for part in zip(parts, when, strict=True)], 1
         )
     seed, ids = seed.to(on), ids[:, None]
-    site = torch.tensor(sites, dtype=torch.int64, device=on)[:, None, None]
+    site = _constants(sites, on)[:, None, None]
     step = torch.zeros_like(ids) if steps is None else steps[:, None]
     block = torch.arange(blocks, device=on)
     counter = block, ids & _WORD, site | (ids >> 32 & 0xFFFF) << 16, step
     words = torch.stack(philox(counter, (seed & _WORD, seed >> 32 & _WORD)), -1)
     return words.flatten(-2)[..., :units] >= int(p * 2.0**32)
+
+
+@unrecorded
+def _constants(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def draw_seed(like: Tensor) -> Tensor:
@@ -92,12 +98,12 @@ library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterminis
 library.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastseq::keep", lib=library)
+@register_fake("keep")
 def _keep_fake(seed, sites, ids, steps, units, p):
     return ids.new_empty((len(sites), ids.shape[0], units), dtype=torch.bool)
 
 
-@torch.library.register_fake("fastseq::draw_seed", lib=library)
+@register_fake("draw_seed")
 def _draw_seed_fake(like):
     return torch.empty((), dtype=torch.int64, device="cpu")
 
@@ -133,7 +139,7 @@ def of_layer(
     for k, (rate, size) in enumerate(zip(masks.zoneout, sizes, strict=True)):
         sites = [site(ZONEOUT + k, layer, d) for d in range(directions)]
         kept = _keep(masks.seed, sites, ids, step, size, rate)
-        for way, kept_way in zip(stay, kept, strict=True):
+        for way, kept_way in zip(stay, kept.unbind(0), strict=True):
             way.append(~kept_way)
     return replace(masks, stay=stay)
 
@@ -163,20 +169,29 @@ def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) ->
         sites = [site(RECURRENT, *place) for place in every]
         stack.h_mask = _scaled(_keep(seed, sites, ids, None, stack.P, p), p, dtype)
     if p := rates.input_dropout:
-        widths = [weights[layer * D].w_ih.shape[1] for layer in layers]
+        widths = _input_widths(stack)
         stack.input_masks = [
             _scaled(_keep(seed, [site(INPUT, layer)], ids, None, width, p), p, dtype)[0]
             for layer, width in enumerate(widths)
         ]
     if p := rates.weight_dropout:
         sites = [site(WEIGHT, *place) for place in every]
-        w_hh = [way.w_hh for way in weights]
-        rows = torch.arange(w_hh[0].shape[0], device=ids.device)  # type: ignore[union-attr]
-        masks = _scaled(_keep(seed, sites, rows, None, stack.P, p), p, w_hh[0].dtype)  # type: ignore
+        w_hh: list[Any] = [way.w_hh for way in weights]
+        rows = torch.arange(w_hh[0].shape[0], device=ids.device)
+        masks = _scaled(_keep(seed, sites, rows, None, stack.P, p), p, w_hh[0].dtype)
         masked = [
-            way._replace(w_hh=w * mask) for way, w, mask in zip(weights, w_hh, masks, strict=True)
+            way._replace(w_hh=w * mask)
+            for way, w, mask in zip(weights, w_hh, masks.unbind(0), strict=True)
         ]
         stack.weights = [w for way in masked for w in way.given()]
+
+
+@unrecorded
+def _input_widths(stack: Stack) -> list[int]:
+    """Of each layer."""
+    return [
+        way.w_ih.shape[1] for way in ways(stack.request, stack.weights)[:: stack.request.directions]
+    ]
 
 
 def mask_input(x: Tensor, mask: Tensor, batch_sizes: Tensor | None) -> Tensor:

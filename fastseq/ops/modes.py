@@ -68,7 +68,7 @@ def is_plain() -> bool:
     return not (
         torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack()
-        or (torch._C._len_torch_function_stack() and not _only_default_devices())
+        or (torch._C._len_torch_function_stack() and not only_default_devices())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
@@ -79,13 +79,25 @@ def is_plain() -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
-def _only_default_devices() -> bool:
+def only_default_devices() -> bool:
     """Whether all that sees torch's functions is ``torch.set_default_device`` and
     ``with torch.device``, which fill in the device of a new tensor. Ours say it themselves."""
     return all(
         type(torch._C._get_function_stack_at(k)) is DeviceContext
         for k in range(torch._C._len_torch_function_stack())
     )
+
+
+class without_default_devices:
+    """Nobody sees torch's functions inside: each attribute of a tensor would take 1 us more."""
+
+    def __enter__(self) -> None:
+        count = torch._C._len_torch_function_stack()
+        self.modes = [torch._C._pop_torch_function_stack() for _ in range(count)]
+
+    def __exit__(self, *_: Any) -> None:
+        while self.modes:
+            torch._C._push_on_torch_function_stack(self.modes.pop())
 
 
 def overridden(tensors: Sequence[Any]) -> bool:

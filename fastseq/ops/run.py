@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import _VF, Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..backends import DIFFERENTIABLE, STEPPING, choice, load
 from ..backends.contract import TIME_FIRST, Problem, Weights, ways
 from ..backends.stacked import dropped, one_by_one
 from . import autograd, masks, modes, onnx, whole
 from .autograd import RecurrenceFunction
-from .geometry import spread_reset
+from .geometry import Packed, Padded, spread_reset
 from .library import make_call
 from .stack import Stack, problem, zero_states
 
@@ -49,6 +50,8 @@ def _autocast(stack: Stack) -> None:
 
 def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
     request, geometry = stack.request, stack.geometry
+    if torch.jit.is_tracing() and isinstance(geometry, Padded):
+        return _run_padded(stack, geometry)
     single = stack.single
     if not single and modes.is_exporting() and onnx.is_exporting():
         reason = onnx.reason_against(stack)
@@ -81,6 +84,34 @@ def _run(stack: Stack) -> tuple[Any, list[Tensor], list[Any]]:
         [geometry.final(s) for s in finals],
         [geometry.output(c) for c in along],
     )
+
+
+def _run_padded(stack: Stack, geometry: Padded) -> tuple[Any, list[Tensor], list[Any]]:
+    """A padded input, of whose lengths torch.jit.trace records no value, by torch's way to packed
+    rows and back. That takes no empty sequence: one step of it runs, and is thrown away."""
+    lengths, first = geometry.lengths, geometry.batch_first
+    full = (lengths != 0).to(stack.data.device)
+    rows = full[:, None, None] if first else full[:, None]
+    steps = torch.where(lengths != 0, lengths, 1).to("cpu")
+    data = torch.where(rows, stack.data, 0)
+    x = pack_padded_sequence(data, steps, first, enforce_sorted=False)
+    starts: Sequence[Any] = stack.states
+    stack.x, stack.data, stack.geometry = x, x.data, Packed(x, first, None, ())
+    if stack.reset is not None:
+        stack.reset = stack.reset[: stack.geometry.T]
+    y, finals, along = _run(stack)
+
+    def padded(y: Any) -> Tensor:
+        # pad_packed_sequence, but that compares the T of the example
+        dense, _ = _VF._pad_packed_sequence(y.data, y.batch_sizes, first, 0.0, geometry.T)
+        dense = dense.index_select(0 if first else 1, y.unsorted_indices)
+        return torch.where(rows, dense, 0)
+
+    kept = [
+        torch.where(full[:, None], final, start)
+        for final, start in zip(finals, starts or [0] * len(finals), strict=True)
+    ]
+    return padded(y), kept, [padded(c) for c in along]
 
 
 def editable(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -117,7 +148,7 @@ def _to_rows(stack: Stack) -> None:
     stack.states = [geometry.state(s) for s in stack.states]
     if stack.request.order != TIME_FIRST:
         stack.request = stack.request._replace(order=TIME_FIRST)
-    if not stack.states and geometry.hides_batch:
+    if not stack.states and (geometry.hides_batch or torch.jit.is_tracing()):
         stack.states = zero_states(stack, stack.x)
     if geometry.order is None:
         return
@@ -195,10 +226,11 @@ def _one_by_one(stack: Stack, task: Problem, name: str, module: Any) -> Outputs:
     )
     if task.training and task.mode == "compile":
         # Backward reads these, and in a graph nothing notices when they are edited in place. Where
-        # they are not, inductor takes the copies out.
+        # they are not, inductor takes the copies out, but not those of the states, which may be
+        # edited behind the graph.
         y, along = y.clone(), [c.clone() for c in along]
         if request.layers == 1:
-            finals = [s.clone() for s in finals]
+            finals = torch.ops.fastseq.copies(finals)
     return y, finals, along
 
 

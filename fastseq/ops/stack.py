@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import cuda_rule
 from ..backends.contract import ONE_STEP, Masks, Problem, Request
+from ..backends.tracing import unrecorded
 from ..cells import CELLS, Cell
 from . import modes
 from .geometry import Geometry
@@ -58,10 +59,18 @@ class Stack:
         return self.request.order == ONE_STEP and not self.cast
 
     @property
+    @unrecorded
+    def width(self) -> int:
+        """Of the input of the first layer."""
+        return self.weights[0].shape[1]
+
+    @property
+    @unrecorded
     def H(self) -> int:
         return self.weights[0].shape[0] // len(self.cell.gates)
 
     @property
+    @unrecorded
     def P(self) -> int:
         return self.weights[1].shape[1] if self.cell.recurrent_gates else self.H
 
@@ -84,9 +93,7 @@ def problem(stack: Stack) -> Problem:
     traced = mode in ("compile", "trace")
     T = B = width = H = P = None
     if mode != "compile":
-        width, H, P = stack.weights[0].shape[1], stack.H, stack.P
-        if traced:  # there a size is a tensor
-            width, H, P = int(width), int(H), int(P)
+        width, H, P = stack.width, stack.H, stack.P
     if not traced:
         T, B = geometry.T, geometry.B
     ragged = geometry.is_ragged

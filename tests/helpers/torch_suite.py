@@ -33,14 +33,10 @@ def substitute(backend):
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import fastseq
 
-    for kind in KINDS:
-        ours = getattr(fastseq, kind)
-        ours.fastseq.backend = backend
-        if backend is not None:  # the constructor's default would hide the class's
-            init = ours.__init__
-            ours.__init__ = functools.partialmethod(init, backend=backend)
-        for place in (nn, nn.modules, nn.modules.rnn):
-            setattr(place, kind, ours)
+    fastseq.install()
+    for kind in KINDS if backend is not None else ():
+        ours = getattr(nn, kind)
+        ours.__init__ = functools.partialmethod(ours.__init__, backend=backend)
 
 
 def count_calls():
