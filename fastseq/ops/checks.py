@@ -59,6 +59,7 @@ def check_layer(stack: Stack) -> None:
     check_steps(stack)
 
 
+@unrecorded
 def check_weights(
     stack: Stack, names: Sequence[str], input_size: int, hidden_size: int, proj_size: int = 0
 ) -> None:
