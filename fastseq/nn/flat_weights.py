@@ -106,8 +106,6 @@ def check(module: Any, weights: Sequence[Any]) -> None:
     for name, weight in zip(names, weights, strict=True):
         if not isinstance(weight, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
-        if name.startswith("weight") and weight.dim() != 2:
-            raise RuntimeError(f"{name}: expected a matrix, got shape {tuple(weight.shape)}")
 
 
 def state(module: Any, state: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Recurrent(HasOptions, nn.Module):
     """A stack of recurrent layers around the operations.
 
     Subclasses say what their cell is and register parameters named as torch.nn's; everything
-    about calling them is here. Options of fastseq's own, keyword-only in every layer:
+    about calling them is here. Options of fastseq's own are keyword-only in every layer, and are
+    changed later as ``layer.fastseq.<name>``; every other attribute is the user's:
 
     backend: None chooses; else a name of :func:`fastseq.backends`, or several in order.
     memory: 'full' keeps the gates for backward; 'lean' keeps each layer's output alone and
