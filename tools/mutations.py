@@ -313,8 +313,8 @@ MUTATIONS = (
     Mutation(
         "eager: the sequences that ended lose their state",
         EAGER,
-        "torch.cat([now[state], carried[B_t:]])",
-        "torch.cat([now[state], 0 * carried[B_t:]])",
+        "torch.cat([new, carried[B_t:]])",
+        "torch.cat([new, 0 * carried[B_t:]])",
         parity("eager-lstm", "ragged"),
     ),
     Mutation(
@@ -356,7 +356,7 @@ MUTATIONS = (
     Mutation(
         "reset: the reverse direction takes forward's",
         GEOMETRY,
-        "reset.roll(-1, 0).masked_fill(last[:, None], False)",
+        "reset.roll(-1, 0) & ~last[:, None]",
         "reset",
         parity("eager-lstm", "reset"),
     ),

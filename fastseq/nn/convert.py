@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from .asks import asked
 from .cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
 from .counterparts import become, counterpart, own_methods, wrapped_by_torch
 from .layers import GRU, LSTM, RNN
-from .options import check_memory, options
+from .options import check_memory, check_model, options
 from .recurrent import Recurrent
 
 #: torch.nn's class -> fastseq's
@@ -92,7 +92,7 @@ def replace(
         TypeError: ``model`` is no module.
         ValueError, TypeError: an unknown ``backend`` or ``memory``. Nothing is changed then.
     """
-    _check_model(model)
+    check_model(model)
     backend, memory = as_order(backend), check_memory(memory)
     report = Report()
     done: set[nn.Module] = set()
@@ -119,24 +119,6 @@ def replace(
     if not compat:
         report.notes += _notes(model, report.swapped)
     return report
-
-
-def _check_model(model: Any) -> None:
-    if isinstance(model, nn.Module):
-        return
-    if isinstance(model, type):
-        got, remedy = f"the class {model.__name__}", "make an instance of it first"
-    elif isinstance(model, torch.optim.Optimizer):
-        got, remedy = type(model).__name__, "pass the model whose parameters it holds"
-    elif isinstance(model, dict):
-        got, remedy = type(model).__name__, "load a state_dict into a model, and pass that"
-    elif isinstance(model, Iterable) and not isinstance(model, (str, torch.Tensor)):
-        got, remedy = type(model).__name__, "pass each of the modules, or an nn.ModuleList of them"
-    elif callable(model):
-        got, remedy = type(model).__name__, "pass the module that it calls"
-    else:
-        got, remedy = type(model).__name__, "pass the model itself"
-    raise TypeError(f"model: expected a torch.nn.Module, got {got}; {remedy}")
 
 
 def _reason_left(module: nn.Module) -> str | None:
@@ -218,7 +200,7 @@ def restore(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_model(model)
+    check_model(model)
     report = Report()
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..backends.choice import as_order
@@ -135,6 +136,24 @@ class LayerOptions(Options):
             self.__dict__["rates"] = rates if any(rates) else None
 
 
+def check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        got, remedy = f"the class {model.__name__}", "make an instance of it first"
+    elif isinstance(model, torch.optim.Optimizer):
+        got, remedy = type(model).__name__, "pass the model whose parameters it holds"
+    elif isinstance(model, dict):
+        got, remedy = type(model).__name__, "load a state_dict into a model, and pass that"
+    elif isinstance(model, Iterable) and not isinstance(model, (str, torch.Tensor)):
+        got, remedy = type(model).__name__, "pass each of the modules, or an nn.ModuleList of them"
+    elif callable(model):
+        got, remedy = type(model).__name__, "pass the module that it calls"
+    else:
+        got, remedy = type(model).__name__, "pass the model itself"
+    raise TypeError(f"model: expected a torch.nn.Module, got {got}; {remedy}")
+
+
 def set_options(model: nn.Module, **options: Any) -> None:
     """Set options of every layer and cell of fastseq in ``model``, as ``backend="eager"``.
 
@@ -145,8 +164,7 @@ def set_options(model: nn.Module, **options: Any) -> None:
     Raises:
         TypeError, ValueError: no module, no such option or value; nothing is changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     for name in options:
         if name not in LayerOptions.checks:
             raise TypeError(
