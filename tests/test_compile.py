@@ -575,12 +575,14 @@ def test_opcheck(sample, memory, packed):
 
 
 def test_every_operator_is_checked():
-    """Those of the masks: keep in tests/test_masks.py, and the one that draws, here."""
+    """Those of the masks: keep in tests/test_masks.py; the one that draws and copies, here."""
     torch.library.opcheck(
         torch.ops.fastseq.draw_seed.default, (torch.ones(2),), test_utils=CHECKS[:2]
     )
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
-    checked = {"recurrence", "recurrence_backward", "keep", "draw_seed"}
+    tensors = [torch.randn(2, 3, requires_grad=True), torch.randn(4)]
+    torch.library.opcheck(torch.ops.fastseq.copies.default, (tensors,), test_utils=CHECKS)
+    checked = {"recurrence", "recurrence_backward", "keep", "draw_seed", "copies"}
     assert names == {f"fastseq::{name}" for name in checked}
 
 
@@ -596,6 +598,7 @@ def test_every_operator_has_a_fallback():
     operators.recurrence_backward(*meta, outputs, outputs[0], outputs[1:3], [], False, wanted)
     ids = torch.empty(2, dtype=torch.int64, device="meta")
     operators.keep(operators.draw_seed(ids), [1], ids, None, 3, 0.5)
+    operators.copies(outputs[:1])
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
     for name in names:
         assert getattr(operators, name.removeprefix("fastseq::")).default in lowerings, name

@@ -339,7 +339,7 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 library.impl("copies", copies, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastseq::copies", lib=library)
+@register_fake("copies")
 def copies_fake(tensors):
     return [torch.empty_like(t) for t in tensors]
 
