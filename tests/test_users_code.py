@@ -367,6 +367,28 @@ def test_wrong_options_are_told_at_once(options, error):
     assert type(model[0]) is nn.LSTM
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_an_option_that_is_deleted_is_the_default(kind):
+    m = getattr(fastseq, kind)(I, H, recurrent_dropout=0.5, zoneout=0.3, backend="eager")
+    del m.fastseq.zoneout, m.fastseq.recurrent_dropout, m.fastseq.backend
+    assert repr(m) == repr(getattr(fastseq, kind)(I, H))
+    x = sample(kind)
+    assert_same(m(x), m.eval()(x))
+    for wrong in ("zoneot", "rates", "checks"):
+        with pytest.raises(AttributeError, match="no option of fastseq's"):
+            delattr(m.fastseq, wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_options_of_its_own(kind, way):
+    m = getattr(fastseq, kind)(I, H, backend="eager")
+    twin = way(m)
+    assert twin.fastseq.backend == "eager"
+    twin.fastseq.backend = "torch"
+    assert m.fastseq.backend == "eager"
+
+
 def test_options_of_a_whole_model():
     model = nn.ModuleDict({"a": fastseq.LSTM(I, H), "b": fastseq.GRUCell(I, H), "c": nn.GRU(I, H)})
     fastseq.set_options(model, backend="eager", memory="lean")

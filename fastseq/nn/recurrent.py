@@ -110,7 +110,6 @@ class Recurrent(HasOptions, nn.Module):
         flat_weights.put(self, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        options(self)
         return flat_weights.state(self, super().__getstate__())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
