@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.ao.nn.quantized.reference as nnqr
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import _VF, nn
 from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
 from torch.ao.quantization.quantize_fx import prepare_fx
@@ -627,6 +628,29 @@ def test_prepare_fx_and_shape_propagation():
     graph = torch.fx.symbolic_trace(net)
     torch.fx.passes.shape_prop.ShapeProp(graph).propagate(x)
     assert next(iter(reversed(graph.graph.nodes))).meta["tensor_meta"].shape == (B, H)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pre", [True, False])
+def test_symbolic_trace_of_a_layer_with_hooks(kind, pre):
+    """They would act twice, so it is told; hooks that make weights are the module's own."""
+    holder, x = nn.Sequential(getattr(fastseq, kind)(I, H)), sample(kind)
+    name = "weight_hh_l0" if kind in LAYERS else "weight_hh"
+    torch.nn.utils.prune.random_unstructured(holder[0], name, 0.5)
+    assert_same(torch.fx.symbolic_trace(holder)(x), holder(x))
+    register = holder[0].register_forward_pre_hook if pre else holder[0].register_forward_hook
+    handle = register(lambda module, *values: None)
+    with pytest.raises(torch.fx.proxy.TraceError, match="would record the hooks"):
+        torch.fx.symbolic_trace(holder)
+    handle.remove()
+    assert_same(torch.fx.symbolic_trace(holder)(x), holder(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_symbolic_trace_of_the_layer_itself(kind):
+    for module in pair(kind, I, H):
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(module)
 
 
 def test_symbolic_trace_of_a_subclass_with_its_own_forward():
