@@ -575,15 +575,71 @@ def test_opcheck(sample, memory, packed):
 
 
 def test_every_operator_is_checked():
-    """Those of the masks: keep in tests/test_masks.py; the one that draws and copies, here."""
+    """Those of the masks: keep in tests/test_masks.py, and the one that draws, here."""
+    torch.library.opcheck(torch.ops.fastseq.copies.default, ([torch.ones(2)],), test_utils=CHECKS)
     torch.library.opcheck(
         torch.ops.fastseq.draw_seed.default, (torch.ones(2),), test_utils=CHECKS[:2]
     )
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
-    tensors = [torch.randn(2, 3, requires_grad=True), torch.randn(4)]
-    torch.library.opcheck(torch.ops.fastseq.copies.default, (tensors,), test_utils=CHECKS)
     checked = {"recurrence", "recurrence_backward", "keep", "draw_seed", "copies"}
     assert names == {f"fastseq::{name}" for name in checked}
+
+
+@pytest.mark.parametrize("form", ["lengths", pytest.param("packed", marks=pytest.mark.full)])
+def test_the_eager_form_of_ragged_rows(form):
+    """Zoneout runs in it alone: packed rows, whose lengths no graph knows, with reset= and NaN in
+    what is padding."""
+    module = fastseq.RNN(I, H, bidirectional=True, zoneout=0.3)
+    x, seed, reset = torch.randn(4, 3, I), torch.tensor(7), torch.rand(4, 3) < 0.4
+    x[3, 0] = x[0, 1] = float("nan")
+    keywords = {"lengths": torch.tensor([3, 0, 2]), "reset": reset}
+    if form == "packed":
+        x = pack_sequence([torch.randn(4, I), torch.randn(3, I), torch.randn(1, I)])
+        keywords = {"reset": reset}
+
+    def run(layer):
+        y, last = layer(x, seed=seed, **keywords)
+        outputs = [y if form == "lengths" else y.data, last]
+        total = sum(o.square().sum() for o in outputs)
+        return [*outputs, *torch.autograd.grad(total, list(module.parameters()))]
+
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled), run(module), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's, of its own tree of arguments
+@pytest.mark.parametrize(
+    "lengths", [pytest.param(False, marks=pytest.mark.full), True], ids=["dense", "lengths"]
+)
+def test_what_is_exported_for_others_holds_aten_alone(lengths):
+    """For consumers that know no operator of ours: any batch, one number of steps."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.cell = fastseq.LSTM(I, H, proj_size=3), fastseq.GRUCell(3, H)
+
+        def forward(self, x, lengths=None):
+            y, last = self.layer(x, lengths=lengths)
+            return [y, *last, self.cell(y[0])]
+
+    model = Model().eval()
+    fastseq.set_options(model, backend="eager")
+
+    def example(B):
+        return torch.randn(3, B, I), *([torch.arange(B) % 4] if lengths else [])
+
+    sizes = ({1: Dim.DYNAMIC}, {0: Dim.DYNAMIC} if lengths else None)
+    with torch.no_grad():
+        program = torch.export.export(model, example(4), dynamic_shapes=sizes[: 1 + lengths])
+        for found in (program, program.run_decompositions()):
+            operators = [n.target for n in found.graph.nodes if n.op == "call_function"]
+            spaces = {o.namespace for o in operators if isinstance(o, torch._ops.OpOverload)}
+            assert spaces == {"aten"}
+            for B in (4, 2):
+                given = example(B)
+                assert_same(found.module()(*given), model(*given))
 
 
 def test_every_operator_has_a_fallback():
@@ -598,7 +654,7 @@ def test_every_operator_has_a_fallback():
     operators.recurrence_backward(*meta, outputs, outputs[0], outputs[1:3], [], False, wanted)
     ids = torch.empty(2, dtype=torch.int64, device="meta")
     operators.keep(operators.draw_seed(ids), [1], ids, None, 3, 0.5)
-    operators.copies(outputs[:1])
+    operators.copies([ids])
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
     for name in names:
         assert getattr(operators, name.removeprefix("fastseq::")).default in lowerings, name

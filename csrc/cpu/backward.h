@@ -335,31 +335,41 @@ struct BackwardShare : Walk<T> {
 
   // dh of h_0 of the sequences that began at step t: rows [b0, b1).
   void initial(index t, index b0, index b1) {
-    const Panels<T> panels = recurrent_panels(0);
-    const index u0 = first_unit(), u1 = last_unit();
     if (b0 < place.first) b0 = place.first;
     if (b1 > place.last) b1 = place.last;
-    for (index b = b0; b < b1; ++b) {
-      const index n = in.base(t) + b;
-      T* dh = d.dh + b * P;
-      const bool is_reset = resets(n);
-      const index from = projected ? 0 : u0, size = projected ? P : u1 - u0;
-      if (is_reset || !Cell::READS_H) std::memset(dh + from, 0, size * sizeof(T));
-      if (is_reset) {
-        for (int k = 0; k < Cell::C; ++k)
-          std::memset(d.dc[k] + b * H + u0, 0, (u1 - u0) * sizeof(T));
-        continue;
+    const index u0 = first_unit(), u1 = last_unit();
+    const index from = projected ? 0 : u0, size = projected ? P : u1 - u0;
+    for (index b = b0; b < b1;) {
+      const bool is_reset = resets(in.base(t) + b);
+      index end = b + 1;
+      while (end < b1 && resets(in.base(t) + end) == is_reset) ++end;
+      for (index own = b; own < end; ++own) {
+        if (is_reset || !Cell::READS_H) std::memset(d.dh + own * P + from, 0, size * sizeof(T));
+        for (int k = 0; is_reset && k < Cell::C; ++k)
+          std::memset(d.dc[k] + own * H + u0, 0, (u1 - u0) * sizeof(T));
       }
-      if (!panels.K) continue;
-      const T* row = dgates(t, n, Cell::APART);
-      const index p1 = projected ? panels.count() : place.p1;
-      for (index p = projected ? 0 : place.p0; p < p1; ++p) {
-        const int W = panels.vectors_of(p);
-        run_tile(pairs, 1, W, &row, w_hh[0] + panels.offset(p), panels.K,
+      if (!is_reset && recurrent_panels(0).K) initial_product(t, b, end);
+      b = end;
+    }
+  }
+
+  // Adds what the product leaves of rows [b0, b1). A step of a cell is all of this: its rows go
+  // through a panel of the weights together (LSTM H512, B = 32: 32 times less is read).
+  void initial_product(index t, index b0, index b1) {
+    const Panels<T> panels = recurrent_panels(0);
+    for (index b = b0; b < b1; ++b) operand[b - b0] = dgates(t, in.base(t) + b, Cell::APART);
+    const index p1 = projected ? panels.count() : place.p1;
+    for (index p = projected ? 0 : place.p0; p < p1; ++p) {
+      const int W = panels.vectors_of(p);
+      for (index b = b0; b < b1;) {
+        const int R = rows_of_tile(b1 - b, tallest(W));
+        run_tile(pairs, R, W, operand + (b - b0), w_hh[0] + panels.offset(p), panels.K,
                  static_cast<const T*>(nullptr), tiles);
-        mask_tile(b - place.first, 1, p, W);
-        T* to = dh + p * WIDEST * L;
-        add_tile(tiles, 1, W, P - p * WIDEST * L, &to, true);
+        mask_tile(b - place.first, R, p, W);
+        T* to[TALLEST];
+        for (int i = 0; i < R; ++i) to[i] = d.dh + (b + i) * P + p * WIDEST * L;
+        add_tile(tiles, R, W, P - p * WIDEST * L, to, true);
+        b += R;
       }
     }
   }

@@ -66,6 +66,8 @@ def imported(name: str) -> Any:
         module = importlib.import_module(BACKENDS[name].module)
     except ImportError as error:
         return f"{error}; {BACKENDS[name].remedy}"
+    except Exception as error:  # as of compilers that want the sources of what they compile
+        return f"{type(error).__name__}: {error}"
     wrong = fault(module)
     if wrong is not None:
         raise TypeError(f"backend {name!r} ({BACKENDS[name].module}): {wrong}")

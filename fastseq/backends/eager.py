@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -75,6 +76,13 @@ def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
     """One layer. 16-bit types compute gates and carry states other than h in float32."""
     if torch.jit.is_tracing():
         return _in_a_trace(call, trajectory)
+    if call.batch_sizes is not None and torch.compiler.is_compiling():
+        return _of_dense_rows(call, trajectory)
+    return _forward(call, trajectory)
+
+
+def _forward(call: Call, trajectory: bool, alive: Tensor | None = None) -> Result:
+    """alive: (T, B), where a step is one of a sequence's; it keeps its state in the others."""
     x = call.x
     stay = None if call.masks is None else call.masks.stay
     wide = _wide(x)
@@ -102,6 +110,7 @@ def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
             mask,
             wide,
             None if stay is None else stay[r],
+            alive,
         )
         ys.append(outputs)
         finals.append(final)
@@ -138,6 +147,7 @@ def _recurrence(
     h_mask: Tensor | None,
     wide: torch.dtype,
     stay: Sequence[Tensor | float] | None,
+    alive: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     H = weights.w_ih.shape[0] // cell.G
     phases = _phases(cell)
@@ -164,6 +174,8 @@ def _recurrence(
             None if h_mask is None else h_mask[:B_t],
             None if stays is None else [part[t] for part in stays],
         )
+        if alive is not None:
+            now = [torch.where(alive[t][:, None], *s) for s in zip(now, states, strict=True)]
         outputs.append(now[0])
         along.append(now[1:])
         states = [
@@ -228,6 +240,42 @@ def _step(
         return new
     before = (h_prev, *(now[f"{name}_prev"] for name in cell.other_states))
     return [_zoned(*parts) for parts in zip(new, before, stay, strict=True)]
+
+
+def _of_dense_rows(call: Call, trajectory: bool) -> Result:
+    """:func:`forward` of packed rows for a graph, in which no shape depends on their lengths."""
+    assert call.batch_sizes is not None
+    x, sizes = call.x, call.batch_sizes.to(call.x.device)
+    T, B, N = sizes.shape[0], call.B, x.shape[0]
+    ends = sizes.cumsum(0)
+    starts, sequence, row = (
+        ends - sizes,
+        torch.arange(B, device=x.device),
+        torch.arange(N, device=x.device),
+    )
+    alive = sequence < sizes[:, None]
+    places = (starts[:, None] + sequence).clamp(max=N - 1).reshape(-1)
+    step = torch.searchsorted(ends, row, right=True).clamp(max=T - 1)
+    back = step * B + (row - starts.index_select(0, step)).clamp(max=B - 1)
+
+    def dense(rows: Tensor) -> Tensor:
+        """(T*B, ...); whatever padding holds, it reaches no gradient."""
+        return rows.index_select(0, places).masked_fill(~alive.reshape(-1, 1), 0)
+
+    def packed(steps: Tensor) -> Tensor:
+        rows = steps.reshape(T * B, steps.shape[-1]).index_select(0, back)
+        return rows.masked_fill((row >= ends[-1])[:, None], 0)
+
+    masks, reset = call.masks, call.reset
+    if masks is not None and masks.stay is not None:
+        drawn = [[dense(s) if isinstance(s, Tensor) else s for s in way] for way in masks.stay]
+        masks = replace(masks, stay=drawn)
+    if reset is not None:
+        reset = reset.index_select(1, places)
+    x = dense(x).reshape(T, B, x.shape[-1])
+    call = replace(call, x=x, batch_sizes=None, reset=reset, masks=masks)
+    result = _forward(call, trajectory, alive)
+    return Result(packed(result.y), result.states, [packed(c) for c in result.trajectory], [])
 
 
 def _in_a_trace(call: Call, trajectory: bool) -> Result:

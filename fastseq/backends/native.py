@@ -37,7 +37,8 @@ FOLDER = Path(__file__).parents[1]
 try:
     from .. import _cpu  # type: ignore[attr-defined]
 
-    if not FOLDER.samefile(Path(_cpu.__file__).parent):  # an editable install's finder knows it
+    # an editable install's finder knows it, of a package in an archive too
+    if not (FOLDER.is_dir() and FOLDER.samefile(Path(_cpu.__file__).parent)):
         raise ImportError(f"{_cpu.__file__} belongs to another fastseq")
 except ImportError as error:
     note = FOLDER / "_cpu.txt"  # setup.py's

@@ -22,20 +22,18 @@ stride 0.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import textwrap
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 
 from ..cells import Cell, Phase, arguments, bind
-from .numba_simd import JIT, simd
+from .numba_simd import JIT, digest, simd
 from .numba_threads import run
 
 _SIZES = (
@@ -523,12 +521,6 @@ if w_hr:
     return _loop(cell, "backward", "step if reverse else T - 1 - step", body, ["chain = 0"])
 
 
-@cache
-def _digest() -> str:
-    """Of this file: a change of it must not find the kernels that it wrote before."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-
-
 class Kernel:
     """Machine code that runs the tasks of a list: ``kernel(address of the list)``."""
 
@@ -556,7 +548,8 @@ def compile_loop(cell: Cell, source: str, backward: bool, dtype: Any) -> Kernel:
     writes the loops, and the vector width; Numba itself adds the processor.
     """
     vocabulary = vars(simd(dtype))
-    label = f"{vocabulary['fingerprint']}_{_digest()}"
+    # a change of this file must not find the kernels that it wrote before
+    label = f"{vocabulary['fingerprint']}_{digest(__name__)[:8]}"
     names = dict(vocabulary)
     names["ZERO"] = np.dtype(dtype).type(0)
     for k, phase in enumerate(cell.phases):

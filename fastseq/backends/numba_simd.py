@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import marshal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,19 @@ from .numba_vectors import INTEGERS, JIT, VOCABULARY, Vec, memory, vector_bytes
 __all__ = ["JIT", "Vec", "simd"]
 
 #: A change of any of them must not find the kernels that were compiled before.
-_SOURCES = (__file__, numba_vectors.__file__, numba_tiles.__file__)
+_SOURCES = (__name__, numba_vectors.__name__, numba_tiles.__name__)
+
+
+def digest(*modules: str) -> str:
+    """A hash of the modules' texts, or of their code where they have no file, as in an archive."""
+    found = hashlib.sha256()
+    for name in modules:
+        spec = sys.modules[name].__spec__
+        assert spec is not None and spec.origin is not None
+        loader: Any = spec.loader
+        file = Path(spec.origin)
+        found.update(file.read_bytes() if file.is_file() else marshal.dumps(loader.get_code(name)))
+    return found.hexdigest()
 
 
 @functools.cache
@@ -92,8 +106,7 @@ def simd(dtype: Any, lanes: int | None = None) -> SimpleNamespace:
     if dtype not in numba_types:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
     vec = Vec(numba_types[dtype], lanes or vector_bytes() // dtype.itemsize)
-    source = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _SOURCES)).hexdigest()
-    fingerprint = f"{dtype}x{vec.lanes}_{source[:16]}"
+    fingerprint = f"{dtype}x{vec.lanes}_{digest(*_SOURCES)[:16]}"
     return SimpleNamespace(
         LANES=vec.lanes,
         ITEMSIZE=dtype.itemsize,

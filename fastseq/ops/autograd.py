@@ -18,7 +18,7 @@ from ..backends import DIFFERENTIABLE, load
 from ..cells import CELLS
 from . import batching, library
 from .library import Layout, make_call
-from .modes import in_transform
+from .modes import in_transform, only_default_devices
 
 #: The form that autograd sees through, from which derivatives of every order come.
 eager = load(DIFFERENTIABLE)
@@ -34,6 +34,7 @@ def needs_no_operator(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
+        or (torch._C._len_torch_function_stack() and not only_default_devices())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or tensors[0].is_meta  # type: ignore[union-attr]
     ) and _PLAIN.issuperset(map(type, tensors))

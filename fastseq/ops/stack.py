@@ -96,6 +96,9 @@ def problem(stack: Stack) -> Problem:
         width, H, P = stack.width, stack.H, stack.P
     if not traced:
         T, B = geometry.T, geometry.B
+        sizes = (T, B, width, H, P)
+        if torch.SymInt in map(type, sizes):  # of a symbolic trace, as torch.compile's
+            T, B, width, H, P = [None if type(s) is torch.SymInt else s for s in sizes]
     ragged = geometry.is_ragged
     device, capability, tf32, recording = "cpu", None, False, False
     if not x.is_cpu:
