@@ -879,6 +879,14 @@ def compile_cells(side: Side) -> None:
     differs(gradients(found, leaves), gradients(truth, leaves), "gradients")
 
 
+@probe(COMPILE, "inductor with implicit_fallbacks=False", ("LSTM", "GRU"), seconds=300)
+def compile_no_fallbacks(side: Side) -> None:
+    import torch._inductor.config
+
+    torch._inductor.config.implicit_fallbacks = False
+    check_compiled(side, backend="inductor", training=True)
+
+
 @probe(COMPILE, "torch.func.grad of a layer in the graph")
 def compile_func(side: Side) -> None:
     _, p, run, exact = functions(side)
@@ -1002,6 +1010,65 @@ def trace(side: Side) -> None:
     check_exported(side, layer, torch.jit.trace(layer, (an_input(),)))
 
 
+class PackedModel(nn.Module):
+    """pack, layer, pad."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return pad_packed_sequence(self.layer(packed)[0])[0]
+
+
+@probe(EXPORT, "torch.jit.trace of pack, layer and pad, then another T, B and lengths")
+def trace_packed(side: Side) -> None:
+    model = PackedModel(side.layer()).eval()
+    example = an_input(SHORT, B, I), torch.tensor(LENGTHS)
+    traced = torch.jit.trace(model, example, check_trace=False)
+    for steps, lengths in ((9, (9, 2)), (5, (1, 5, 3, 2, 4))):
+        x, n = an_input(steps, len(lengths), I), torch.tensor(lengths)
+        differs(traced(x, n), side.loop(model.layer, x, lengths=n)[0])
+
+
+@probe(EXPORT, "a torch.jit.ScriptModule that holds the layer", (*LAYERS, *CELLS))
+def script_module(side: Side) -> None:
+    class Scripted(torch.jit.ScriptModule):
+        def __init__(self, layer: Any) -> None:
+            super().__init__()
+            self.layer = layer
+
+        @torch.jit.script_method
+        def forward(self, x):
+            return self.layer(x)
+
+    layer = side.layer().eval()
+    x = an_input() if side.kind in LAYERS else an_input(B, I)
+    found = Scripted(layer)(x)
+    if side.kind in LAYERS:
+        differs(found, side.loop(layer, x)[:2])
+    else:
+        differs(found, side.loop(layer, x[None])[1])
+
+
+@probe(EXPORT, "export with ATen operators only", seconds=120)
+def export_aten(side: Side) -> None:
+    """For runtimes that know torch's own operators alone."""
+    options = {"backend": "eager"} if side.library == "fastseq" else {}
+    layer, x = side.layer(**options).eval(), an_input(SHORT, B, I)
+    program = torch.export.export(layer, (x,)).run_decompositions()
+    others = {
+        str(node.target)
+        for node in program.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        if node.target.namespace not in ("aten", "prims")
+    }
+    if others:
+        raise No(f"it holds {', '.join(sorted(others))}")
+    differs(program.module()(x), side.loop(layer, x)[:2])
+
+
 # Modules
 
 MODULES = "Parameters and modules"
@@ -1113,6 +1180,322 @@ def quantized(side: Side) -> None:
 def is_instance(side: Side) -> None:
     if not isinstance(side.layer(), getattr(nn, side.kind)):
         raise No("it derives from RNNBase")
+
+
+# What users' code does to a layer
+
+USERS = "What users' code does to a layer"
+SOURCES = (*LAYERS, *CELLS)
+
+
+def negated(*shape: int) -> Tensor:
+    """A view whose numbers are minus its memory."""
+    z = torch.complex(an_input(*shape), an_input(*shape, seed=2)).conj().imag
+    assert z.is_neg()
+    return z
+
+
+@probe(USERS, "lazy negation of input, states and weights")
+def negation(side: Side) -> None:
+    for shape in ((T, B, I), (T, B, 1)):
+        layer, x = side.layer(shape[-1], H), negated(*shape)
+        differs(layer(x), side.loop(layer, x)[:2])
+        h = negated(1, B, H)
+        hx = (h, h) if side.kind == "LSTM" else h
+        differs(layer(x, hx), side.loop(layer, x, hx=hx)[:2])
+    raw = nn.Parameter(layer.weight_hh_l0.detach().clone())
+    del layer.weight_hh_l0
+    layer.weight_hh_l0 = torch.complex(raw, raw).conj().imag
+    truth, y = side.loop(layer, x)[0], layer(x)[0]
+    differs(y, truth)
+    found = gradients(y, [raw], retain_graph=True)
+    differs(found, gradients(truth, [raw]), "gradients")
+
+
+def with_weights(side: Side, layer: Any, weights: Sequence[Tensor]) -> None:
+    """The layer computes with these, and gradients reach them."""
+    x = an_input()
+    truth, y = loop(side.base, weights, x)[0], layer(x)[0]
+    differs(y, truth)
+    differs(gradients(y, weights), gradients(truth, weights), "gradients")
+
+
+def other_weights(layer: Any) -> list[Tensor]:
+    return [(w.detach() * 0.7).requires_grad_() for w in weights_of(layer)]
+
+
+@probe(USERS, "_flat_weights set whole (DropConnect, quantizers)")
+def flat_weights_whole(side: Side) -> None:
+    layer = side.layer()
+    kept, others = layer._flat_weights, other_weights(layer)
+    layer._flat_weights = others
+    with_weights(side, layer, others)
+    layer._flat_weights = kept
+    with_weights(side, layer, weights_of(layer))
+
+
+@probe(USERS, "_flat_weights set item by item (tied weights)")
+def flat_weights_items(side: Side) -> None:
+    layer = side.layer()
+    others = other_weights(layer)
+    for k, w in enumerate(others):
+        layer._flat_weights[k] = w
+    with_weights(side, layer, others)
+
+
+#: Attributes that recurrent layers and models that hold them go by.
+NAMES = (
+    *("cell", "memory", "weights", "backend", "states", "zoneout", "reset", "lengths", "step"),
+    *("recurrent_dropout", "input_dropout", "weight_dropout", "deterministic", "seed", "options"),
+)
+
+
+@probe(USERS, "a subclass's own attributes, of any name", SOURCES)
+def own_names(side: Side) -> None:
+    x = an_input() if side.kind in LAYERS else an_input(B, I)
+    truth = side.layer()(x)
+    for value in (0.3, nn.Linear(2, 2), torch.ones(3)):
+        for name in NAMES:
+            mine = type("Mine", (side.constructor,), {})
+            torch.manual_seed(0)
+            module = mine(I, H)
+            setattr(module, name, value)
+            if getattr(module, name) is not value:
+                raise No(f"{name} is not what was set")
+            differs(module(x), [t.double() for t in flat(truth)])
+
+
+def edit_states(side: Side, layer: Any, x: Tensor, hx: Any = None) -> None:
+    """Zeroed before backward, as where an episode ends: the output's gradients do not change."""
+    y, state = layer(x, hx)
+    with torch.no_grad():
+        for s in flat(state):
+            s[:, 1] = 0
+    truth = side.loop(layer, x, hx=hx)[0]
+    leaves = weights_of(layer)
+    found = [g.to(x.dtype) for g in gradients(y, leaves)]
+    differs(y, truth)
+    differs(found, gradients(truth, leaves), "gradients")
+
+
+@probe(USERS, "states edited in place before backward")
+def states_edited(side: Side) -> None:
+    h = an_input(1, 1, H).expand(1, B, H)
+    for hx in (None, (h, h.cos()) if side.kind == "LSTM" else h):
+        for steps in (1, T):
+            edit_states(side, side.layer(), an_input(steps, B, I), hx)
+
+
+@probe(USERS, "states edited in place before backward, in bfloat16")
+def low_states_edited(side: Side) -> None:
+    for steps in (1, T):
+        x = an_input(steps, B, I, dtype=torch.bfloat16)
+        edit_states(side, side.layer(dtype=torch.bfloat16), x)
+
+
+@probe(USERS, "per-sample gradients by ExpandedWeights")
+def expanded_weights(side: Side) -> None:
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    layer, x = side.layer(batch_first=True), an_input(B, SHORT, I)
+    y = call_for_per_sample_grads(layer, batch_size=B)(x)[0]
+    y.square().sum().backward()
+    leaves = weights_of(layer)
+    each = [gradients(side.loop(layer, one[:, None])[0], leaves) for one in x]
+    found: list[Any] = [w.grad_sample for w in leaves]
+    differs(found, [torch.stack(one) for one in zip(*each, strict=True)], "gradients")
+
+
+@probe(USERS, "a tensor subclass as input keeps its class", SOURCES)
+def tensor_subclass(side: Side) -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    x = an_input() if side.kind in LAYERS else an_input(B, I)
+    module = side.layer()
+    found = flat(module(x.as_subclass(Marked)))
+    if not all(isinstance(t, Marked) for t in found):
+        raise No("the outputs are plain tensors")
+    differs([t.as_subclass(Tensor) for t in found], [t.double() for t in flat(module(x))])
+
+
+def modelled(side: Side) -> tuple[Any, Tensor]:
+    model = Holder(side.layer()).eval()
+    return model, an_input() if side.kind in LAYERS else an_input(B, I)
+
+
+@probe(USERS, "torch.fx.symbolic_trace", SOURCES)
+def symbolic_trace(side: Side) -> None:
+    model, x = modelled(side)
+    graph = torch.fx.symbolic_trace(model)
+    if "call_module" not in [node.op for node in graph.graph.nodes]:
+        raise No("the layer is no node of the graph")
+    differs(graph(x), [t.double() for t in flat(model(x))])
+
+
+@probe(USERS, "torch.ao.quantization.quantize_fx.prepare_fx", SOURCES)
+def prepare_fx(side: Side) -> None:
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    model, x = modelled(side)
+    mapping = QConfigMapping().set_object_type(nn.Linear, default_dynamic_qconfig)
+    prepared = prepare_fx(model, mapping, (x,))
+    differs(prepared(x), [t.double() for t in flat(model(x))])
+
+
+@probe(USERS, "the methods of torch.nn's modules", SOURCES)
+def methods(side: Side) -> None:
+    theirs, ours = getattr(nn, side.kind), side.constructor
+    for name in dir(theirs):
+        if not name.startswith("__") and not hasattr(ours, name):
+            raise No(f"{name} is missing")
+    if side.kind in LAYERS:
+        layer, h = side.layer(), torch.zeros(1, B, H)
+        hx = (h, h) if side.kind == "LSTM" else h
+        order = torch.arange(B).flip(0)
+        layer.check_forward_args(an_input(), hx, None)
+        differs(layer.permute_hidden(hx, order), [t.double() for t in flat(hx)])
+        sizes = [layer.get_expected_hidden_size(an_input(), None)]
+        if side.kind == "LSTM":
+            sizes.append(layer.get_expected_cell_size(an_input(), None))
+        if set(sizes) != {(1, B, H)}:
+            raise Wrong(f"sizes {sizes}")
+
+
+def step_time(side: Side, default: str | None) -> Callable[[], Any]:
+    layer, x = side.layer(64, 64), an_input(1, 1, 64)
+
+    def steps() -> None:
+        torch.set_default_device(default)
+        try:
+            with torch.no_grad():
+                for _ in range(200):
+                    layer(x)
+        finally:
+            torch.set_default_device(None)
+
+    return steps
+
+
+@probe(USERS, "torch.set_default_device costs a step nothing to speak of")
+def default_device(side: Side) -> None:
+    than = "the time without it"
+    not_slower(step_time(side, "cpu"), step_time(side, None), than, times=2.0, rounds=15)
+
+
+@probe(USERS, "more threads than cores")
+def oversubscribed(side: Side) -> None:
+    """The threads are the machine's to share: the time that passes is measured."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    layer, x = side.layer(256, 256), an_input(100, 1, 256)
+    try:
+        best = []
+        for threads in (cores or 1, 8 * (cores or 1)):
+            torch.set_num_threads(threads)
+            samples = []
+            for _ in range(12):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    layer(x)
+                samples.append(time.perf_counter() - start)
+            best.append(min(samples))
+    finally:
+        torch.set_num_threads(1)
+    if best[1] > 3 * best[0]:
+        raise Slow(f"×{best[1] / best[0]:.0f} the time of one thread a core")
+
+
+@probe(USERS, "deepcopy and torch.save of a model with a stream", seconds=60)
+def copied_stream(side: Side) -> None:
+    """torch.nn's stream is a state that the model keeps; fastseq's is a handle."""
+
+    def begin(layer: Any) -> Any:
+        if side.library == "fastseq":
+            return importlib.import_module("fastseq").streaming(layer, batch=B)
+        return [None]
+
+    def step(model: Any, x: Tensor) -> Tensor:
+        if side.library == "fastseq":
+            return model.stream.step(x)
+        with torch.no_grad():
+            y, model.stream[0] = model.layer(x[None], model.stream[0])
+        return y[0]
+
+    model, x = Holder(side.layer()), an_input()
+    model.stream = begin(model.layer)
+    for x_t in x[:5]:
+        step(model, x_t)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    truth = side.loop(model.layer, x)[0]
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False), model):
+        differs([step(twin, x_t) for x_t in x[5:8]], list(truth[5:8]))
+
+
+def replaced(side: Side, model: nn.Module, **options: Any) -> nn.Module:
+    if side.library == "fastseq":
+        importlib.import_module("fastseq").replace(model, **options)
+    return model
+
+
+@probe(USERS, "isinstance(layer, nn.LSTM) in a model, after replace(compat=True)", SOURCES)
+def is_instance_after_replace(side: Side) -> None:
+    theirs = getattr(nn, side.kind)
+    model = replaced(side, nn.ModuleList([theirs(I, H)]), compat=True)
+    if not isinstance(model[0], theirs):  # type: ignore[index]
+        raise No(f"it is {type(model[0]).__name__}")  # type: ignore[index]
+    if side.library == "fastseq" and type(model[0]) is theirs:  # type: ignore[index]
+        raise No("the layer was left")
+
+
+@probe(USERS, "layers that a library makes itself are fastseq's (fastseq.install)", SOURCES)
+def installed(side: Side) -> None:
+    if side.library != "fastseq":
+        raise No("there is no such switch")
+    fastseq = importlib.import_module("fastseq")
+    before = getattr(nn, side.kind)
+    fastseq.install()
+    try:
+        made = getattr(nn, side.kind)(I, H)
+        derived = type("Derived", (getattr(nn, side.kind),), {})(I, H)
+    finally:
+        fastseq.uninstall()
+    for module in (made, derived):
+        if not isinstance(module, before) or not hasattr(module, "fastseq"):
+            raise No(f"{type(module).__name__} is torch.nn's")
+    if getattr(nn, side.kind) is not before:
+        raise No("uninstall leaves it")
+
+
+@probe(USERS, "byte code only (frozen applications)", ("LSTM",), seconds=120)
+def byte_code(side: Side) -> None:
+    import compileall
+    import pathlib
+    import shutil
+    import subprocess
+
+    call = f"{side.library}.LSTM(4, 6)(torch.randn(5, 3, 4))[0].sum().backward()"
+    told = "; fastseq.backends()" if side.library == "fastseq" else ""
+    code = f"import torch, {side.library}; {call}{told}"
+    with tempfile.TemporaryDirectory() as folder:
+        if side.library == "fastseq":
+            source = pathlib.Path(str(importlib.import_module("fastseq").__file__)).parent
+            package = pathlib.Path(folder, "fastseq")
+            shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+            compileall.compile_dir(package, legacy=True, quiet=2)
+            for path in package.rglob("*.py"):
+                path.unlink()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise No(done.stderr.strip().splitlines()[-1][:100])
 
 
 # Tools

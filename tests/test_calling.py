@@ -278,6 +278,73 @@ def test_output_edited_before_backward_is_right_or_an_error(kind, backend):
 
 @layers
 @backends
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_and_states_are_memory_of_their_own(kind, backend, T, dtype):
+    """Each may be edited before backward, and leaves the other as it was."""
+    ours = pair(kind, 4, 6, backend=backend)[1].to(dtype)
+    x = torch.randn(T, 3, 4, dtype=dtype)
+    y, state = ours(x)
+    finals, before = tensors(state), y.detach().clone()
+    for final in finals:
+        final.detach().fill_(9)
+    assert torch.equal(y, before)
+    y.float().sum().backward()
+    edited = [p.grad.clone() for p in ours.parameters()]
+    ours.zero_grad()
+    y, state = ours(x)
+    y.float().sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(ours.parameters(), edited, strict=True))
+    with torch.no_grad():
+        y, state = ours(x)
+        kept = [final.clone() for final in tensors(state)]
+        y.fill_(9)
+    assert all(map(torch.equal, tensors(state), kept))
+    if kind != "LSTM":
+        y, _ = ours(x)
+        y.mul_(1).float().sum().backward()
+
+
+@kinds
+@pytest.mark.parametrize("training", [True, False])
+def test_input_without_dimensions(kind, training):
+    theirs, ours = pair(kind, 4, 6)
+    for module in (theirs, ours):
+        with torch.set_grad_enabled(training), pytest.raises(ValueError, match=r"to be .D or .D"):
+            module(torch.tensor(1.0))
+
+
+@kinds
+@pytest.mark.parametrize("what", ["input", "state", "weight", "packed"])
+def test_sparse_tensors(kind, what):
+    """torch's own function says what it takes of them."""
+    results = []
+    for module in pair(kind, 4, 6):
+        lead = (1, 3) if kind in LAYERS else (3,)
+        x, hx = torch.ones(5, 3, 4), state_for(kind, *lead, 6)
+        given = x if kind in LAYERS else x[0]
+        hx = tuple(torch.ones_like(h) for h in hx) if isinstance(hx, tuple) else torch.ones_like(hx)
+        if what == "input":
+            given = given.to_sparse()
+        elif what == "state":
+            hx = tuple(h.to_sparse() for h in hx) if isinstance(hx, tuple) else hx.to_sparse()
+        elif what == "packed" and kind in LAYERS:
+            given = pack_sequence([x[:, 0], x[:3, 1], x[:1, 2]])
+            given = given._replace(data=given.data.to_sparse())
+        else:
+            name = "weight_hh_l0" if kind in LAYERS else "weight_hh"
+            setattr(module, name, nn.Parameter(getattr(module, name).detach().to_sparse()))
+        error = caught(lambda m=module, x=given, hx=hx: results.append(m(x, hx)))
+        if error is not None:
+            results.append(type(error))
+    if isinstance(results[0], type):
+        assert results[1] is results[0]
+    else:
+        assert_same(results[1], results[0])
+
+
+@layers
+@backends
 def test_strided_input(kind, backend):
     theirs, ours = pair(kind, 4, 6, backend=backend)
     wide = torch.randn(3, 10, 8)

@@ -53,6 +53,23 @@ def test_a_row_is_seen_again(name):
         assert capabilities.escaped(theirs) == cells(name)[0]
 
 
+#: Of users' code, where torch.nn is to say yes as well: but what needs a clock, or takes seconds.
+AS_TORCH = [
+    name
+    for name, one in PROBES.items()
+    if one.group == probes.USERS
+    and "fastseq" not in name
+    and not any(word in name for word in ("threads", "byte code", "default_device"))
+]
+
+
+@pytest.mark.parametrize("name", AS_TORCH)
+@pytest.mark.parametrize("library", capabilities.SIDES)
+def test_users_code_works_on_both_sides(name, library):
+    kind = "GRU" if "ExpandedWeights" in name else PROBES[name].kinds[0]
+    assert probes.answer(name, Side(library, kind)) == "yes"
+
+
 def test_a_crash_and_the_clock_are_answers(monkeypatch):
     """Each ends one process; the layers that are left are asked in another."""
 

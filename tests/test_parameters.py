@@ -9,7 +9,7 @@ import torch
 from rules import check_alike
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from twins import KINDS, LAYERS, assert_same, assert_same_gradients, pair, tensors
+from twins import KINDS, LAYERS, assert_same, assert_same_gradients, caught, pair, tensors
 
 import fastseq
 
@@ -174,6 +174,45 @@ def test_lists_of_weights(kind):
     assert ours.flatten_parameters() is None
     ours.weight_hh_l0 = nn.Parameter(torch.zeros_like(ours.weight_hh_l0))
     assert ours._flat_weights[1] is ours.weight_hh_l0
+
+
+#: Ways to change a list, after which it holds the weights that are due, or raises in a call.
+CHANGES = {
+    "slice": lambda ws, due: ws.__setitem__(slice(None), due),
+    "clear, extend": lambda ws, due: (ws.clear(), ws.extend(due)),
+    "pop, append": lambda ws, due: [(ws.pop(0), ws.append(w)) for w in due],
+    "del, insert": lambda ws, due: [
+        (ws.__delitem__(k), ws.insert(k, w)) for k, w in enumerate(due)
+    ],
+    "remove, +=": lambda ws, due: [(ws.remove(ws[0]), ws.__iadd__([w])) for w in due],
+    "reverse": lambda ws, due: (ws.__setitem__(slice(None), due[::-1]), ws.reverse()),
+    "sort": lambda ws, due: (ws.__setitem__(slice(None), due), ws.sort(key=lambda w: 0)),
+    "one more": lambda ws, due: ws.append(due[0]),
+    "one less": lambda ws, due: ws.pop(),
+    "another order": lambda ws, due: ws.reverse(),
+    "None": lambda ws, due: ws.__setitem__(1, None),
+    "an array": lambda ws, due: ws.__setitem__(1, due[1].detach().numpy()),
+}
+
+
+@in_double
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_list_of_weights_that_changes(kind, change):
+    """As torch.nn's does, and a call raises what torch.nn's call raises."""
+    theirs, ours = pair(kind, 4, 6)
+    due = [torch.randn_like(p) for p in theirs.parameters()]
+    results = []
+    for module in (theirs, ours):
+        x = torch.ones(5, 3, 4)
+        CHANGES[change](module._flat_weights, due)
+        error = caught(lambda m=module, x=x: results.append(m(x)))
+        if error is not None:
+            results.append(type(error))
+    if isinstance(results[0], type):
+        assert results[1] is results[0]
+    else:
+        assert_same(results[1], results[0])
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -365,6 +365,20 @@ def test_parameters_that_are_given(kind):
     both(kind, train)
 
 
+@pytest.mark.parametrize("kind", CELLS)
+def test_compiled_autograd(kind):
+    """Which runs a backward without torch's engine."""
+
+    def train(m):
+        x = leaf(T, B, I)
+        y, _ = loop(m, x)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            y.sum().backward()
+        return y, x.grad
+
+    both(kind, train)
+
+
 def test_one_step_alone_makes_no_token():
     """It would cost more than it spares."""
     m = fastseq.LSTMCell(I, H)

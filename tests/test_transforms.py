@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_map
+from twins import needs
 
 import fastseq
 from fastseq.backends import load
@@ -534,23 +535,41 @@ def test_forward_mode_runs_the_eager_form(kind, of, request):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_an_output_edited_in_place(kind):
-    """The right gradient, or an error: backward reads y."""
-    m, _ = module(kind, "numba")
-    x = torch.randn(T, B, I, dtype=torch.float64)
+@pytest.mark.parametrize("backend", ["native", "numba"])
+@pytest.mark.parametrize("way", ["grad", "vmap of grad", "grad of vmap", "grad of grad"])
+def test_outputs_edited_in_place(kind, backend, way):
+    """The states of all, and the output of all but the LSTM, whose own raises."""
+    needs(backend)
+    m, _ = module(kind, backend)
+    x = torch.randn(2, T, B, I, dtype=torch.float64)
+    # an edit of the very bits is none for the truth
+    factor = torch.ones((), dtype=torch.float64)
 
-    def loss(x, edit):
-        y, _ = m(x)
-        y = y.mul_(2) if edit else y * 2
-        return y.square().sum()
+    def loss(x, edit, output=kind != "LSTM"):
+        y, state = m(x)
+        states = state if isinstance(state, tuple) else (state,)
+        total = sum(s.clone().sin().sum() for s in states)
+        if edit:
+            for s in states:
+                s[:, 1] = 0
+            y = y.mul_(factor) if output else y
+        return total + y.square().sum()
 
-    truth = torch.func.grad(loss)(x, False)
-    try:
-        got = torch.func.grad(loss)(x, True)
-    except RuntimeError as error:
-        assert "inplace operation" in str(error)
-        return
-    check_close(got, None, truth, torch.float64, kind)
+    def gradients(*how):
+        grad, vmap = torch.func.grad, torch.func.vmap
+        one = grad(loss)
+        if way == "grad":
+            return one(x[0], *how)
+        if way == "vmap of grad":
+            return vmap(lambda x: one(x, *how))(x)
+        if way == "grad of vmap":
+            return grad(lambda x: vmap(lambda x: loss(x, *how))(x).sum())(x)
+        return grad(lambda x: one(x, *how).square().sum())(x[0])
+
+    check_close(gradients(True), None, gradients(False), torch.float64, kind)
+    if kind == "LSTM" and way == "grad":
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            gradients(True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

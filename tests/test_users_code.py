@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.ao.nn.quantized.reference as nnqr
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import _VF, nn
 from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
 from torch.ao.quantization.quantize_fx import prepare_fx
@@ -199,10 +200,18 @@ def copied(module, way):
 
 
 def test_flat_weights_of_another_number():
-    m = fastseq.GRU(I, H)
-    words = "_flat_weights: expected 4 tensors, weight_ih_l0, .*, got 3"
-    with pytest.raises(ValueError, match=words):
-        m._flat_weights = m._flat_weights[:3]
+    """Told by the call, as torch.nn does, so that a list may be filled bit by bit."""
+    m, x = fastseq.GRU(I, H), torch.randn(5, 3, I)
+    expected, weights = m(x), list(m._flat_weights)
+    m._flat_weights = weights[:3]
+    with pytest.raises(RuntimeError, match=r"expected 4 tensors, weight_ih_l0, .*, got 3"):
+        m(x)
+    m._flat_weights = []
+    with pytest.raises(RuntimeError, match="got 0"):
+        m(x)
+    for w in weights:
+        m._flat_weights.append(w)
+    assert_same(m(x), expected)
     assert copy.deepcopy(m._flat_weights) is not m._flat_weights
     assert type(copy.copy(m._flat_weights)) is list
 
@@ -357,6 +366,28 @@ def test_wrong_options_are_told_at_once(options, error):
         with pytest.raises(error, match=next(iter(options))):
             fastseq.replace(model, **options)
     assert type(model[0]) is nn.LSTM
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_an_option_that_is_deleted_is_the_default(kind):
+    m = getattr(fastseq, kind)(I, H, recurrent_dropout=0.5, zoneout=0.3, backend="eager")
+    del m.fastseq.zoneout, m.fastseq.recurrent_dropout, m.fastseq.backend
+    assert repr(m) == repr(getattr(fastseq, kind)(I, H))
+    x = sample(kind)
+    assert_same(m(x), m.eval()(x))
+    for wrong in ("zoneot", "rates", "checks"):
+        with pytest.raises(AttributeError, match="no option of fastseq's"):
+            delattr(m.fastseq, wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_options_of_its_own(kind, way):
+    m = getattr(fastseq, kind)(I, H, backend="eager")
+    twin = way(m)
+    assert twin.fastseq.backend == "eager"
+    twin.fastseq.backend = "torch"
+    assert m.fastseq.backend == "eager"
 
 
 def test_options_of_a_whole_model():
@@ -597,6 +628,29 @@ def test_prepare_fx_and_shape_propagation():
     graph = torch.fx.symbolic_trace(net)
     torch.fx.passes.shape_prop.ShapeProp(graph).propagate(x)
     assert next(iter(reversed(graph.graph.nodes))).meta["tensor_meta"].shape == (B, H)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pre", [True, False])
+def test_symbolic_trace_of_a_layer_with_hooks(kind, pre):
+    """They would act twice, so it is told; hooks that make weights are the module's own."""
+    holder, x = nn.Sequential(getattr(fastseq, kind)(I, H)), sample(kind)
+    name = "weight_hh_l0" if kind in LAYERS else "weight_hh"
+    torch.nn.utils.prune.random_unstructured(holder[0], name, 0.5)
+    assert_same(torch.fx.symbolic_trace(holder)(x), holder(x))
+    register = holder[0].register_forward_pre_hook if pre else holder[0].register_forward_hook
+    handle = register(lambda module, *values: None)
+    with pytest.raises(torch.fx.proxy.TraceError, match="would record the hooks"):
+        torch.fx.symbolic_trace(holder)
+    handle.remove()
+    assert_same(torch.fx.symbolic_trace(holder)(x), holder(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_symbolic_trace_of_the_layer_itself(kind):
+    for module in pair(kind, I, H):
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(module)
 
 
 def test_symbolic_trace_of_a_subclass_with_its_own_forward():

@@ -195,7 +195,11 @@ def _zero_states(
 def _one_step(
     request: Request, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """All layers for one time step, x (B, I), by torch's cell functions."""
+    """All layers for one time step, x (B, I), by torch's cell functions.
+
+    Of what they give y and the states are copies, as of torch's layers: each may be edited in place
+    without changing the other, or what backward reads.
+    """
 
     def run(
         layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
@@ -204,8 +208,6 @@ def _one_step(
             _step(request.cell, x, [s[d] for s in states], way.given())
             for d, way in enumerate(weights)
         ]
-        if len(ends) == 1:
-            return ends[0][0], [s.unsqueeze(0) for s in ends[0]]
         return torch.cat([end[0] for end in ends], -1), [
             torch.stack(s) for s in zip(*ends, strict=True)
         ]

@@ -14,7 +14,7 @@ from ..cells import CELLS
 from ..ops import steps
 from ..ops.checks import check_weights
 from ..ops.geometry import OneStep
-from ..ops.modes import autocasts, overridden
+from ..ops.modes import autocasts, foreign
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, graph, short
@@ -45,7 +45,9 @@ class RecurrentCell(HasOptions, nn.Module):
         return ", ".join([super().extra_repr(), *options(self).given()])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != steps.KEY}
+        state = super().__getstate__()
+        state.pop(steps.KEY, None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(of_today(self, state))
@@ -76,7 +78,7 @@ def _checked(cell: Any, input: Any, hx: Any) -> Any:
     pair = len(CELLS[cell._fastseq_cell].states) > 1
     weights = _weights(cell)
     if not torch.compiler.is_compiling():
-        if options(cell).backend is None and overridden((input, *states, *weights)):
+        if options(cell).backend is None and foreign((input, *states, *weights)):
             return cell._fastseq_torch.forward(cell, input, hx)
     finals = checked_step(cell, input, states, weights)
     return tuple(finals) if pair else finals[0]

@@ -34,7 +34,8 @@ def explain(
         lengths, reset, all_states: as for the call.
 
     Returns:
-        The name of the backend, or None where those that ``module.backend`` names all decline.
+        The name of the backend, or None where those that ``module.fastseq.backend`` names all
+        decline.
 
     Raises:
         TypeError: the module is not one of fastseq's.

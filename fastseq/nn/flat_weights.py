@@ -7,7 +7,8 @@ As in torch.nn that holds until an attribute of the layer is another tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +32,30 @@ class FlatWeights(list[Tensor | None]):
         super().__init__(weights)
         self._module = module
 
-    def __setitem__(self, place: Any, value: Any) -> None:
-        super().__setitem__(place, value)
-        now = _now(self._module)
-        now[place] = value
-        put(self._module, now)
-
     def __reduce__(self) -> Any:
         return list, (list(self),)
+
+
+def _live(name: str) -> Callable[..., Any]:
+    """A method of a list that changes it, and with it what the layer computes with."""
+    change = getattr(list, name)
+
+    @functools.wraps(change)
+    def method(self: FlatWeights, *args: Any, **keywords: Any) -> Any:
+        now = _now(self._module)
+        found = change(now, *args, **keywords)
+        put(self._module, now)
+        list.__setitem__(self, slice(None), now)
+        return self if found is now else found
+
+    return method
+
+
+for _name in (
+    *("__setitem__", "__delitem__", "__iadd__", "__imul__"),
+    *("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"),
+):
+    setattr(FlatWeights, _name, _live(_name))
 
 
 # to torch's trees, as to everyone, a list
@@ -57,12 +74,8 @@ def read(module: Any) -> list[Tensor | None]:
 
 def put(module: Any, value: Sequence[Tensor | None]) -> None:
     attributes = _attributes(module)
-    if len(value) != len(attributes):
-        raise ValueError(
-            f"_flat_weights: expected {len(attributes)} tensors, "
-            f"{', '.join(module._flat_weights_names)}, got {len(value)}"
-        )
-    same = all(v is a for v, a in zip(value, attributes, strict=True))
+    same = len(value) == len(attributes)
+    same = same and all(v is a for v, a in zip(value, attributes, strict=True))
     module.__dict__["_fastseq_put"] = None if same else Put(tuple(value), tuple(attributes))
 
 
@@ -83,6 +96,18 @@ def valid(module: Any) -> tuple[Any, ...] | None:
                 module.__dict__["_fastseq_put"] = None
             return None
     return kept.values
+
+
+def check(module: Any, weights: Sequence[Any]) -> None:
+    """A call can compute with them: a list may be filled bit by bit before."""
+    names = module._flat_weights_names
+    if len(weights) != len(names):
+        raise RuntimeError(
+            f"_flat_weights: expected {len(names)} tensors, {', '.join(names)}, got {len(weights)}"
+        )
+    for name, weight in zip(names, weights, strict=True):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
 
 
 def state(module: Any, state: dict[str, Any]) -> dict[str, Any]:

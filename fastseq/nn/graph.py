@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 
 _NONE = frozenset((Tensor, bool, type(None)))
 
@@ -33,4 +34,17 @@ def leaf(module: Any, forward: Any, input: Any, hx: Any = None, **given: Any) ->
     arguments = (input,) if hx is None else (input, hx)
     keywords = {n: v for n, v in given.items() if v is not None and v is not False}
     tracer: Any = found.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, keywords)
+    path = tracer.path_of_module(module)
+    if not path:
+        raise TraceError(
+            f"torch.fx takes a {type(module).__name__} as a leaf; trace a module that holds it"
+        )
+    # A hook ran on what stands for tensors, or will: the graph would hold what it does, and the
+    # module do it again. Those of torch.nn.utils make weights of the module's own.
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(not type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
+        raise TraceError(
+            f"{path}: torch.fx would record the hooks of a {type(module).__name__} and the module "
+            "would run them again; remove them, trace, and register them then"
+        )
+    return tracer.create_proxy("call_module", path, arguments, keywords)

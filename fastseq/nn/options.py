@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -67,6 +68,9 @@ class Options:
                 f"{name}: no option of fastseq's; there are {', '.join(self.checks)}"
             )
         self.__dict__[name] = self.checks[name](self, value)
+
+    def __delattr__(self, name: str) -> None:
+        setattr(self, name, getattr(type(self), name, None))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.given())})"
@@ -194,6 +198,12 @@ class HasOptions:
     def _fastseq_options(self) -> Options:
         """The options before any was set."""
         raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with: options of its own, a shallow copy's too."""
+        above = getattr(super(), "__getstate__", None)  # Python 3.10 has none of objects
+        state = self.__dict__ if above is None else above()
+        return {**state, "_fastseq": copy.copy(options(self))}
 
 
 def options(module: Any) -> Any:

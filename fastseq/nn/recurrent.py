@@ -24,7 +24,7 @@ from ..ops.checks import (
     check_weights,
 )
 from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
-from ..ops.modes import autocasts, overridden
+from ..ops.modes import autocasts, foreign, overridden
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, flat_weights, graph, short
@@ -42,7 +42,8 @@ class Recurrent(HasOptions, nn.Module):
     """A stack of recurrent layers around the operations.
 
     Subclasses say what their cell is and register parameters named as torch.nn's; everything
-    about calling them is here. Options of fastseq's own, keyword-only in every layer:
+    about calling them is here. Options of fastseq's own are keyword-only in every layer, and are
+    changed later as ``layer.fastseq.<name>``; every other attribute is the user's:
 
     backend: None chooses; else a name of :func:`fastseq.backends`, or several in order.
     memory: 'full' keeps the gates for backward; 'lean' keeps each layer's output alone and
@@ -109,7 +110,6 @@ class Recurrent(HasOptions, nn.Module):
         flat_weights.put(self, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        options(self)
         return flat_weights.state(self, super().__getstate__())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -202,10 +202,10 @@ def _is_torchs(
     module: Any, input: Any, hx: Any, weights: list[Any], all_states: bool, given: dict[str, Any]
 ) -> bool:
     """Whether a plain call is left to torch's own function: where a tensor of a subclass is to see
-    it (``__torch_function__``), as torch.nn's layer would show it."""
+    it (``__torch_function__``), as torch.nn's layer would show it, or where a tensor is sparse."""
     data = input.data if isinstance(input, PackedSequence) else input
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    if not overridden((data, *states, *weights)) or all_states:
+    if not foreign((data, *states, *weights)) or all_states:
         return False
     own = options(module)
     if own.backend is not None or own.rates is not None:
@@ -228,12 +228,14 @@ def call_weights(module: Any) -> list[Any]:
     before them.
     """
     if module._fastseq_put is not None and (put := flat_weights.valid(module)) is not None:
+        flat_weights.check(module, put)
         return list(put)
     parameters, found = module._parameters, []
     for names in module._all_weights:
         for name in names:
             w = parameters.get(name)
             found.append(getattr(module, name) if w is None else w)
+    flat_weights.check(module, found)
     if not torch.compiler.is_compiling() and not overridden(found) and found[0].is_cuda:
         module._update_flat_weights()  # one chunk, for cuDNN
     return found

@@ -18,6 +18,7 @@ from ..backends.contract import BATCH_FIRST, ONE_STEP, TIME_FIRST, Request
 from ..ops import whole
 from ..ops.modes import (
     autocasts,
+    foreign,
     is_plain,
     only_default_devices,
     overridden,
@@ -76,11 +77,17 @@ def _run(
     owner: dict[str, Any] | None,
 ) -> Any | None:
     """One call of the backend; a second with states copied where they are, say, expanded."""
-    out = whole.run(found, request, input, None, states, weights, owner)
-    if out is None and states:
-        dense = tuple([s.contiguous() for s in states])
-        if any(d is not s for d, s in zip(dense, states, strict=True)):
-            out = whole.run(found, request, input, None, dense, weights, owner)
+    try:
+        out = whole.run(found, request, input, None, states, weights, owner)
+        if out is None and states:
+            dense = tuple([s.contiguous() for s in states])
+            if any(d is not s for d, s in zip(dense, states, strict=True)):
+                out = whole.run(found, request, input, None, dense, weights, owner)
+    except (AttributeError, RuntimeError):
+        tensors = (input, *states, *weights)
+        if foreign(tensors) or not all(isinstance(t, Tensor) for t in tensors):
+            return None
+        raise
     return out
 
 
@@ -110,8 +117,10 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
         weights = tuple([parameters[name] for names in module._all_weights for name in names])
     except KeyError:  # parametrized, or replaced by a tensor
         return None
-    if module._fastseq_put is not None:
-        weights = flat_weights.valid(module) or weights
+    if module._fastseq_put is not None and (put := flat_weights.valid(module)) is not None:
+        if len(put) != len(weights):
+            return None
+        weights = put
     if overridden(weights):
         return None
     if hx is None:

@@ -113,6 +113,13 @@ def overridden(tensors: Sequence[Any]) -> bool:
     )
 
 
+def foreign(tensors: Sequence[Any]) -> bool:
+    """Whether one is no plain run of numbers in memory, as kernels want: overridden, or sparse."""
+    return overridden(tensors) or any(
+        isinstance(t, Tensor) and t.layout is not torch.strided for t in tensors
+    )
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast takes ``x`` to its dtype."""
     # the question below takes 0.3 us more, and is the one that a tracer knows

@@ -124,6 +124,8 @@ def editable(outputs: Sequence[Tensor]) -> list[Tensor]:
     """
     if torch.compiler.is_compiling():
         return list(outputs)
+    if modes.in_transform():  # whose levels hide the Function
+        return [o.clone() if modes.tracked(o) else o for o in outputs]
     return [
         o.clone() if getattr(o.grad_fn, "_forward_cls", None) is RecurrenceFunction else o
         for o in outputs

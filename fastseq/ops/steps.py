@@ -69,6 +69,7 @@ class Weights:
         self.kind = weights[0].dtype, weights[0].device
         self.pending: dict[int, Pending] = {}
         self.token = TokenFunction.apply(self.pending, *weights)
+        self.gradient = self.token.detach()  # of the token
 
     def are(self, weights: tuple[Tensor, ...]) -> bool:
         """Whether a module still has them, and they still want the same gradients."""
@@ -79,6 +80,9 @@ class Weights:
 
     def awaited(self) -> bool:
         """In a backward: whether it is to find their gradients."""
+        # a backward that was compiled runs without the engine, and finds all
+        if torch._C._current_graph_task_id() < 0:
+            return True
         return torch._C._will_engine_execute_node(self.token.grad_fn)
 
     def now(self) -> Pending:

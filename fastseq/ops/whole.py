@@ -57,6 +57,7 @@ def run(
     if (
         follows
         and of is None
+        and x.dim()
         and x.numel() == x.shape[-1]
         and is_outer_product(request.cell, weights[0].shape[0] // request.definition.G)
     ):
@@ -163,7 +164,8 @@ class StackFunction(torch.autograd.Function):
             again_found = gradients_again(again, inputs, needs, grads)
             if of is not None and any(needs[end:]):
                 of.now().add(again_found[end:])
-            return (None,) * 5 + tuple(again_found[: len(need) - 5])
+            token = None if of is None else of.gradient
+            return (None, None, None, None, token, *again_found[: len(need) - 5])
         dy, *dstates = [g if g is None else g.resolve_neg().contiguous() for g in grads]
         wanted = Wanted(needs[0], any(needs[2:end]), of is None and any(needs[end:]))
         found = module.layers_backward(
@@ -179,7 +181,7 @@ class StackFunction(torch.autograd.Function):
             if any(needs[end:]):
                 left = steps.Left(x, states, y, saved, dy, tuple(dstates))
                 of.leave(module, request, weights, left)
-            return (None, None, None, None, None, dx, None, *dfinals)
+            return (None, None, None, None, of.gradient, dx, None, *dfinals)
         dweights = dweights or (None,) * len(weights)
         return (None, None, None, None, None, dx, None, *dfinals, *dweights)
 
