@@ -365,6 +365,7 @@ def test_parameters_that_are_given(kind):
     both(kind, train)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("kind", CELLS)
 def test_compiled_autograd(kind):
     """Which runs a backward without torch's engine."""
