@@ -779,6 +779,13 @@ def test_an_input_of_a_cell_that_is_no_tensor(kind):
         getattr(fastseq, kind)(I, H)(np.zeros((B, I)))
 
 
+def test_flags_that_are_no_bool():
+    with pytest.raises(TypeError, match="all_states: expected a bool, got str"):
+        fastseq.LSTM(I, H)(sample("LSTM"), all_states="no")
+    with pytest.raises(TypeError, match="compat: expected a bool, got str"):
+        fastseq.replace(nn.LSTM(I, H), compat="yes")
+
+
 def test_every_option_has_a_default_and_a_check():
     for kind in (LayerOptions, CellOptions):
         for name in kind.checks:

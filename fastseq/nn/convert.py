@@ -93,6 +93,8 @@ def replace(
         ValueError, TypeError: an unknown ``backend`` or ``memory``. Nothing is changed then.
     """
     check_model(model)
+    if not isinstance(compat, bool):
+        raise TypeError(f"compat: expected a bool, got {type(compat).__name__}")
     backend, memory = as_order(backend), check_memory(memory)
     report = Report()
     done: set[nn.Module] = set()

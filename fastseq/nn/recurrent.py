@@ -258,6 +258,8 @@ def call_stack(
     weights: list[Any] | None = None,
 ) -> Stack:
     """What the operations run, with everything that a caller gives checked."""
+    if not isinstance(all_states, bool):
+        raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
     geometry: Geometry
     if isinstance(input, PackedSequence):
         if input.data.dim() != 2:
