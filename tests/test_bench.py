@@ -20,6 +20,7 @@ from bench import (
     bench_layers,
     compare,
     conftest,
+    decoder,
     deterministic,
     lean,
     limit,
@@ -772,6 +773,19 @@ def test_what_small_pages_are_made_of():
     if not isinstance(load("native"), str):
         line = deterministic.row("GRU", 1, 1, 8, 0.01)
         assert len(line) == len(deterministic.HEADER) and float(line[3]) > 0
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRU"])
+def test_decoders_that_compute_the_same(kind):
+    line = decoder.row(kind, 4, 6, 3, 0.01)
+    assert len(line) == len(decoder.HEADER) and float(line[3]) > 0
+    theirs, ours = (decoder.Decoder(library, kind, 4, 6) for library in (torch.nn, fastseq))
+    ours.load_state_dict(theirs.state_dict())
+    embedded, encoded = torch.randn(decoder.STEPS, 3, 4), torch.randn(3, decoder.ENCODED, 6)
+    for model in (theirs, ours):
+        decoder.train(model, embedded, encoded)
+    for mine, yours in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine.grad, yours.grad, atol=1e-6)
 
 
 def test_ragged_beside_its_dense_twin():
