@@ -275,7 +275,11 @@ def main(argv: list[str] | None = None) -> None:
         ("fastseq", fastseq, {"backend": options.backend}),
     ):
         torch.manual_seed(options.seed)
-        layer = getattr(library, name)(options.hidden, options.hidden, options.layers, **extra)
+        sizes = options.hidden, options.hidden, options.layers
+        try:
+            layer = getattr(library, name)(*sizes, **extra)
+        except ValueError as error:
+            raise SystemExit(f"char_lm.py: --backend {options.backend}: {error}") from None
         model = CharLM(layer)
         runs.append(Run(label, model, torch.optim.Adam(model.parameters(), lr=options.lr)))
     theirs, ours = runs

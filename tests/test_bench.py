@@ -246,7 +246,8 @@ def test_a_named_backend_with_wrong_numbers_leaves_the_others_their_figures(monk
 
     def planted(module, *rest, **options):
         found = results(module, *rest, **options)
-        factor = 1.01 if getattr(module, "backend", None) == "eager" else 1
+        own = getattr(module, "fastseq", None)
+        factor = 1.01 if own is not None and own.backend == "eager" else 1
         return {name: value * factor for name, value in found.items()}
 
     monkeypatch.setattr(measure, "results", planted)

@@ -192,6 +192,12 @@ def layer(**keywords):
     return fastseq.LSTM(I, H, recurrent_dropout=0.5)(torch.zeros(T, B, I), **keywords)
 
 
+def in_place_of_a_weight(tensor):
+    m = fastseq.LSTM(I, H)
+    m.weight_hh_l0 = torch.nn.Parameter(tensor)
+    return m(torch.zeros(T, B, I))
+
+
 def wrong_dtype(name):
     return (
         f"RNN input dtype (torch.float32) does not match weight dtype (torch.float64) of {name}. "
@@ -448,6 +454,16 @@ MISTAKES = {
         lambda: layer(row_ids=torch.ones(B)),
         TypeError,
         "row_ids: expected integers, got torch.float32",
+    ),
+    "a weight of another size": (
+        lambda: in_place_of_a_weight(torch.ones(4 * H, H + 1)),
+        RuntimeError,
+        "weight_hh_l0: expected (24, 6), got (24, 7)",
+    ),
+    "lengths, of a vmap": (
+        lambda: torch.func.vmap(lambda n: lstm(lengths=n)[0])(torch.ones(2, B, dtype=torch.int64)),
+        NotImplementedError,
+        "lengths: all members of a vmap have the same; got some for each",
     ),
     "row_ids, text": (
         lambda: layer(row_ids="abc"),

@@ -95,7 +95,8 @@ def _is_a_step(request: Request, input: Tensor) -> bool:
     """Whether one layer runs one step, as in a decoder that calls it for each of its own."""
     if request.layers > 1 or request.directions > 1 or request.projected:
         return False
-    return input.shape[request.order == BATCH_FIRST and input.dim() == 3] == 1
+    rank = input.dim()
+    return rank in (2, 3) and input.shape[request.order == BATCH_FIRST and rank == 3] == 1
 
 
 def layers(module: Any, input: Any, hx: Any) -> Any | None:

@@ -104,8 +104,10 @@ class without_default_devices:
 def overridden(tensors: Sequence[Any]) -> bool:
     """Whether a tensor is of a subclass that sees what torch's functions do
     (``__torch_function__``)."""
-    # the first question takes 0.1 us, and is true as well where a mode sees everything
-    return torch._C._has_torch_function(tensors) and any(
+    # 0.1 us; true as well where a mode sees everything, and no answer where a checkpoint runs again
+    if not torch._C._has_torch_function(tensors) and torch._C._is_torch_function_enabled():
+        return False
+    return any(
         type(t) not in _PLAIN
         and isinstance(t, Tensor)
         and type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
