@@ -1,8 +1,10 @@
 """Cells and layers that are called step by step in training, beside torch.nn's."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -119,9 +121,8 @@ def test_gradients_of_some(kind, products):
         y.sum().backward()
         return y, first, second
 
-    ours = both(kind, train)
+    both(kind, train)
     assert products == [T - 1, T - 1]
-    assert not ours.__dict__[steps.KEY].pending
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -288,15 +289,160 @@ def test_copies_after_a_loop(kind):
     m = getattr(fastseq, kind)(I, H)
     loop(m, leaf(T, B, I))[0].sum().backward()
     for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
-        assert steps.KEY not in twin.__dict__
         twin.zero_grad()
         x = leaf(T, B, I)
         loop(twin, x)[0].sum().backward()
         m.zero_grad()
         loop(m, x)[0].sum().backward()
         assert_same([p.grad for p in twin.parameters()], [p.grad for p in m.parameters()])
-    fastseq.restore(m)
-    assert steps.KEY not in m.__dict__
+
+
+def test_a_gradient_that_is_edited(products):
+    """A residual gives a step and its neighbour one gradient tensor, which a hook clamps."""
+
+    def train(m):
+        total, h = 0, None
+        for row in leaf(T, B, H):
+            skip = row * 2
+            skip.register_hook(lambda g: g.clamp_(-0.1, 0.1))
+            h = m(row, h)
+            total = total + ((h + skip) * torch.randn(B, H)).sum()
+        total.backward()
+        return total
+
+    theirs, ours = (library.GRUCell(H, H) for library in (nn, fastseq))
+    ours.load_state_dict(theirs.state_dict())
+    for m in (theirs, ours):
+        torch.manual_seed(1)
+        train(m)
+    assert_same_gradients(ours, theirs)
+    assert products == [T - 1]
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("edit", ["zero", "free"])
+def test_an_input_that_is_written_to_or_freed_in_backward(kind, edit, products):
+    """As reversible networks and offloading do it, once its own gradient is there."""
+
+    def clear(data):
+        data.zero_() if edit == "zero" else data.untyped_storage().resize_(0)
+
+    def train(m):
+        for _ in range(2):
+            m.zero_grad()
+            state, inputs = None, leaf(T, B, I)
+            for row in inputs:
+                x = row * 2
+                data = x.detach()
+                x.register_hook(lambda g, data=data: clear(data))
+                state = m(x, state)
+            (state[0] if kind == "LSTMCell" else state).sum().backward()
+        return inputs.grad
+
+    both(kind, train)
+    assert products == [T - 1] * 2
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_nothing_is_kept_beyond_the_graph(kind):
+    """Neither by a backward that fails, nor of weights that were replaced."""
+    m = getattr(fastseq, kind)(I, H)
+    x = leaf(T, B, I)
+    alive = []
+
+    def fail(gradient):
+        raise ValueError("no")
+
+    for _ in range(3):
+        broken = x * 1
+        broken.register_hook(fail)
+        y = loop(m, broken)[0]
+        alive.append(weakref.ref(y))
+        with pytest.raises(ValueError, match="no"):
+            y.sum().backward()
+        del y, broken
+    alive.append(weakref.ref(m.weight_hh))
+    gc.collect()  # the exceptions' frames
+    assert id(m.weight_hh) not in steps._LIVE
+    m.weight_hh = nn.Parameter(m.weight_hh.detach() * 2)
+    assert [ref() for ref in alive] == [None] * 4
+    assert set(vars(m)) == set(vars(getattr(fastseq, kind)(I, H)))
+
+
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("kind", CELLS)
+def test_parameters_that_grow_or_are_swapped(kind, swap):
+    def train(m):
+        loop(m, torch.randn(T, B, I))[0].sum().backward()
+        m.zero_grad()
+        if swap:
+            m.float().double()
+            return loop(m, torch.randn(T, B, I))[0]
+        m.weight_ih.data = torch.cat([m.weight_ih.data] * 2, 1)
+        m.input_size = 2 * I
+        y, _ = loop(m, torch.randn(T, B, 2 * I))
+        y.sum().backward()
+        return y, m.weight_ih.grad
+
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        both(kind, train)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_hooks_of_states(kind):
+    """One that nothing uses is not called, and the others see their gradient."""
+
+    def train(m):
+        x, state, seen = leaf(T, B, I), None, []
+        for row in x:
+            state = m(row, state)
+            for s in tensors((state,)):
+                s.register_hook(lambda g: seen.append(1) or g.clamp(-0.5, 0.5))
+        h = state[0] if kind == "LSTMCell" else state
+        h.sum().backward()
+        return x.grad, torch.tensor(len(seen))
+
+    if kind == "LSTMCell":  # torch's c has the gradient by way of its h besides
+        m, calls = fastseq.LSTMCell(I, H), []
+        h, c = m(leaf(B, I))
+        c.register_hook(calls.append)
+        h.sum().backward()
+        assert not calls
+    else:
+        both(kind, train)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_no_features(kind, products):
+    """torch.nn's cells take inputs of no size."""
+
+    def train(m):
+        y, _ = loop(m, torch.randn(T, B, 0))
+        y.sum().backward()
+        return y
+
+    theirs, ours = (getattr(library, kind)(0, H) for library in (nn, fastseq))
+    ours.load_state_dict(theirs.state_dict())
+    assert_same(train(ours), train(theirs))
+    assert_same(ours.weight_hh.grad, theirs.weight_hh.grad)
+
+
+def test_another_nonlinearity_in_between(products):
+    def train(m):
+        h, outputs = None, []
+        for k, row in enumerate(leaf(T, B, I)):
+            m.nonlinearity = "tanh" if k < 3 else "relu"
+            h = m(row, h)
+            outputs.append(h)
+        torch.stack(outputs).square().sum().backward()
+        return outputs
+
+    both("RNNCell", train)
+    assert products == [T - 3, 2]
 
 
 def test_several_threads():
@@ -385,7 +531,7 @@ def test_one_step_alone_makes_no_token():
     m = fastseq.LSTMCell(I, H)
     m(leaf(B, I))[0].sum().backward()
     m(leaf(B, I), (torch.randn(B, H), torch.randn(B, H)))[0].sum().backward()
-    assert steps.KEY not in m.__dict__
+    assert id(m.weight_hh) not in steps._LIVE
 
 
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}, {"proj_size": 3}])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..backends.contract import ONE_STEP, Backend, Request
 from ..backends.tracing import unrecorded
 from ..cells import CELLS
-from ..ops import steps
 from ..ops.checks import check_weights
 from ..ops.geometry import OneStep
 from ..ops.modes import autocasts, foreign
@@ -43,11 +42,6 @@ class RecurrentCell(HasOptions, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *options(self).given()])
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.pop(steps.KEY, None)
-        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(of_today(self, state))

@@ -8,12 +8,11 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..ops import steps
 from . import flat_weights
 from .options import options
 
 #: What torch.nn's modules have not.
-OWN = ("_fastseq", "_fastseq_put", steps.KEY)
+OWN = ("_fastseq", "_fastseq_put")
 
 #: The methods that make up a call of torch.nn's modules.
 _METHODS = (

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from ..ops import steps
-
 
 class Put(NamedTuple):
     """What was put into the list, and the attributes at that time."""
@@ -112,8 +110,7 @@ def check(module: Any, weights: Sequence[Any]) -> None:
 
 def state(module: Any, state: dict[str, Any]) -> dict[str, Any]:
     """What is pickled and copied, as torch.nn does it: with the list if it differs."""
-    for made in ("_fastseq_put", steps.KEY):
-        state.pop(made, None)
+    state.pop("_fastseq_put", None)
     if (values := valid(module)) is not None:
         state["_flat_weights"] = list(values)
     return state

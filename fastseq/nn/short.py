@@ -74,15 +74,15 @@ def _run(
     input: Tensor,
     states: Any,
     weights: Any,
-    owner: dict[str, Any] | None,
+    single: bool,
 ) -> Any | None:
     """One call of the backend; a second with states copied where they are, say, expanded."""
     try:
-        out = whole.run(found, request, input, None, states, weights, owner)
+        out = whole.run(found, request, input, None, states, weights, single)
         if out is None and states:
             dense = tuple([s.contiguous() for s in states])
             if any(d is not s for d, s in zip(dense, states, strict=True)):
-                out = whole.run(found, request, input, None, dense, weights, owner)
+                out = whole.run(found, request, input, None, dense, weights, single)
     except (AttributeError, RuntimeError):
         tensors = (input, *states, *weights)
         if foreign(tensors) or not all(isinstance(t, Tensor) for t in tensors):
@@ -133,10 +133,8 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     else:
         return None
     request = _made(asked(module, own))
-    owner = None
-    if torch.is_grad_enabled() and _is_a_step(request, input):
-        owner = module.__dict__
-    out = _run(found, request, input, states, weights, owner)
+    single = torch.is_grad_enabled() and _is_a_step(request, input)
+    out = _run(found, request, input, states, weights, single)
     if out is None:
         return None
     y, finals = out
@@ -164,7 +162,7 @@ def step(cell: Any, input: Any, states: tuple[Any, ...]) -> tuple[torch.Tensor, 
         return None
     if overridden(weights):
         return None
-    out = _run(found, request, input, states, weights, cell.__dict__)
+    out = _run(found, request, input, states, weights, True)
     return None if out is None else out[1]
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import ONE_STEP, Request, Wanted
 
-#: Under which name a module keeps its :class:`Weights`.
-KEY = "_fastseq_steps"
 #: Of how many rows a product is made, at least: with more it gets no faster, and they take memory.
 ROWS = 1024
 #: How many calls of backward may be under way, or have failed, before the oldest is forgotten.
@@ -27,7 +26,10 @@ CALLS = 64
 
 
 class Left(NamedTuple):
-    """What a step leaves: what ``layers_backward`` makes the gradient of the weights of."""
+    """What a step leaves: what ``layers_backward`` makes the gradient of the weights of.
+
+    Whatever others see is copied, since they may write to it, or free it, before it is read.
+    """
 
     x: Tensor
     states: tuple[Tensor, ...]
@@ -35,6 +37,19 @@ class Left(NamedTuple):
     saved: tuple[Tensor, ...]
     dy: Tensor | None
     dstates: tuple[Tensor | None, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.y.numel() // self.y.shape[-1]
+
+    def copied(self) -> Left:
+        x, states, y, saved, dy, dstates = self
+        own = _copy(x), tuple(map(_copy, states)), _copy(y)
+        return Left(*own, saved, _copy(dy), tuple(map(_copy, dstates)))
+
+
+def _copy(tensor: Any) -> Any:
+    return None if tensor is None else tensor.clone()
 
 
 class Pending:
@@ -44,7 +59,7 @@ class Pending:
         self.left: list[Left] = []
         self.rows = 0
         self.sums: list[Any] | None = None
-        self.multiply: Any = None
+        self.by: tuple[Any, Request, tuple[Tensor, ...]] | None = None
 
     def add(self, gradients: Sequence[Any]) -> None:
         if self.sums is None:
@@ -53,30 +68,44 @@ class Pending:
             pairs = zip(self.sums, gradients, strict=True)
             self.sums = [a if b is None else b if a is None else a + b for a, b in pairs]
 
+    def leave(self, module: Any, request: Request, weights: tuple[Tensor, ...], left: Left) -> None:
+        if self.by is not None and self.by[:2] != (module, request):
+            self.finish()
+        self.by = module, request, weights
+        at_once = not self.left and left.rows >= ROWS
+        self.left.append(left if at_once else left.copied())
+        self.rows += left.rows
+        if self.rows >= ROWS:
+            self.finish()
+
     def finish(self) -> list[Any] | None:
-        if self.left:
-            self.add(self.multiply(self.left))
+        if self.left and self.by is not None:
+            self.add(multiply(*self.by, self.left))
             self.left, self.rows = [], 0
         return self.sums
 
 
 class Weights:
-    """The weights of one module, their token, and what is pending for them."""
+    """The weights of a module in a graph: their token, and what is pending for them.
+
+    It lives as long as a graph that uses it.
+    """
 
     def __init__(self, weights: tuple[Tensor, ...]) -> None:
         self.tensors = weights
         self.needs = tuple([w.requires_grad for w in weights])
-        self.kind = weights[0].dtype, weights[0].device
         self.pending: dict[int, Pending] = {}
         self.token = TokenFunction.apply(self.pending, *weights)
         self.gradient = self.token.detach()  # of the token
 
     def are(self, weights: tuple[Tensor, ...]) -> bool:
-        """Whether a module still has them, and they still want the same gradients."""
+        """Whether they are these, and still want the same gradients."""
+        if len(weights) != len(self.tensors):
+            return False
         for mine, theirs, needs in zip(self.tensors, weights, self.needs, strict=True):
             if mine is not theirs or theirs.requires_grad is not needs:
                 return False
-        return self.kind == (weights[0].dtype, weights[0].device)
+        return True
 
     def awaited(self) -> bool:
         """In a backward: whether it is to find their gradients."""
@@ -96,14 +125,22 @@ class Weights:
         return found
 
     def leave(self, module: Any, request: Request, weights: tuple[Tensor, ...], left: Left) -> None:
-        pending = self.now()
-        pending.left.append(left)
-        pending.rows += left.x.numel() // left.x.shape[-1]
-        if pending.multiply is None:
-            request = request._replace(order=ONE_STEP)
-            pending.multiply = lambda left: multiply(module, request, weights, left)
-        if pending.rows >= ROWS:
-            pending.finish()
+        self.now().leave(module, request._replace(order=ONE_STEP), weights, left)
+
+
+#: By the address of the recurrent weight; nobody else keeps them but the graphs.
+_LIVE: WeakValueDictionary[int, Weights] = WeakValueDictionary()
+
+
+def weights_of(weights: tuple[Tensor, ...]) -> Weights | None:
+    """Those of a graph, if autograd is to find the gradient of any: the living ones, or new."""
+    found = _LIVE.get(id(weights[1]))
+    if found is not None and found.are(weights):
+        return found
+    if not all([w.is_leaf for w in weights]) or not any([w.requires_grad for w in weights]):
+        return None
+    found = _LIVE[id(weights[1])] = Weights(weights)
+    return found
 
 
 class TokenFunction(torch.autograd.Function):
@@ -129,7 +166,7 @@ def multiply(
     module: Any, request: Request, weights: tuple[Tensor, ...], left: Sequence[Left]
 ) -> Sequence[Any]:
     """The gradient of the weights over steps that were left, as of one step with all rows."""
-    sizes = [one.x.numel() // one.x.shape[-1] for one in left]
+    sizes = [one.rows for one in left]
     count = max(len(one.states) for one in left)
     dstates = tuple(_together(of, sizes) for of in zip(*[one.dstates for one in left], strict=True))
     found = module.layers_backward(

@@ -32,14 +32,14 @@ def run(
     batch_sizes: Tensor | None,
     states: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
-    owner: dict[str, Any] | None = None,
+    step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """y, time first, and the final states (layers * D, B, ...); None where the long way is due.
 
     Of a call that :func:`.modes.is_plain`. backend: its name and module, a
     :class:`.contract.WholeStacks` with ``layers_backward``, which says what the tensors are. states
-    and weights are tuples. owner: of a call of one step, where its module keeps what it makes of
-    the weights (:mod:`.steps`).
+    and weights are tuples. step: whether it is one step of one layer, which a loop may call
+    (:mod:`.steps`).
     """
     if x.is_neg():
         return None  # the kernels read memory, where a lazy negation has another sign
@@ -52,8 +52,8 @@ def run(
         or any([s.requires_grad for s in states])
     )
     of = None  # the first step of a loop has no state that autograd follows
-    if follows and owner is not None and states and states[0].grad_fn is not None:
-        of = _of_steps(owner, weights)
+    if follows and step and states and states[0].grad_fn is not None:
+        of = steps.weights_of(weights)
     if (
         follows
         and of is None
@@ -73,7 +73,10 @@ def run(
                 y, *finals = StackFunction.apply(
                     backend, request, len(states), of, of.token, x, None, *states
                 )
-            return y, tuple(finals)
+            # A node of its own, 5 us: else a hook on a state that nothing uses is called with None.
+            # In a loop that is the last c; each h is used.
+            kept = 1 if step else 0
+            return y, (*finals[:kept], *[f.view_as(f) for f in finals[kept:]])
         except Declined:
             out = None
     else:
@@ -101,17 +104,6 @@ def _draw(
         torch.empty((*lead, width), dtype=torch.bool, device="cpu").bernoulli_(kept)
         for _ in range(request.layers - 1)
     )
-
-
-def _of_steps(owner: dict[str, Any], weights: tuple[Tensor, ...]) -> steps.Weights | None:
-    """The module's weights as one token, where autograd is to find their gradients."""
-    of: steps.Weights | None = owner.get(steps.KEY)
-    if of is not None and of.are(weights):
-        return of
-    if not all([w.is_leaf for w in weights]) or not any([w.requires_grad for w in weights]):
-        return None
-    of = owner[steps.KEY] = steps.Weights(weights)
-    return of
 
 
 class StackFunction(torch.autograd.Function):
