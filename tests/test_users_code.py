@@ -786,6 +786,27 @@ def test_flags_that_are_no_bool():
         fastseq.replace(nn.LSTM(I, H), compat="yes")
 
 
+def test_restore_keeps_what_a_subclass_has():
+    class Mine(fastseq.LSTM):
+        def zero_state(self, batch):
+            return torch.zeros(1, batch, H)
+
+    model = nn.ModuleDict({"mine": Mine(I, H), "lean": fastseq.GRU(I, H, memory="lean")})
+    report = fastseq.restore(model)
+    assert report.left == {
+        "mine": f"torch.nn.LSTM has no zero_state, which {Mine.__qualname__} has"
+    }
+    assert model["mine"].zero_state(2).shape == (1, 2, H)
+    assert report.notes == ["lean: torch.nn has no memory='lean'"]
+    assert type(model["lean"]) is nn.GRU
+
+
+def test_a_report_that_is_called():
+    """``model = fastseq.replace(model)`` is a mistake that is easily made."""
+    with pytest.raises(TypeError, match="change the model in place and return a report"):
+        fastseq.replace(nn.LSTM(I, H))(sample("LSTM"))
+
+
 def test_every_option_has_a_default_and_a_check():
     for kind in (LayerOptions, CellOptions):
         for name in kind.checks:

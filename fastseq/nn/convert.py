@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,12 @@ class Report:
     swapped: dict[str, nn.Module] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(
+            "replace() and restore() change the model in place and return a report of it: call the "
+            "model itself"
+        )
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)}, left {len(self.left)}"]
@@ -193,6 +199,22 @@ def _notes(model: nn.Module, swapped: dict[str, nn.Module]) -> Iterator[str]:
             )
 
 
+def _counterpart_of_all(module: nn.Module) -> type[nn.Module] | str:
+    """torch.nn's class that is all that ``module`` is, or why there is none."""
+    theirs, kind = counterpart(module), type(module)
+    if isinstance(theirs, str):
+        return theirs
+    ours = (*COMPAT, *COMPAT.values())
+    own = [n for k in kind.__mro__[: _first_of(kind, ours)] for n in vars(k) if n[:2] != "__"]
+    if not own:
+        return theirs
+    return f"torch.nn.{theirs.__name__} has no {', '.join(own)}, which {kind.__qualname__} has"
+
+
+def _first_of(kind: type, those: Sequence[type]) -> int:
+    return next(k for k, base in enumerate(kind.__mro__) if base in those)
+
+
 def restore(model: nn.Module) -> Report:
     """The way back: turn every fastseq module in ``model`` into torch.nn's, in place.
 
@@ -207,10 +229,12 @@ def restore(model: nn.Module) -> Report:
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, (Recurrent, RecurrentCell)):
-            theirs = counterpart(module)
+            theirs = _counterpart_of_all(module)
             if isinstance(theirs, str):
                 report.left[name] = theirs
                 continue
+            if lost := options(module).given():
+                report.notes.append(f"{_place(name)}: torch.nn has no {', '.join(lost)}")
             become(module, theirs)
             done.add(module)
         if module in done:

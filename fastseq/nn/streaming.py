@@ -178,7 +178,10 @@ class Streaming:
                 state[:, slice(None) if rows is None else self._rows(rows, state.device)] = 0
 
     def _rows(self, rows: Any, device: torch.device) -> Tensor:
-        where = torch.as_tensor(rows, device="cpu")
+        try:
+            where = torch.as_tensor(rows, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"rows: expected integers, or bools for a mask, got {rows!r}") from None
         if where.dtype is torch.bool:
             if tuple(where.shape) != (self.batch,):
                 raise ValueError(
