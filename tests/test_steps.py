@@ -19,9 +19,11 @@ T, B, I, H = 7, 3, 4, 6  # noqa: E741  (the field's letters)
 
 
 @pytest.fixture(autouse=True)
-def double():
-    """In float64, where the rule has no part for torch's own rounding."""
+def double(monkeypatch):
+    """In float64, where the rule has no part for torch's own rounding, and whatever the sizes."""
     needs("native")
+    monkeypatch.setattr(steps, "LEAST", 0)
+    monkeypatch.setattr(steps, "LEAST_EACH", 0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -543,3 +545,18 @@ def test_other_layers_take_the_other_way(options, products):
 
     both("LSTM", train, **options)
     assert not products
+
+
+def test_where_it_pays(products, monkeypatch):
+    """Large weights and few rows; a step at the least sizes for which it was measured."""
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        steps, "multiply", lambda *args, f=steps.multiply: products.append(1) or f(*args)
+    )
+    torch.set_default_dtype(torch.float32)
+    for hidden, rows, expected in ((512, 8, 1), (512, 512, 0), (64, 1, 0)):
+        cell = fastseq.GRUCell(hidden, hidden)
+        h = cell(leaf(rows, hidden))
+        cell(leaf(rows, hidden), h).sum().backward()
+        assert len(products) == expected
+        products.clear()

@@ -53,7 +53,8 @@ def run(
     )
     of = None  # the first step of a loop has no state that autograd follows
     if follows and step and states and states[0].grad_fn is not None:
-        of = steps.weights_of(weights)
+        rows = states[0].numel() // max(1, states[0].shape[-1])
+        of = steps.weights_of(weights) if steps.pays(weights, rows) else None
     if (
         follows
         and of is None
