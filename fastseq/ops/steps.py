@@ -22,7 +22,7 @@ from ..backends.contract import ONE_STEP, Request, Wanted
 #: Of how many rows a product is made, at least: with more it gets no faster, and they take memory.
 ROWS = 1024
 #: Of weights, in bytes, for which a loop does so; and for each row of a step.
-LEAST, LEAST_EACH = 1_500_000, 100_000
+LEAST, LEAST_EACH = 1_500_000, 80_000
 #: How many calls of backward may be under way, or have failed, before the oldest is forgotten.
 CALLS = 64
 
