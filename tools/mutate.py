@@ -92,8 +92,10 @@ def rebuild(tree, changed):
     """Compile what the change reaches, for one instruction set, and link."""
     objects = tree / "build" / "objects"
     stale = objects / f"kernels-{best_instruction_set(tree)}.o"
-    if changed.endswith("module.cpp"):
+    if changed.endswith("module.cpp") or changed.startswith("csrc/python/"):
         stale = objects / "module.o"
+    elif changed.endswith("run.cpp"):
+        stale = objects / "run.o"
     if not stale.exists():
         raise CannotTry("the C++ kernels' objects are not there: make build")
     stale.unlink()
