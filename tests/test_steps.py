@@ -418,6 +418,36 @@ def test_hooks_of_states(kind):
         both(kind, train)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_hooks_of_states_of_one_step(kind):
+    """The output is used, and the states are not."""
+    for m in pair(kind, I, H):
+        y, states = m(leaf(1, B, I))
+        for s in tensors((states,)):
+            s.register_hook(lambda g: g.clamp_(-1, 1))
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_another_type_while_a_graph_lives(kind, products):
+    """A loss that is kept keeps its token."""
+
+    def train(m):
+        kept = loop(m, leaf(T, B, I))[0].sum()
+        m.float()
+        loop(m, torch.randn(T, B, I, dtype=torch.float32))[0].sum().backward()
+        assert {p.grad.dtype for p in m.parameters()} == {torch.float32}
+        m.zero_grad()
+        m.double()
+        y, _ = loop(m, leaf(T, B, I))
+        y.sum().backward()
+        return y, kept
+
+    for m in pair(kind, I, H):
+        train(m)
+    assert products == [T - 1] * 2
+
+
 @pytest.mark.parametrize("kind", CELLS)
 def test_no_features(kind, products):
     """torch.nn's cells take inputs of no size."""

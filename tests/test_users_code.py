@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 import warnings
 from typing import ClassVar
@@ -18,7 +17,7 @@ from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from twins import CELLS, KINDS, LAYERS, assert_same, needs, pair, state_for, tensors
+from twins import CELLS, KINDS, LAYERS, assert_same, copied, needs, pair, state_for, tensors
 
 import fastseq
 from fastseq.nn import short
@@ -187,17 +186,6 @@ def test_a_copy_keeps_what_was_put_into_flat_weights(way):
     assert torch.equal(copied(m, way)(x)[0], m(x)[0])
     m._flat_weights = [m.get_parameter(name) for name in m._flat_weights_names]
     assert torch.equal(copied(m, way)(x)[0], m(x)[0])
-
-
-def copied(module, way):
-    if way == "deepcopy":
-        return copy.deepcopy(module)
-    if way == "pickle":
-        return pickle.loads(pickle.dumps(module))
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def test_flat_weights_of_another_number():

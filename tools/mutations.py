@@ -715,7 +715,7 @@ MUTATIONS = (
     Mutation(
         "whole: a hook on an unused state is called",
         WHOLE,
-        "kept = 1 if step else 0",
+        "kept = 1 if request.order == ONE_STEP else 0",
         "kept = 2",
         ("tests/test_steps.py::test_hooks_of_states",),
     ),

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
-_NONE = frozenset((Tensor, bool, type(None)))
+_PLAIN = frozenset((Tensor, bool, type(None)))
 
 
 def _first(values: Any) -> Proxy | None:
     """One that stands for a tensor, among values and those in their tuples and lists."""
     for value in values:
-        if type(value) in _NONE:  # 1 us less
+        if type(value) in _PLAIN:  # 1 us less
             continue
         if isinstance(value, Proxy):
             return value

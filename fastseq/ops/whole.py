@@ -75,8 +75,8 @@ def run(
                     backend, request, len(states), of, of.token, x, None, *states
                 )
             # A node of its own, 5 us: else a hook on a state that nothing uses is called with None.
-            # In a loop that is the last c; each h is used.
-            kept = 1 if step else 0
+            # In a loop of a cell that is the last c; each h is used.
+            kept = 1 if request.order == ONE_STEP else 0
             return y, (*finals[:kept], *[f.view_as(f) for f in finals[kept:]])
         except Declined:
             out = None

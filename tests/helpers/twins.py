@@ -1,7 +1,9 @@
 """torch.nn's modules and fastseq's side by side, with the same parameters and the same inputs."""
 
 import copy
+import io
 import os
+import pickle
 import shutil
 import sys
 
@@ -56,6 +58,18 @@ def tensors(value):
     if isinstance(value, PackedSequence):
         return [value.data]
     return [t for part in value for t in tensors(part)]
+
+
+def copied(module, way):
+    """A copy by 'deepcopy', 'pickle' or 'torch.save'."""
+    if way == "deepcopy":
+        return copy.deepcopy(module)
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(module))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def cast(value, dtype):
