@@ -422,6 +422,19 @@ def test_pickles_from_before_the_namespace(kind):
     assert_same(old.eval()(x), copied(old, "pickle")(x))
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_a_pickle_of_torch_nn_with_a_backend_of_the_users(kind):
+    """As it is read after ``fastseq.install()``, where the name of its class leads to ours."""
+    m = getattr(nn, kind)(I, H)
+    m.backend, m.memory = "gloo", [1]
+    state = m.__getstate__() if kind == "LSTM" else dict(m.__dict__)
+    ours = getattr(fastseq.compat, kind).__new__(getattr(fastseq.compat, kind))
+    ours.__setstate__(state)
+    assert (ours.backend, ours.memory) == ("gloo", [1]) and ours.fastseq.backend is None
+    x = sample(kind)
+    assert_same(ours(x), m(x))
+
+
 # final states
 
 

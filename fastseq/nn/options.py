@@ -215,15 +215,19 @@ def options(module: Any) -> Any:
 
 
 def of_today(module: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """A pickled module's attributes; before 0.2 the options stood among them."""
+    """A pickled module's attributes. In older pickles the options stand among them; what would be
+    none, as another ``backend`` of a module that torch.nn pickled, is the user's."""
     if "_fastseq" in state or "backend" not in state:
         return state
-    own = module._fastseq_options()
+    own, given = module._fastseq_options(), state
     state = dict(state)
     rates = state.pop("_rates", None) or masks.Rates()
     former = {name: state.pop(name) for name in own.checks if name in state}
     if isinstance(own, LayerOptions):
         former |= {name: value for name, value in rates._asdict().items() if value}
-    for name, value in former.items():
-        setattr(own, name, value)
+    try:
+        for name, value in former.items():
+            setattr(own, name, value)
+    except (TypeError, ValueError):
+        return given
     return state | {"_fastseq": own}
