@@ -98,6 +98,9 @@ def test_the_order_of_the_points():
     assert {p.workload for p in points.points("headline")} == set(matching(points.HEADLINE))
     some = list(points.points("rl-* tiny-layer"))
     assert len(some) == 4 * 4 * 2, "patterns leave the grid out"
+    assert list(points.points("rl-* tiny-layer", "tf32 float32")) == [
+        p for p in some if p.type in ("tf32", "float32")
+    ]
 
 
 def test_the_units_of_a_point_and_what_is_left_out():
@@ -722,6 +725,7 @@ def test_make_gpu_says_that_there_is_none(tmp_path):
         (["--stages", "smoke nothing"], "--stages: expected some of smoke build core"),
         (["--minutes", "0"], "--minutes: expected more than 0, got 0"),
         (["--workloads", "nothing"], "no workload matches 'nothing'"),
+        (["--types", "tf16"], "got 'tf16'"),
         (["--processes", "0"], "--processes: expected 1 or more"),
     ],
 )

@@ -1,6 +1,7 @@
 """The triton backend on a GPU: numbers against float64 and against cuDNN, and what only a device
 shows. `make gpu` runs these; without a CUDA device they are skipped."""
 
+import copy
 import gc
 from contextlib import nullcontext
 from dataclasses import replace
@@ -304,8 +305,14 @@ def test_a_cuda_graph_records_it(form, H, training):
 
 
 def records(module, x, training):
-    """A graph of the call, replayed on other numbers, gives what the call gives."""
-    x.requires_grad_(training)
+    """A graph of the call, replayed on other numbers, gives what the call gives.
+
+    Of a copy: while a result of the module itself lives, its parameters' gradients belong to the
+    stream on which that was made, and torch makes a capture on another wait for it, which is an
+    error.
+    """
+    module = copy.deepcopy(module)
+    x = x.detach().clone().requires_grad_(training)
 
     def step():
         with torch.set_grad_enabled(training):

@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--workloads", help="patterns of names, such as 'rl-* long-*', or headline; no grid then"
     )
+    found.add_argument("--types", help=f"of numbers, some of: {' '.join(points.TYPES)}")
     found.add_argument("--out", type=Path, help="where the files go: $OUT, else out/gpu")
     found.add_argument(
         "--keep", type=Path, default=results.DEFAULT, help="copies for the next run: out/gpu"
@@ -204,7 +205,7 @@ class Session:
         return None if text.startswith("left out") else passed, text
 
     def listed(self) -> list[Point]:
-        return list(points.points(self.given.workloads))
+        return list(points.points(self.given.workloads, self.given.types))
 
     def judged(self, rows: list[dict[str, Any]], left: int, name: str) -> tuple[bool, str]:
         faults = summary.faults(rows)
@@ -262,6 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         list(points.points(given.workloads))
     except ValueError as error:
         asked.error(f"--workloads: {error}")
+    try:
+        points.points("headline", given.types)
+    except ValueError as error:
+        asked.error(f"--types: {error}")
     if given.exercise:
         sanitize.exercise(given.exercise)
         return 0

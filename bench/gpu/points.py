@@ -112,12 +112,24 @@ def tiers(workloads: list[Workload]) -> list[list[Workload]]:
     return [headline, following, rest, last]
 
 
-def points(patterns: str | None) -> Iterator[Point]:
+def points(patterns: str | None, types: str | None = None) -> Iterator[Point]:
     """In the order of what is learnt from them; without patterns the grid comes after the list.
 
     patterns: of names; 'headline' stands for those that are measured first.
+    types: those of TYPES that are wanted; None for all.
     A workload runs in every type, so those of another type than float32 are left out.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a type is none of TYPES.
     """
+    wanted = list(TYPES) if types is None else types.split()
+    for kind in wanted:
+        if kind not in TYPES:
+            raise ValueError(f"expected some of {' '.join(TYPES)}, got {kind!r}")
+    return (point for point in _every(patterns) if point.type in wanted)
+
+
+def _every(patterns: str | None) -> Iterator[Point]:
     named = HEADLINE if patterns == "headline" else patterns
     *early, last = tiers([w for w in matching(named) if w.dtype is torch.float32])
     for tier in early:

@@ -32,7 +32,7 @@ from ..cells import CELLS, Cell
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
 from .layout import declined_anywhere, wide
 from .layout import side_by_side as saved_layout
-from .triton_kernels import INTERPRETED, PREVIOUS_H, kernel, unreadable
+from .triton_kernels import INTERPRETED, PREVIOUS_H, ROUND, kernel, unreadable
 from .triton_text import Pieces, taken_names
 from .triton_tiling import (
     LEAST,
@@ -259,13 +259,25 @@ class _Task:
             return parts[0].contiguous()
         return torch.stack(parts)  # type: ignore[arg-type]
 
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """A copy, to the nearest numbers of TF32, where products are made in that."""
+        if self.precision != "tf32" or INTERPRETED:
+            return tensor
+        n, out = tensor.numel(), torch.empty_like(tensor)
+        values = {"x_ptr": tensor, "out_ptr": out, "n": n, "PRECISION": "tf32", "BLOCK": 1024}
+        ROUND((-(-n // 1024),), values, {})
+        return out
+
     def recurrent_weights(self) -> Tensor | None:
         """(R, G_hh, H, P); for a walk (R, G_hh, BLOCK_H, BLOCK_P), with zeros around.
 
         Masks, and loads of single elements where H is odd, took more registers than there are.
         """
         t, w_hh = self.tiling, self.stacked([w.w_hh for w in self.call.weights])
-        if w_hh is None or t.form != "walk":
+        if w_hh is None:
+            return None
+        w_hh = self.rounded(w_hh)
+        if t.form != "walk":
             return w_hh
         w_hh = w_hh.view(self.R, -1, self.H, self.P)
         return pad(w_hh, (0, t.block_p - self.P, 0, t.block_h - self.H))
@@ -273,7 +285,10 @@ class _Task:
     def projection_weights(self) -> Tensor | None:
         """(R, P, H); for a walk (R, BLOCK_P, BLOCK_H)."""
         t, w_hr = self.tiling, self.stacked([w.w_hr for w in self.call.weights])
-        if w_hr is None or t.form != "walk":
+        if w_hr is None:
+            return None
+        w_hr = self.rounded(w_hr)
+        if t.form != "walk":
             return w_hr
         w_hr = w_hr.view(self.R, self.P, self.H)
         return pad(w_hr, (0, t.block_h - self.H, 0, t.block_p - self.P))
@@ -303,6 +318,7 @@ class _Task:
                 final.copy_(start) if start is not None else final.zero_()
             mask = self.values["h_mask_ptr"]
             h = finals[0] if mask is None else (finals[0] * mask).to(self.dtype)
+            h = self.rounded(h)
             self.values["operand_ptr"] = torch.stack([h, h])
         return finals
 

@@ -11,6 +11,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,6 +22,7 @@ from .triton_text import backward_text, forward_text
 #: Under TRITON_INTERPRET=1 kernels run in NumPy, on the CPU. It is read when a kernel is made.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_ROUNDS = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 _OLDER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
 # The vocabulary
@@ -210,6 +212,21 @@ def first_row(offsets_ptr, time, T, B):
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """To the nearest number of TF32, as cuDNN and cuBLAS round what they multiply. The tensor cores
+    themselves cut the last bits off: every product comes out smaller, and gradients of biases, sums
+    of many, were twice as far from float64 as cuDNN's. What programs hand to one another is rounded
+    as it is written, the weights before the launch (:data:`ROUND`): between a load and its product
+    it made the loads of a step wait for one another.
+    """
+    if _ROUNDS and PRECISION == "tf32":
+        x = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     if WIDE == tl.float64:  # of which Triton 3.6 compiles no tl.dot for Hopper
         product = tl.sum(a[:, :, None] * b[None, :, :], 1)
@@ -314,6 +331,7 @@ _HELPERS = {
         lengths_of,
         within,
         first_row,
+        rounded,
         dot,
         arrive,
         wait,
@@ -419,3 +437,14 @@ def previous_h_kernel(
 
 
 PREVIOUS_H = Kernel(previous_h_kernel, tuple(previous_h_kernel.arg_names))
+
+
+@triton.jit(do_not_specialize=["n"])
+def round_kernel(x_ptr, out_ptr, n, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x, each ``rounded``."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < n, other=0.0)
+    tl.store(out_ptr + place, rounded(x, PRECISION), mask=place < n)
+
+
+ROUND = Kernel(round_kernel, tuple(round_kernel.arg_names))

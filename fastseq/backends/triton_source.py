@@ -51,6 +51,7 @@ from .triton_text import (
     load_gates,
     load_one,
     load_previous,
+    rounded,
     shared,
     step_kernel,
     store,
@@ -308,7 +309,7 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
             operand = phase.operand
             if operand == "h_prev":
                 operand = "masked(h_prev.to(WIDE), h_mask_ptr, h_mask)"
-            body.append(f"operand = {operand}.to(gates_ptr.dtype.element_ty)")
+            body.append(f"operand = {rounded(f'{operand}.to(gates_ptr.dtype.element_ty)')}")
             for group in names.product_groups(phase):
                 weights = _tile("w_hh", group)
                 body.append(f"{_tile('s', group)} = dot(operand, {weights}, PRECISION, WIDE)")
@@ -319,7 +320,7 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
     if projected:
         body.append(f"if m_ptr is not None:\n    {store('m', 'at * H + units', 'h')}")
         if not given:
-            body.append("h = dot(h.to(h_prev.dtype), w_hr, PRECISION, WIDE)")
+            body.append(f"h = dot({rounded('h.to(h_prev.dtype)')}, w_hr, PRECISION, WIDE)")
     if carries_h:
         body.append("h_prev = tl.where(live, h.to(h_prev.dtype), h_prev)")
     end = []
@@ -363,7 +364,7 @@ def _hand_on_h(cell: Cell) -> tuple[list[str], list[str]]:
     """To the other programs, and what may come late."""
     lines = ["h = h.to(y_ptr.dtype.element_ty)"]
     if cell.masks_h:
-        value = "masked(h.to(WIDE), h_mask_ptr, h_mask)"
+        value = rounded("masked(h.to(WIDE), h_mask_ptr, h_mask)")
         lines.append(store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
     late = [store("y", "at * P + hidden", "h", "live & is_hidden")]
     if cell.reads_h:
@@ -403,10 +404,12 @@ def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
             body.append(f"{name} = {shared(*names.place(name))}")
     body += _text(cell, k)
     handed_on = [n for n in _saved_by(names, phase) if n in later]
+    operands = {p.operand for p in cell.phases[k + 1 :]}
+    body += [f"{n} = {rounded(n)}" for n in handed_on if n in operands]
     body += names.store_saved(handed_on)
     late = _keep(names, phase, later) + _carry(cell, phase, "last")
     if "h" in phase.returns and projected:
-        body.append(store("m", "at * H + units", "h"))
+        body.append(store("m", "at * H + units", rounded("h")))
     elif "h" in phase.returns:
         hand_on, last = _hand_on_h(cell)
         body, late = body + hand_on, late + last
@@ -455,6 +458,8 @@ def _gradients(names: _Names, k: int) -> list[str]:
         if kind in of_gate and gate in cell.gates:
             of_gate[kind][gate] = name
     inputs, recurrent = of_gate["da"] | of_gate["dx"], of_gate["da"] | of_gate["ds"]
+    if cell.product_gates(phase):
+        lines += [f"{n} = {rounded(n)}" for n in recurrent.values()]
     for run in names.runs(inputs, cell.gates):
         first = cell.gates.index(run[0])
         lines.append(store_gates("dgates", cell.G, first, [inputs[g] for g in run]))
@@ -521,6 +526,7 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
     loads = [_DY]
     body = ["dh = dh_next + dy"]
     if projected:
+        body.append(f"dh = {rounded('dh')}")
         body.append(store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh = dot(dh.to(y_ptr.dtype.element_ty), w_hr, PRECISION, WIDE)")
     for s in others:
@@ -586,6 +592,7 @@ def _backward(cell: Cell, projected: bool) -> Steps:
     parts = [_backward_phase(cell, projected, k, initial) for k in range(last, -1, -1)]
     if projected:
         terms, own, body = _gradient_of_h(_Names(cell, True))
+        body.append(f"dh = {rounded('dh')}")
         body.append(store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh_next = tl.where(live, 0.0, dh_next)")
         parts.insert(0, Part(terms, own, body, []))

@@ -58,9 +58,9 @@ OWN_NAMES = frozenset(
     """afresh ahead apart2 apart4 arrive at at_earlier at_later batch capacity columns comes counter
     done dot dot_apart down dy earlier first first_row float fresh goal h_mask hidden hidden_down
     inner is_hidden is_unit kept known later length lengths_of live load load_or_zero masked operand
-    passes patience poison range recurrence reset reverse rows rows_later shared sliced_dot slices
-    state step steps sum_of_slices tile tiles time tl together2 together4 units units_down wait
-    within""".split()
+    passes patience poison range recurrence reset reverse rounded rows rows_later shared sliced_dot
+    slices state step steps sum_of_slices tile tiles time tl together2 together4 units units_down
+    wait within""".split()
 )
 MADE_NAMES = (
     r"(w_hh|b_hh|total|dproduct)_\w+|w_hr\w*|(side|of|gate|unit|operand|forward|backward)_\d+|"
@@ -206,6 +206,11 @@ def shared(pointer: str, place: str, mask: str = "live & is_unit") -> str:
 
 def store(pointer: str, place: str, value: str, mask: str = "live & is_unit") -> str:
     return f"tl.store({pointer}_ptr + {place}, {value}, mask={mask})"
+
+
+def rounded(value: str) -> str:
+    """What a product will take."""
+    return f"rounded({value}, PRECISION)"
 
 
 def groups(names: Iterable[str], order: Sequence[str]) -> list[tuple[str, ...]]:

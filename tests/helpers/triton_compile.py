@@ -187,6 +187,9 @@ def compiled(case, full=False):
             wrong.append("it does not fit")
         if case[0] == "sm_90":
             wrong += faults_of_a_step(case, kernel.function, step, out.metadata.num_warps)
+        multiplies = "dot(" in getattr(kernel.function, "src", "")
+        if case[2] == "tf32" and multiplies and "cvt.rna.tf32" not in out.asm.get("ptx", ""):
+            wrong.append("its operands are cut to TF32, not rounded")
         name = f"{kernel.function.__name__} {' '.join(map(str, case))}"
         lines.append(f"{'BAD' if wrong else 'ok'} {name} {taken} {'; '.join(wrong)}".rstrip())
     return lines
