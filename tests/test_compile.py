@@ -582,6 +582,7 @@ def test_every_operator_is_checked():
     )
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
     checked = {"recurrence", "recurrence_backward", "keep", "draw_seed", "copies"}
+    checked |= {"recurrence.unsized", "recurrence_backward.unsized"}  # the same kernels
     assert names == {f"fastseq::{name}" for name in checked}
 
 
@@ -651,13 +652,18 @@ def test_every_operator_has_a_fallback():
     meta = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), given)
     outputs = operators.recurrence(*meta, True, False)
     wanted = [True, True, True]
-    operators.recurrence_backward(*meta, outputs, outputs[0], outputs[1:3], [], False, wanted)
+    given_back = (*meta, outputs, outputs[0], outputs[1:3], [], False, wanted)
+    operators.recurrence_backward(*given_back)
+    operators.recurrence.unsized(*meta, True, False)
+    operators.recurrence_backward.unsized(*given_back)
     ids = torch.empty(2, dtype=torch.int64, device="meta")
     operators.keep(operators.draw_seed(ids), [1], ids, None, 3, 0.5)
     operators.copies([ids])
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
     for name in names:
-        assert getattr(operators, name.removeprefix("fastseq::")).default in lowerings, name
+        packet, _, overload = name.removeprefix("fastseq::").partition(".")
+        operator = getattr(getattr(operators, packet), overload or "default")
+        assert operator in lowerings, name
 
 
 def test_fake_of_packed_rows_without_states():

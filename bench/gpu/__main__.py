@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--seconds", type=float, default=0.12, help="of samples, a contender")
     found.add_argument("--test-limit", type=float, default=60.0, help="seconds a test")
+    found.add_argument("--select", default="", help="some of the tests, by name: as pytest's -k")
     found.add_argument("--tests", default=testing.FILES, help="files of tests")
     found.add_argument(
         "--start", choices=("fork", "spawn"), default="fork", help="how children start"
@@ -173,7 +174,9 @@ class Session:
             return False, reason
         given = self.given
         files = tuple(given.tests.split())
-        options = testing.Options(mark, files, given.processes, given.test_limit, given.preload)
+        options = testing.Options(
+            mark, files, given.processes, given.test_limit, given.preload, given.select
+        )
         known = list(self.results.cases)
         cases, left = testing.run(options, clock, known, self.say, self.log, self.results.set_cases)
         self.results.set_cases(cases)

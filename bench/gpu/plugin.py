@@ -22,6 +22,8 @@ import pytest
 
 #: After one of these nothing that the process asks of the device can be believed.
 STICKY = "CUDA error", "CUDA driver error", "device-side assert", "illegal memory access"
+#: How many limits a test may take that is marked ``compiles``: side by side compilers take long.
+COMPILING = 4
 #: How a process ends that leaves.
 LEFT = 3
 #: Among the records, what is to be launched no more: too many tests were lost that launched it.
@@ -68,9 +70,9 @@ class _Recorder:
     def record(self, **what: Any) -> None:
         self.records.write(json.dumps(what) + "\n")
 
-    def watched(self) -> None:
-        """From now on the limit counts again."""
-        faulthandler.dump_traceback_later(self.limit, exit=True, file=self.stacks)
+    def watched(self, times: int = 1) -> None:
+        """From now on the limit, or several, counts again."""
+        faulthandler.dump_traceback_later(times * self.limit, exit=True, file=self.stacks)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -100,8 +102,8 @@ class _Recorder:
         yield
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
-    def pytest_runtest_call(self) -> Any:
-        self.watched()
+    def pytest_runtest_call(self, item: pytest.Item) -> Any:
+        self.watched(COMPILING if "compiles" in item.keywords else 1)
         yield
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)

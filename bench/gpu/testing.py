@@ -120,13 +120,15 @@ def _alive(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """mark: 'core', or 'gpu' for all. limit: seconds a test. preload: imported in every process."""
+    """mark: 'core', or 'gpu' for all. limit: seconds a test. preload: imported in every process.
+    select: of their names, as pytest's -k."""
 
     mark: str
     files: tuple[str, ...] = (FILES,)
     processes: int = 1
     limit: float = 60.0
     preload: str | None = None
+    select: str = ""
 
 
 def missing() -> str:
@@ -150,6 +152,7 @@ def command(options: Options, records: Path, skip: Path) -> list[str]:
         found += ["-p", "xdist.plugin", "-n", str(options.processes), "--dist", "worksteal"]
         found += ["--max-worker-restart", "1000000"]
     found += ["-m", options.mark]
+    found += ["-k", options.select] if options.select else []
     return found + files
 
 

@@ -48,6 +48,8 @@ BACKENDS: dict[str, Entry] = {
 
 #: The backend that autograd sees through: derivatives of every order come from it.
 DIFFERENTIABLE = "eager"
+#: The backend that saves, on a GPU, what has a size that only its library knows.
+OPAQUE = "torch"
 #: The backend whose single steps are torch's operations, which a graph that is traced can hold.
 STEPPING = "torch"
 

@@ -54,6 +54,10 @@ ABILITIES = Abilities()
 _PATIENCE = 1 << 24
 _larger: Form = "grid"
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
+#: Integers as wide as the layer's numbers. Triton lays out what a product takes for the narrowest
+#: type that is loaded on the way to it, if only for a mask: for bytes, several numbers of float32
+#: to a thread, more than 16 inner units are. Its products were wrong then, without a word.
+_AS_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unavailable() -> str | None:
@@ -223,7 +227,9 @@ class _Task:
             "lengths_ptr": lengths,
             "offsets_ptr": offsets,
             "h_mask_ptr": None if call.h_mask is None else call.h_mask.contiguous(),
-            "reset_ptr": None if call.reset is None else call.reset.contiguous().view(torch.uint8),
+            "reset_ptr": None
+            if call.reset is None
+            else call.reset.to(_AS_WIDE[self.dtype.itemsize]),
             "w_hh_ptr": self.recurrent_weights(),
             "w_hr_ptr": self.projection_weights(),
             "b_hh_ptr": self.stacked([w.b_hh for w in call.weights]),
@@ -545,6 +551,9 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
 
     dgates = new(N, R, G * H, dtype=task.dtype)
     dproduct = new(N, R, G_hh * H, dtype=task.dtype) if cell.parts_differ else dgates
+    handed = None
+    if task.precision == "tf32" and task.tiling.resident:
+        handed = new(2, R, task.B, G_hh * H, dtype=task.dtype)
     waits = any(name in cell.extras for name in cell.handed_on)
     dextra = new(N, R, len(cell.extras) * H, dtype=task.wide) if waits else None
     dh_all = new(N, R, task.P, dtype=task.dtype) if task.projected else None
@@ -558,6 +567,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         "dextra_ptr": dextra,
         "dgates_ptr": dgates,
         "dproduct_ptr": dproduct,
+        "handed_ptr": handed,
         "dh_all_ptr": dh_all,
         "dunit_ptr": dunit,
         "dy_ptr": None if grads.y is None else grads.y.contiguous(),

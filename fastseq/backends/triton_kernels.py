@@ -215,9 +215,10 @@ def first_row(offsets_ptr, time, T, B):
 def rounded(x, PRECISION: tl.constexpr):
     """To the nearest number of TF32, as cuDNN and cuBLAS round what they multiply. The tensor cores
     themselves cut the last bits off: every product comes out smaller, and gradients of biases, sums
-    of many, were twice as far from float64 as cuDNN's. What programs hand to one another is rounded
-    as it is written, the weights before the launch (:data:`ROUND`): between a load and its product
-    it made the loads of a step wait for one another.
+    of many, were twice as far from float64 as cuDNN's. The weights are rounded before the launch
+    (:data:`ROUND`); what the programs of a grid that holds its weights hand to one another, as it
+    is written, since between a load and its product it makes the loads of a step wait for one
+    another.
     """
     if _ROUNDS and PRECISION == "tf32":
         x = tl.inline_asm_elementwise(

@@ -26,6 +26,7 @@ from typing import Any
 from ..cells import Cell, Phase, arguments
 from .triton_text import (
     EARLIER,
+    HANDED,
     HIDDEN,
     HIDDEN_ARE_UNITS,
     KEPT,
@@ -42,6 +43,7 @@ from .triton_text import (
     backward_text,
     comma,
     forward_text,
+    gate_mask,
     gate_place,
     grid_kernel,
     groups,
@@ -446,8 +448,13 @@ def _shares(cell: Cell, k: int) -> list[str]:
     return [name for name in cell.phases[k].gradients if name[1:] in several]
 
 
-def _gradients(names: _Names, k: int) -> list[str]:
-    """The backward text and the stores of the gates' gradients."""
+def _gradients(names: _Names, k: int, in_parts: bool) -> list[str]:
+    """The backward text and the stores of the gates' gradients.
+
+    Products in TF32 take rounded numbers, the sums that biases' gradients are do not. A grid that
+    holds its weights cannot round what it loads without waiting for it: so there what programs hand
+    on has a buffer of its own, of two steps in turn, and is rounded as it is written.
+    """
     cell, phase = names.cell, names.cell.phases[k]
     shares = _shares(cell, k)
     results = [_from_phase(n, k) if n in shares else n for n in phase.gradients]
@@ -458,15 +465,17 @@ def _gradients(names: _Names, k: int) -> list[str]:
         if kind in of_gate and gate in cell.gates:
             of_gate[kind][gate] = name
     inputs, recurrent = of_gate["da"] | of_gate["dx"], of_gate["da"] | of_gate["ds"]
-    if cell.product_gates(phase):
-        lines += [f"{n} = {rounded(n)}" for n in recurrent.values()]
     for run in names.runs(inputs, cell.gates):
         first = cell.gates.index(run[0])
         lines.append(store_gates("dgates", cell.G, first, [inputs[g] for g in run]))
-    if cell.parts_differ:
-        for run in names.runs(recurrent, cell.recurrent_gates):
-            values = [recurrent[g] for g in run]
-            lines.append(store_gates("dproduct", cell.G_hh, names.weight(run[0]), values))
+    for run in names.runs(recurrent, cell.recurrent_gates):
+        values, first = [recurrent[g] for g in run], names.weight(run[0])
+        if cell.parts_differ:
+            lines.append(store_gates("dproduct", cell.G_hh, first, values))
+        if in_parts:
+            place = gate_place(cell.G_hh, first, len(run), "handed")
+            stored = store("handed", place, rounded(together(values)), gate_mask(len(run)))
+            lines.append(f"if handed_ptr is not None:\n    {stored}")
     return lines
 
 
@@ -485,8 +494,9 @@ def _takers(cell: Cell, value: str) -> list[int]:
 
 
 def _product_gradient(phase: Phase, group: tuple[str, ...]) -> str:
-    """The tile of the gradients of some gates' recurrent parts."""
-    return together([f"ds_{g}" if f"ds_{g}" in phase.gradients else f"da_{g}" for g in group])
+    """The tile of the gradients of some gates' recurrent parts, as a product takes it."""
+    tile = together([f"ds_{g}" if f"ds_{g}" in phase.gradients else f"da_{g}" for g in group])
+    return rounded(f"{tile}.to(y_ptr.dtype.element_ty)")
 
 
 def _sum_of_direct(cell: Cell, state: str) -> str:
@@ -538,7 +548,7 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
         first, own = _received(names, phase)
         start += [line for line in first if line not in start]
         loads += [one for one in own if one not in loads]
-        body += _gradients(names, k)
+        body += _gradients(names, k, in_parts=False)
         body += [f"total_{n[1:]} += tl.where(live, {n}, 0.0)" for n in _of_units(cell, phase)]
         for n in _shares(cell, k):
             if not n.endswith("_prev"):
@@ -546,8 +556,7 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
                 received.add(n[1:])
                 body.append(f"{n} {'' if first_share else '+'}= {_from_phase(n, k)}")
         product = " + ".join(
-            f"dot_apart({_product_gradient(phase, group)}.to(y_ptr.dtype.element_ty), "
-            f"{_tile('w_hh', group)}, PRECISION, WIDE)"
+            f"dot_apart({_product_gradient(phase, group)}, {_tile('w_hh', group)}, PRECISION, WIDE)"
             for group in names.product_groups(phase)
         )
         if product and phase.operand == "h_prev":
@@ -597,6 +606,7 @@ def _backward(cell: Cell, projected: bool) -> Steps:
         body.append("dh_next = tl.where(live, 0.0, dh_next)")
         parts.insert(0, Part(terms, own, body, []))
     step = ["time = tl.where(reverse, step, steps - 1 - step)", ROWS, KEPT_IN_STEPS, EARLIER, LATER]
+    step += [HANDED] if cell.products else []
     carried = {"dh_next": ("dh", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in cell.other_states:
         carried[f"d{s}_next"] = (f"d{s}", "state * H + units", "(batch < B) & is_unit")
@@ -616,7 +626,7 @@ def _gradient_of_h(names: _Names) -> tuple[list[Term], list[Load], list[str]]:
     step's predecessor it receives the whole sum, the gradient of h_0.
     """
     terms = [
-        _from_gates(names, phase, "dproduct_h", "at_later", "passes", "P", "hidden")
+        _from_gates(names, phase, "dproduct_h", "handed_later", "passes", "P", "hidden")
         for phase in names.cell.phases
         if phase.operand == "h_prev" and names.cell.product_gates(phase)
     ]
@@ -638,7 +648,7 @@ def _from_gates(
     weights = f"w_hh_ptr + ((recurrence * {cell.G_hh} + {first}) * H + down) * {width} + {columns}"
     return Term(
         result,
-        ("dproduct", f"({at} * {cell.G_hh} + {first}) * H", exists),
+        ("product", f"({at} * {cell.G_hh} + {first}) * H", exists),
         _tile("w_hh", cell.product_gates(phase)),
         weights,
         inner,
@@ -668,7 +678,7 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
             terms, own, body = _gradient_of_h(names)
     for p in cell.phases[k + 1 :]:
         if p.operand in phase.returns:
-            terms.append(_from_gates(names, p, f"d{p.operand}", "at", "live", "H", "units"))
+            terms.append(_from_gates(names, p, f"d{p.operand}", "handed", "live", "H", "units"))
     products = {term.result for term in terms}
     for value in phase.returns:  # what texts of later phases have left of its gradient
         if value in cell.handed_on and _takers(cell, value):
@@ -681,7 +691,7 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
         if s in phase.returns:
             own.append(_state_gradient(s))
             body.append(f"d{s} = d{s}_next + d{s}_all")
-    body += _gradients(names, k)
+    body += _gradients(names, k, in_parts=True)
     for name in _shares(cell, k):
         value, share = name[1:], _from_phase(name, k)
         if value in cell.handed_on:

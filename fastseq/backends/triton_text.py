@@ -28,7 +28,7 @@ from ..cells import Cell
 #: In the order of a kernel's arguments; a kernel has those that its text names.
 POINTERS = (
     "gates s w_hh w_hr b_hh unit h_0 h_mask reset reverse lengths offsets y extra m h_n "
-    "operand dgates dextra dproduct dh_all dy dh dunit counter"
+    "operand dgates dextra dproduct handed dh_all dy dh dunit counter"
 ).split()
 SIZES = ("step", "tiles", "patience", "T", "B", "R", "H", "P", "capacity")
 CONSTANTS = ("SAVE", "WIDE", "PRECISION", "PAIRED", "BLOCK_B", "BLOCK_H", "BLOCK_P", "BLOCK_K")
@@ -55,12 +55,12 @@ def backward_text(k: int) -> str:
 #: What kernels call their own values and helpers, and how those names begin or end that are made
 #: from a cell's. A cell that has one of them is declined.
 OWN_NAMES = frozenset(
-    """afresh ahead apart2 apart4 arrive at at_earlier at_later batch capacity columns comes counter
-    done dot dot_apart down dy earlier first first_row float fresh goal h_mask hidden hidden_down
-    inner is_hidden is_unit kept known later length lengths_of live load load_or_zero masked operand
-    passes patience poison range recurrence reset reverse rounded rows rows_later shared sliced_dot
-    slices state step steps sum_of_slices tile tiles time tl together2 together4 units units_down
-    wait within""".split()
+    """afresh ahead apart2 apart4 arrive at at_earlier at_later batch capacity columns comes
+    counter done dot dot_apart down dy earlier first first_row float fresh goal h_mask handed
+    handed_later hidden hidden_down inner is_hidden is_unit kept known later length lengths_of
+    live load load_or_zero masked operand passes patience poison range recurrence reset reverse
+    rounded rows rows_later shared sliced_dot slices state step steps sum_of_slices tile tiles
+    time tl together2 together4 units units_down wait within""".split()
 )
 MADE_NAMES = (
     r"(w_hh|b_hh|total|dproduct)_\w+|w_hr\w*|(side|of|gate|unit|operand|forward|backward)_\d+|"
@@ -171,6 +171,18 @@ if reset_ptr is not None:
     passes = comes & (reset == 0)"""
 
 
+#: Where products find the gates' gradients of this step and of the one before.
+HANDED = """\
+if handed_ptr is not None:
+    product_ptr = handed_ptr
+    handed = (step % 2 * R + recurrence) * B + batch
+    handed_later = ((step + 1) % 2 * R + recurrence) * B + batch
+else:
+    product_ptr = dproduct_ptr
+    handed = at
+    handed_later = at_later"""
+
+
 def of_the_next_step(lines: Iterable[str], indices: Iterable[str], counter: str) -> str:
     """The lines, with the indices (lines that assign to names) of the step after this one.
 
@@ -227,11 +239,11 @@ def groups(names: Iterable[str], order: Sequence[str]) -> list[tuple[str, ...]]:
     return found
 
 
-def gate_place(count: int, first: int, n: int = 1) -> str:
+def gate_place(count: int, first: int, n: int = 1, at: str = "at") -> str:
     """Where n gates from the ``first`` of ``count`` on are in this step's row."""
     if n == 1:
-        return f"(at * {count} + {first}) * H + units"
-    return f"(at * {count} + {first} + side_{n}) * H + of_{n}"
+        return f"({at} * {count} + {first}) * H + units"
+    return f"({at} * {count} + {first} + side_{n}) * H + of_{n}"
 
 
 def gate_mask(n: int) -> str:
@@ -360,7 +372,7 @@ def products(terms: list[Term]) -> list[str]:
         for t in terms:
             if t.width != width:
                 continue
-            operand = f"operand = {replace(t, sliced=False).operand()}"
+            operand = f"operand = {rounded(replace(t, sliced=False).operand())}"
             if operand not in loop:
                 loop.append(operand)
             loop.append(f"{t.result} += dot(operand, {t.piece()}, PRECISION, WIDE)")

@@ -55,7 +55,7 @@ def operator(
     n = layout.n_states
     run: Any = library.recurrence
     if not needs_no_operator(x, *tensors):
-        run = torch.ops.fastseq.recurrence
+        run = library.overload(torch.ops.fastseq.recurrence, layout, x)
     return run(
         layout.cell,
         layout.backend,
@@ -233,7 +233,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         n = len(CELLS[layout.cell].states)
         run: Any = library.recurrence_backward
         if not needs_no_operator(*tensors):
-            run = torch.ops.fastseq.recurrence_backward
+            run = library.overload(torch.ops.fastseq.recurrence_backward, layout, x)
         return tuple(
             run(
                 layout.cell,

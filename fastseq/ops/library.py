@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import imported, load
+from ..backends import OPAQUE, imported, load
 from ..backends.contract import (
     Call,
     OutputGradients,
@@ -34,12 +34,20 @@ _LAYER = (
     "bool[] reverse, Tensor? reset, Tensor? h_mask, str memory, bool deterministic"
 )
 
-library = torch.library.Library("fastseq", "DEF")
-library.define(f"recurrence({_LAYER}, bool save, bool trajectory) -> Tensor[]")
-library.define(
-    f"recurrence_backward({_LAYER}, Tensor[] outputs, Tensor? dy, Tensor?[] dstates, "
+#: The overload for what saves something of a size that is known when it has run: inductor, which
+#: records CUDA graphs around such operators, takes what they return into one and then misses it.
+UNSIZED = "unsized"
+_FORWARD = f"({_LAYER}, bool save, bool trajectory) -> Tensor[]"
+_BACKWARD = (
+    f"({_LAYER}, Tensor[] outputs, Tensor? dy, Tensor?[] dstates, "
     "Tensor?[] dtrajectory, bool trajectory, bool[] wanted) -> Tensor[]"
 )
+
+library = torch.library.Library("fastseq", "DEF")
+library.define(f"recurrence{_FORWARD}")
+library.define(f"recurrence_backward{_BACKWARD}")
+library.define(f"recurrence.{UNSIZED}{_FORWARD}", tags=(torch.Tag.cudagraph_unsafe,))
+library.define(f"recurrence_backward.{UNSIZED}{_BACKWARD}", tags=(torch.Tag.cudagraph_unsafe,))
 library.define("copies(Tensor[] tensors) -> Tensor[]")
 
 
@@ -231,8 +239,11 @@ def recurrence_backward(
     return flat
 
 
-library.impl("recurrence", recurrence, "CompositeExplicitAutograd")
-library.impl("recurrence_backward", recurrence_backward, "CompositeExplicitAutograd")
+for _overload in ("", f".{UNSIZED}"):
+    library.impl(f"recurrence{_overload}", recurrence, "CompositeExplicitAutograd")
+    library.impl(
+        f"recurrence_backward{_overload}", recurrence_backward, "CompositeExplicitAutograd"
+    )
 
 
 def unknown_size() -> Any:
@@ -240,17 +251,28 @@ def unknown_size() -> Any:
     return torch.library.get_ctx().new_dynamic_size()
 
 
+def overload(operator: Any, layout: Layout, x: Tensor) -> Any:
+    """That of one of the two operators which takes such a call."""
+    if layout.save and layout.backend == OPAQUE and x.device.type == "cuda":
+        return operator.unsized
+    return operator.default
+
+
 def register_fake(name: str) -> Callable[[F], F]:
-    """The kernel that gives an operator's shapes. Who compiles for inductor runs it, so it is where
-    inductor is told of the operator, which then compiles where ``implicit_fallbacks`` is off, too;
-    an import of inductor would take seconds of ``import fastseq``."""
+    """The kernel that gives the shapes of an operator, or one overload. Who compiles for inductor
+    runs it, so it is where inductor is told of the operator, which then compiles where
+    ``implicit_fallbacks`` is off, too; an import of inductor would take seconds of ``import
+    fastseq``."""
+    packet, _, which = name.partition(".")
 
     def register(kernel: F) -> F:
         @wraps(kernel)
         def fake(*args: Any) -> Any:
             lowering: Any = sys.modules.get("torch._inductor.lowering")
             if lowering is not None:
-                _tell_inductor(getattr(torch.ops.fastseq, name).default, lowering)
+                _tell_inductor(
+                    getattr(getattr(torch.ops.fastseq, packet), which or "default"), lowering
+                )
             return kernel(*args)
 
         torch.library.register_fake(f"fastseq::{name}", fake, lib=library)
@@ -267,6 +289,7 @@ def _tell_inductor(operator: Any, lowering: Any) -> None:
 
 
 @register_fake("recurrence")
+@register_fake(f"recurrence.{UNSIZED}")
 def recurrence_fake(
     cell,
     backend,
@@ -302,6 +325,7 @@ def recurrence_fake(
 
 
 @register_fake("recurrence_backward")
+@register_fake(f"recurrence_backward.{UNSIZED}")
 def recurrence_backward_fake(
     cell,
     backend,

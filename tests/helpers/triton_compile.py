@@ -40,6 +40,7 @@ TYPES = {
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -58,6 +59,10 @@ KINDS = {
 def kinds_of(target):
     """Three products in TF32 for one in float32 are not offered on AMD's."""
     return [kind for kind in KINDS if (target, kind) != ("gfx942", "tf32x3")]
+
+
+#: The operand of a product: its inner length, and how many neighbours along it a thread holds.
+TOO_WIDE = r"x(\d+)x\w+, #ttg.dot_op<{opIdx = 0, parent = #\w+, kWidth = (\d+)}>"
 
 
 def cases(full):
@@ -181,8 +186,13 @@ def compiled(case, full=False):
         # around the steps, not in one, a grid may put a few registers aside with every option on,
         # and on Triton 3.6 one without
         around = 16 if case[-1] else 2 if triton.__version__ < "3.9" else 0
-        around *= "_grid" in kernel.function.__name__
-        wrong = ["it spills"] if "X" in step or taken["spilled"] > around else []
+        kernel_name = kernel.function.__name__
+        around *= "_grid" in kernel_name
+        # rounding what is handed on, ptxas puts up to six aside for LSTM in TF32 on 3.6, and would
+        # put more aside elsewhere if it were given more registers
+        rounds = case[2] == "tf32" and triton.__version__ < "3.9" and "_grid" in kernel_name
+        in_a_step = "X" in step and not (rounds and taken["spilled"] <= 6)
+        wrong = ["it spills"] if in_a_step or taken["spilled"] > max(around, 6 * rounds) else []
         if taken["shared"] > device.shared_memory:
             wrong.append("it does not fit")
         if case[0] == "sm_90":
@@ -190,7 +200,11 @@ def compiled(case, full=False):
         multiplies = "dot(" in getattr(kernel.function, "src", "")
         if case[2] == "tf32" and multiplies and "cvt.rna.tf32" not in out.asm.get("ptx", ""):
             wrong.append("its operands are cut to TF32, not rounded")
-        name = f"{kernel.function.__name__} {' '.join(map(str, case))}"
+        # a mask loaded as bytes gave threads more neighbours than there are: wrong products
+        if too_wide := re.findall(TOO_WIDE, out.asm["ttgir"]):
+            held = {(inner, k) for inner, k in too_wide if 4 * int(k) > int(inner)}
+            wrong += [f"{k} numbers to a thread of an inner length of {n}" for n, k in sorted(held)]
+        name = f"{kernel_name} {' '.join(map(str, case))}"
         lines.append(f"{'BAD' if wrong else 'ok'} {name} {taken} {'; '.join(wrong)}".rstrip())
     return lines
 
@@ -223,7 +237,7 @@ def faults_of_a_step(case, function, step, num_warps):
     if held:
         found += triton_sass.faults_of_a_grid(step)
     # seven in and around a wait, most of the rest for changes of layout
-    most = 28 if walks else 24 if backward else 20
+    most = 28 if walks else 24 if backward else 20 + (kind == "tf32")
     barriers = step.count("B")
     return found + ([f"{barriers} barriers in a step"] if barriers > most else [])
 
