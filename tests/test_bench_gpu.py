@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import rules
+import tf32
 import torch
 
 from bench import version
@@ -179,6 +180,40 @@ def test_the_rule_is_that_of_the_tests(dtype, off):
     except pytest.fail.Exception:
         allowed = False
     assert (numbers.too_far([ours], [theirs], [truth]) == "") == allowed == (off < 2.5)
+
+
+def test_products_in_tf32_are_as_coarse_as_their_operands():
+    truth = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    ours = (truth + 3 * numbers.TF32).float()
+    assert numbers.too_far([ours], [truth.float()], [truth])
+    assert not numbers.too_far([ours], [truth.float()], [truth], eps=numbers.TF32)
+    assert numbers.too_far([ours + 2 * numbers.TF32], [ours * 0 + truth], [truth], eps=numbers.TF32)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_the_measure_of_tf32(kind, monkeypatch):
+    """It is torch.nn's layer but for the rounding of what products take, gradients' too."""
+    torch.manual_seed(0)
+    module = getattr(torch.nn, kind)(5, 6, 2, bidirectional=True).double()
+    x = torch.randn(7, 3, 5, dtype=torch.float64)
+
+    def values(call):
+        inputs = [x.clone().requires_grad_(), *module.parameters()]
+        y, state = call(inputs[0])
+        outputs = [y, *(state if isinstance(state, tuple) else (state,))]
+        grads = torch.autograd.grad([o.square().sum() for o in outputs], inputs)
+        return [t.detach() for t in (*outputs, *grads)]
+
+    truth = values(module)
+    for found, exact in zip(values(lambda x: tf32.layer(module, x)), truth, strict=True):
+        off = float((found - exact).abs().max() / exact.abs().max())
+        assert 1e-6 < off < 4 * numbers.TF32
+    monkeypatch.setattr(tf32, "rounded", lambda x: x)
+    for found, exact in zip(values(lambda x: tf32.layer(module, x)), truth, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    some = torch.tensor([1.0, 1.0 + 2**-10, 1.0 + 2**-11, 1.0 + 2**-12, -torch.inf])
+    monkeypatch.undo()
+    assert tf32.rounded(some).tolist() == [1.0, 1.0 + 2**-10, 1.0 + 2**-10, 1.0, -torch.inf]
 
 
 def test_numbers_that_say_nothing():

@@ -16,7 +16,7 @@ from twins import assert_same, compiles_cpp
 import fastseq
 from fastseq.backends import choice, cudnn, layout
 from fastseq.backends import torch as backend
-from fastseq.backends.contract import Call, OutputGradients, Wanted
+from fastseq.backends.contract import Call, OutputGradients, Request, Wanted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
@@ -236,6 +236,26 @@ def test_backward_in_evaluation(way):
     """cuDNN refuses it of a layer that ran in evaluation."""
     train("dense", "aot_eager", sizes=((7, 5),), training=False)
     assert way in (None, ["training", "backward"] * 2)
+
+
+@pytest.mark.parametrize("device, expected", [("meta", True), ("cpu", False)])
+def test_the_layer_keeps_what_backward_wants_in_evaluation(device, expected, monkeypatch):
+    """torch.nn's cuDNN layer keeps it in training alone, and its backward raises after eval()."""
+    asked = []
+
+    def gru(x, hx, weights, biased, layers, dropout, training, both, first):
+        asked.append(training)
+        return x, hx
+
+    monkeypatch.setattr(torch._VF, "gru", gru, raising=False)
+    x = torch.zeros(3, 2, 4, device=device)
+    weights = [w.to(device) for w in torch.nn.GRU(4, 5)._flat_weights]
+    states = [torch.zeros(1, 2, 5, device=device)]
+    backend.layers(Request("gru"), x, None, states, weights, (), False)
+    backend.layers(Request("gru", training=True), x, None, states, weights, (), False)
+    with torch.no_grad():
+        backend.layers(Request("gru"), x, None, states, weights, (), False)
+    assert asked == [expected, True, False]
 
 
 def test_a_graph_that_holds_a_backward(way):

@@ -143,7 +143,10 @@ class _Measured:
         self.say(unit, "numbers", 4 * self.task.silence)
         theirs, truth = self.expected()
         bad = numbers.wrong(found, truth or theirs)
-        return bad, "" if bad or truth is None else numbers.too_far(found, theirs, truth)
+        if bad or truth is None:
+            return bad, ""
+        eps = numbers.TF32 if self.point.type == "tf32" else None
+        return bad, numbers.too_far(found, theirs, truth, eps=eps)
 
     def expected(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """Theirs, and in float64 by torch.nn where there is memory for it."""

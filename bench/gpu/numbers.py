@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: Further off than this part of the largest number, a time says nothing.
 GROSS = 0.2
+#: The grain of a number of TF32, which float32's products may be made of.
+TF32 = 2.0**-10
 #: Of the largest number in float64, where the truth is as rounded as what it judges.
 DOUBLE = 1e-12
 
@@ -41,9 +43,10 @@ def too_far(
     theirs: Sequence[Tensor],
     truth: Sequence[Tensor],
     names: Sequence[str] = (),
+    eps: float | None = None,
 ) -> str:
     """How our numbers are further from the truth than the rule allows, given theirs in the same
-    type; '' where they are not."""
+    type; '' where they are not. eps: of the products' operands, where they are coarser."""
     for k, (mine, other, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
         name = names[k] if names else f"output {k}"
         if mine.shape != exact.shape:
@@ -53,7 +56,7 @@ def too_far(
         scale = float(exact.abs().max())
         found, allowed = errors(mine, exact), [DOUBLE * scale] * 2
         if mine.dtype is not torch.float64:
-            grain = 4 * torch.finfo(mine.dtype).eps * scale
+            grain = 4 * (eps or torch.finfo(mine.dtype).eps) * scale
             allowed = [2 * e + grain for e in errors(other, exact)]
         for kind, got, limit in zip(("rms", "max"), found, allowed, strict=True):
             if not got <= limit:

@@ -75,9 +75,12 @@ def run(
         return True, "left out: no compute-sanitizer on this machine"
     probe = f"import {preload or 'torch'}, torch; torch.zeros(1, device='cuda').add_(1).cpu()"
     given = [sanitizer, "--error-exitcode", str(FOUND), sys.executable, "-c", probe]
-    works = _all([("probe", given)], Clock(min(clock.left / 3, 60)), log)["probe"]
+    patience = min(clock.left / 3, 60)
+    works = _all([("probe", given)], Clock(patience), log)["probe"]
+    if works is None:
+        return True, f"left out: a probe took more than the {patience:.0f} s that were there for it"
     if works != 0:
-        reason = "did not end" if works is None else f"ended with status {works}"
+        reason = f"ended with status {works}"
         return True, f"left out: compute-sanitizer does not work here; a probe {reason}"
     commands = [(" ".join(check), command(sanitizer, check, preload)) for check in CHECKS]
     codes = _all(commands, Clock(min(clock.left, limit)), log)

@@ -147,13 +147,8 @@ def layers(
         y, finals = _one_step(request, x[0], states, weights)
         return y.unsqueeze(0), finals, ()
     function = getattr(_VF, request.cell)
-    tail = (
-        request.biased,
-        request.layers,
-        request.dropout,
-        request.training,
-        request.directions == 2,
-    )
+    training = request.training or (not traced and _keeps(x, states, weights))
+    tail = (request.biased, request.layers, request.dropout, training, request.directions == 2)
     hidden: Any = states if len(states) > 1 else states[0]
     if batch_sizes is None:
         y, *finals = function(x, hidden, weights, *tail, False)
@@ -176,6 +171,15 @@ def layers(
         for new, old in zip(finals, states, strict=True)
     ]
     return y, finals, ()
+
+
+def _keeps(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether torch has to be told that it trains: cuDNN keeps what backward wants where it does
+    and nowhere else, so torch.nn's backward raises in eval mode. Nothing is dropped then: outside
+    of training the rate of dropout is zero."""
+    if x.is_cpu or not torch.is_grad_enabled():
+        return False
+    return any(t.requires_grad for t in (x, *states, *weights))
 
 
 def _zero_states(
