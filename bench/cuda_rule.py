@@ -157,6 +157,8 @@ def _literal(value: object, indent: str = "") -> str:
     if isinstance(value, tuple):
         if not indent or isinstance(value, Entry):
             return f"({', '.join(map(_literal, value))})"
+        if len(value) == 1:  # a formatter keeps a comma to split at in longer ones alone
+            return f"({_literal(value[0])},)"
         items = [_literal(item, deeper) for item in value]
         return "(\n" + "".join(f"{deeper}{item},\n" for item in items) + indent + ")"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
