@@ -238,14 +238,8 @@ GREEN: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
             "H513-1024 unaligned",
             "H513-1024",
         ),
-        ("rnn_tanh", "bfloat16"): (
-            "H65-128",
-        ),
-        ("rnn_tanh", "float16"): (
-            "H65-128",
-        ),
-        ("rnn_tanh", "float32"): (
-            "H65-128",
-        ),
+        ("rnn_tanh", "bfloat16"): ("H65-128",),
+        ("rnn_tanh", "float16"): ("H65-128",),
+        ("rnn_tanh", "float32"): ("H65-128",),
     },
 }
