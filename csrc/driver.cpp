@@ -22,7 +22,10 @@
 #include <type_traits>
 #include <vector>
 
+#define FASTSEQ_ISA driver  // of the cells, their declarations alone are used here
+#include "cells/generated.h"
 #include "cpu/run.h"
+#include "trial.h"
 
 namespace fastseq {
 static bool never() { return false; }
@@ -69,14 +72,18 @@ struct Form {
   int gates, recurrent, C, E, U;
   bool keeps_gates, is_square;  // is_square: h has the gates' size
 };
+
+template <class Cell>
+constexpr Form form_of() {
+  return {Cell::NAME, Cell::G, Cell::FIRST[Cell::PHASES], Cell::C, Cell::E, Cell::U,
+          Cell::KEEPS_GATES, Cell::READS_H || Cell::PHASES > 1};
+}
+
 const Form forms[CELLS + 1] = {
-    {"lstm", 4, 4, 1, 0, 0, true, false},
-    {"gru", 3, 3, 0, 1, 0, true, true},
-    {"gru_reset_before", 3, 3, 0, 1, 0, true, true},
-    {"rnn_tanh", 1, 1, 0, 0, 0, false, false},
-    {"rnn_relu", 1, 1, 0, 0, 0, false, false},
-    {"indrnn", 1, 0, 0, 0, 1, false, true},
-    {"trial", 2, 2, 2, 2, 2, true, false},
+#define FASTSEQ_FORM(name, type) form_of<driver::type>(),
+    FASTSEQ_CELLS(FASTSEQ_FORM)
+#undef FASTSEQ_FORM
+    form_of<driver::Trial>(),
 };
 
 struct Shape {

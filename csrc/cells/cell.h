@@ -1,5 +1,5 @@
-// What a cell declares in C++. Its equations are written twice in the project: in Python, in
-// fastseq/cells/, and here; a test holds both bodies to the same text.
+// What a cell declares in C++. tools/write_cells.py writes generated.h and list.h from the cells of
+// fastseq/cells/.
 //
 // A text is templated on the number type, so that one writing serves scalars, SIMD vectors and
 // CUDA. Its free names (sigmoid, tanh, dtanh, ...) come from whichever vocabulary was included
@@ -16,9 +16,10 @@
 //   dvalue(), dc(k)                         gradient of what the phase returned, and of c(k)
 //   da(g, v), dx(g, v), ds(g, v)            gradient of a(g), x(g), s(g)
 //   dz(g), dz(g, v)                         of a value that an earlier phase saved as gate g
-//   dh_prev(v), dc_prev(k, v), dunit(k, v)
+//   dh_prev(v), dc_prev(k, v)                 add_dh_prev(v), add_dc_prev(k, v): to a later phase's
+//   dunit(k, v)                             which is added to that of other rows
 //
-// Its constants, of which lstm.h has one of each: NAME, and the names of the Python declaration, by
+// Its constants: NAME, and the names of the Python declaration, by
 // which a build is told from one of another declaration (GATES, STATES, EXTRAS, UNITS); G gates;
 // how many states there are beside h, extras and unit parameters (C, E, U); PHASES. Phase k
 // multiplies gates FIRST[k] to FIRST[k + 1] of w_hh, the first phase by h_{t-1}, the second by the

@@ -60,10 +60,10 @@ struct BackwardAt {
   FASTSEQ_INLINE void ds(int g, V v) const { put(row.dgates + place_s(g) * H, v); }
   FASTSEQ_INLINE V dz(int g) const { return get(row.dgates + place(g) * H); }
   FASTSEQ_INLINE void dz(int g, V v) const { put(row.dgates + place(g) * H, v); }
-  FASTSEQ_INLINE void dh_prev(V v) const {
-    put(row.dh_out, PHASE == Cell::PHASES - 1 ? v : get(row.dh_out) + v);
-  }
+  FASTSEQ_INLINE void dh_prev(V v) const { put(row.dh_out, v); }
+  FASTSEQ_INLINE void add_dh_prev(V v) const { put(row.dh_out, get(row.dh_out) + v); }
   FASTSEQ_INLINE void dc_prev(int k, V v) const { put(row.dc_out[k], v); }
+  FASTSEQ_INLINE void add_dc_prev(int k, V v) const { put(row.dc_out[k], get(row.dc_out[k]) + v); }
   FASTSEQ_INLINE void dunit(int k, V v) const { put(row.dunit[k], get(row.dunit[k]) + v); }
 };
 
@@ -195,7 +195,7 @@ struct BackwardShare : Walk<T> {
       row.dh_out = d.dh + own * P;
       row.gates = r.gates ? r.gates + n * Cell::G * H : nullptr;
       for (int k = 0; k < Cell::E; ++k) row.extra[k] = r.extra[k] ? r.extra[k] + n * H : nullptr;
-      row.h = projected ? row.gates : call.y + across * P;
+      row.h = projected ? r.m + n * H : call.y + across * P;
       row.h_prev = projected ? nullptr : h_prev[b + i];
       row.unit = r.weights.unit;
       row.dgates = now.dgates + (n - now.base) * Q * H;

@@ -9,12 +9,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../cells/list.h"
 #include "asan.h"
 
 namespace fastseq {
 
 enum Cell : int {
-  LSTM, GRU, GRU_RESET_BEFORE, RNN_TANH, RNN_RELU, INDRNN,
+#define FASTSEQ_NUMBER(name, type) name,
+  FASTSEQ_CELLS(FASTSEQ_NUMBER)
+#undef FASTSEQ_NUMBER
   CELLS,
   TRIAL = CELLS  // of trial.h, in driver.cpp alone
 };

@@ -5,9 +5,7 @@
 
 #include "vocabulary.h"
 //
-#include "../cells/elman.h"
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
+#include "../cells/generated.h"
 #ifdef FASTSEQ_TRIAL
 #include "../trial.h"
 #endif
@@ -21,15 +19,14 @@ namespace FASTSEQ_ISA {
 template <class Function>
 FASTSEQ_INLINE auto with_cell(fastseq::Cell cell, Function function) {
   switch (cell) {
-    case LSTM: return function(Lstm{});
-    case GRU: return function(Gru{});
-    case GRU_RESET_BEFORE: return function(GruResetBefore{});
-    case RNN_TANH: return function(RnnTanh{});
-    case RNN_RELU: return function(RnnRelu{});
+#define FASTSEQ_CASE(name, type) \
+  case name: return function(type{});
+    FASTSEQ_CELLS(FASTSEQ_CASE)
+#undef FASTSEQ_CASE
 #ifdef FASTSEQ_TRIAL
     case TRIAL: return function(Trial{});
 #endif
-    default: return function(IndRnn{});
+    default: __builtin_unreachable();
   }
 }
 

@@ -5,9 +5,7 @@
 // Letters are those of cpu/call.h; L layers.
 #pragma once
 #define FASTSEQ_ISA module  // of the cells, their declarations alone are used here
-#include "../cells/elman.h"
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
+#include "../cells/generated.h"
 #include "../cpu/run.h"
 #include "tensors.h"
 
@@ -15,7 +13,7 @@ namespace {
 
 using namespace fastseq;
 
-struct Form {  // of a cell, as its header declares it
+struct Form {  // of a cell, as its struct declares it
   const char *name, *gates, *states, *extras, *units;
   int G, G_hh, C, E, U, phases;
   const int* first;
@@ -39,8 +37,9 @@ constexpr Form form_of() {
 }
 
 const Form forms[CELLS] = {  // in the order of enum Cell
-    form_of<module::Lstm>(),    form_of<module::Gru>(),     form_of<module::GruResetBefore>(),
-    form_of<module::RnnTanh>(), form_of<module::RnnRelu>(), form_of<module::IndRnn>(),
+#define FASTSEQ_FORM(name, type) form_of<module::type>(),
+    FASTSEQ_CELLS(FASTSEQ_FORM)
+#undef FASTSEQ_FORM
 };
 
 Cell cell_of(PyObject* number) {
