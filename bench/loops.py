@@ -1,5 +1,5 @@
 """The cells that torch.nn lacks, beside a loop over time in PyTorch and beside fastseq's own LSTM:
-``python -m bench.cells [--write]``.
+``python -m bench.loops [--write]``.
 
 The loop is what one writes by hand: the input product of all steps at once, then torch's operations
 step by step. Beside the LSTM what counts is the cost per floating point operation of the products.
@@ -139,7 +139,7 @@ def rows(name: str, H: int, B: int, seconds: float) -> list[list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.cells", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.loops", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="what a row takes")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("  ".join(line), flush=True)
     how = f"Medians of at least {ROUNDS} rounds in turn, float32, I = H."
     text = f"{table.markdown(HEADER, found)}\n\n{note(how)}"
-    return write("cells", text) if options.write else 0
+    return write("loops", text) if options.write else 0
 
 
 if __name__ == "__main__":
