@@ -188,8 +188,8 @@ def _division(a_p, c_prev, h_prev, u):
     return a_p / u, c_prev, h_prev
 
 
-def _minus(a_p, c_prev, h_prev, u):
-    return -a_p, c_prev, h_prev
+def _power(a_p, c_prev, h_prev, u):
+    return a_p**u, c_prev, h_prev
 
 
 def _two_arguments(a_p, c_prev, h_prev, u):
@@ -222,8 +222,8 @@ FORMS = [
     ({"one": {"forward": _branch}}, "no branches"),
     ({"one": {"forward": _comparison}}, "no comparisons"),
     ({"one": {"forward": _division}}, "unsupported operand"),
-    ({"one": {"forward": _minus}}, "bad operand"),
-    ({"one": {"forward": _two_arguments}}, "words of one argument"),
+    ({"one": {"forward": _power}}, "unsupported operand"),
+    ({"one": {"forward": _two_arguments}}, "sigmoid takes 1 values, not 2"),
     ({"one": {"forward": _bare}}, "must return a tuple"),
     ({"one": {"forward": _too_few}}, "returns 2 values, and the declaration names 3"),
 ]
@@ -388,9 +388,14 @@ def normalised(x_p, ns_p, h_prev):
     return h, h
 
 
-#: A cell without a backward text, and one that normalises.
+def not_kept(x_p, u, h_prev):
+    h = x_p + u * (h_prev - x_p)
+    return h, u
+
+
+#: A cell without a backward text, whose x_p is not saved, and one that normalises.
 BEYOND = {
-    "leaky": (Phase(leak, ("h", "x_p")), ("u",), "has no backward text; choose eager"),
+    "leaky": (Phase(not_kept, ("h", "k")), ("u",), "leaky has no backward text, and none can be"),
     "normed": (Phase(normalised, ("h", "p"), normal=(("s_p",),)), (), "normalises values"),
 }
 

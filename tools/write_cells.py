@@ -2,9 +2,9 @@
 
     python tools/write_cells.py
 
-It writes csrc/cells/generated.h and csrc/cells/list.h, which are committed; a test writes them again
-and compares. Run it after a change of a cell, and build the extension again. A cell that the loops
-of csrc/cpu cannot walk is left out, with the reason, and ``native`` declines it.
+It writes csrc/cells/generated.h and csrc/cells/list.h. Both are committed, and a test writes them
+again and compares. Run it after a change of a cell, and build the extension again. A cell that the
+loops of csrc/cpu cannot walk is left out, with the reason, and ``native`` declines it.
 """
 
 from __future__ import annotations

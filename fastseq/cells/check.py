@@ -3,19 +3,21 @@
 A name says what a value is and where it lives, so two meanings of one name, or a value that is
 written where another is still to be read, would give wrong numbers in some backend and none in
 another. Each text is run on plain numbers besides, which shows what it returns, and whether its
-backward is its derivative.
+backward is its derivative: by the complex step, f(x + i e) = f(x) + i e f'(x), in which nothing
+cancels.
 """
 
 from __future__ import annotations
 
+import cmath
 import itertools
 import keyword
-import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from .text import WORDS, Text, arguments
+from .program import Unreadable, read
+from .text import WORDS, Text, arguments, count_of
 
 Cell: TypeAlias = Any  # of declaration.py, which imports this file
 Phase: TypeAlias = Any
@@ -28,6 +30,8 @@ def check(cell: Cell) -> None:
         for text in (phase.forward, phase.backward):
             if text is not None:
                 _form(cell, text)
+        if phase.backward is None:
+            _source(cell, phase.forward)
     _places(cell)
     for k, phase in enumerate(cell.phases):
         _forward(cell, k, phase)
@@ -148,6 +152,16 @@ def _form(cell: Cell, text: Text) -> None:
         what,
         f"uses {unknown}; a text is made of its arguments, + - * and the words {', '.join(WORDS)}",
     )
+
+
+def _source(cell: Cell, text: Text) -> None:
+    """The backward text is derived from the source: what no text may have is refused by line."""
+    try:
+        read(text)
+    except Unreadable:
+        pass
+    except ValueError as error:
+        raise ValueError(f"{cell.name}: {error}") from None
 
 
 # Where values live
@@ -319,27 +333,29 @@ def _backward(cell: Cell, k: int, phase: Phase) -> None:
 
 
 class _Number:
-    """A number of a text that is run: its value, its slope, and how h_prev enters it (0: not at
-    all, 1: linearly, 2: otherwise)."""
+    """A number of a text that is run: its value, and how h_prev enters it (0: not at all, 1:
+    linearly, 2: otherwise)."""
 
-    __slots__ = ("degree", "slope", "value")
+    __slots__ = ("degree", "value")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, value: float, slope: float = 0.0, degree: int = 0) -> None:
-        self.value, self.slope, self.degree = value, slope, degree
+    def __init__(self, value: complex, degree: int = 0) -> None:
+        self.value, self.degree = complex(value), degree
 
     def __add__(self, other: Any) -> _Number:
         b = _number(other)
-        return _Number(self.value + b.value, self.slope + b.slope, max(self.degree, b.degree))
+        return _Number(self.value + b.value, max(self.degree, b.degree))
 
     def __sub__(self, other: Any) -> _Number:
         b = _number(other)
-        return _Number(self.value - b.value, self.slope - b.slope, max(self.degree, b.degree))
+        return _Number(self.value - b.value, max(self.degree, b.degree))
 
     def __mul__(self, other: Any) -> _Number:
         b = _number(other)
-        slope = self.slope * b.value + self.value * b.slope
-        return _Number(self.value * b.value, slope, min(self.degree + b.degree, 2))
+        return _Number(self.value * b.value, min(self.degree + b.degree, 2))
+
+    def __neg__(self) -> _Number:
+        return _Number(-self.value, self.degree)
 
     def __radd__(self, other: Any) -> _Number:
         return _number(other)
@@ -359,25 +375,28 @@ def _number(value: Any) -> _Number:
     return value
 
 
-_Pair = tuple[Callable[[float], float], Callable[[float, float], float]]
-#: word -> its value, and its slope of argument and value
-_MEANING: dict[str, _Pair] = {
-    "sigmoid": (lambda x: 1 / (1 + math.exp(-x)), lambda x, y: y * (1 - y)),
-    "tanh": (math.tanh, lambda x, y: 1 - y * y),
-    "relu": (lambda x: max(x, 0.0), lambda x, y: float(x > 0)),
-    "dsigmoid": (lambda x: x * (1 - x), lambda x, y: 1 - 2 * x),
-    "dtanh": (lambda x: 1 - x * x, lambda x, y: -2 * x),
-    "drelu": (lambda x: float(x > 0), lambda x, y: 0.0),
+#: A word, of complex numbers.
+_MEANING: dict[str, Callable[..., complex]] = {
+    "sigmoid": lambda x: 1 / (1 + cmath.exp(-x)),
+    "tanh": cmath.tanh,
+    "relu": lambda x: x if x.real > 0 else 0j,
+    "dsigmoid": lambda y: y * (1 - y),
+    "dtanh": lambda y: 1 - y * y,
+    "drelu": lambda y: complex(y.real > 0),
 }
+_STEP = 1e-30
 
 
-def _word(name: str) -> Callable[[Any], _Number]:
-    value_of, slope_of = _MEANING[name]
+def _word(name: str) -> Callable[..., _Number]:
+    meaning, count = _MEANING[name], count_of(name)
 
-    def call(x: Any) -> _Number:
-        x = _number(x)
-        y = value_of(x.value)
-        return _Number(y, slope_of(x.value, y) * x.slope, 2 if x.degree else 0)
+    def call(*given: Any) -> _Number:
+        if len(given) != count:
+            raise TypeError(f"{name} takes {count} values, not {len(given)}")
+        numbers = [_number(x) for x in given]
+        return _Number(
+            meaning(*(x.value for x in numbers)), 2 if any(x.degree for x in numbers) else 0
+        )
 
     return call
 
@@ -396,8 +415,7 @@ def _run(
         )
     except (TypeError, AttributeError, NameError) as error:
         raise ValueError(
-            f"{cell.name}: {what} {error}; a text is made of assignments, + - * and words of one "
-            "argument"
+            f"{cell.name}: {what} {error}; a text is made of assignments, + - * and words"
         ) from None
     plain = isinstance(results, tuple) and all(isinstance(r, _Number) for r in results)
     _need(cell, plain, what, f"must return a tuple of values, not {results!r}")
@@ -416,11 +434,11 @@ def _numbers(cell: Cell) -> None:
     for seed in (0.0, 0.45):
         # spread over (-0.8, 0.8) by the golden section
         draw = (((seed + 0.618 * k) % 1) * 1.6 - 0.8 for k in itertools.count(1))
-        known: dict[str, float] = {}
+        known: dict[str, complex] = {}
         slopes = []
         for phase in cell.phases:
             known |= {n: next(draw) for n in arguments(phase.forward) if n not in known}
-            numbers = {n: _Number(known[n], 0.0, n == "h_prev") for n in known}
+            numbers = {n: _Number(known[n], n == "h_prev") for n in known}
             found = _run(cell, phase.forward, phase.returns, numbers)
             same = [n for n in phase.returns if n in known and found[n] is not numbers.get(n)]
             _need(
@@ -445,20 +463,20 @@ def _numbers(cell: Cell) -> None:
     )
 
 
-def _slopes(cell: Cell, phase: Phase, known: dict[str, float]) -> dict[str, dict[str, float]]:
+def _slopes(cell: Cell, phase: Phase, known: dict[str, complex]) -> dict[str, dict[str, float]]:
     """Argument of the forward text -> returned value -> slope."""
     found = {}
     for name in arguments(phase.forward):
-        numbers = {n: _Number(v, float(n == name)) for n, v in known.items()}
+        numbers = {n: _Number(v + (1j * _STEP if n == name else 0)) for n, v in known.items()}
         results = _run(cell, phase.forward, phase.returns, numbers)
-        found[name] = {n: r.slope for n, r in results.items()}
+        found[name] = {n: r.value.imag / _STEP for n, r in results.items()}
     return found
 
 
 def _is_the_derivative(
     cell: Cell,
     phase: Phase,
-    known: dict[str, float],
+    known: dict[str, complex],
     d: dict[str, float],
     slopes: dict[str, dict[str, float]],
 ) -> None:
@@ -467,7 +485,7 @@ def _is_the_derivative(
     found = _run(cell, phase.backward, phase.gradients, numbers)
     for name, slope in slopes.items():
         terms = [value * slope[n[1:]] for n, value in d.items()]
-        got, size = found[f"d{name}"].value, 1 + sum(map(abs, terms))
+        got, size = found[f"d{name}"].value.real, 1 + sum(map(abs, terms))
         _need(
             cell,
             abs(got - sum(terms)) <= 1e-9 * size,

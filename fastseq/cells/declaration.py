@@ -18,10 +18,11 @@ A declaration that a backend would misread is refused when it is made (:mod:`.ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .check import check
+from .derive import derived
 from .text import Text, arguments
 
 
@@ -32,10 +33,11 @@ class Phase:
     The product multiplies ``operand`` by the rows of ``w_hh`` that belong to the gates which the
     forward text takes as ``a_g`` or ``s_g``; a text that takes neither has no product.
 
-    forward, backward: the two texts. backward: None where there is none; the eager form alone,
-        which autograd sees through, runs such a cell.
+    forward, backward: the two texts. backward: None leaves it to the cell, which derives it from
+        the forward text (:mod:`.derive`).
     returns, gradients: what each of them returns, by name. ``gradients`` has that of every argument
-        of the forward text; those of the same name from several phases add up.
+        of the forward text; those of the same name from several phases add up. It comes with the
+        backward text, written or derived.
     operand: ``h_prev``, or a value returned by an earlier phase, whose gradient the backward text
         of that earlier phase then takes.
     normal: groups of values that are normalised together over a row; the forward text takes ``nv``
@@ -88,9 +90,17 @@ class Cell:
     source: str
     unit_parameters: tuple[str, ...] = ()
     scans: bool = False
+    #: Why a backward text that was not written could not be derived; the eager form alone, which
+    #: autograd sees through, runs such a cell.
+    underived: str | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check(self)
+        if any(phase.backward is None for phase in self.phases):
+            phases, why = derived(self)
+            object.__setattr__(self, "phases", phases)
+            object.__setattr__(self, "underived", why)
+            check(self)
 
     @property
     def G(self) -> int:
@@ -166,8 +176,11 @@ class Cell:
         """
         if any(phase.normal for phase in self.phases):
             return f"{self.name} normalises values over a row, for which no backend has a loop"
-        if not autograd and any(phase.backward is None for phase in self.phases):
-            return f"{self.name} has no backward text; choose eager, which needs none"
+        if not autograd and self.underived:
+            return (
+                f"{self.name} has no backward text, and none can be derived ({self.underived}); "
+                "write one, or choose eager, which needs none"
+            )
         return None
 
     def product_gates(self, phase: Phase) -> tuple[str, ...]:

@@ -21,6 +21,11 @@ Text = Callable[..., Any]
 WORDS = ("sigmoid", "tanh", "relu", "dsigmoid", "dtanh", "drelu")
 
 
+def count_of(word: str) -> int:
+    """How many values a word takes."""
+    return 1
+
+
 def arguments(text: Text) -> tuple[str, ...]:
     """The names of a text's arguments, in order."""
     code = text.__code__
