@@ -130,9 +130,7 @@ def doubled_unit(cell):
 
 
 OTHERS = {
-    "native has no kernel of mgu, only of lstm, gru,": dataclasses.replace(
-        CELLS["gru"], name="mgu"
-    ),
+    "native has no kernel of ugrnn, only of ": dataclasses.replace(CELLS["gru"], name="ugrnn"),
     "extras 's_n' where this cell has 's_n h'": dataclasses.replace(
         CELLS["gru"], saved=("r", "z", "n", "s_n", "h")
     ),
@@ -148,4 +146,4 @@ def test_a_cell_that_was_not_compiled_is_declined(monkeypatch, said):
     monkeypatch.setitem(CELLS, cell.name, cell)
     assert said in native.supports(problem)
     monkeypatch.undo()
-    assert cell.name == "mgu" or native.supports(problem) is None
+    assert cell.name == "ugrnn" or native.supports(problem) is None
