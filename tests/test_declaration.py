@@ -83,9 +83,12 @@ def test_what_is_derived():
     assert SOUND.keeps_gates(False) and not CELLS["rnn_tanh"].keeps_gates(False)
     assert CELLS["rnn_tanh"].keeps_gates(True)
     assert [SOUND.product_rows(p) for p in SOUND.products] == [(0, 1), (1, 3)]
-    assert {n for n, cell in CELLS.items() if cell.can_project} == {"lstm", "rnn_tanh", "rnn_relu"}
+    assert {n for n, cell in CELLS.items() if cell.can_project} == {
+        *("lstm", "peephole_lstm", "coupled_lstm", "rnn_tanh", "rnn_relu", "rnn_sigmoid")
+    }
     assert not LSTM.parts_differ and GRU.parts_differ and not INDRNN.parts_differ
-    assert all(cell.beyond() is None and not cell.scans for cell in CELLS.values())
+    assert all(cell.beyond() is None for cell in CELLS.values())
+    assert {name for name, cell in CELLS.items() if cell.scans} == {"leaky_integrator"}
     assert set(_MEANING) == set(WORDS)
 
 

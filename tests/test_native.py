@@ -341,7 +341,7 @@ other.__dict__.update(vars(real), backward=backward)
 """,
     "with another cell": """
 other = types.ModuleType("fastseq._cpu")
-other.__dict__.update(vars(real), CELLS=[*real.CELLS, ("mgu",)])
+other.__dict__.update(vars(real), CELLS=[*real.CELLS, ("none",)])
 """,
 }
 
@@ -351,7 +351,7 @@ def test_a_build_of_other_sources_is_refused(edit):
     """With the reason and what to do, and everything else runs."""
     replaced = EDITS[edit] + "sys.modules['fastseq._cpu'] = sys.modules['fastseq']._cpu = other"
     reason, shape, raised = python(OTHER_BUILD.format(edit=replaced)).splitlines()
-    what = {"without a function": "forward", "with other arguments": "backward"}.get(edit, "mgu")
+    what = {"without a function": "forward", "with other arguments": "backward"}.get(edit, "none")
     assert reason.startswith(
         "not available: the C++ kernels were built from the sources of another"
     )

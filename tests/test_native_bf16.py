@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import draw, gradients
+from problems import KINKED, draw, gradients
 from rules import check_all, same_bits
 from splits import LENGTHS, check_splits, equal, layer, values
 
@@ -36,7 +36,7 @@ def everything(case, backend, memory="full"):
 
 def check(case, what):
     """By the rule. On which side of a ReLU's kink a gradient is, the rounding decides."""
-    has_kink = case.cell in ("rnn_relu", "indrnn")
+    has_kink = case.cell in KINKED
 
     def values(dtype, backend):
         named = everything(case.to(dtype), backend)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from pairwise import covering
-from problems import draw, gradients
+from problems import KINKED, draw, gradients
 from rules import check_all, same_bits
 
 from fastseq.cells import CELLS
@@ -43,7 +43,7 @@ THREADS, STATE = [1, 2, 4], [True, False]
 
 def sensible(row):
     """Next to a ReLU's kink the gradient is whichever side the rounding falls."""
-    return row["dtype"] == "float64" or row["cell"] not in ("rnn_relu", "indrnn")
+    return row["dtype"] == "float64" or row["cell"] not in KINKED
 
 
 def name_of(row):

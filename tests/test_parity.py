@@ -237,9 +237,7 @@ def test_a_named_decline_is_real(backend):
         pytest.skip(module)
     plain = Problem("lstm", torch.float32, "cpu", 3, 2, 4, 5, 5, training=True)
     assert module.supports(plain) is None
-    changed = {
-        "gru_reset_before": {"cell": "gru_reset_before"},
-        "indrnn": {"cell": "indrnn"},
+    changed = {name: {"cell": name} for name in CELLS} | {
         "reset": {"reset": True},
         "h_mask": {"h_mask": True},
         "trajectory": {"trajectory": True},
@@ -272,7 +270,7 @@ def test_none_always_runs():
 SPECIAL = {
     "T1": {"T": 1},
     "B1": {"B": 1},
-    "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1},
+    "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1, "seed": 1},
     "H63": {"H": 63, "T": 3},
     "H65": {"H": 65, "T": 3, "directions": 2},
     "H127": {"H": 127, "T": 2, "B": 5},
@@ -345,7 +343,7 @@ def test_lean(backend, cell, layout, dtype):
 @pytest.mark.parametrize("backend", NAMED)
 def test_only_some_gradients(backend, cell, wanted):
     """What is not asked for is None, what is asked for is right."""
-    if cell == "indrnn" and "w_hh" in wanted:
+    if not CELLS[cell].recurrent_gates and "w_hh" in wanted:
         pytest.skip("a diagonal cell has no w_hh")
     case = draw(cell, directions=2, lengths=[2, 5, 3])
     truth = case.independent()

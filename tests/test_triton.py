@@ -173,11 +173,11 @@ def test_what_fits_on_the_chip_walks(cell):
     for H in (1, 15, 16, 17, 48, 63, 64, 80, 128):
         t = tile(cell, H)
         assert t.form == "walk"
-        if cell != "indrnn":
+        if CELLS[cell].products:
             assert t.block_h // 2 < max(H, 9) <= t.block_h
     assert tile(cell, 64).maxnreg == 255 and tile(cell, 64, warp_size=64).maxnreg is None
     wide = {tile(cell, H).form for H in (127, 129, 4096)}
-    assert wide == ({"walk"} if cell == "indrnn" else {"step"})
+    assert wide == ({"walk"} if not CELLS[cell].products else {"step"})
 
 
 def test_tiling_knows_types_and_devices():

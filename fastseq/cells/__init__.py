@@ -16,13 +16,20 @@ N   sum of the sequence lengths: rows of a packed sequence
 """
 
 from .declaration import Cell, Phase
-from .elman import INDRNN, RNN_RELU, RNN_TANH
-from .gru import GRU, GRU_RESET_BEFORE
-from .lstm import LSTM
+from .elman import RNN_RELU, RNN_SIGMOID, RNN_TANH
+from .gru import GRU, GRU_RESET_BEFORE, MGU
+from .indrnn import INDRNN, INDRNN_TANH, LEAKY_INTEGRATOR
+from .lstm import COUPLED_LSTM, LSTM, PEEPHOLE_LSTM
 from .text import WORDS, arguments, bind, fingerprint
 
 CELLS: dict[str, Cell] = {
-    cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU, GRU_RESET_BEFORE, INDRNN)
+    cell.name: cell
+    for cell in (
+        *(RNN_TANH, RNN_RELU, RNN_SIGMOID),
+        *(LSTM, PEEPHOLE_LSTM, COUPLED_LSTM),
+        *(GRU, GRU_RESET_BEFORE, MGU),
+        *(INDRNN, INDRNN_TANH, LEAKY_INTEGRATOR),
+    )
 }
 
 #: What each name has stood for in this process. Kernels and choices are kept by name.
@@ -56,11 +63,17 @@ def unregister(name: str) -> None:
 
 __all__ = [
     "CELLS",
+    "COUPLED_LSTM",
     "GRU",
     "GRU_RESET_BEFORE",
     "INDRNN",
+    "INDRNN_TANH",
+    "LEAKY_INTEGRATOR",
     "LSTM",
+    "MGU",
+    "PEEPHOLE_LSTM",
     "RNN_RELU",
+    "RNN_SIGMOID",
     "RNN_TANH",
     "WORDS",
     "Cell",

@@ -1,6 +1,4 @@
-"""The simple recurrent network (Elman 1990) with tanh or ReLU, and its diagonal relative IndRNN
-(Li et al. 2018), whose units see only their own past.
-"""
+"""The simple recurrent network (Elman 1990) with tanh, ReLU or the logistic function."""
 
 # ruff: noqa: F821  (the free names are bound by each backend)
 from .declaration import Cell, Phase
@@ -26,16 +24,14 @@ def rnn_relu_backward(dh, h):
     return (da_h,)
 
 
-def indrnn_forward(x_h, u, h_prev):
-    h = relu(x_h + u * h_prev)
+def rnn_sigmoid_forward(a_h):
+    h = sigmoid(a_h)
     return (h,)
 
 
-def indrnn_backward(dh, h, u, h_prev):
-    dx_h = dh * drelu(h)
-    du = dx_h * h_prev
-    dh_prev = dx_h * u
-    return dx_h, du, dh_prev
+def rnn_sigmoid_backward(dh, h):
+    da_h = dh * dsigmoid(h)
+    return (da_h,)
 
 
 RNN_TANH = Cell(
@@ -70,19 +66,19 @@ RNN_RELU = Cell(
     source="Elman 1990, Finding Structure in Time; Le et al. 2015 for ReLU",
 )
 
-INDRNN = Cell(
-    name="indrnn",
+RNN_SIGMOID = Cell(
+    name="rnn_sigmoid",
     gates=("h",),
     states=("h",),
     saved=("h",),
     phases=(
         Phase(
-            forward=indrnn_forward,
+            forward=rnn_sigmoid_forward,
             returns=("h",),
-            backward=indrnn_backward,
-            gradients=("dx_h", "du", "dh_prev"),
+            backward=rnn_sigmoid_backward,
+            gradients=("da_h",),
         ),
     ),
-    unit_parameters=("u",),
-    source="Li et al. 2018, Independently Recurrent Neural Network (IndRNN)",
+    source="Elman 1990, Finding Structure in Time; Mikolov et al. 2010, Recurrent Neural Network "
+    "Based Language Model",
 )

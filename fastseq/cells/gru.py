@@ -1,5 +1,6 @@
 """Gated recurrent units: PyTorch's and cuDNN's form, with the reset gate after the product, and
-the form of the paper (Cho et al. 2014), with the reset gate before it.
+the form of the paper (Cho et al. 2014), with the reset gate before it; and the minimal gated unit
+(Zhou et al. 2016), whose one gate does the work of both.
 """
 
 # ruff: noqa: F821  (the free names are bound by each backend)
@@ -50,6 +51,32 @@ def gru_reset_before_candidate_backward(dh, z, n, h_prev):
     return da_n, dz, dh_prev
 
 
+def mgu_gate_forward(a_f, h_prev):
+    f = sigmoid(a_f)
+    q = f * h_prev
+    return q, f
+
+
+def mgu_gate_backward(dq, df, f, h_prev):
+    da_f = (df + dq * h_prev) * dsigmoid(f)
+    dh_prev = dq * f
+    return da_f, dh_prev
+
+
+def mgu_candidate_forward(a_n, f, h_prev):
+    n = tanh(a_n)
+    h = h_prev + f * (n - h_prev)
+    return h, n
+
+
+def mgu_candidate_backward(dh, f, n, h_prev):
+    dn = dh * f
+    da_n = dn * dtanh(n)
+    df = dh * (n - h_prev)
+    dh_prev = dh - dn
+    return da_n, df, dh_prev
+
+
 GRU = Cell(
     name="gru",
     gates=("r", "z", "n"),
@@ -88,4 +115,27 @@ GRU_RESET_BEFORE = Cell(
         ),
     ),
     source="Cho et al. 2014, Learning Phrase Representations using RNN Encoder-Decoder",
+)
+
+MGU = Cell(
+    name="mgu",
+    gates=("f", "n"),
+    states=("h",),
+    saved=("f", "n", "q"),
+    phases=(
+        Phase(
+            forward=mgu_gate_forward,
+            returns=("q", "f"),
+            backward=mgu_gate_backward,
+            gradients=("da_f", "dh_prev"),
+        ),
+        Phase(
+            operand="q",
+            forward=mgu_candidate_forward,
+            returns=("h", "n"),
+            backward=mgu_candidate_backward,
+            gradients=("da_n", "df", "dh_prev"),
+        ),
+    ),
+    source="Zhou et al. 2016, Minimal Gated Unit for Recurrent Neural Networks",
 )

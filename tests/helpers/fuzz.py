@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import cotangents, draw, may_decline
+from problems import KINKED, cotangents, draw, may_decline
 from rules import check_all, same_bits
 
 from fastseq.backends import choice, load
@@ -37,8 +37,6 @@ PROBLEMS = 100_000  # of a backend, in one run
 PATIENCE = 300  # seconds for one problem
 
 DTYPES = ["float32", "float64", "float32", "float64", "bfloat16", "float16"]
-#: On which side of a ReLU's kink a gradient is, the rounding decides: judged in float64 alone.
-KINKED = ("rnn_relu", "indrnn")
 
 FORMS = {
     "plain": lambda t: t,
@@ -107,7 +105,7 @@ def fuzzed(seed):
         for what in ("x", "states", "weights", "gradients")
     }
     wanted = pick.choice(["all", *WANTED])
-    if cell in KINKED and not double:
+    if cell in KINKED and not double:  # judged in float64 alone
         wanted = "none"
     return Fuzzed(drawn, options, forms, wanted, pick.choice([1, 1, 2, 3]))
 

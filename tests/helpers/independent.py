@@ -122,12 +122,81 @@ def gru_reset_before(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_m
     return over_time(step, x, states, **time)
 
 
-def indrnn(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, **time):
-    """Li et al. 2018, equation 2: h_t = relu(W x_t + u * h_{t-1} + b)."""
-    (u,) = units
+def peephole_lstm(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, **time):
+    """Gers and Schmidhuber 2000, with diagonal matrices P: the gates of input and forget see the
+    cell before the step, that of the output the cell after it."""
+    W_i, W_f, W_c, W_o = blocks(w_ih, 4)
+    U_i, U_f, U_c, U_o = blocks(w_hh, 4)
+    b_i, b_f, b_c, b_o = blocks(b_ih, 4)
+    p_i, p_f, p_c, p_o = blocks(b_hh, 4)
+    P_i, P_f, P_o = map(torch.diag, units)
+
+    def step(x_t, b, h, c):
+        h = masked(h, h_mask, b)
+        admit = torch.sigmoid(affine(W_i, x_t, b_i) + affine(U_i, h, p_i) + P_i @ c)
+        forget = torch.sigmoid(affine(W_f, x_t, b_f) + affine(U_f, h, p_f) + P_f @ c)
+        c = admit * torch.tanh(affine(W_c, x_t, b_c) + affine(U_c, h, p_c)) + forget * c
+        emit = torch.sigmoid(affine(W_o, x_t, b_o) + affine(U_o, h, p_o) + P_o @ c)
+        m = emit * torch.tanh(c)
+        return (m if w_hr is None else w_hr @ m), c
+
+    return over_time(step, x, states, **time)
+
+
+def coupled_lstm(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, **time):
+    """Greff et al. 2017, CIFG: what is admitted is 1 - f."""
+    W_f, W_c, W_o = blocks(w_ih, 3)
+    U_f, U_c, U_o = blocks(w_hh, 3)
+    b_f, b_c, b_o = blocks(b_ih, 3)
+    p_f, p_c, p_o = blocks(b_hh, 3)
+
+    def step(x_t, b, h, c):
+        h = masked(h, h_mask, b)
+        forget = torch.sigmoid(affine(W_f, x_t, b_f) + affine(U_f, h, p_f))
+        emit = torch.sigmoid(affine(W_o, x_t, b_o) + affine(U_o, h, p_o))
+        candidate = torch.tanh(affine(W_c, x_t, b_c) + affine(U_c, h, p_c))
+        c = (1 - forget) * candidate + forget * c
+        m = emit * torch.tanh(c)
+        return (m if w_hr is None else w_hr @ m), c
+
+    return over_time(step, x, states, **time)
+
+
+def mgu(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, **time):
+    """Zhou et al. 2016, equations 5: h_t = (1 - f) h_{t-1} + f tanh(W x_t + U (f h_{t-1}))."""
+    W_f, W_n = blocks(w_ih, 2)
+    U_f, U_n = blocks(w_hh, 2)
+    b_f, b_n = blocks(b_ih, 2)
+    p_f, p_n = blocks(b_hh, 2)
 
     def step(x_t, b, h):
-        return (torch.relu(affine(w_ih, x_t, b_ih) + u * h),)
+        f = torch.sigmoid(affine(W_f, x_t, b_f) + affine(U_f, masked(h, h_mask, b), p_f))
+        n = torch.tanh(affine(W_n, x_t, b_n) + affine(U_n, f * h, p_n))
+        return ((1 - f) * h + f * n,)
+
+    return over_time(step, x, states, **time)
+
+
+def indrnn(phi):
+    """Li et al. 2018, equation 2: h_t = phi(W x_t + u * h_{t-1} + b)."""
+
+    def run(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, **time):
+        (u,) = units
+
+        def step(x_t, b, h):
+            return (phi(affine(w_ih, x_t, b_ih) + u * h),)
+
+        return over_time(step, x, states, **time)
+
+    return run
+
+
+def leaky_integrator(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, **time):
+    """Mikolov et al. 2014, equation 5: s_t = (1 - alpha) B x_t + alpha s_{t-1}."""
+    (alpha,) = units
+
+    def step(x_t, b, s):
+        return ((1 - alpha) * affine(w_ih, x_t, b_ih) + alpha * s,)
 
     return over_time(step, x, states, **time)
 
@@ -135,10 +204,16 @@ def indrnn(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, 
 CELLS = {
     "rnn_tanh": elman(torch.tanh),
     "rnn_relu": elman(torch.relu),
+    "rnn_sigmoid": elman(torch.sigmoid),
     "lstm": lstm,
+    "peephole_lstm": peephole_lstm,
+    "coupled_lstm": coupled_lstm,
     "gru": gru,
     "gru_reset_before": gru_reset_before,
-    "indrnn": indrnn,
+    "mgu": mgu,
+    "indrnn": indrnn(torch.relu),
+    "indrnn_tanh": indrnn(torch.tanh),
+    "leaky_integrator": leaky_integrator,
 }
 
 

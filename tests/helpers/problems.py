@@ -29,12 +29,23 @@ DTYPES = [
     pytest.param(torch.float16, id="float16", marks=full),
 ]
 
+#: The cells that the C++ kernels were compiled with; all, where there are none.
+COMPILED = set(CELLS)
+if not isinstance(load("native"), str):
+    COMPILED &= set(load("native").NUMBER)
+
+#: Cells whose texts have a kink, on which side of which a gradient is the rounding decides.
+KINKED = tuple(
+    name
+    for name, cell in CELLS.items()
+    if any("relu" in phase.forward.__code__.co_names for phase in cell.phases)
+)
+
 #: What a backend may decline in float32 and float64 on the CPU. Anything else it must run.
 DECLINES = {
     "eager": set(),
     "torch": {
-        "gru_reset_before",
-        "indrnn",
+        *(set(CELLS) - {"lstm", "gru", "rnn_tanh", "rnn_relu"}),
         "reset",
         "h_mask",
         "trajectory",
@@ -44,7 +55,7 @@ DECLINES = {
         "dual",
         "projection to H",
     },
-    "native": {"dual"},
+    "native": {"dual", *(set(CELLS) - COMPILED)},
     "numba": {"dual"},
     "triton": {"dual"},
     "reference": {"transform", "dual"},
