@@ -156,7 +156,6 @@ def test_which_gate_keeps_the_state(monkeypatch):
         (init.orthogonal_, nn.Sequential(nn.LSTM(I, H)), TypeError, "got Sequential; .*modules()"),
         (init.identity_, nn.Linear(I, H), TypeError, "module: expected a recurrent layer or cell"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_cannot_be(function, module, error, words):
     before = copy.deepcopy(module.state_dict())
@@ -293,7 +292,7 @@ FORMS = ("dense", "batch_first", "unbatched", "one step", "packed", "lengths", "
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("backend", [None, "eager", "numba", "torch"])
+@pytest.mark.parametrize("backend", [None, "eager", "torch"])
 def test_it_is_the_state_where_none_is_given(kind, form, backend):
     if form == "reset" and backend == "torch":
         pytest.skip("torch has no reset")

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..backends import eager
-from ..cells import CELLS, Cell, arguments
+from .. import reference
+from ..cells import CELLS, Cell, arguments, bind
 
 _OF_TORCH = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
 
@@ -176,37 +177,28 @@ def keeping_gates(cell: Cell) -> dict[str, int]:
     nothing where it is 0, and -1 the other way round; read off the cell's equations."""
     found = {}
     for gate in cell.gates:
-        closed, opened = (_slopes(cell, gate, pre_activation) for pre_activation in (-40.0, 40.0))
-        if any(abs(a) < 1e-6 and abs(b - 1) < 1e-6 for a, b in zip(closed, opened, strict=True)):
-            found[gate] = 1
-        elif any(abs(a - 1) < 1e-6 and abs(b) < 1e-6 for a, b in zip(closed, opened, strict=True)):
-            found[gate] = -1
+        kept = np.stack([_kept(cell, gate, a) for a in (-40.0, 40.0)], 1)  # (states, closed/open)
+        for sign, wanted in ((1, (0, 1)), (-1, (1, 0))):
+            if np.isclose(kept, wanted).all(1).any():
+                found[gate] = sign
     return found
 
 
-@torch.enable_grad()
-def _slopes(cell: Cell, gate: str, pre_activation: float) -> list[float]:
-    """Of each state its derivative by the same state before the step, with a gate held open or
-    closed and the products held where they are."""
+def _kept(cell: Cell, gate: str, pre_activation: float) -> np.ndarray:
+    """The part of each state that a step keeps, with one gate held open or closed, and all that
+    enters the others held at zero."""
 
-    def number(name: str) -> Tensor:
-        value = pre_activation if name in (f"a_{gate}", f"x_{gate}") else 0.0
-        return torch.tensor(value, dtype=torch.float64)
+    def step(k: int, before: float) -> float:
+        """State k after the step."""
+        known = {f"{cell.states[k]}_prev": before, f"a_{gate}": pre_activation}
+        known[f"x_{gate}"] = pre_activation
+        for phase in cell.phases:
+            text = bind(phase.forward, "init", **reference.VOCABULARY)
+            given = [np.float64(known.get(name, 0.0)) for name in arguments(phase.forward)]
+            known |= dict(zip(phase.returns, text(*given), strict=True))
+        return known[cell.states[k]]
 
-    before = [torch.tensor(0.3, dtype=torch.float64, requires_grad=True) for _ in cell.states]
-    known = {f"{s}_prev": value for s, value in zip(cell.states, before, strict=True)}
-    for phase, text in zip(cell.phases, eager.texts(cell), strict=True):
-        given = [known[n] if n in known else number(n) for n in arguments(phase.forward)]
-        known |= dict(zip(phase.returns, text(*given), strict=True))
-    slopes = []
-    for name, value in zip(cell.states, before, strict=True):
-        slope = None
-        if known[name].requires_grad:
-            (slope,) = torch.autograd.grad(
-                known[name], [value], retain_graph=True, allow_unused=True
-            )
-        slopes.append(0.0 if slope is None else float(slope))
-    return slopes
+    return np.array([step(k, 1.0) - step(k, 0.0) for k in range(len(cell.states))])
 
 
 def _cell_of(module: Any) -> Cell:
