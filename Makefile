@@ -1,4 +1,4 @@
-# make demo | test | test-all | fuzz | integration | bench | table | capabilities | build | wheel
+# make demo | test | test-all | fuzz | integration | bench | table | capabilities | cells | build | wheel
 #      sanitize | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
@@ -19,7 +19,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz integration bench gpu table capabilities build wheel sanitize lint \
+.PHONY: help setup demo test test-all fuzz integration bench gpu table capabilities cells build wheel sanitize lint \
   format clean
 
 # Where .venv is, or will be, unless an environment is active.
@@ -38,6 +38,7 @@ help:
 	@echo "               MINUTES (for all of it) and WORKLOADS narrow it, OUT takes its files"
 	@echo "make table     write the tables and the picture of the README and the docs from the results"
 	@echo "make capabilities  ask torch.nn and fastseq what works, and write docs/capabilities.md"
+	@echo "make cells     write docs/cells.md from the cells' declarations and the backends' word"
 	@echo "make build     the C++ kernels, which every target builds where they are old"
 	@echo "make wheel     one wheel for every Python from 3.10 and every torch from 2.10, in dist"
 	@echo "make sanitize  the C++ kernels under the address, undefined and thread sanitizers"
@@ -92,6 +93,9 @@ table: setup
 
 capabilities: setup
 	@$(RUN) -m bench.capabilities --write $(ARGS)
+
+cells: setup
+	@$(RUN) -m bench.cells --write
 
 build: setup
 

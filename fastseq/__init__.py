@@ -1,6 +1,6 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
-from . import compat
+from . import compat, init
 from .backends.choice import backends
 from .nn import (
     GRU,
@@ -31,6 +31,7 @@ __all__ = [
     "compat",
     "explain",
     "gru",
+    "init",
     "install",
     "lstm",
     "replace",

@@ -38,7 +38,9 @@ def test_own_options_are_keyword_only_and_last(kind):
     assert plain == [*expected, "device", "dtype"]
     masks = ["recurrent_dropout", "input_dropout", "weight_dropout", "zoneout"]
     assert own == (
-        ["backend", "memory", "deterministic", *masks] if kind in LAYERS else ["backend"]
+        ["backend", "memory", "deterministic", *masks, "init", "learn_state"]
+        if kind in LAYERS
+        else ["backend", "init"]
     )
 
 

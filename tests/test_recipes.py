@@ -12,7 +12,9 @@ PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 PARTS = re.compile(r"^###? ([^\n]+)$|^```python( later)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CLASS = re.compile(r"\bfastseq\.((?:LSTM|GRU|RNN)(?:Cell)?)\b")
 #: What torch.nn lacks, does not do right, or draws other random numbers for.
-ALONE = re.compile(r"\b(lengths|reset|weight_dropout|zoneout|memory)=|\bvmap\(|register_parametriz")
+ALONE = re.compile(
+    r"\b(lengths|reset|weight_dropout|zoneout|memory|learn_state)=|\bvmap\(|register_parametriz"
+)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning",
     "ignore:.torch.jit.freeze. is deprecated:DeprecationWarning",

@@ -161,8 +161,11 @@ def is_elsewhere(device: str) -> bool:
 def reason_against(name: str, problem: Problem) -> str | None:
     """Why a backend does not run a problem; None if it does."""
     module = imported(name) if is_elsewhere(problem.device) else load(name)
-    if isinstance(module, str):
-        return f"not available: {module}"
+    return f"not available: {module}" if isinstance(module, str) else declines(module, problem)
+
+
+def declines(module: Any, problem: Problem) -> str | None:
+    """Why a backend's module does not run a problem, wherever it is; None if it does."""
     can = module.ABILITIES
     if problem.zoneout and not can.zoneout:
         return "its loop hands the states on by itself, and zoneout blends them; choose eager"

@@ -17,12 +17,13 @@ from ..ops.modes import autocasts, foreign
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, graph, short
-from .options import CellOptions, HasOptions, of_today, options
+from .options import CellOptions, HasOptions, Init, initialize, of_today, options
 from .recurrent import described
 
 
 class RecurrentCell(HasOptions, nn.Module):
-    """What the cells share. ``backend`` is fastseq's own option, keyword-only."""
+    """What the cells share. ``backend`` and ``init`` are fastseq's own options, keyword-only, as
+    :class:`fastseq.nn.CellOptions` says."""
 
     #: the name of the cell in :mod:`fastseq.cells`
     _fastseq_cell: str
@@ -34,8 +35,13 @@ class RecurrentCell(HasOptions, nn.Module):
     bias: bool
     weight_ih: Tensor
 
-    def _fastseq_options(self) -> CellOptions:
-        return CellOptions()
+    def _fastseq_options(self, **given: Any) -> CellOptions:
+        return CellOptions(**given)
+
+    def reset_parameters(self) -> None:
+        """torch.nn's initial values, and what the option ``init`` says."""
+        super().reset_parameters()  # type: ignore[misc]
+        initialize(self)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return counterparts.to_torch(self)
@@ -199,7 +205,8 @@ def _check_kinds(cell: Any, x: Tensor, states: Sequence[Tensor], weight: Tensor)
 class RNNCell(RecurrentCell, nn.RNNCellBase):
     r"""One step of Elman's network, :math:`h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`.
 
-    Arguments, parameters, shapes and errors are torch.nn.RNNCell's; ``backend`` is fastseq's.
+    Arguments, parameters, shapes and errors are torch.nn.RNNCell's; ``backend`` and
+    ``init`` are fastseq's.
     """
 
     def __init__(
@@ -212,12 +219,13 @@ class RNNCell(RecurrentCell, nn.RNNCellBase):
         dtype=None,
         *,
         backend: Backend = None,
+        init: Init = (),
     ) -> None:
         nn.RNNCellBase.__init__(
             self, input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype
         )
         self.nonlinearity = nonlinearity
-        self._fastseq = CellOptions(backend=backend)
+        self._fastseq_begin(backend=backend, init=init)
 
     _fastseq_torch = nn.RNNCell
 
@@ -235,7 +243,8 @@ class RNNCell(RecurrentCell, nn.RNNCellBase):
 class LSTMCell(RecurrentCell, nn.RNNCellBase):
     """One step of the long short-term memory; see :class:`fastseq.LSTM` for the equations.
 
-    Arguments, parameters, shapes and errors are torch.nn.LSTMCell's; ``backend`` is fastseq's.
+    Arguments, parameters, shapes and errors are torch.nn.LSTMCell's; ``backend`` and
+    ``init`` are fastseq's.
     """
 
     def __init__(
@@ -247,11 +256,12 @@ class LSTMCell(RecurrentCell, nn.RNNCellBase):
         dtype=None,
         *,
         backend: Backend = None,
+        init: Init = (),
     ) -> None:
         nn.RNNCellBase.__init__(
             self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype
         )
-        self._fastseq = CellOptions(backend=backend)
+        self._fastseq_begin(backend=backend, init=init)
 
     _fastseq_cell = "lstm"
     _fastseq_torch = nn.LSTMCell
@@ -266,7 +276,8 @@ class LSTMCell(RecurrentCell, nn.RNNCellBase):
 class GRUCell(RecurrentCell, nn.RNNCellBase):
     """One step of the gated recurrent unit; see :class:`fastseq.GRU` for the equations.
 
-    Arguments, parameters, shapes and errors are torch.nn.GRUCell's; ``backend`` is fastseq's.
+    Arguments, parameters, shapes and errors are torch.nn.GRUCell's; ``backend`` and
+    ``init`` are fastseq's.
     """
 
     def __init__(
@@ -278,11 +289,12 @@ class GRUCell(RecurrentCell, nn.RNNCellBase):
         dtype=None,
         *,
         backend: Backend = None,
+        init: Init = (),
     ) -> None:
         nn.RNNCellBase.__init__(
             self, input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype
         )
-        self._fastseq = CellOptions(backend=backend)
+        self._fastseq_begin(backend=backend, init=init)
 
     _fastseq_cell = "gru"
     _fastseq_torch = nn.GRUCell

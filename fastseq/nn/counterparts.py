@@ -84,6 +84,8 @@ def counterpart(module: nn.Module) -> type[nn.Module] | str:
         masked = [name for name, rate in rates._asdict().items() if rate]
         remedy = ", ".join(f"layer.fastseq.{name} = 0" for name in masked)
         return f"torch.nn has no {', '.join(masked)}; set it to 0 first, {remedy}"
+    if getattr(options(module), "learn_state", False):
+        return "its initial state is learned (learn_state=True); torch.nn's layers begin with zeros"
     return vars(ours)["_fastseq_torch"]
 
 

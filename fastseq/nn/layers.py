@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..backends.contract import Backend, Memory
-from ..cells import CELLS
-from .options import LayerOptions
+from .options import Init
 from .recurrent import Recurrent
 
 
@@ -41,6 +40,8 @@ class RNN(Recurrent, nn.RNNBase):
         input_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, ...] = 0.0,
+        init: Init = (),
+        learn_state: bool = False,
         **unknown,
     ) -> None:
         _refuse_unknown("RNN", unknown)
@@ -62,8 +63,7 @@ class RNN(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._fastseq = LayerOptions(
-            CELLS[self._fastseq_cell].states,
+        self._fastseq_begin(
             backend=backend,
             memory=memory,
             deterministic=deterministic,
@@ -71,6 +71,8 @@ class RNN(Recurrent, nn.RNNBase):
             input_dropout=input_dropout,
             weight_dropout=weight_dropout,
             zoneout=zoneout,
+            init=init,
+            learn_state=learn_state,
         )
 
     _fastseq_torch = nn.RNN
@@ -117,6 +119,8 @@ class LSTM(Recurrent, nn.RNNBase):
         input_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, ...] = 0.0,
+        init: Init = (),
+        learn_state: bool = False,
     ) -> None:
         nn.RNNBase.__init__(
             self,
@@ -132,8 +136,7 @@ class LSTM(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._fastseq = LayerOptions(
-            CELLS[self._fastseq_cell].states,
+        self._fastseq_begin(
             backend=backend,
             memory=memory,
             deterministic=deterministic,
@@ -141,6 +144,8 @@ class LSTM(Recurrent, nn.RNNBase):
             input_dropout=input_dropout,
             weight_dropout=weight_dropout,
             zoneout=zoneout,
+            init=init,
+            learn_state=learn_state,
         )
 
     _fastseq_cell = "lstm"
@@ -186,6 +191,8 @@ class GRU(Recurrent, nn.RNNBase):
         input_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, ...] = 0.0,
+        init: Init = (),
+        learn_state: bool = False,
         **unknown,
     ) -> None:
         _refuse_unknown("GRU", unknown)
@@ -202,8 +209,7 @@ class GRU(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
-        self._fastseq = LayerOptions(
-            CELLS[self._fastseq_cell].states,
+        self._fastseq_begin(
             backend=backend,
             memory=memory,
             deterministic=deterministic,
@@ -211,6 +217,8 @@ class GRU(Recurrent, nn.RNNBase):
             input_dropout=input_dropout,
             weight_dropout=weight_dropout,
             zoneout=zoneout,
+            init=init,
+            learn_state=learn_state,
         )
 
     _fastseq_cell = "gru"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -48,14 +49,59 @@ def check_zoneout(states: tuple[str, ...], value: Any) -> float | tuple[float, .
     return checked[0] if len(set(checked)) == 1 else checked
 
 
+class Functions(tuple[Callable[[Any], Any], ...]):
+    """Functions of a module, in order; shown by their names."""
+
+    def __repr__(self) -> str:
+        shown = [_shown(function) for function in self]
+        return shown[0] if len(shown) == 1 else f"({', '.join(shown)})"
+
+
+def _shown(function: Any) -> str:
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return f"partial({', '.join([_shown(function.func), *given])})"
+    return getattr(function, "__name__", None) or repr(function)
+
+
+#: One function of a module, or several in order.
+Init = Callable[[Any], Any] | Sequence[Callable[[Any], Any]]
+
+
+def check_init(value: Any) -> Functions:
+    functions = value if isinstance(value, (tuple, list)) else (value,)
+    for function in functions:
+        if not callable(function) or isinstance(function, nn.Module):
+            got = repr(function) if isinstance(function, str) else type(function).__name__
+            raise TypeError(
+                "init: expected a function of the module, as fastseq.init.orthogonal_, or several "
+                f"in order, got {got}"
+            )
+    return Functions(functions)
+
+
+def check_learn_state(now: bool, value: Any) -> bool:
+    """It decides which parameters a layer has, so it stays as it was when the layer was made."""
+    if not isinstance(value, bool):
+        raise TypeError(f"learn_state: expected a bool, got {type(value).__name__}")
+    if value != now:
+        raise ValueError(
+            f"learn_state: the layer was made with {now}, and its parameters are those of that; "
+            f"make another layer, with learn_state={value}"
+        )
+    return value
+
+
 class Options:
     """What fastseq lets one choose, as attributes that are checked when they are set."""
 
     backend: Backend = None
+    init: Functions = Functions()
 
     #: how each option is checked, of the options and the value; an option that stands here exists
     checks: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
-        "backend": lambda self, value: as_order(value)
+        "backend": lambda self, value: as_order(value),
+        "init": lambda self, value: check_init(value),
     }
 
     def __init__(self, **values: Any) -> None:
@@ -85,6 +131,8 @@ class CellOptions(Options):
     """The options of a cell, which it has as ``cell.fastseq``.
 
     backend: None chooses; else a name of :func:`fastseq.backends`, or several in order.
+    init: a function of the cell, or several in order, that ``reset_parameters`` ends with; see
+        :mod:`fastseq.init`.
     """
 
 
@@ -92,8 +140,8 @@ class LayerOptions(Options):
     """The options of a layer, which it has as ``layer.fastseq``: what fastseq.LSTM takes as
     keywords, and what ``layer.fastseq.zoneout = 0.1`` sets later.
 
-    backend, memory, deterministic, recurrent_dropout, input_dropout, weight_dropout, zoneout: see
-    :class:`fastseq.nn.Recurrent`.
+    backend, memory, deterministic, recurrent_dropout, input_dropout, weight_dropout, zoneout, init,
+    learn_state (which stays as it was when the layer was made): see :class:`fastseq.nn.Recurrent`.
 
     Raises, when one is set:
         ValueError, TypeError: no such value.
@@ -106,23 +154,32 @@ class LayerOptions(Options):
     input_dropout: float = 0.0
     weight_dropout: float = 0.0
     zoneout: float | tuple[float, ...] = 0.0
+    learn_state: bool = False
     #: the states of the cell, for each of which zoneout may be given
     states: tuple[str, ...] = ("h",)
     #: None where nothing is masked: torch.compile need not look at numbers that may change.
     rates: masks.Rates | None = None
+    #: Whether nothing is masked and no state is learned: the one question of a short call.
+    plain: bool = False
 
     checks: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
-        **Options.checks,
+        "backend": Options.checks["backend"],
         "memory": lambda self, value: check_memory(value),
         "deterministic": lambda self, value: check_deterministic(value),
         "recurrent_dropout": lambda self, value: check_rate("recurrent_dropout", value),
         "input_dropout": lambda self, value: check_rate("input_dropout", value),
         "weight_dropout": lambda self, value: check_rate("weight_dropout", value),
         "zoneout": lambda self, value: check_zoneout(self.states, value),
+        "init": Options.checks["init"],
+        "learn_state": lambda self, value: check_learn_state(self.learn_state, value),
     }
 
-    def __init__(self, states: tuple[str, ...] = ("h",), **values: Any) -> None:
-        self.__dict__["states"] = states
+    def __init__(
+        self, states: tuple[str, ...] = ("h",), learn_state: bool = False, **values: Any
+    ) -> None:
+        now = bool(learn_state)
+        self.__dict__.update(states=states, learn_state=check_learn_state(now, learn_state))
+        self.__dict__["plain"] = not learn_state
         super().__init__(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,6 +195,7 @@ class LayerOptions(Options):
                 zoneout if any(zoneout) else (),
             )
             self.__dict__["rates"] = rates if any(rates) else None
+            self.__dict__["plain"] = self.rates is None and not self.learn_state
 
 
 def check_model(model: Any) -> None:
@@ -163,7 +221,8 @@ def set_options(model: nn.Module, **options: Any) -> None:
 
     Args:
         model: any module.
-        options: names and values, as the layers take them. Cells have ``backend`` alone.
+        options: names and values, as the layers take them. Cells have ``backend`` and ``init``
+            alone. What ``init`` says is done by the next ``reset_parameters``.
 
     Raises:
         TypeError, ValueError: no module, no such option or value; nothing is changed then.
@@ -195,15 +254,27 @@ class HasOptions:
         """fastseq's own options of this module: :class:`LayerOptions` or :class:`CellOptions`."""
         return options(self)
 
-    def _fastseq_options(self) -> Options:
-        """The options before any was set."""
+    def _fastseq_options(self, **given: Any) -> Options:
+        """The options of such a module, all but ``given`` as they are before any was set."""
         raise NotImplementedError
+
+    def _fastseq_begin(self, **given: Any) -> None:
+        """The end of every constructor: the options, and the initial values that they ask for."""
+        self._fastseq = self._fastseq_options(**given)
+        initialize(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy begins with: options of its own, a shallow copy's too."""
         above = getattr(super(), "__getstate__", None)  # Python 3.10 has none of objects
         state = self.__dict__ if above is None else above()
         return {**state, "_fastseq": copy.copy(options(self))}
+
+
+def initialize(module: Any) -> None:
+    """Run the functions of the option ``init``, where the options were set already."""
+    if module._fastseq is not None:
+        for function in module._fastseq.init:
+            function(module)
 
 
 def options(module: Any) -> Any:

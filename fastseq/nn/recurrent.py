@@ -27,8 +27,8 @@ from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
 from ..ops.modes import autocasts, foreign, overridden
 from ..ops.run import run
 from ..ops.stack import Stack
-from . import counterparts, flat_weights, graph, short
-from .options import HasOptions, LayerOptions, of_today, options
+from . import counterparts, flat_weights, graph, learned, short
+from .options import HasOptions, LayerOptions, initialize, of_today, options
 
 
 def described(hx: Any) -> str:
@@ -60,6 +60,11 @@ class Recurrent(HasOptions, nn.Module):
     zoneout: in training, the probability with which a unit's state stays as it was, anew at each
         step; in evaluation that part of it stays (Krueger et al. 2017). For the LSTM also a pair,
         of h and of c. It runs the eager form.
+    init: a function of the layer, or several in order, that ``reset_parameters`` ends with, after
+        torch.nn's initial values; :mod:`fastseq.init` has some.
+    learn_state: True makes the initial state a parameter for each state of the cell, ``h_0`` and of
+        an LSTM ``c_0``, (num_layers * D, 1, size) and zero at first, which a call without ``hx``
+        begins with. The state behind a ``reset`` is zero with it, too.
 
     These masks are a pure function of a seed, the layer, the direction, the sequence's row id, the
     unit (and for zoneout the step): the same on every backend, however the batch is ordered and
@@ -86,8 +91,18 @@ class Recurrent(HasOptions, nn.Module):
     _all_weights: list[list[str]]
     _flat_weights_names: list[str]
 
-    def _fastseq_options(self) -> LayerOptions:
-        return LayerOptions(CELLS[self._fastseq_cell].states)
+    def _fastseq_options(self, **given: Any) -> LayerOptions:
+        return LayerOptions(CELLS[self._fastseq_cell].states, **given)
+
+    def _fastseq_begin(self, **given: Any) -> None:
+        if given.get("learn_state"):
+            learned.register(self)
+        super()._fastseq_begin(**given)
+
+    def reset_parameters(self) -> None:
+        """torch.nn's initial values, zeros for a learned state, and what ``init`` says."""
+        learned.reset(self, super().reset_parameters)  # type: ignore[misc]
+        initialize(self)
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *options(self).given()])
@@ -135,7 +150,8 @@ class Recurrent(HasOptions, nn.Module):
             input: (T, I), (T, B, I), (B, T, I) with ``batch_first``, a PackedSequence, or a
                 NestedTensor (B, jagged, I), whatever ``batch_first`` says.
             hx: the initial state, (num_layers * D, B, ...) a tensor (two for the LSTM, as a tuple
-                or list), without B for unbatched input; zeros if None.
+                or list), without B for unbatched input; zeros if None, or what ``learn_state``
+                learned.
             lengths: (B,) integers or None. The input is then padded: outputs behind a sequence's
                 end are zero, its final state is that of its last step, and a sequence of length 0
                 keeps its initial state.
@@ -208,7 +224,7 @@ def _is_torchs(
     if not foreign((data, *states, *weights)) or all_states:
         return False
     own = options(module)
-    if own.backend is not None or own.rates is not None:
+    if own.backend is not None or own.rates is not None or (own.learn_state and hx is None):
         return False
     nested = isinstance(data, Tensor) and data.is_nested
     return not nested and all(value is None for value in given.values())
@@ -284,6 +300,8 @@ def call_stack(
         geometry = Jagged(input)
     else:
         geometry = Dense(input, module.batch_first)
+    if hx is None and options(module).learn_state:
+        states = learned.states(module, geometry)
     if weights is None:
         weights = call_weights(module)
     stack = Stack(call_request(module, all_states), input, states, weights, geometry)

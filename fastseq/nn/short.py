@@ -24,7 +24,7 @@ from ..ops.modes import (
     overridden,
     without_default_devices,
 )
-from . import flat_weights
+from . import flat_weights, learned
 from .options import LayerOptions, options
 
 
@@ -107,8 +107,14 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
         with without_default_devices():
             return layers(module, input, hx)
     own = module._fastseq or options(module)
-    if own.rates is not None:
-        return None
+    begin: Any = ()
+    if not own.plain:
+        if own.rates is not None:
+            return None
+        if hx is None and own.learn_state:
+            begin = learned.plain_states(module, input)
+            if begin is None:
+                return None
     lean = own.memory != "full" and torch.is_grad_enabled()
     found = _backend(module, own, input, lean, False)
     if found is None:
@@ -125,7 +131,7 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     if overridden(weights):
         return None
     if hx is None:
-        states: tuple[Any, ...] = ()
+        states: tuple[Any, ...] = begin
     elif type(hx) is torch.Tensor:
         states = (hx,)
     elif type(hx) in (tuple, list) and len(hx) == 2 and type(hx[0]) is type(hx[1]) is torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..backends import choice
 from ..cells import CELLS
 from ..ops.modes import autocasts
+from . import learned
 from .options import options
 from .recurrent import Recurrent, call_request, call_weights
 
@@ -36,6 +37,11 @@ class Streaming:
                 )
                 for name, size in zip(names, sizes, strict=True)
             }
+        if options(module).learn_state:
+            begin = zip(self._states.values(), learned.names(module), strict=True)
+            with torch.no_grad():
+                for state, name in begin:
+                    state.copy_(getattr(module, name))
         self.refresh()
 
     @torch.no_grad()
@@ -163,7 +169,7 @@ class Streaming:
                 mine.copy_(new)
 
     def reset(self, rows: Any = None) -> None:
-        """Zero the state of ``rows`` or of all: new sequences begin.
+        """Zero the state of ``rows`` or of all: new sequences begin, as behind a layer's ``reset``.
 
         Args:
             rows: indices from -batch to batch - 1, or a mask (batch,) of bools, as a tensor, list
@@ -270,6 +276,7 @@ def _kind(value: Any) -> str:
 def streaming(module: Recurrent, batch: int = 1) -> Streaming:
     """A handle that runs ``module`` step by step and keeps its state, for inference.
 
+    It begins with zeros, or with the state that a layer made with ``learn_state=True`` has learned.
     It owns the state and a packed copy of the weights, which makes a step of one layer cost
     microseconds. The copy is made now, and again by ``handle.refresh()``: call it after the weights
     (by ``load_state_dict``, say) or the options of the module were changed.

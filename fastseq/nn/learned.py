@@ -1,0 +1,67 @@
+"""The learned initial state of a layer that was made with ``learn_state=True``.
+
+It is a parameter for each state of the cell, ``h_0`` and of an LSTM ``c_0``, which a call without
+``hx`` expands over its batch: h_0 (num_layers * D, 1, proj_size or hidden_size), and each other
+(num_layers * D, 1, hidden_size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+from ..ops.geometry import Geometry
+
+
+def names(module: Any) -> list[str]:
+    """The parameters' names, in the order of the cell's states."""
+    return [f"{state}_0" for state in CELLS[module._fastseq_cell].states]
+
+
+def register(module: Any) -> None:
+    """Give a layer its parameters: zeros, with which it computes what it would without them."""
+    weight = module.weight_ih_l0
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    for k, name in enumerate(names(module)):
+        size = module.hidden_size if k else module.proj_size or module.hidden_size
+        state = torch.zeros((count, 1, size), dtype=weight.dtype, device=weight.device)
+        module.register_parameter(name, torch.nn.Parameter(state))
+
+
+def reset(module: Any, reset_weights: Callable[[], None]) -> None:
+    """Initial values again: those of the weights drawn as if there were no others, and zeros."""
+    if module._fastseq is None or not module._fastseq.learn_state:
+        return reset_weights()
+    own = module._parameters
+    states = {name: own.pop(name) for name in names(module) if name in own}
+    try:
+        reset_weights()
+    finally:
+        own.update(states)
+    for state in states.values():
+        torch.nn.init.zeros_(state)
+
+
+def states(module: Any, geometry: Geometry) -> list[Tensor]:
+    """As a caller would give them, for the batch of a call."""
+    found = [getattr(module, name).expand(-1, geometry.B, -1) for name in names(module)]
+    return found if geometry.batched else [state.squeeze(1) for state in found]
+
+
+def plain_states(module: Any, input: Any) -> tuple[Tensor, ...] | None:
+    """The same for a dense input, laid out in full; None where the long way is due."""
+    if type(input) is not Tensor or input.is_nested or (rank := input.dim()) not in (2, 3):
+        return None
+    parameters = module._parameters
+    try:
+        found = [parameters[name] for name in names(module)]
+    except KeyError:  # parametrized, or replaced by a tensor
+        return None
+    if rank == 2:
+        return tuple([state.squeeze(1) for state in found])
+    B = input.shape[0 if module.batch_first else 1]
+    return tuple([state.expand(-1, B, -1).contiguous() for state in found])
