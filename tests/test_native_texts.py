@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from wordy import WORDY
+from wordy import wordy
 
 from fastseq.backends import load
 from fastseq.backends.contract import Problem
@@ -166,8 +166,8 @@ def test_states_extras_and_units():
 
 
 def test_a_derived_backward_is_written_too():
-    assert write_cells.why_not(WORDY) is None
-    text = write_cells.generated([WORDY])
+    assert write_cells.why_not(wordy()) is None
+    text = write_cells.generated([wordy()])
     assert "  const T before = logsigmoid(a_f) + m_prev;" in text
     assert "  const T dsize = minus_dsize" not in text and "dsqrt(size)" in text
 

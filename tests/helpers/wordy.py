@@ -6,6 +6,7 @@ Beyond the last unit, where all is 0, its output is 0 times infinity.
 
 # ruff: noqa: F821  (the free names of a text are bound by each backend)
 from contextlib import contextmanager
+from functools import cache
 
 from fastseq.cells import Cell, Phase, register, unregister
 
@@ -22,21 +23,23 @@ def wordy_forward(a_i, a_f, a_z, c_prev, m_prev, u):
     return h, c, m, i, f, z
 
 
-WORDY = Cell(
-    name="wordy",
-    gates=("i", "f", "z"),
-    states=("h", "c", "m"),
-    saved=("i", "f", "z", "a_i", "a_f"),
-    phases=(Phase(wordy_forward, ("h", "c", "m", "i", "f", "z")),),
-    unit_parameters=("u",),
-    source="made up for the tests",
-)
+@cache
+def wordy() -> Cell:
+    return Cell(
+        name="wordy",
+        gates=("i", "f", "z"),
+        states=("h", "c", "m"),
+        saved=("i", "f", "z", "a_i", "a_f"),
+        phases=(Phase(wordy_forward, ("h", "c", "m", "i", "f", "z")),),
+        unit_parameters=("u",),
+        source="made up for the tests",
+    )
 
 
 @contextmanager
 def registered():
-    register(WORDY)
+    cell = register(wordy())
     try:
-        yield WORDY
+        yield cell
     finally:
         unregister("wordy")
