@@ -158,6 +158,20 @@ def test_why_there_is_none(text, saved, why):
     assert cell.beyond(autograd=True) is None
 
 
+def _returned(a_p, u, h_prev):
+    q = sigmoid(a_p)
+    h = u * (q * q + h_prev)
+    return h, h + h, q
+
+
+def test_a_value_that_is_returned_and_not_saved_is_not_there():
+    phase = Phase(_returned, ("h", "k", "q"))
+    cell = Cell("none", ("p",), ("h",), ("k",), (phase,), "", ("u",))
+    assert "backward needs q = sigmoid(a_p), and a_p is not saved" in cell.underived
+    cell = Cell("none", ("p",), ("h",), ("k", "q"), (phase,), "", ("u",))
+    assert cell.underived is None
+
+
 # What no text may have
 
 
