@@ -172,6 +172,13 @@ def test_a_derived_backward_is_written_too():
     assert "  const T dsize = minus_dsize" not in text and "dsqrt(size)" in text
 
 
+def test_names_that_are_words_of_cpp():
+    """A derived text calls the gradient of o so."""
+    phase = without(LSTM.phases[0], backward=None, gradients=())
+    text = write_cells.text_of(without(LSTM, phases=(phase,)).phases[0].backward)
+    assert "  const T do_ = dh * t2;" in text and "  const T da_o = do_ * dsigmoid(o);" in text
+
+
 def without(cell, **changed):
     return dataclasses.replace(cell, **changed)
 
