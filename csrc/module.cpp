@@ -87,7 +87,8 @@ PyObject* use_set(PyObject*, PyObject* name) {
   return PyUnicode_FromString(before);
 }
 
-// (name of the function as a number, x, y), for the tests of the vocabulary
+// (name of the function as a number, x, y), for the tests of the vocabulary. Of a function of two, y
+// holds the second argument.
 PyObject* vocabulary(PyObject*, PyObject* const* a, Py_ssize_t count) {
   try {
     need_connection();

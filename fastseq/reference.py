@@ -66,9 +66,17 @@ VOCABULARY = {
     "sigmoid": sigmoid,
     "tanh": np.tanh,
     "relu": lambda x: np.where(x <= 0, 0.0, x),  # NaN passes, as in torch
+    "exp": np.exp,
+    "reciprocal": lambda x: 1 / x,
+    "maximum": np.maximum,
+    "logsigmoid": lambda x: np.minimum(x, 0.0) - np.log1p(np.exp(-np.abs(x))),
+    "sqrt": np.sqrt,
     "dsigmoid": lambda y: y * (1 - y),
     "dtanh": lambda y: 1 - y * y,
     "drelu": lambda y: np.where(y <= 0, 0.0, 1.0),
+    "dmaximum": lambda a, b: np.where(a < b, 0.0, np.where(a == b, 0.5, 1.0)),
+    "dlogsigmoid": lambda y: -np.expm1(y),
+    "dsqrt": lambda y: 0.5 / y,
 }
 
 

@@ -365,6 +365,53 @@ def test_refused(changes, fault):
     assert message.startswith("made_up: ") or "identifier" in message
 
 
+def roots(a_p, u, h_prev):
+    p = sqrt(a_p)
+    r = reciprocal(p)
+    h = maximum(u * h_prev, r)
+    return h, p
+
+
+def roots_backward(dh, p, u, h_prev):
+    r = reciprocal(p)
+    t = u * h_prev
+    du = dh * dmaximum(t, r)
+    dr = dh * dmaximum(r, t)
+    da_p = -(dr * r * r) * dsqrt(p)
+    return da_p, du * h_prev, du * u
+
+
+def _roots_without_sqrt(dh, p, u, h_prev):
+    r = reciprocal(p)
+    t = u * h_prev
+    du = dh * dmaximum(t, r)
+    da_p = -(dh * dmaximum(r, t) * r * r) * p
+    return da_p, du * h_prev, du * u
+
+
+def _roots_other_side(dh, p, u, h_prev):
+    r = reciprocal(p)
+    t = u * h_prev
+    du = dh * dmaximum(r, t)
+    da_p = -(dh * dmaximum(r, t) * r * r) * dsqrt(p)
+    return da_p, du * h_prev, du * u
+
+
+@pytest.mark.parametrize(
+    "backward, wrong",
+    [(roots_backward, None), (_roots_without_sqrt, "da_p"), (_roots_other_side, "du")],
+)
+def test_the_gradient_that_is_wrong_is_named(backward, wrong):
+    """At points where a word is defined: half of those that are drawn have no root."""
+    phase = Phase(roots, ("h", "p"), backward, ("da_p", "du", "dh_prev"))
+    fields = ("made_up", ("p",), ("h",), ("p",), (phase,), "nowhere", ("u",))
+    if wrong is None:
+        assert Cell(*fields).phases[0].backward is backward
+    else:
+        with pytest.raises(ValueError, match=f"gives {wrong} = .* where the derivative of roots"):
+            Cell(*fields)
+
+
 def _another_a_p(a_p, h_prev):
     return a_p * h_prev, a_p * a_p
 

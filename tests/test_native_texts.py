@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from wordy import wordy
 
 from fastseq.backends import load
 from fastseq.backends.contract import Problem
@@ -162,6 +163,20 @@ def test_states_extras_and_units():
         "} else { const auto v = then_backward(at.dvalue(), at.dc(0), at.saved(0), at.saved(1), "
         "at.c(0), at.c_prev(0)); at.da(1, v[0]); at.dz(0, v[1]); at.dc_prev(0, v[2]); }"
     )
+
+
+def test_a_derived_backward_is_written_too():
+    assert write_cells.why_not(wordy()) is None
+    text = write_cells.generated([wordy()])
+    assert "  const T before = logsigmoid(a_f) + m_prev;" in text
+    assert "  const T dsize = minus_dsize" not in text and "dsqrt(size)" in text
+
+
+def test_names_that_are_words_of_cpp():
+    """A derived text calls the gradient of o so."""
+    phase = without(LSTM.phases[0], backward=None, gradients=())
+    text = write_cells.text_of(without(LSTM, phases=(phase,)).phases[0].backward)
+    assert "  const T do_ = dh * t2;" in text and "  const T da_o = do_ * dsigmoid(o);" in text
 
 
 def without(cell, **changed):

@@ -26,6 +26,17 @@ FOLDER = ROOT / "csrc" / "cells"
 NOTE = "// Written by tools/write_cells.py from fastseq/cells; change the cells there."
 MOST_EACH = 4  # of csrc/cpu/call.h: other states, extras and unit parameters, of each
 WIDTH = 100
+#: Words of C++ that are names in Python; the gradient of an LSTM's o is called do.
+KEYWORDS = frozenset(
+    """alignas alignof asm auto bool case catch char char16_t char32_t char8_t concept const
+    const_cast consteval constexpr constinit co_await co_return co_yield decltype default delete do
+    double dynamic_cast else enum explicit export extern false float for friend goto if inline int
+    long mutable namespace new noexcept nullptr operator private protected public register
+    reinterpret_cast requires return short signed sizeof static static_assert static_cast struct
+    switch template this thread_local throw true try typedef typeid typename union unsigned using
+    virtual void volatile wchar_t while and and_eq bitand bitor compl not not_eq or or_eq xor xor_eq
+    T""".split()
+)
 
 
 def why_not(cell: Cell) -> str | None:
@@ -74,15 +85,22 @@ def text_of(text: Text) -> str:
     """A text as a function template of the number type."""
     function = ast.parse(textwrap.dedent(inspect.getsource(text))).body[0]
     assert isinstance(function, ast.FunctionDef)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name):
+            node.id = _renamed(node.id)
     *body, last = (line for line in function.body if not _is_docstring(line))
     assert isinstance(last, ast.Return) and isinstance(last.value, ast.Tuple)
     values = [ast.unparse(value) for value in last.value.elts]
-    given = ", ".join(f"T {name}" for name in arguments(text))
+    given = ", ".join(f"T {_renamed(name)}" for name in arguments(text))
     lines = ["template <class T>"]
     lines += _broken(f"FASTSEQ_INLINE Values<T, {len(values)}> {text.__name__}({given}) {{")
     for line in body:
         lines += _broken(f"  const T {ast.unparse(line)};")
     return "\n".join([*lines, *_broken(f"  return {{{', '.join(values)}}};"), "}"])
+
+
+def _renamed(name: str) -> str:
+    return f"{name}_" if name in KEYWORDS else name
 
 
 def _is_docstring(line: ast.stmt) -> bool:

@@ -200,6 +200,7 @@ void vocabulary(int name, const T* x, T* y, int64_t n) {
   for (index i = 0; i < n; i += LANES<T>) {
     const int m = n - i < LANES<T> ? static_cast<int>(n - i) : LANES<T>;
     const Vec<T> v = load_part(x + i, m);
+    const Vec<T> other = load_part(y + i, m);  // what a word of two values takes besides
     Vec<T> out = v;
     switch (name) {
       case 0: out = exp(v); break;
@@ -209,6 +210,13 @@ void vocabulary(int name, const T* x, T* y, int64_t n) {
       case 4: out = dsigmoid(v); break;
       case 5: out = dtanh(v); break;
       case 6: out = drelu(v); break;
+      case 7: out = reciprocal(v); break;
+      case 8: out = logsigmoid(v); break;
+      case 9: out = sqrt(v); break;
+      case 10: out = dlogsigmoid(v); break;
+      case 11: out = dsqrt(v); break;
+      case 12: out = maximum(v, other); break;
+      case 13: out = dmaximum(v, other); break;
     }
     store_part(y + i, out, m);
   }

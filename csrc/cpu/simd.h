@@ -133,6 +133,31 @@ FASTSEQ_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
+// Rounded once. (GCC 12 warns of its own _mm512_sqrt_ps, so all lanes are masked in.)
+#if defined(__AVX512F__)
+FASTSEQ_INLINE Vec<float> sqrt(Vec<float> x) {
+  return (Vec<float>)_mm512_maskz_sqrt_ps((__mmask16)0xffff, (__m512)x);
+}
+FASTSEQ_INLINE Vec<double> sqrt(Vec<double> x) {
+  return (Vec<double>)_mm512_maskz_sqrt_pd((__mmask8)0xff, (__m512d)x);
+}
+#elif defined(__AVX2__)
+FASTSEQ_INLINE Vec<float> sqrt(Vec<float> x) { return (Vec<float>)_mm256_sqrt_ps((__m256)x); }
+FASTSEQ_INLINE Vec<double> sqrt(Vec<double> x) { return (Vec<double>)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__aarch64__)
+FASTSEQ_INLINE Vec<float> sqrt(Vec<float> x) { return (Vec<float>)vsqrtq_f32((float32x4_t)x); }
+FASTSEQ_INLINE Vec<double> sqrt(Vec<double> x) { return (Vec<double>)vsqrtq_f64((float64x2_t)x); }
+#else
+FASTSEQ_INLINE Vec<float> sqrt(Vec<float> x) {
+  for (int l = 0; l < LANES<float>; ++l) x[l] = __builtin_sqrtf(x[l]);
+  return x;
+}
+FASTSEQ_INLINE Vec<double> sqrt(Vec<double> x) {
+  for (int l = 0; l < LANES<double>; ++l) x[l] = __builtin_sqrt(x[l]);
+  return x;
+}
+#endif
+
 // p[0] to p[left - 1], as many as there are lanes; the other lanes are zero.
 template <class T>
 FASTSEQ_INLINE Vec<T> load_upto(const T* p, index left) {

@@ -120,6 +120,52 @@ FASTSEQ_INLINE V relu(V x) {
 }
 
 template <class V>
+FASTSEQ_INLINE V reciprocal(V x) {
+  using T = typename Element<V>::type;
+  return splat(T(1)) / x;
+}
+
+// NaN where either is.
+template <class V>
+FASTSEQ_INLINE V maximum(V a, V b) {
+  const V larger = a < b ? b : a;
+  return b == b ? larger : b;
+}
+
+// log1p(t) = s + s w g(w) with s = 2 t / (2 + t), w = s^2, for 0 <= t <= 1. g is the minimax
+// polynomial; what it adds to the relative error is 5e-9 in float32 and 1.4e-18 in float64.
+template <class T>
+struct Log1p;
+template <>
+struct Log1p<float> {
+  static constexpr float G[] = {0.08333301544189453f, 0.01250678114593029f, 0.0021874329540878534f,
+                                0.0005473527126014233f};
+};
+template <>
+struct Log1p<double> {
+  static constexpr double G[] = {0.08333333333333288,    0.012500000000049144,
+                                 0.0022321428553009983,  0.00043402781190950303,
+                                 8.877804650658325e-05,  1.8782421773348337e-05,
+                                 4.059135077360162e-06,  9.236208645175118e-07,
+                                 1.590751205243499e-07,  8.115072007421204e-08};
+};
+
+// min(x, 0) - log1p(exp(-|x|)). s is t where t is denormal.
+template <class V>
+FASTSEQ_INLINE V logsigmoid(V x) {
+  using T = typename Element<V>::type;
+  using B = typename Bits<T>::type;
+  using L = Log1p<T>;
+  const V t = exp((V)((B)x | (B)splat(T(-0.0))));
+  const V s = (t + t) / (t + splat(T(2))), w = s * s;
+  constexpr int TERMS = sizeof(L::G) / sizeof(T);
+  V g = splat(L::G[TERMS - 1]);
+#pragma GCC unroll 16
+  for (int k = TERMS - 2; k >= 0; --k) g = fma(g, w, splat(L::G[k]));
+  return at_most<T>(x, 0) - fma(w * g, s, s);
+}
+
+template <class V>
 FASTSEQ_INLINE V dsigmoid(V y) {
   using T = typename Element<V>::type;
   return y * (splat(T(1)) - y);
@@ -136,6 +182,31 @@ template <class V>
 FASTSEQ_INLINE V drelu(V y) {
   using T = typename Element<V>::type;
   return y <= splat(T(0)) ? splat(T(0)) : splat(T(1));
+}
+
+// Of maximum(a, b) in a.
+template <class V>
+FASTSEQ_INLINE V dmaximum(V a, V b) {
+  using T = typename Element<V>::type;
+  const V slope = a == b ? splat(T(0.5)) : splat(T(1));
+  return a < b ? splat(T(0)) : slope;
+}
+
+// 1 - exp(y) = (1 - 2^n) - 2^n (exp(r) - 1) with n <= 0, so that nothing cancels.
+template <class V>
+FASTSEQ_INLINE V dlogsigmoid(V y) {
+  using T = typename Element<V>::type;
+  using E = Exp<T>;
+  const SplitExp<T> e(at_most<T>(at_least<T>(y, -E::SIGMOID_LIMIT), 0));
+  const V scale = (V)(e.t << E::MANTISSA);
+  const V p = fma(e.r * e.r, e.q, e.r);
+  return (splat(T(1)) - scale) - scale * p;
+}
+
+template <class V>
+FASTSEQ_INLINE V dsqrt(V y) {
+  using T = typename Element<V>::type;
+  return splat(T(0.5)) / y;
 }
 
 }  // namespace FASTSEQ_ISA

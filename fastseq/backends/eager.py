@@ -43,9 +43,17 @@ VOCABULARY = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "relu": torch.relu,
+    "exp": torch.exp,
+    "reciprocal": torch.reciprocal,
+    "maximum": torch.maximum,
+    "logsigmoid": torch.nn.functional.logsigmoid,
+    "sqrt": torch.sqrt,
     "dsigmoid": lambda y: y * (1 - y),
     "dtanh": lambda y: 1 - y * y,
     "drelu": lambda y: torch.where(y <= 0, 0.0, 1.0).to(y.dtype),
+    "dmaximum": lambda a, b: torch.where(a < b, 0.0, torch.where(a == b, 0.5, 1.0)).to(a.dtype),
+    "dlogsigmoid": lambda y: -torch.expm1(y),
+    "dsqrt": lambda y: 0.5 / y,
 }
 
 

@@ -79,9 +79,12 @@ def simd(dtype: Any, lanes: int | None = None) -> SimpleNamespace:
                                 of int64 and of uint8, whatever the dtype
     take(ptr)                   the int64 there, which it then counts up, atomically
     v + v, v - v, v * v, -v, fma(v, v, v)
-    sigmoid, tanh, exp, relu    of v; NaN stays NaN
-    dsigmoid, dtanh, drelu      derivatives, of the output y; drelu(NaN) is 1: as in torch, a
+    sigmoid, tanh, exp, relu, reciprocal, logsigmoid, sqrt, maximum
+                                of v, maximum of two; NaN stays NaN
+    dsigmoid, dtanh, drelu, dlogsigmoid, dsqrt
+                                derivatives, of the output y; drelu(NaN) is 1: as in torch, a
                                 gradient passes where y <= 0 is false
+    dmaximum                    of maximum(a, b) in a, of both; a half where they are equal
 
     gemm(a_ptr, a_stride, a_step, w_ptr, out_ptr, out_stride, rows, inner, columns, accumulate)
         out[r, j] = sum_k a[r, k] w[k, j], added to the old out[r, j] if accumulate. w is packed;

@@ -62,6 +62,53 @@ def relu(x):
 
 
 @triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def reciprocal(x):
+    return 1.0 / x
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.where(b == b, tl.where(a < b, b, a), b)  # NaN where either is
+
+
+@triton.jit
+def logsigmoid(x):
+    """min(x, 0) - log1p(exp(-|x|)); log1p(t) = s + s w g(w) with s = 2 t / (2 + t), w = s^2."""
+    t = tl.exp(-tl.abs(x))
+    s = (t + t) / (2.0 + t)
+    w = s * s
+    if x.dtype == tl.float64:
+        g = 8.115072007421204e-08 * w + 1.590751205243499e-07
+        g = g * w + 9.236208645175118e-07
+        g = g * w + 4.059135077360162e-06
+        g = g * w + 1.8782421773348337e-05
+        g = g * w + 8.877804650658325e-05
+        g = g * w + 0.00043402781190950303
+        g = g * w + 0.0022321428553009983
+        g = g * w + 0.012500000000049144
+        g = g * w + 0.08333333333333288
+    else:
+        g = 0.0005473527126014233 * w + 0.0021874329540878534
+        g = g * w + 0.01250678114593029
+        g = g * w + 0.08333301544189453
+    return tl.where(x > 0, 0.0, x) - (s + s * (w * g))
+
+
+@triton.jit
+def sqrt(x):
+    if x.dtype == tl.float32:
+        y = tl.sqrt_rn(x)
+    else:
+        y = tl.sqrt(x)
+    return y
+
+
+@triton.jit
 def dsigmoid(y):
     return y * (1.0 - y)
 
@@ -76,13 +123,38 @@ def drelu(y):
     return tl.where(y <= 0, 0.0, 1.0)
 
 
+@triton.jit
+def dmaximum(a, b):
+    return tl.where(a < b, 0.0, tl.where(a == b, 0.5, 1.0))
+
+
+@triton.jit
+def dlogsigmoid(y):
+    """1 - exp(y) by tanh(y / 2), which keeps its accuracy near 0."""
+    u = tanh(0.5 * y)
+    return -2.0 * u / (1.0 - u)
+
+
+@triton.jit
+def dsqrt(y):
+    return 0.5 / y
+
+
 VOCABULARY = {
     "sigmoid": sigmoid,
     "tanh": tanh,
     "relu": relu,
+    "exp": exp,
+    "reciprocal": reciprocal,
+    "maximum": maximum,
+    "logsigmoid": logsigmoid,
+    "sqrt": sqrt,
     "dsigmoid": dsigmoid,
     "dtanh": dtanh,
     "drelu": drelu,
+    "dmaximum": dmaximum,
+    "dlogsigmoid": dlogsigmoid,
+    "dsqrt": dsqrt,
 }
 
 # What the loops are made of

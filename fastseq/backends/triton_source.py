@@ -202,7 +202,19 @@ def _text(cell: Cell, k: int) -> list[str]:
     names = arguments(phase.forward)
     lines = [f"s_{g} = s_{g} + b_hh_{g}" for g in cell.gates if f"s_{g}" in names]
     given = ", ".join("h_prev.to(WIDE)" if name == "h_prev" else name for name in names)
-    return [*lines, f"{comma(phase.returns)} = {forward_text(k)}({given})"]
+    lines.append(f"{comma(phase.returns)} = {forward_text(k)}({given})")
+    return lines + _finite(phase.forward, phase.returns)
+
+
+#: Words that may make infinity of the zeros beyond the last unit, at once or in some steps.
+_GROW = {"exp", "reciprocal", "dsqrt"}
+
+
+def _finite(text: Callable[..., Any], values: Sequence[str]) -> list[str]:
+    """Zeros where there is no unit: a product would add up infinity times its zero weight."""
+    if not _GROW & set(text.__code__.co_names):
+        return []
+    return [f"{name} = tl.where(is_unit, {name}, 0.0)" for name in values]
 
 
 def _saved_by(names: _Names, phase: Phase) -> list[str]:
@@ -458,7 +470,9 @@ def _gradients(names: _Names, k: int, in_parts: bool) -> list[str]:
     cell, phase = names.cell, names.cell.phases[k]
     shares = _shares(cell, k)
     results = [_from_phase(n, k) if n in shares else n for n in phase.gradients]
+    assert phase.backward is not None
     lines = [f"{comma(results)} = {backward_text(k)}({', '.join(phase.takes_back)})"]
+    lines += _finite(phase.backward, results)
     of_gate = {"da": {}, "dx": {}, "ds": {}}  # type: dict[str, dict[str, str]]
     for name in phase.gradients:
         kind, _, gate = name.partition("_")

@@ -30,6 +30,11 @@ SLOPES: dict[str, tuple[str, ...]] = {
     "sigmoid": ("dsigmoid({y})",),
     "tanh": ("dtanh({y})",),
     "relu": ("drelu({y})",),
+    "exp": ("{y}",),
+    "reciprocal": ("-{y} * {y}",),
+    "maximum": ("dmaximum({a}, {b})", "dmaximum({b}, {a})"),
+    "logsigmoid": ("dlogsigmoid({y})",),
+    "sqrt": ("dsqrt({y})",),
 }
 
 

@@ -16,14 +16,18 @@ from typing import Any
 
 Text = Callable[..., Any]
 
-#: What a text may call, each of one argument; every backend has all of them. The derivatives
-#: (``dsigmoid``, ...) take the function's value, not its argument.
-WORDS = ("sigmoid", "tanh", "relu", "dsigmoid", "dtanh", "drelu")
+#: What a text may call; every backend has all of them. The derivatives (``dsigmoid``, ...) take the
+#: function's value, not its argument. But ``dmaximum(a, b)``, that of ``maximum(a, b)`` in a, takes
+#: both, and is a half where they are equal, as torch's is.
+WORDS = (
+    *("sigmoid", "tanh", "relu", "exp", "reciprocal", "maximum", "logsigmoid", "sqrt"),
+    *("dsigmoid", "dtanh", "drelu", "dmaximum", "dlogsigmoid", "dsqrt"),
+)
 
 
 def count_of(word: str) -> int:
     """How many values a word takes."""
-    return 1
+    return 2 if word in ("maximum", "dmaximum") else 1
 
 
 def arguments(text: Text) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ import triton.language as tl
 from problems import against_the_independent, draw, full, gradients
 from rules import check_all, same_bits
 from together import together
-from vocabulary import F32, F64, TRUTH, samples, ulp_error
+from vocabulary import ENDS, F32, F64, PAIRS, TRUTH, held_at_the_ends, samples, ulp_error
+from wordy import registered
 
 from fastseq.backends import load, triton_kernels, triton_source, triton_text, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
-from fastseq.cells import CELLS
+from fastseq.cells import CELLS, WORDS
 from fastseq.ops.library import saved_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -134,6 +135,20 @@ def test_projected_elman(form):
     truth |= gradients(truth, case.leaves())
     ours |= gradients(ours, case.leaves())
     check_all(ours, None, truth, torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_words_beyond_the_last_unit(form):
+    """Where a tile has no unit, 0 times infinity stays out of the products; the backward text is
+    derived."""
+    with registered():
+        case = draw("wordy", T=3, H=6, lengths=[2, 0, 3], reset=True, dtype=torch.float32)
+        wide = case.to(torch.float64)
+        truth, theirs, ours = wide.run("eager"), case.run("eager"), case.run("triton")
+        truth |= gradients(truth, wide.leaves())
+        theirs |= gradients(theirs, case.leaves())
+        ours |= gradients(ours, case.leaves())
+        check_all(ours, theirs, truth, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -418,6 +433,18 @@ ERRORS = [
     ("dtanh", F32, (-1.0, 1.0), (-1.0, 1.0), 1.51),
     ("sigmoid", F64, (-708.3, np.inf), (-708.3, 40.0), 2.5),
     ("tanh", F64, (-np.inf, np.inf), (-20.0, 20.0), 2.5),
+    ("exp", F32, (-np.inf, np.inf), (-104.0, 89.0), 2.6),
+    ("exp", F64, (-np.inf, np.inf), (-746.0, 710.0), 1.0),
+    ("reciprocal", F32, (-np.inf, np.inf), (-4.0, 4.0), 0.5),
+    ("logsigmoid", F32, (-np.inf, np.inf), (-20.0, 20.0), 3.5),
+    ("sqrt", F32, (0.0, np.inf), (0.0, 4.0), 0.5),
+    ("dlogsigmoid", F32, (-np.inf, 0.0), (-10.0, 0.0), 4.0),
+    ("dsqrt", F32, (0.0, np.inf), (0.0, 4.0), 0.5),
+    ("reciprocal", F64, (-np.inf, np.inf), (-4.0, 4.0), 0.5),
+    ("logsigmoid", F64, (-np.inf, np.inf), (-20.0, 20.0), 3.0),
+    ("sqrt", F64, (0.0, np.inf), (0.0, 4.0), 0.5),
+    ("dlogsigmoid", F64, (-np.inf, 0.0), (-10.0, 0.0), 4.0),
+    ("dsqrt", F64, (0.0, np.inf), (0.0, 4.0), 0.5),
 ]
 
 
@@ -433,6 +460,32 @@ def test_vocabulary_error_in_ulp(name, dtype, domain, curved, limit):
         apply_kernel[grid](torch.from_numpy(x), y, len(x), function, 65536)
         truth = TRUTH[name](x.astype(F64 if dtype is F32 else np.longdouble))
         assert ulp_error(y.numpy(), truth).max() <= limit
+
+
+@triton.jit
+def pair_kernel(a_ptr, b_ptr, y_ptr, n, function: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    a = tl.load(a_ptr + place, mask=place < n, other=0.0)
+    b = tl.load(b_ptr + place, mask=place < n, other=0.0)
+    tl.store(y_ptr + place, function(a, b), mask=place < n)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("name", [*ENDS, *PAIRS])
+def test_vocabulary_at_the_ends(name, dtype):
+    def run(name, *given):
+        tensors = [torch.from_numpy(x) for x in given]
+        y = torch.full_like(tensors[0], 7)
+        kernel = apply_kernel if len(given) == 1 else pair_kernel
+        with np.errstate(all="ignore"):
+            kernel[(1,)](*tensors, y, len(y), triton_kernels.VOCABULARY[name], 16)
+        return y.numpy()
+
+    held_at_the_ends(run, name, dtype)
+
+
+def test_vocabulary_has_every_word():
+    assert set(triton_kernels.VOCABULARY) == set(WORDS)
 
 
 def test_vocabulary_passes_nan():

@@ -12,7 +12,40 @@ TRUTH = {
     "dtanh": lambda y: (1 - y) * (1 + y),
     "relu": lambda x: np.maximum(x, 0),
     "drelu": lambda y: (y > 0).astype(y.dtype),
+    "reciprocal": lambda x: 1 / x,
+    "logsigmoid": lambda x: np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x))),
+    "sqrt": np.sqrt,
+    "dlogsigmoid": lambda y: -np.expm1(y),
+    "dsqrt": lambda y: 1 / (2 * y),
 }
+
+INF, NAN = np.inf, np.nan
+#: word -> arguments and values at the ends, those between NaN and infinity among them.
+ENDS = {
+    "exp": [(-INF, 0), (-1000, 0), (0, 1), (1000, INF), (INF, INF), (NAN, NAN)],
+    "reciprocal": [(-INF, 0), (0, INF), (-0.0, -INF), (4, 0.25), (INF, 0), (NAN, NAN)],
+    "logsigmoid": [(-INF, -INF), (-1000, -1000), (1000, 0), (INF, 0), (NAN, NAN)],
+    "sqrt": [(0, 0), (-1, NAN), (4, 2), (INF, INF), (NAN, NAN)],
+    "dlogsigmoid": [(-INF, 1), (-1000, 1), (-0.0, 0), (0, 0), (NAN, NAN)],
+    "dsqrt": [(0, INF), (2, 0.25), (INF, 0), (NAN, NAN)],
+}
+#: The same of words of two values. At equal ones a gradient is shared, as torch shares it.
+PAIRS = {
+    "maximum": [
+        *((1, 2, 2), (2, 1, 2), (-3, -3, -3), (-INF, -INF, -INF), (-INF, 5, 5), (INF, 5, INF)),
+        *((NAN, 1, NAN), (1, NAN, NAN), (INF, NAN, NAN), (NAN, NAN, NAN)),
+    ],
+    "dmaximum": [
+        *((1, 2, 0), (2, 1, 1), (-3, -3, 0.5), (0.0, -0.0, 0.5), (-INF, 5, 0), (INF, 5, 1)),
+        *((NAN, 1, 1), (1, NAN, 1)),
+    ],
+}
+
+
+def held_at_the_ends(apply, name: str, dtype: type) -> None:
+    """apply(name, *arguments) -> values, of a word of ENDS or PAIRS."""
+    *given, expected = np.array((ENDS | PAIRS)[name], dtype).T.copy()
+    np.testing.assert_array_equal(apply(name, *given), expected, err_msg=name)
 
 
 def samples(dtype: type, domain: tuple[float, float], curved: tuple[float, float]) -> np.ndarray:
