@@ -300,9 +300,7 @@ def table() -> str:
             entries.append(_entry(answers))
             for cell, words in answers.items():
                 if words is not None:
-                    words = re.sub(rf"\b{cell}\b", "the cell", words)
-                    words = re.sub(rf"\b{name}\b(?!\.)", "it", words).replace("it's", "its")
-                    reasons.setdefault(words, {})[name] = None
+                    reasons.setdefault(_of_any(words, cell, name), {})[name] = None
         rows.append(f"| {question} | {' | '.join(entries)} |")
         because += [f"- {question} ({', '.join(those)}): {why}." for why, those in reasons.items()]
     return "\n".join(rows) + "\n\n" + "\n".join(because)
@@ -320,19 +318,27 @@ def _entry(answers: dict[str, str | None]) -> str:
     return f"not {', '.join(declined)}"
 
 
+def _of_any(words: str, cell: str, name: str) -> str:
+    """What a backend says of one cell, as it says it of any."""
+    words = re.sub(rf"\bno {cell}\b", "no such cell", words)
+    words = re.sub(rf"\b{cell}\b", "the cell", words)
+    return re.sub(rf"\b{name}\b(?!\.)", "it", words).replace("it's", "its")
+
+
 def overview() -> str:
     """A row for each cell: whether a backend serves it at all."""
     rows = [f"| | {' | '.join(DEVICES)} |", "|---" * (1 + len(DEVICES)) + "|"]
-    because = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for cell in library():
         entries = []
         for name, devices in DEVICES.items():
-            answer = reason(name, devices[0], cell, {})
-            entries.append("yes" if answer is None else "no")
-            if answer is not None:
-                because.append(f"- {answer}.")
+            words = reason(name, devices[0], cell, {})
+            entries.append("yes" if words is None else "no")
+            if words is not None:
+                reasons.setdefault((name, _of_any(words, cell.name, name)), []).append(cell.name)
         rows.append(f"| [{cell.name}](#{cell.name}) | {' | '.join(entries)} |")
-    return "\n".join(rows) + ("\n\n" + "\n".join(because) if because else "")
+    because = [f"- {name}, {', '.join(those)}: {why}." for (name, why), those in reasons.items()]
+    return "\n".join(rows) + "\n\n" + "\n".join(because)
 
 
 SERVED = """## Which backend serves what
