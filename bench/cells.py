@@ -106,16 +106,17 @@ def library() -> list[Cell]:
 # Equations
 
 
-def equations(cell: Cell) -> str:
-    """The forward texts as LaTeX, a line for each assignment."""
-    lines = [line for phase in cell.phases for line in _lines(cell, phase)]
+def equations(cell: Cell, units: dict[str, str] | None = None) -> str:
+    """The forward texts as LaTeX, a line for each assignment. units: what to call parameters."""
+    lines = [line for phase in cell.phases for line in _lines(cell, phase, units or {})]
     body = " \\\\\n".join(f"{left} &= {right}" for left, right in lines)
     return f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
 
 
-def _lines(cell: Cell, phase: Phase) -> Iterator[tuple[str, str]]:
+def _lines(cell: Cell, phase: Phase, units: dict[str, str]) -> Iterator[tuple[str, str]]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(phase.forward)))
-    meaning = _parts(cell, phase)
+    meaning = {name: (text, _SUM) for name, text in _parts(cell, phase).items()}
+    meaning |= {name: (text, _VALUE) for name, text in units.items()}
     for statement in tree.body[0].body:  # type: ignore[attr-defined]
         if isinstance(statement, ast.Assign):
             (target,) = statement.targets
@@ -147,10 +148,10 @@ _SUM, _PRODUCT, _VALUE = range(3)  # how tightly an expression holds together
 _GREEK = ("alpha", "beta", "gamma", "delta", "lambda")
 
 
-def _expression(cell: Cell, node: ast.AST, meaning: dict[str, str]) -> tuple[str, int]:
+def _expression(cell: Cell, node: ast.AST, meaning: dict[str, tuple[str, int]]) -> tuple[str, int]:
     if isinstance(node, ast.Name):
         if node.id in meaning:
-            return meaning[node.id], _SUM
+            return meaning[node.id]
         return _name(cell, node.id), _VALUE
     if isinstance(node, ast.Call):
         given = ", ".join(_expression(cell, argument, meaning)[0] for argument in node.args)
@@ -202,12 +203,21 @@ def parameters(cell: Cell, public: Public | None) -> str:
         found |= dict.fromkeys(cell.unit_parameters, (5,))
         return _listed({name: shape for name, shape in found.items() if shape[0]})
     plain = _shapes(module(public))
-    words = _listed(plain)
-    if "proj_size" in inspect.signature(getattr(fastseq, public.layer)).parameters:
+    try:
         projected = _shapes(module(public, proj_size=2))
-        other = {name: shape for name, shape in projected.items() if plain.get(name) != shape}
-        words += f"; with `proj_size=P` {_listed(other)}"
-    return words
+    except ValueError:  # it has no such argument
+        return _listed(plain)
+    other = {name: shape for name, shape in projected.items() if plain.get(name) != shape}
+    return f"{_listed(plain)}; with `proj_size=P` {_listed(other)}"
+
+
+def units(cell: Cell, public: Public | None) -> dict[str, str]:
+    """The letters of the parameters of a unit, which stand last in a layer: weight_ci is w_{ci}."""
+    if public is None or not cell.unit_parameters:
+        return {}
+    own = list(_shapes(module(public)))[-len(cell.unit_parameters) :]
+    letters = [f"w_{{{name.removeprefix('weight_')}}}" for name in own]
+    return dict(zip(cell.unit_parameters, letters, strict=True))
 
 
 def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
@@ -244,7 +254,7 @@ def section(cell: Cell) -> str:
     lines = [
         f"### {cell.name}",
         f"{used}. {gates.capitalize()}; {states}.",
-        f"```math\n{equations(cell)}\n```",
+        f"```math\n{equations(cell, units(cell, public))}\n```",
         f"Parameters: {parameters(cell, public)}.",
         f"Source: {cell.source}.",
     ]
@@ -290,9 +300,7 @@ def table() -> str:
             entries.append(_entry(answers))
             for cell, words in answers.items():
                 if words is not None:
-                    words = re.sub(rf"\b{cell}\b", "the cell", words)
-                    words = re.sub(rf"\b{name}\b(?!\.)", "it", words).replace("it's", "its")
-                    reasons.setdefault(words, {})[name] = None
+                    reasons.setdefault(_of_any(words, cell, name), {})[name] = None
         rows.append(f"| {question} | {' | '.join(entries)} |")
         because += [f"- {question} ({', '.join(those)}): {why}." for why, those in reasons.items()]
     return "\n".join(rows) + "\n\n" + "\n".join(because)
@@ -310,19 +318,27 @@ def _entry(answers: dict[str, str | None]) -> str:
     return f"not {', '.join(declined)}"
 
 
+def _of_any(words: str, cell: str, name: str) -> str:
+    """What a backend says of one cell, as it says it of any."""
+    words = re.sub(rf"\bno {cell}\b", "no such cell", words)
+    words = re.sub(rf"\b{cell}\b", "the cell", words)
+    return re.sub(rf"\b{name}\b(?!\.)", "it", words).replace("it's", "its")
+
+
 def overview() -> str:
     """A row for each cell: whether a backend serves it at all."""
     rows = [f"| | {' | '.join(DEVICES)} |", "|---" * (1 + len(DEVICES)) + "|"]
-    because = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for cell in library():
         entries = []
         for name, devices in DEVICES.items():
-            answer = reason(name, devices[0], cell, {})
-            entries.append("yes" if answer is None else "no")
-            if answer is not None:
-                because.append(f"- {answer}.")
+            words = reason(name, devices[0], cell, {})
+            entries.append("yes" if words is None else "no")
+            if words is not None:
+                reasons.setdefault((name, _of_any(words, cell.name, name)), []).append(cell.name)
         rows.append(f"| [{cell.name}](#{cell.name}) | {' | '.join(entries)} |")
-    return "\n".join(rows) + ("\n\n" + "\n".join(because) if because else "")
+    because = [f"- {name}, {', '.join(those)}: {why}." for (name, why), those in reasons.items()]
+    return "\n".join(rows) + "\n\n" + "\n".join(because)
 
 
 SERVED = """## Which backend serves what

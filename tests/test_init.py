@@ -139,7 +139,7 @@ def test_which_gate_keeps_the_state(monkeypatch):
     monkeypatch.setitem(CELLS, "replaces", REPLACES)
     cell = nn.LSTMCell(I, 2 * H)  # as many rows as four gates of half the size
     cell._fastseq_cell = "replaces"
-    with pytest.raises(ValueError, match=r"drops the state where its gate f is 1; gate_bias_\(mod"):
+    with pytest.raises(ValueError, match=r"drops the state where its gate f is 1; .*'f', -1.0\)"):
         init.forget_gate_bias_(cell)
 
 
@@ -147,7 +147,7 @@ def test_which_gate_keeps_the_state(monkeypatch):
     "function, module, error, words",
     [
         (init.forget_gate_bias_, nn.GRU(I, H), ValueError,
-         r"gru has no forget gate f; its gates are r, z, n; gate_bias_\(module, 'z', 1.0\)"),
+         r"gru has no forget gate f; its gates are r, z, n; .*gate_bias_\(module, 'z', 1.0\)"),
         (init.forget_gate_bias_, fastseq.RNNCell(I, H), ValueError, "no forget gate f; .* are h"),
         (init.forget_gate_bias_, fastseq.LSTM(I, H, bias=False), ValueError, "biases.* bias=False"),
         (partial(init.gate_bias_, gate="f"), fastseq.GRU(I, H), ValueError, "gru has no gate f"),

@@ -40,7 +40,7 @@ class RecurrentCell(HasOptions, nn.Module):
 
     def reset_parameters(self) -> None:
         """torch.nn's initial values, and what the option ``init`` says."""
-        super().reset_parameters()  # type: ignore[misc]
+        self._fastseq_draw()
         initialize(self)
 
     def __prepare_scriptable__(self) -> nn.Module:

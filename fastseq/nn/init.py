@@ -68,8 +68,7 @@ def forget_gate_bias_(module: Any, value: float = 1.0) -> Any:
     cell = _cell_of(module)
     kept = keeping_gates(cell)
     remedy = "".join(
-        f"; gate_bias_(module, {gate!r}, {'' if sign > 0 else '-'}{abs(value)}) opens {gate}, "
-        "which keeps the state"
+        f"; what keeps the state is gate_bias_(module, {gate!r}, {sign * value})"
         for gate, sign in kept.items()
     )
     if "f" not in cell.gates:

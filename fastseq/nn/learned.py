@@ -32,14 +32,14 @@ def register(module: Any) -> None:
         module.register_parameter(name, torch.nn.Parameter(state))
 
 
-def reset(module: Any, reset_weights: Callable[[], None]) -> None:
+def reset(module: Any, draw: Callable[[], None]) -> None:
     """Initial values again: those of the weights drawn as if there were no others, and zeros."""
     if module._fastseq is None or not module._fastseq.learn_state:
-        return reset_weights()
+        return draw()
     own = module._parameters
     states = {name: own.pop(name) for name in names(module) if name in own}
     try:
-        reset_weights()
+        draw()
     finally:
         own.update(states)
     for state in states.values():

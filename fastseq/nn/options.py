@@ -258,6 +258,10 @@ class HasOptions:
         """The options of such a module, all but ``given`` as they are before any was set."""
         raise NotImplementedError
 
+    def _fastseq_draw(self) -> None:
+        """Draw the initial values that there are without options: torch.nn's."""
+        super().reset_parameters()  # type: ignore[misc]
+
     def _fastseq_begin(self, **given: Any) -> None:
         """The end of every constructor: the options, and the initial values that they ask for."""
         self._fastseq = self._fastseq_options(**given)

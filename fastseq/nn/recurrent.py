@@ -101,7 +101,7 @@ class Recurrent(HasOptions, nn.Module):
 
     def reset_parameters(self) -> None:
         """torch.nn's initial values, zeros for a learned state, and what ``init`` says."""
-        learned.reset(self, super().reset_parameters)  # type: ignore[misc]
+        learned.reset(self, self._fastseq_draw)
         initialize(self)
 
     def extra_repr(self) -> str:
