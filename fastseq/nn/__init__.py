@@ -6,6 +6,16 @@ from .convert import Report, replace, restore
 from .counterparts import to_torch
 from .explain import explain
 from .layers import GRU, LSTM, RNN
+from .literature import (
+    MGU,
+    CoupledLSTM,
+    CoupledLSTMCell,
+    IndRNN,
+    IndRNNCell,
+    MGUCell,
+    PeepholeLSTM,
+    PeepholeLSTMCell,
+)
 from .options import CellOptions, LayerOptions, set_options
 from .recurrent import Recurrent
 from .streaming import Streaming, streaming
@@ -13,11 +23,19 @@ from .streaming import Streaming, streaming
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
     "CellOptions",
+    "CoupledLSTM",
+    "CoupledLSTMCell",
     "GRUCell",
+    "IndRNN",
+    "IndRNNCell",
     "LSTMCell",
     "LayerOptions",
+    "MGUCell",
+    "PeepholeLSTM",
+    "PeepholeLSTMCell",
     "RNNCell",
     "Recurrent",
     "Report",

@@ -117,6 +117,8 @@ def replace(
                     own.memory = memory
                     flat_weights.adopt(module, flat)
                 done.add(module)
+            elif compat and type(module) in COMPAT and (beyond := module._fastseq_beyond):
+                report.left[name] = f"{beyond}, of which it would be an instance"
             elif compat and type(module) in COMPAT and not own_methods(module):
                 module.__class__ = COMPAT[type(module)]
                 done.add(module)

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ..backends import BACKENDS, choice
 from ..backends.contract import Problem
 from ..ops.stack import problem
-from .cells import RecurrentCell, cell_stack
+from .cells import RecurrentCell, cell_stack, cell_weights
+from .options import options
 from .recurrent import Recurrent, call_stack
 
 
@@ -43,7 +44,7 @@ def explain(
     if isinstance(module, RecurrentCell):
         if isinstance(input, PackedSequence):
             raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
-        stack = cell_stack(module, input, [])
+        stack = cell_stack(module, input, [], cell_weights(module), options(module).backend)
     elif isinstance(module, Recurrent):  # with a seed, so that none is drawn
         stack = call_stack(module, input, None, lengths, reset, all_states, seed=0)
     else:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..backends.choice import as_order
 from ..backends.contract import Backend, Memory
+from ..cells import Cell
 from ..ops import masks
 
 
@@ -35,6 +36,14 @@ def check_rate(name: str, value: Any) -> float:
             f"element being zeroed, got {value!r}"
         )
     return float(value)
+
+
+def check_recurrent_rate(name: str, value: Any, diagonal: str | None) -> float:
+    """The same of a mask of the recurrent product or its weights, which a cell may lack."""
+    rate = check_rate(name, value)
+    if rate and diagonal is not None:
+        raise ValueError(f"{name}: {diagonal} has no recurrent product, in which it could drop any")
+    return rate
 
 
 def check_zoneout(states: tuple[str, ...], value: Any) -> float | tuple[float, ...]:
@@ -108,6 +117,8 @@ class LayerOptions(Options):
     zoneout: float | tuple[float, ...] = 0.0
     #: the states of the cell, for each of which zoneout may be given
     states: tuple[str, ...] = ("h",)
+    #: the name of a cell that has no recurrent product, and so nothing that these could mask
+    diagonal: str | None = None
     #: None where nothing is masked: torch.compile need not look at numbers that may change.
     rates: masks.Rates | None = None
 
@@ -115,14 +126,20 @@ class LayerOptions(Options):
         **Options.checks,
         "memory": lambda self, value: check_memory(value),
         "deterministic": lambda self, value: check_deterministic(value),
-        "recurrent_dropout": lambda self, value: check_rate("recurrent_dropout", value),
+        "recurrent_dropout": lambda self, value: check_recurrent_rate(
+            "recurrent_dropout", value, self.diagonal
+        ),
         "input_dropout": lambda self, value: check_rate("input_dropout", value),
-        "weight_dropout": lambda self, value: check_rate("weight_dropout", value),
+        "weight_dropout": lambda self, value: check_recurrent_rate(
+            "weight_dropout", value, self.diagonal
+        ),
         "zoneout": lambda self, value: check_zoneout(self.states, value),
     }
 
-    def __init__(self, states: tuple[str, ...] = ("h",), **values: Any) -> None:
-        self.__dict__["states"] = states
+    def __init__(self, cell: Cell | None = None, **values: Any) -> None:
+        if cell is not None:
+            self.__dict__["states"] = cell.states
+            self.__dict__["diagonal"] = None if cell.products else cell.name
         super().__init__(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
