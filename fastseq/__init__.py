@@ -23,7 +23,7 @@ from .nn import (
     set_options,
     streaming,
 )
-from .ops.functional import gru, lstm, rnn
+from .ops.functional import coupled_lstm, gru, indrnn, lstm, mgu, peephole_lstm, rnn
 from .switch import install, uninstall
 
 __version__ = "0.1.0"
@@ -45,10 +45,14 @@ __all__ = [
     "RNNCell",
     "backends",
     "compat",
+    "coupled_lstm",
     "explain",
     "gru",
+    "indrnn",
     "install",
     "lstm",
+    "mgu",
+    "peephole_lstm",
     "replace",
     "restore",
     "rnn",

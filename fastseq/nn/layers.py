@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from ..backends.contract import Backend, Memory
 from ..cells import CELLS
+from ..ops.functional import check_nonlinearity
 from .options import LayerOptions
 from .recurrent import Recurrent
 
@@ -23,12 +23,6 @@ def nonlinearities(module: Any) -> tuple[str, ...]:
     """Those that an RNN or RNNCell has: an instance of torch.nn's class, as fastseq.compat's are,
     has torch.nn's, for which it is taken."""
     return TORCHS if isinstance(module, module._fastseq_torch) else NONLINEARITIES
-
-
-def check_nonlinearity(name: Any, known: Sequence[str]) -> None:
-    if name not in known:
-        *most, last = map(repr, known)
-        raise ValueError(f"Unknown nonlinearity '{name}'. Select from {', '.join(most)} or {last}.")
 
 
 def check_reset_after(module: Any, value: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..backends.contract import Backend
+from ..ops.functional import check_nonlinearity
 from .declared import DeclaredCell, DeclaredLayer
-from .layers import check_nonlinearity
 
 
 class _Projected(DeclaredLayer):
