@@ -7,6 +7,7 @@ from .nn import (
     LSTM,
     MGU,
     RNN,
+    SCRN,
     CoupledLSTM,
     CoupledLSTMCell,
     GRUCell,
@@ -17,13 +18,14 @@ from .nn import (
     PeepholeLSTM,
     PeepholeLSTMCell,
     RNNCell,
+    SCRNCell,
     explain,
     replace,
     restore,
     set_options,
     streaming,
 )
-from .ops.functional import coupled_lstm, gru, indrnn, lstm, mgu, peephole_lstm, rnn
+from .ops.functional import coupled_lstm, gru, indrnn, lstm, mgu, peephole_lstm, rnn, scrn
 from .switch import install, uninstall
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ __all__ = [
     "LSTM",
     "MGU",
     "RNN",
+    "SCRN",
     "CoupledLSTM",
     "CoupledLSTMCell",
     "GRUCell",
@@ -43,6 +46,7 @@ __all__ = [
     "PeepholeLSTM",
     "PeepholeLSTMCell",
     "RNNCell",
+    "SCRNCell",
     "backends",
     "compat",
     "coupled_lstm",
@@ -56,6 +60,7 @@ __all__ = [
     "replace",
     "restore",
     "rnn",
+    "scrn",
     "set_options",
     "streaming",
     "uninstall",

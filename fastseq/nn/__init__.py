@@ -18,6 +18,7 @@ from .literature import (
 )
 from .options import CellOptions, LayerOptions, set_options
 from .recurrent import Recurrent
+from .scrn import SCRN, SCRNCell
 from .streaming import Streaming, streaming
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LSTM",
     "MGU",
     "RNN",
+    "SCRN",
     "CellOptions",
     "CoupledLSTM",
     "CoupledLSTMCell",
@@ -39,6 +41,7 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "Report",
+    "SCRNCell",
     "Streaming",
     "explain",
     "replace",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -212,6 +213,99 @@ def indrnn(
     cell = "indrnn" if nonlinearity == "relu" else "indrnn_tanh"
     options = (False, memory, deterministic, backend)
     return _layer(cell, input, weights, hx, lengths, reset, None, *options)
+
+
+def scrn(
+    input: Tensor | PackedSequence,
+    weights: LayerWeights,
+    hx: Sequence[Tensor] | None = None,
+    *,
+    alpha: float | Tensor | Sequence[float | Tensor] = 0.95,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    memory: Memory = "full",
+    deterministic: bool = False,
+    backend: Backend = None,
+):
+    r"""One layer of the structurally constrained network, in one or two directions: a recurrence of
+    leaky integrators, and one of sigmoid units on :math:`[x_t, s_t]`.
+
+    .. math::
+        s_t &= (1 - \alpha) B x_t + \alpha s_{t-1} \\
+        h_t &= \sigma(A x_t + P s_t + b_{ih} + R h_{t-1} + b_{hh})
+
+    Args:
+        input: (T, B, I), or (T, I) for one sequence, or a PackedSequence; any floating dtype.
+        weights: ``([A, P], R, B)`` or ``([A, P], R, b_ih, b_hh, B)``; shapes (H, I + C), (H, H),
+            (H,), (H,), (C, I). For two directions a pair of these.
+        hx: a pair (h_0, s_0), (D, B, H) and (D, B, C); zeros if None.
+        alpha: how much of s stays in a step: a number between 0 and 1, or a tensor (C,); for two
+            directions also a pair of these.
+        lengths, reset, memory, deterministic, backend: as :func:`fastseq.gru`.
+
+    Returns:
+        ``output, (h_n, s_n)``: the output (T, B, D * (H + C)), in each direction h and then s, or a
+        PackedSequence, and the state after the last step.
+
+    Memory: training keeps an element per step, sequence and unit of both kinds.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: as :func:`fastseq.gru`.
+
+    Source: Mikolov et al. 2014, Learning Longer Memory in Recurrent Neural Networks
+    """
+    if not isinstance(weights, (tuple, list)) or not weights:
+        raise TypeError(
+            "weights: expected a sequence (w_ih, w_hh[, b_ih, b_hh], w_ic), or a pair of them, got "
+            f"{type(weights).__name__}"
+        )
+    ways: Any = [weights] if isinstance(weights[0], Tensor) else list(weights)
+    D = len(ways)
+    for way in ways:
+        if len(way) not in (3, 5) or not all(isinstance(w, Tensor) for w in way):
+            raise ValueError(
+                "weights: expected 3 or 5 tensors (w_ih, w_hh[, b_ih, b_hh], w_ic) a direction, "
+                f"got {len(way)} of {_kinds(way)}"
+            )
+    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        raise TypeError(f"hx: expected a tuple of tensors (h_0, s_0), got {_kinds(hx)}")
+    h_0, s_0 = (None, None) if hx is None else hx
+    kept = alpha if isinstance(alpha, (tuple, list)) else [alpha] * D
+    context = []
+    for way, part in zip(ways, kept, strict=True):
+        w_ic = way[-1]
+        if isinstance(part, Tensor):
+            stay = part
+        else:
+            stay = torch.full(w_ic.shape[:1], part, dtype=w_ic.dtype, device=w_ic.device)
+        context.append((w_ic, stay))
+    shared = (False, memory, deterministic, backend)
+    s, s_n = _layer("leaky_integrator", input, context, s_0, lengths, reset, None, *shared)
+    C = context[0][0].shape[0]
+    hidden = []
+    for d, (w_ih, *others, _) in enumerate(ways):
+        before, after = w_ih.new_zeros(w_ih.shape[0], d * C), (D - 1 - d) * C
+        I = w_ih.shape[1] - C  # noqa: E741  (the field's letter)
+        parts = [w_ih[:, :I], before, w_ih[:, I:], w_ih.new_zeros(w_ih.shape[0], after)]
+        hidden.append((torch.cat(parts, 1) if D > 1 else w_ih, *others))
+    x = _beside(input, input, s)
+    h, h_n = _layer("rnn_sigmoid", x, hidden, h_0, lengths, reset, None, *shared)
+    halves = [part for both in zip(_split(h, D), _split(s, D), strict=True) for part in both]
+    return _beside(h, *halves), (h_n, s_n)
+
+
+def _numbers(x: Any) -> Tensor:
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def _split(x: Any, parts: int) -> tuple[Tensor, ...]:
+    return _numbers(x).chunk(parts, -1)
+
+
+def _beside(like: Any, *parts: Any) -> Any:
+    """The features of the parts side by side, in rows as ``like`` has them."""
+    joined = torch.cat([_numbers(part) for part in parts], -1)
+    return like._replace(data=joined) if isinstance(like, PackedSequence) else joined
 
 
 def rnn(
