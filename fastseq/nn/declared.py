@@ -38,7 +38,7 @@ def lacked(module: Any) -> str:
 class Declared:
     """What the layers and cells share: how their parameters are called and begin."""
 
-    #: unit parameters of another name than ``weight_<their own>``
+    #: unit parameters ``w_v`` of another name than ``weight_v``
     _fastseq_units: ClassVar[dict[str, str]] = {}
 
     hidden_size: int
@@ -47,8 +47,9 @@ class Declared:
     def _fastseq_parameters(cls, cell: Cell, biased: bool, *sizes: int) -> dict[str, Any]:
         """Name -> shape, in the order in which a call takes them. sizes: I, H and proj_size."""
         shapes = weight_shapes(cell, biased, *sizes)
-        own = {name: f"weight_{name}" for name in cell.unit_parameters} | cls._fastseq_units
-        return {(_NAMES | own)[name]: shape for name, shape in shapes.items()}
+        units = {f"w_{v}": f"weight_{v}" for v in cell.unit_parameters}
+        names = _NAMES | units | cls._fastseq_units
+        return {names[name]: shape for name, shape in shapes.items()}
 
     def reset_parameters(self) -> None:
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)), in their order, as torch.nn does."""

@@ -98,7 +98,7 @@ class MGU(DeclaredLayer):
 class _Diagonal:
     """What IndRNN and IndRNNCell share."""
 
-    _fastseq_units = {"u": "weight_hh"}  # noqa: RUF012
+    _fastseq_units = {"w_u": "weight_hh"}  # noqa: RUF012
 
     nonlinearity: str
 

@@ -58,7 +58,7 @@ def weight_shapes(
     cell: Cell, biased: bool, input_size: int, hidden_size: int, proj_size: int = 0
 ) -> dict[str, tuple[int, ...]]:
     """What the weights of one recurrence are called and their shapes, in their order: those of a
-    :class:`.contract.Weights` that there are, the cell's unit parameters by their own names."""
+    :class:`.contract.Weights` that there are, and ``w_v`` for a unit parameter v of the cell."""
     rows, recurrent = cell.G * hidden_size, cell.G_hh * hidden_size
     shapes: dict[str, tuple[int, ...]] = {"w_ih": (rows, input_size)}
     if recurrent:
@@ -69,7 +69,7 @@ def weight_shapes(
             shapes["b_hh"] = (recurrent,)
     if proj_size:
         shapes["w_hr"] = proj_size, hidden_size
-    return shapes | dict.fromkeys(cell.unit_parameters, (hidden_size,))
+    return shapes | {f"w_{name}": (hidden_size,) for name in cell.unit_parameters}
 
 
 @unrecorded

@@ -207,7 +207,7 @@ def indrnn(
     'tanh'.
 
     .. math::
-        h_t = \phi(W_{ih} x_t + b_{ih} + w_{hh} \odot h_{t-1})
+        h_t = \phi(W_{ih} x_t + b_{ih} + w_u \odot h_{t-1})
     """
     check_nonlinearity(nonlinearity, ("relu", "tanh"))
     cell = "indrnn" if nonlinearity == "relu" else "indrnn_tanh"
@@ -382,7 +382,7 @@ _document(rnn, "rnn_tanh")
 _document(
     indrnn,
     "indrnn",
-    weights="``(w_ih, w_hh)`` or ``(w_ih, b_ih, w_hh)``, as a layer's parameters stand;\n"
+    weights="``(w_ih, w_u)`` or ``(w_ih, b_ih, w_u)``, of which a layer calls the last weight_hh;\n"
     "            shapes (H, I), (H,), (H,)",
 )
 
