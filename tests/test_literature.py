@@ -418,6 +418,19 @@ def test_scrn_as_a_module():
     torch.testing.assert_close(flat(module(x)), flat(expected))
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}])
+def test_scrn_explained(options, capsys):
+    module, x = scrn(**options), torch.randn(T, T, I, dtype=torch.float64)
+    reset = torch.zeros(T, T, dtype=torch.bool)
+    assert fastseq.explain(module, x, reset=reset) in ("native", "numba")
+    printed = capsys.readouterr().out
+    width = I + C * (1 + module.bidirectional)
+    assert f"SCRN, leaky_integrator T={T} B={T} I={I} H={C}" in printed
+    assert f"SCRN, rnn_sigmoid T={T} B={T} I={width} H={H}" in printed
+    cell = fastseq.SCRNCell(I, H, context_size=C, backend="eager", dtype=torch.float64)
+    assert fastseq.explain(cell, x[0]) == "eager"
+
+
 def test_mistakes_with_scrn():
     for options, error, words in (
         ({"context_size": 0}, ValueError, "context_size must be greater than zero"),

@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import DIFFERENTIABLE
 from ..backends.contract import Backend, Memory
-from ..ops.functional import scrn
+from ..ops.functional import layer_stack, scrn
 from ..ops.modes import foreign
+from ..ops.stack import Stack
 from . import counterparts, graph
 from .options import CellOptions, HasOptions, LayerOptions, Options, options
 from .recurrent import described
@@ -53,6 +54,8 @@ class _Context:
     alpha: float
     learn_alpha: bool
     hidden_size: int
+    context_size: int
+    bias: bool
 
     def __prepare_scriptable__(self) -> nn.Module:
         return counterparts.to_torch(self)  # type: ignore[arg-type]
@@ -96,6 +99,29 @@ class _Context:
             if foreign((data, *(hx or ()), *[w for way in ways for w in way])):
                 given["backend"] = DIFFERENTIABLE
         return scrn(x, ways, hx, alpha=alphas, **given)
+
+    def _fastseq_stacks(self, x: Any, D: int, **given: Any) -> list[Stack]:
+        """What the operations run of the first layer, of weights of its sizes: the context units,
+        and the hidden ones. x: time first."""
+        like = next(self.parameters())  # type: ignore[attr-defined]
+        H, C = self.hidden_size, self.context_size
+        data = x.data if isinstance(x, PackedSequence) else x
+        joined = data.new_zeros(*data.shape[:-1], data.shape[-1] + D * C)
+        both = joined if data is x else x._replace(data=joined)
+
+        def zeros(*shape: int) -> Tensor:
+            return like.new_zeros(shape).requires_grad_(like.requires_grad)
+
+        I = data.shape[-1]  # noqa: E741  (the field's letter)
+        context = [(zeros(C, I), zeros(C))] * D
+        biases = (zeros(H), zeros(H)) if self.bias else ()
+        hidden = [(zeros(H, I + D * C), zeros(H, H), *biases)] * D
+        rest: tuple[Any, ...] = (None, given["lengths"], given["reset"], None, False)
+        rest += (given["memory"], given["deterministic"], given["backend"])
+        return [
+            layer_stack("leaky_integrator", x, context, *rest),
+            layer_stack("rnn_sigmoid", both, hidden, *rest),
+        ]
 
     def _fastseq_shown(self, shown: str, C: int) -> str:
         more = f", context_size={C}"
@@ -334,3 +360,21 @@ class SCRNCell(_Context, HasOptions, nn.Module):
         _, final = self._fastseq_call(names, input.unsqueeze(0), states, backend=backend, **given)
         h, s = (state.squeeze(0) for state in final)
         return h, s
+
+
+def stacks(module: SCRN | SCRNCell, input: Any, lengths: Any, reset: Any) -> list[Stack]:
+    """What ``module(input)`` asks of the operations in its first layer, for ``explain``."""
+    own: Any = options(module)
+    given = {
+        "lengths": lengths,
+        "reset": reset,
+        "memory": getattr(own, "memory", "full"),
+        "deterministic": getattr(own, "deterministic", False),
+        "backend": own.backend,
+    }
+    if isinstance(module, SCRNCell):
+        return module._fastseq_stacks(input.unsqueeze(0), 1, **given)
+    if module.batch_first and isinstance(input, Tensor) and input.dim() == 3:
+        input = input.transpose(0, 1)
+        given["reset"] = None if reset is None else reset.transpose(0, 1)
+    return module._fastseq_stacks(input, 2 if module.bidirectional else 1, **given)

@@ -457,7 +457,14 @@ def _kinds(values: Any) -> str:
     return str([type(v).__name__ for v in values] if isinstance(values, (tuple, list)) else values)
 
 
-def _layer(
+def _layer(cell: str, *arguments: Any) -> Any:
+    stack = layer_stack(cell, *arguments)
+    y, finals, along = run(stack)
+    state = tuple(finals) if stack.cell.other_states else finals[0]
+    return (y, state, along[0]) if stack.request.trajectory else (y, state)
+
+
+def layer_stack(
     cell: str,
     input: Tensor | PackedSequence,
     weights: LayerWeights,
@@ -469,9 +476,9 @@ def _layer(
     memory: Memory,
     deterministic: bool,
     backend: Backend,
-):
+) -> Stack:
+    """What the operations run for one layer, with everything that a caller gives checked."""
     flat, D, biased, projected = layer_weights(cell, weights)
-    pair = len(CELLS[cell].states) > 1
     states = given_states(cell, hx)
     geometry: Geometry
     if isinstance(input, PackedSequence):
@@ -497,7 +504,7 @@ def _layer(
         trajectory=all_states,
         memory=memory,
         backend=backend,
-        editable=not pair,
+        editable=not CELLS[cell].other_states,
     )
     stack = Stack(request, input, states, flat, geometry)
     check_layer(stack)
@@ -508,6 +515,4 @@ def _layer(
         stack.geometry = Padded(stack.data, False, ends)
     stack.reset = check_reset(reset, stack)
     stack.h_mask = check_mask(h_mask, stack)
-    y, finals, along = run(stack)
-    state = tuple(finals) if pair else finals[0]
-    return (y, state, along[0]) if all_states else (y, state)
+    return stack
