@@ -151,16 +151,19 @@ def test_options_that_show_in_no_number_reach_the_choice(name, gates):
 
 
 def test_the_first_three_arguments_alone_have_places():
-    for name in ("lstm", "gru", "rnn"):
+    for name in ("lstm", "gru", "rnn", "peephole_lstm", "coupled_lstm", "mgu", "indrnn"):
         parameters = inspect.signature(getattr(fastseq, name)).parameters
         places = [k for k, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
         assert places == ["input", "weights", "hx"]
         words = {k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-        own = {"lstm": {"all_states"}, "gru": set(), "rnn": {"nonlinearity"}}[name]
-        assert words == own | {"lengths", "reset", "h_mask", "memory", "deterministic", "backend"}
+        own = {"all_states"} if "lstm" in name else set()
+        own |= {"nonlinearity"} if "rnn" in name else set()
+        own |= {"reset_after"} if name == "gru" else set()
+        own |= {"h_mask"} if name != "indrnn" else set()
+        assert words == own | {"lengths", "reset", "memory", "deterministic", "backend"}
         defaults = {k: parameters[k].default for k in words}
         assert defaults["memory"] == "full" and defaults["deterministic"] is False
-        assert all(defaults[k] is None for k in ("lengths", "reset", "h_mask", "backend"))
+        assert all(defaults[k] is None for k in words & {"lengths", "reset", "h_mask", "backend"})
 
 
 # --- every mistake
@@ -560,7 +563,7 @@ ARGUMENTS = {
     "nonlinearity": (
         lambda: fastseq.rnn(torch.zeros(T, B, I), weights(), nonlinearity="sine"),
         ValueError,
-        "Unknown nonlinearity 'sine'. Select from 'tanh' or 'relu'.",
+        "Unknown nonlinearity 'sine'. Select from 'tanh', 'relu' or 'sigmoid'.",
     ),
     "one weight": (
         lambda: lstm(w=weights()[0]),

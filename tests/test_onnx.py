@@ -39,6 +39,11 @@ LAYERS = {
     "gru without bias": ("GRU", {"num_layers": 2, "bias": False}),
     "rnn": ("RNN", {"bidirectional": True}),
     "rnn relu": ("RNN", {"nonlinearity": "relu", "num_layers": 2, "bidirectional": True}),
+    "rnn sigmoid": ("RNN", {"nonlinearity": "sigmoid"}),
+    "gru reset before": ("GRU", {"reset_after": False, "bidirectional": True}),
+    "mgu": ("MGU", {"num_layers": 2, "bias": False}),
+    "peephole lstm": ("PeepholeLSTM", {"num_layers": 2, "bidirectional": True}),
+    "coupled lstm": ("CoupledLSTM", {"bidirectional": True}),
 }
 
 
@@ -63,7 +68,7 @@ class Layers(nn.Module):
             if state is not None:
                 count = layer.num_layers * (1 + layer.bidirectional)
                 h = state.expand(count, -1, -1) * torch.arange(1.0, count + 1)[:, None, None]
-                hx = (h, -h) if layer._fastseq_cell == "lstm" else h
+                hx = (h, -h) if CELLS[layer._fastseq_cell].other_states else h
             ordered = x.transpose(0, 1) if layer.batch_first else x
             y, last = layer(ordered, hx, lengths=lengths)
             found += [y.transpose(0, 1) if layer.batch_first else y, *flat(last)]
@@ -119,8 +124,8 @@ def test_one_file_serves_every_size(with_state, with_lengths):
     program = export(module, arguments(6, 3), dynamic_shapes=shapes)
     found = operators(program)
     # what ONNX leaves open is said: zeros behind an end, and the first state of an empty sequence
-    assert found.pop("Where", 0) == (8 + 8 + 3 if with_lengths else 0)
-    assert found == {"LSTM": 5, "GRU": 5, "RNN": 3}
+    assert found.pop("Where", 0) == (15 + 10 + 6 if with_lengths else 0)
+    assert found == {"LSTM": 8, "GRU": 8, "RNN": 4}
     for T, B in ((6, 3), (1, 1), (9, 4), (40, 2)):
         check_same(program, module, arguments(T, B))
 
@@ -240,7 +245,7 @@ def test_a_cell_without_operator_is_named():
     module = OneLayer(draw("indrnn", dtype=torch.float32, I=I, grad=False))
     with pytest.raises(Exception, match="ONNX has no operator for indrnn"):
         export(module, (torch.randn(5, 3, I),))
-    assert set(CELLS) - set(STANDARDS) == {"indrnn"}
+    assert set(CELLS) - set(STANDARDS) == {"indrnn", "indrnn_tanh", "leaky_integrator"}
 
 
 def test_outside_of_the_export_nothing_changes():

@@ -6,21 +6,42 @@ from .convert import Report, replace, restore
 from .counterparts import to_torch
 from .explain import explain
 from .layers import GRU, LSTM, RNN
+from .literature import (
+    MGU,
+    CoupledLSTM,
+    CoupledLSTMCell,
+    IndRNN,
+    IndRNNCell,
+    MGUCell,
+    PeepholeLSTM,
+    PeepholeLSTMCell,
+)
 from .options import CellOptions, LayerOptions, set_options
 from .recurrent import Recurrent
+from .scrn import SCRN, SCRNCell
 from .streaming import Streaming, streaming
 
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
+    "SCRN",
     "CellOptions",
+    "CoupledLSTM",
+    "CoupledLSTMCell",
     "GRUCell",
+    "IndRNN",
+    "IndRNNCell",
     "LSTMCell",
     "LayerOptions",
+    "MGUCell",
+    "PeepholeLSTM",
+    "PeepholeLSTMCell",
     "RNNCell",
     "Recurrent",
     "Report",
+    "SCRNCell",
     "Streaming",
     "explain",
     "replace",

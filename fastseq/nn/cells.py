@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backends import DIFFERENTIABLE
 from ..backends.contract import ONE_STEP, Backend, Request
 from ..backends.tracing import unrecorded
 from ..cells import CELLS
@@ -17,6 +18,7 @@ from ..ops.modes import autocasts, foreign
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, graph, short
+from .layers import RESETS_AFTER, check_reset_after, nonlinearities
 from .options import CellOptions, HasOptions, Init, initialize, of_today, options
 from .recurrent import described
 
@@ -27,8 +29,13 @@ class RecurrentCell(HasOptions, nn.Module):
 
     #: the name of the cell in :mod:`fastseq.cells`
     _fastseq_cell: str
-    #: torch.nn's class that computes the same
-    _fastseq_torch: type[nn.Module]
+    #: torch.nn's class of this name; None where there is none
+    _fastseq_torch: type[nn.Module] | None
+    #: the names of the weights, with biases or without, in the order in which a call takes them
+    _fastseq_weights: Mapping[bool, tuple[str, ...]] = {
+        False: ("weight_ih", "weight_hh"),
+        True: ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    }
 
     input_size: int
     hidden_size: int
@@ -42,6 +49,11 @@ class RecurrentCell(HasOptions, nn.Module):
         """torch.nn's initial values, and what the option ``init`` says."""
         self._fastseq_draw()
         initialize(self)
+
+    @property
+    def _fastseq_beyond(self) -> str | None:
+        """Why torch.nn computes nothing of the kind; None where it does."""
+        return None
 
     def __prepare_scriptable__(self) -> nn.Module:
         return counterparts.to_torch(self)
@@ -76,16 +88,19 @@ def _checked(cell: Any, input: Any, hx: Any) -> Any:
     if not isinstance(input, Tensor):
         raise AttributeError(f"input: expected a Tensor, got {type(input).__name__}")
     pair = len(CELLS[cell._fastseq_cell].states) > 1
-    weights = _weights(cell)
+    weights = cell_weights(cell)
+    backend = options(cell).backend
     if not torch.compiler.is_compiling():
-        if options(cell).backend is None and foreign((input, *states, *weights)):
-            return cell._fastseq_torch.forward(cell, input, hx)
-    finals = checked_step(cell, input, states, weights)
+        if backend is None and foreign((input, *states, *weights)):
+            if cell._fastseq_beyond is None:
+                return cell._fastseq_torch.forward(cell, input, hx)
+            backend = DIFFERENTIABLE
+    finals = checked_step(cell, input, states, weights, backend)
     return tuple(finals) if pair else finals[0]
 
 
 def checked_step(
-    cell: Any, input: Tensor, hx: Sequence[Tensor], weights: list[Tensor]
+    cell: Any, input: Tensor, hx: Sequence[Tensor], weights: list[Tensor], backend: Backend
 ) -> Sequence[Tensor]:
     """The states after one step; ``hx`` holds as many tensors as the cell has states, or none."""
     rank = input.dim()
@@ -111,11 +126,11 @@ def checked_step(
         finals = short.checked_step(cell, x, states)
         if finals is not None:
             return finals if rank == 2 else [s.squeeze(0) for s in finals]
-    return run(cell_stack(cell, input, hx, weights))[1]
+    return run(cell_stack(cell, input, hx, weights, backend))[1]
 
 
 def cell_stack(
-    cell: Any, input: Tensor, hx: Sequence[Tensor], weights: list[Tensor] | None = None
+    cell: Any, input: Tensor, hx: Sequence[Tensor], weights: list[Tensor], backend: Backend
 ) -> Stack:
     """What the operations run."""
     request = Request(
@@ -123,20 +138,17 @@ def cell_stack(
         biased=cell.bias,
         order=ONE_STEP,
         training=cell.training,
-        backend=options(cell).backend,
+        backend=backend,
     )
-    weights = _weights(cell) if weights is None else weights
     stack = Stack(request, input, list(hx), weights, OneStep(input))
-    check_weights(stack, _NAMES, cell.input_size, cell.hidden_size)
+    names = cell._fastseq_weights[bool(cell.bias)]
+    check_weights(stack, names, cell.input_size, cell.hidden_size)
     return stack
 
 
-_NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
-
-
-def _weights(cell: Any) -> list[Tensor]:
-    weights = [cell.weight_ih, cell.weight_hh]
-    return [*weights, cell.bias_ih, cell.bias_hh] if cell.bias else weights
+def cell_weights(cell: Any) -> list[Tensor]:
+    """The parameters as they are now."""
+    return [getattr(cell, name) for name in cell._fastseq_weights[bool(cell.bias)]]
 
 
 def _given_states(cell: Any, hx: Any) -> list[Tensor]:
@@ -205,8 +217,8 @@ def _check_kinds(cell: Any, x: Tensor, states: Sequence[Tensor], weight: Tensor)
 class RNNCell(RecurrentCell, nn.RNNCellBase):
     r"""One step of Elman's network, :math:`h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`.
 
-    Arguments, parameters, shapes and errors are torch.nn.RNNCell's; ``backend`` and
-    ``init`` are fastseq's.
+    ``nonlinearity`` is 'tanh', 'relu' or, which torch.nn lacks, 'sigmoid'. Arguments, parameters,
+    shapes and errors are torch.nn.RNNCell's; ``backend`` and ``init`` are fastseq's.
     """
 
     def __init__(
@@ -231,9 +243,15 @@ class RNNCell(RecurrentCell, nn.RNNCellBase):
 
     @property
     def _fastseq_cell(self) -> str:  # type: ignore[override]
-        if self.nonlinearity not in ("tanh", "relu"):
+        if self.nonlinearity not in nonlinearities(self):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
+
+    @property
+    def _fastseq_beyond(self) -> str | None:
+        if self.nonlinearity != "sigmoid":
+            return None
+        return "torch.nn.RNNCell has no nonlinearity 'sigmoid'"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h' (B, H) of input (B, I) and h (B, H), or all without B; zeros if ``hx`` is None."""
@@ -274,7 +292,8 @@ class LSTMCell(RecurrentCell, nn.RNNCellBase):
 
 
 class GRUCell(RecurrentCell, nn.RNNCellBase):
-    """One step of the gated recurrent unit; see :class:`fastseq.GRU` for the equations.
+    """One step of the gated recurrent unit; see :class:`fastseq.GRU` for the equations, with the
+    reset gate after the product or, with ``reset_after=False``, before it.
 
     Arguments, parameters, shapes and errors are torch.nn.GRUCell's; ``backend`` and
     ``init`` are fastseq's.
@@ -288,16 +307,30 @@ class GRUCell(RecurrentCell, nn.RNNCellBase):
         device=None,
         dtype=None,
         *,
+        reset_after: bool = True,
         backend: Backend = None,
         init: Init = (),
     ) -> None:
+        check_reset_after(self, reset_after)
         nn.RNNCellBase.__init__(
             self, input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype
         )
+        self._fastseq_reset_after = reset_after
         self._fastseq_begin(backend=backend, init=init)
 
-    _fastseq_cell = "gru"
+    _fastseq_reset_after = True  # of a pickle without it
     _fastseq_torch = nn.GRUCell
+
+    @property
+    def _fastseq_cell(self) -> str:  # type: ignore[override]
+        return "gru" if self._fastseq_reset_after else "gru_reset_before"
+
+    @property
+    def _fastseq_beyond(self) -> str | None:
+        return None if self._fastseq_reset_after else RESETS_AFTER
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self._fastseq_reset_after else ", reset_after=False")
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h' (B, H) of input (B, I) and h (B, H), or all without B; zeros if ``hx`` is None."""

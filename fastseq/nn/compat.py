@@ -10,6 +10,9 @@ are the same. What the main classes do better, and why these stand apart:
   convert it. That is what these classes are for; tools that compare exact types
   (``quantize_dynamic``) take neither these nor the main classes, see :func:`fastseq.restore`.
 
+They are cells of torch.nn's alone: ``nonlinearity="sigmoid"`` and ``reset_after=False`` are
+refused, as what asks ``isinstance`` would take such a layer for torch's.
+
 ``torch.jit.script`` takes them as it takes the main classes, although a plain subclass of nn.LSTM
 or nn.GRU cannot be scripted.
 """

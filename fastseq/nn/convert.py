@@ -16,10 +16,10 @@ from ..backends.contract import Backend, Memory
 from . import compat as compat_classes
 from . import flat_weights
 from .asks import asked
-from .cells import GRUCell, LSTMCell, RecurrentCell, RNNCell
+from .cells import GRUCell, LSTMCell, RNNCell
 from .counterparts import become, counterpart, own_methods, wrapped_by_torch
 from .layers import GRU, LSTM, RNN
-from .options import check_memory, check_model, options
+from .options import HasOptions, check_memory, check_model, options
 from .recurrent import Recurrent
 
 #: torch.nn's class -> fastseq's
@@ -67,7 +67,7 @@ class Report:
 def _package(module: nn.Module) -> str:
     if type(module) in COMPAT.values():
         return "fastseq.compat"
-    return "fastseq" if isinstance(module, (Recurrent, RecurrentCell)) else "torch.nn"
+    return "fastseq" if isinstance(module, HasOptions) else "torch.nn"
 
 
 def _place(name: str) -> str:
@@ -117,6 +117,8 @@ def replace(
                     own.memory = memory
                     flat_weights.adopt(module, flat)
                 done.add(module)
+            elif compat and type(module) in COMPAT and (beyond := module._fastseq_beyond):
+                report.left[name] = f"{beyond}, of which it would be an instance"
             elif compat and type(module) in COMPAT and not own_methods(module):
                 module.__class__ = COMPAT[type(module)]
                 done.add(module)
@@ -145,7 +147,7 @@ def _reason_left(module: nn.Module) -> str | None:
         return (
             "it is parametrized; replace first and parametrize then, or remove the parametrizations"
         )
-    if isinstance(module, (Recurrent, RecurrentCell)):
+    if isinstance(module, HasOptions):
         return "it is fastseq's already"
     if wrapped_by_torch(kind):
         return f"torch.distributed made it a {kind.__name__}; replace first, and wrap it then"
@@ -228,7 +230,7 @@ def restore(model: nn.Module) -> Report:
     report = Report()
     done: set[nn.Module] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, (Recurrent, RecurrentCell)):
+        if isinstance(module, nn.Module) and isinstance(module, HasOptions):
             theirs = _counterpart_of_all(module)
             if isinstance(theirs, str):
                 report.left[name] = theirs

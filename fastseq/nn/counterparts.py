@@ -70,6 +70,8 @@ def counterpart(module: nn.Module) -> type[nn.Module] | str:
     """torch.nn's class that computes what ``module`` does, or why there is none."""
     if parametrize.is_parametrized(module):
         return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
+    if beyond := getattr(module, "_fastseq_beyond", None):
+        return beyond
     ours: Any = next((k for k in type(module).__mro__ if "_fastseq_torch" in vars(k)), None)
     if ours is None:
         return f"it has no {type(module).__name__}"

@@ -9,9 +9,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import BACKENDS, choice
 from ..backends.contract import Problem
-from ..ops.stack import problem
-from .cells import RecurrentCell, cell_stack
+from ..ops.stack import Stack, problem
+from .cells import RecurrentCell, cell_stack, cell_weights
+from .options import options
 from .recurrent import Recurrent, call_stack
+from .scrn import SCRN, SCRNCell, stacks
 
 
 def explain(
@@ -34,8 +36,8 @@ def explain(
         lengths, reset, all_states: as for the call.
 
     Returns:
-        The name of the backend, or None where those that ``module.fastseq.backend`` names all
-        decline.
+        The name of the backend, of an SCRN that of its hidden units, or None where those that
+        ``module.fastseq.backend`` names all decline.
 
     Raises:
         TypeError: the module is not one of fastseq's.
@@ -43,19 +45,28 @@ def explain(
     if isinstance(module, RecurrentCell):
         if isinstance(input, PackedSequence):
             raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
-        stack = cell_stack(module, input, [])
+        stack = cell_stack(module, input, [], cell_weights(module), options(module).backend)
     elif isinstance(module, Recurrent):  # with a seed, so that none is drawn
         stack = call_stack(module, input, None, lengths, reset, all_states, seed=0)
+    elif isinstance(module, (SCRN, SCRNCell)):
+        chosen = None
+        for stack in stacks(module, input, lengths, reset):
+            chosen = _printed(f"{type(module).__name__}, {stack.request.cell}", stack)
+        return chosen
     else:
         raise TypeError(
             f"module: expected a layer or cell of fastseq, got {type(module).__name__}; "
             "fastseq.replace(model) swaps torch.nn's"
         )
+    return _printed(type(module).__name__, stack)
+
+
+def _printed(what: str, stack: Stack) -> str | None:
     task, backend = problem(stack), stack.request.backend
     verdict = choice.judge(task, backend)
     size = f"T={task.T} B={task.B} I={task.I} H={task.H} layers={task.layers} directions={task.R}"
     purpose = "training" if task.training else "inference"
-    print(f"{type(module).__name__} {size}, {task.dtype} on {task.device}, {purpose}")
+    print(f"{what} {size}, {task.dtype} on {task.device}, {purpose}")
     tried = choice.left_to_us(task) if backend is None else choice.names(backend)
     print(f"backend={backend!r}: tries {', '.join(dict.fromkeys(tried))}")
     measured = choice.measured(task)

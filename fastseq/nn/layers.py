@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..backends.contract import Backend, Memory
+from ..ops.functional import check_nonlinearity
 from .options import Init
 from .recurrent import Recurrent
 
+#: What torch.nn.RNN has, and what fastseq.RNN has.
+TORCHS = ("tanh", "relu")
+NONLINEARITIES = (*TORCHS, "sigmoid")
+
+RESETS_AFTER = "torch.nn's GRU has the reset gate after the product alone (reset_after=True)"
+
+
+def nonlinearities(module: Any) -> tuple[str, ...]:
+    """Those that an RNN or RNNCell has: an instance of torch.nn's class, as fastseq.compat's are,
+    has torch.nn's, for which it is taken."""
+    return TORCHS if isinstance(module, module._fastseq_torch) else NONLINEARITIES
+
+
+def check_reset_after(module: Any, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"reset_after should be of type bool, got: {type(value).__name__}")
+    if not value and isinstance(module, module._fastseq_torch):
+        raise ValueError(
+            "reset_after=False: an instance of torch.nn's GRU is taken for one with the reset gate "
+            "after the product; use fastseq's own class, which is none"
+        )
+
 
 class RNN(Recurrent, nn.RNNBase):
-    r"""Elman's recurrent network (Elman 1990) with tanh or ReLU, in place of torch.nn.RNN.
+    r"""Elman's recurrent network (Elman 1990) in place of torch.nn.RNN.
 
     .. math::
-        h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+        h_t = \phi(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    ``nonlinearity`` names :math:`\phi`: 'tanh', 'relu' or, which torch.nn lacks, 'sigmoid', as in
+    Elman's paper and the language model of Mikolov et al. 2010.
 
     Arguments, parameters, initial values, state_dict, shapes and errors are torch.nn.RNN's.
     The options from ``backend`` on are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so
@@ -45,14 +73,12 @@ class RNN(Recurrent, nn.RNNBase):
         **unknown,
     ) -> None:
         _refuse_unknown("RNN", unknown)
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(
-                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-            )
-        self.nonlinearity = nonlinearity
+        check_nonlinearity(nonlinearity, nonlinearities(self))
+        self.nonlinearity: str = nonlinearity
+        torchs = nonlinearity in TORCHS
         nn.RNNBase.__init__(
             self,
-            f"RNN_{nonlinearity.upper()}",
+            f"RNN_{nonlinearity.upper()}" if torchs else "RNN_TANH",
             input_size,
             hidden_size,
             num_layers,
@@ -63,6 +89,7 @@ class RNN(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
+        self.mode = f"RNN_{nonlinearity.upper()}"
         self._fastseq_begin(
             backend=backend,
             memory=memory,
@@ -80,6 +107,16 @@ class RNN(Recurrent, nn.RNNBase):
     @property
     def _fastseq_cell(self) -> str:  # type: ignore[override]
         return self.mode.lower()
+
+    @property
+    def _fastseq_beyond(self) -> str | None:
+        if self.mode != "RNN_SIGMOID":
+            return None
+        return "torch.nn.RNN has no nonlinearity 'sigmoid'"
+
+    def extra_repr(self) -> str:
+        more = ", nonlinearity=sigmoid" if self.mode == "RNN_SIGMOID" else ""
+        return super().extra_repr() + more
 
 
 class LSTM(Recurrent, nn.RNNBase):
@@ -159,7 +196,7 @@ class LSTM(Recurrent, nn.RNNBase):
 
 
 class GRU(Recurrent, nn.RNNBase):
-    r"""Gated recurrent units (Cho et al. 2014, reset gate after the product), for torch.nn.GRU.
+    r"""Gated recurrent units (Cho et al. 2014) in place of torch.nn.GRU.
 
     .. math::
         r_t &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
@@ -167,9 +204,21 @@ class GRU(Recurrent, nn.RNNBase):
         n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
 
+    With ``reset_after=False`` the reset gate stands before the product, as in the paper; torch.nn
+    lacks it, and its parameters have the same names and shapes:
+
+    .. math::
+        n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})
+
+    :math:`z_t` is the part of :math:`h_{t-1}` that stays, as in Cho et al. 2014 and torch.nn. Where
+    a text has :math:`h_t = (1 - z_t) \odot h_{t-1} + z_t \odot n_t` instead (Chung et al. 2014,
+    many courses), its :math:`z_t` is one minus ours: :math:`1 - \sigma(a) = \sigma(-a)`, so its
+    weights and biases of z, negated, are ours.
+
     Arguments, parameters, initial values, state_dict, shapes and errors are torch.nn.GRU's.
-    The options from ``backend`` on are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`; so
-    are the keywords of a call.
+    The options from ``reset_after`` on are fastseq's, see :class:`fastseq.nn.recurrent.Recurrent`;
+    so are the keywords of a call. ``recurrent_dropout`` masks :math:`h_{t-1}` where a weight
+    multiplies it alone: with ``reset_after=False`` in r and z, and not in n.
     """
 
     def __init__(
@@ -184,6 +233,7 @@ class GRU(Recurrent, nn.RNNBase):
         device=None,
         dtype=None,
         *,
+        reset_after: bool = True,
         backend: Backend = None,
         memory: Memory = "full",
         deterministic: bool = False,
@@ -196,6 +246,7 @@ class GRU(Recurrent, nn.RNNBase):
         **unknown,
     ) -> None:
         _refuse_unknown("GRU", unknown)
+        check_reset_after(self, reset_after)
         nn.RNNBase.__init__(
             self,
             "GRU",
@@ -209,6 +260,8 @@ class GRU(Recurrent, nn.RNNBase):
             device=device,
             dtype=dtype,
         )
+        if not reset_after:
+            self.mode = "GRU_RESET_BEFORE"
         self._fastseq_begin(
             backend=backend,
             memory=memory,
@@ -221,8 +274,18 @@ class GRU(Recurrent, nn.RNNBase):
             learn_state=learn_state,
         )
 
-    _fastseq_cell = "gru"
     _fastseq_torch = nn.GRU
+
+    @property
+    def _fastseq_cell(self) -> str:  # type: ignore[override]
+        return self.mode.lower()
+
+    @property
+    def _fastseq_beyond(self) -> str | None:
+        return None if self.mode == "GRU" else RESETS_AFTER
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.mode == "GRU" else ", reset_after=False")
 
 
 def _refuse_unknown(name: str, unknown: dict) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..backends.choice import as_order
 from ..backends.contract import Backend, Memory
+from ..cells import Cell
 from ..ops import masks
 
 
@@ -36,6 +37,14 @@ def check_rate(name: str, value: Any) -> float:
             f"element being zeroed, got {value!r}"
         )
     return float(value)
+
+
+def check_recurrent_rate(name: str, value: Any, diagonal: str | None) -> float:
+    """The same of a mask of the recurrent product or its weights, which a cell may lack."""
+    rate = check_rate(name, value)
+    if rate and diagonal is not None:
+        raise ValueError(f"{name}: {diagonal} has no recurrent product, in which it could drop any")
+    return rate
 
 
 def check_zoneout(states: tuple[str, ...], value: Any) -> float | tuple[float, ...]:
@@ -157,6 +166,8 @@ class LayerOptions(Options):
     learn_state: bool = False
     #: the states of the cell, for each of which zoneout may be given
     states: tuple[str, ...] = ("h",)
+    #: the name of a cell that has no recurrent product, and so nothing that these could mask
+    diagonal: str | None = None
     #: None where nothing is masked: torch.compile need not look at numbers that may change.
     rates: masks.Rates | None = None
     #: Whether nothing is masked and no state is learned: the one question of a short call.
@@ -166,19 +177,24 @@ class LayerOptions(Options):
         "backend": Options.checks["backend"],
         "memory": lambda self, value: check_memory(value),
         "deterministic": lambda self, value: check_deterministic(value),
-        "recurrent_dropout": lambda self, value: check_rate("recurrent_dropout", value),
+        "recurrent_dropout": lambda self, value: check_recurrent_rate(
+            "recurrent_dropout", value, self.diagonal
+        ),
         "input_dropout": lambda self, value: check_rate("input_dropout", value),
-        "weight_dropout": lambda self, value: check_rate("weight_dropout", value),
+        "weight_dropout": lambda self, value: check_recurrent_rate(
+            "weight_dropout", value, self.diagonal
+        ),
         "zoneout": lambda self, value: check_zoneout(self.states, value),
         "init": Options.checks["init"],
         "learn_state": lambda self, value: check_learn_state(self.learn_state, value),
     }
 
-    def __init__(
-        self, states: tuple[str, ...] = ("h",), learn_state: bool = False, **values: Any
-    ) -> None:
+    def __init__(self, cell: Cell | None = None, learn_state: bool = False, **values: Any) -> None:
         now = bool(learn_state)
-        self.__dict__.update(states=states, learn_state=check_learn_state(now, learn_state))
+        self.__dict__.update(learn_state=check_learn_state(now, learn_state))
+        if cell is not None:
+            self.__dict__["states"] = cell.states
+            self.__dict__["diagonal"] = None if cell.products else cell.name
         self.__dict__["plain"] = not learn_state
         super().__init__(**values)
 

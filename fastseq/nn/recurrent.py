@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..backends.contract import Request, Weights, ways
+from ..backends import DIFFERENTIABLE
+from ..backends.contract import Backend, Request, Weights, ways
 from ..backends.tracing import unrecorded
 from ..cells import CELLS
 from ..ops import masks
@@ -73,8 +74,8 @@ class Recurrent(HasOptions, nn.Module):
 
     #: the name of the cell in :mod:`fastseq.cells`
     _fastseq_cell: str
-    #: torch.nn's class that computes the same
-    _fastseq_torch: type[nn.Module]
+    #: torch.nn's class of this name; None where there is none
+    _fastseq_torch: type[nn.Module] | None
     #: torch.nn's LSTM does not let its output be edited in place before backward; the others do.
     _fastseq_editable = True
     #: what was put into ``_flat_weights``
@@ -92,7 +93,7 @@ class Recurrent(HasOptions, nn.Module):
     _flat_weights_names: list[str]
 
     def _fastseq_options(self, **given: Any) -> LayerOptions:
-        return LayerOptions(CELLS[self._fastseq_cell].states, **given)
+        return LayerOptions(CELLS[self._fastseq_cell], **given)
 
     def _fastseq_begin(self, **given: Any) -> None:
         if given.get("learn_state"):
@@ -104,8 +105,18 @@ class Recurrent(HasOptions, nn.Module):
         learned.reset(self, self._fastseq_draw)
         initialize(self)
 
+    @property
+    def _fastseq_beyond(self) -> str | None:
+        """Why torch.nn computes nothing of the kind; None where it does."""
+        return None
+
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *options(self).given()])
+
+    def flatten_parameters(self) -> None:
+        """As torch.nn's: on CUDA the parameters become one chunk, where cuDNN has the cell."""
+        if self._fastseq_beyond is None:
+            super().flatten_parameters()  # type: ignore[misc]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles no custom kernels: it gets torch.nn's layer with our parameters."""
@@ -179,7 +190,7 @@ class Recurrent(HasOptions, nn.Module):
             and (out := short.layers(self, input, hx)) is not None
         ):
             return out
-        weights = None
+        weights, backend = None, options(self).backend
         given: dict[str, Any] = {
             "lengths": lengths,
             "reset": reset,
@@ -192,15 +203,18 @@ class Recurrent(HasOptions, nn.Module):
                 return node
             weights = call_weights(self)
             if _is_torchs(self, input, hx, weights, all_states, given):
-                return self._fastseq_torch.forward(self, input, hx)
-        return call(self, input, hx, weights, all_states=all_states, **given)
+                if self._fastseq_beyond is None:
+                    return self._fastseq_torch.forward(self, input, hx)  # type: ignore[union-attr]
+                backend = DIFFERENTIABLE
+        return call(self, input, hx, weights, backend, all_states=all_states, **given)
 
 
 def call(
     module: Any,
     input: Any,
     hx: Any,
-    weights: list[Any] | None = None,
+    weights: list[Any] | None,
+    backend: Backend,
     lengths: Any = None,
     reset: Tensor | None = None,
     all_states: bool = False,
@@ -209,6 +223,8 @@ def call(
 ) -> Any:
     """What :meth:`Recurrent.forward` returns, with everything checked."""
     stack = call_stack(module, input, hx, lengths, reset, all_states, row_ids, seed, weights)
+    if backend != stack.request.backend:
+        stack.request = stack.request._replace(backend=backend)
     y, finals, along = run(stack)
     state = tuple(finals) if len(finals) > 1 else finals[0]
     return (y, state, along[0]) if all_states else (y, state)
@@ -217,8 +233,8 @@ def call(
 def _is_torchs(
     module: Any, input: Any, hx: Any, weights: list[Any], all_states: bool, given: dict[str, Any]
 ) -> bool:
-    """Whether a plain call is left to torch's own function: where a tensor of a subclass is to see
-    it (``__torch_function__``), as torch.nn's layer would show it, or where a tensor is sparse."""
+    """Whether a plain call is left to torch's own functions, as torch.nn's layer calls them: where
+    a tensor of a subclass is to see them (``__torch_function__``), or where one is sparse."""
     data = input.data if isinstance(input, PackedSequence) else input
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     if not foreign((data, *states, *weights)) or all_states:

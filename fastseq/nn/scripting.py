@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .cells import RecurrentCell
 from .counterparts import to_torch
-from .recurrent import Recurrent
+from .options import HasOptions
 
 #: What a ScriptModule holds, in which more may be registered before it is compiled.
 _HELD: WeakSet[nn.Module] = WeakSet()
@@ -27,9 +26,7 @@ def prepared(parent: nn.Module, name: str, module: nn.Module | None) -> nn.Modul
     if module is None or isinstance(module, torch.jit.ScriptModule):
         return None
     inner = list(module.modules())
-    twins: dict[nn.Module, nn.Module] = {
-        m: to_torch(m) for m in inner if isinstance(m, (Recurrent, RecurrentCell))
-    }
+    twins: dict[nn.Module, nn.Module] = {m: to_torch(m) for m in inner if isinstance(m, HasOptions)}
     for holder in inner:
         for key, held in holder._modules.items():
             if held in twins:

@@ -195,6 +195,4 @@ def _of_cell(cell: Any) -> tuple[Request, tuple[Any, ...]]:
     request = _made(
         (name, 1, 1, bias, False, ONE_STEP, False, 0.0, False, False, "full", None, False)
     )
-    if not bias:
-        return request, (own["weight_ih"], own["weight_hh"])
-    return request, (own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"])
+    return request, tuple([own[w] for w in cell._fastseq_weights[bool(bias)]])

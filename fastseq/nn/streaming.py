@@ -11,7 +11,7 @@ from ..backends import choice
 from ..cells import CELLS
 from ..ops.modes import autocasts
 from . import learned
-from .options import options
+from .options import HasOptions, options
 from .recurrent import Recurrent, call_request, call_weights
 
 
@@ -231,6 +231,8 @@ class Streaming:
 def _check_module(module: Any) -> None:
     if not isinstance(module, Recurrent):
         remedy = ""
+        if isinstance(module, HasOptions):
+            remedy = ", which takes single steps with the state that it returned, as hx"
         if isinstance(module, nn.RNNCellBase):
             remedy = ", which makes single steps itself"
         elif isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends.contract import ways
 from ..backends.tracing import numbers, unrecorded
+from ..cells import Cell
 from .modes import autocasts, in_transform
 from .stack import Stack
 
@@ -30,10 +31,10 @@ def check_layer(stack: Stack) -> None:
         raise TypeError(
             f"deterministic: expected a bool, got {type(request.deterministic).__name__}"
         )
-    G, G_hh = cell.G, len(cell.recurrent_gates)
+    G = cell.G
     first = None
-    for w_ih, w_hh, b_ih, b_hh, w_hr, _ in ways(request, stack.weights):
-        assert w_ih is not None and w_hh is not None
+    for way in ways(request, stack.weights):
+        w_ih, w_hr = way.w_ih, way.w_hr
         if w_ih.dim() != 2 or w_ih.shape[0] % G:
             raise ValueError(f"w_ih: expected ({G}*H, input_size), got {tuple(w_ih.shape)}")
         rows, width = w_ih.shape
@@ -42,21 +43,33 @@ def check_layer(stack: Stack) -> None:
             if w_hr.dim() != 2 or w_hr.shape[1] != H:
                 raise ValueError(f"w_hr: expected (proj_size, {H}), got {tuple(w_hr.shape)}")
             P = w_hr.shape[0]
-        check_shape("w_hh", w_hh, (G_hh * H, P))
-        check_kind(x, w_ih, "w_ih")
-        check_kind(x, w_hh, "w_hh")
-        if b_ih is not None and b_hh is not None:
-            check_shape("b_ih", b_ih, (rows,))
-            check_shape("b_hh", b_hh, (G_hh * H,))
-            check_kind(x, b_ih, "b_ih")
-            check_kind(x, b_hh, "b_hh")
-        if w_hr is not None:
-            check_kind(x, w_hr, "w_hr")
+        shapes = weight_shapes(cell, request.biased, width, H, P if request.projected else 0)
+        for (name, shape), w in zip(shapes.items(), way.given(), strict=True):
+            check_shape(name, w, shape)
+            check_kind(x, w, name)
         if (H, P) != (first or (H, P)):
             raise ValueError("weights: both directions must have the same sizes")
         first = H, P
         check_feature_size(x, width)
     check_steps(stack)
+
+
+def weight_shapes(
+    cell: Cell, biased: bool, input_size: int, hidden_size: int, proj_size: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """What the weights of one recurrence are called and their shapes, in their order: those of a
+    :class:`.contract.Weights` that there are, and ``w_v`` for a unit parameter v of the cell."""
+    rows, recurrent = cell.G * hidden_size, cell.G_hh * hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"w_ih": (rows, input_size)}
+    if recurrent:
+        shapes["w_hh"] = recurrent, proj_size or hidden_size
+    if biased:
+        shapes["b_ih"] = (rows,)
+        if recurrent:
+            shapes["b_hh"] = (recurrent,)
+    if proj_size:
+        shapes["w_hr"] = proj_size, hidden_size
+    return shapes | {f"w_{name}": (hidden_size,) for name in cell.unit_parameters}
 
 
 @unrecorded
@@ -68,13 +81,11 @@ def check_weights(
     names: of the weights, in their order.
     """
     request, cell = stack.request, stack.cell
-    P = proj_size or hidden_size
-    rows, recurrent = cell.G * hidden_size, len(cell.recurrent_gates) * hidden_size
-    tail: list[tuple[int, ...]] = [(rows,), (recurrent,)] if request.biased else []
-    tail += [(proj_size, hidden_size)] if request.projected else []
-    expected = [(rows, input_size), (recurrent, P), *tail] * request.directions
-    above = [(rows, request.directions * P), (recurrent, P), *tail] * request.directions
-    expected += above * (request.layers - 1)
+    D, P = request.directions, proj_size or hidden_size
+    expected: list[tuple[int, ...]] = []
+    for width, layers in ((input_size, 1), (D * P, request.layers - 1)):
+        shapes = weight_shapes(cell, request.biased, width, hidden_size, proj_size)
+        expected += [*shapes.values()] * (D * layers)
     found = [w.shape for w in stack.weights]
     if found != expected:
         k = next(k for k, shape in enumerate(expected) if found[k] != shape)

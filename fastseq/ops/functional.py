@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.contract import Backend, Memory, Request
-from ..cells import CELLS
+from ..cells import CELLS, Cell
 from .checks import check_layer, check_lengths, check_mask, check_reset, check_states
 from .geometry import Dense, Geometry, Packed, Padded
 from .run import run
@@ -20,18 +21,16 @@ LayerWeights = Sequence[Tensor] | Sequence[Sequence[Tensor]]
 _ARGUMENTS = """
     Args:
         input: (T, B, I), or (T, I) for one sequence, or a PackedSequence; any floating dtype.
-        weights: ``(w_ih, w_hh)``, ``(w_ih, w_hh, b_ih, b_hh)``{projection}; shapes (G*H, I),
-            (G*H, {hidden}), (G*H,), (G*H,){projection_shape}, with G = {gates} gates in the order
-            {order}. For two directions a pair of these, as ``module.all_weights`` holds them.
+        weights: {weights}.
+            For two directions a pair of these, as ``module.all_weights`` holds them.
         hx: {state}; zeros if None.
         lengths: (B,) integers or None. The input is then padded: the output is zero behind each
             sequence's end, the final state is that of its last step, and a sequence of length 0
             keeps its initial state.
         reset: (T, B) bool or None. True where a step begins a new sequence: no state crosses from
             the step before, in either direction.
-        h_mask: (D, B, {hidden}) or None; multiplies h_{{t-1}} before its product with w_hh. Gets
-            no gradient.
-{all_states}        memory: 'full' keeps the gates for backward; 'lean' keeps the output alone and
+{h_mask}{all_states}\
+        memory: 'full' keeps the gates for backward; 'lean' keeps the output alone and
             computes them again.
         deterministic: True takes the C++ kernels alone, whose bits depend neither on the batch
             around a sequence nor on the number of threads.
@@ -83,11 +82,66 @@ def lstm(
     return _layer("lstm", input, weights, hx, lengths, reset, h_mask, *options)
 
 
+def peephole_lstm(
+    input: Tensor | PackedSequence,
+    weights: LayerWeights,
+    hx: Sequence[Tensor] | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    all_states: bool = False,
+    memory: Memory = "full",
+    deterministic: bool = False,
+    backend: Backend = None,
+):
+    r"""One long short-term memory layer whose gates see the cell, in one or two directions.
+
+    .. math::
+        i_t &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi} + w_{ci} \odot c_{t-1}) \\
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf} + w_{cf} \odot c_{t-1}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
+        o_t &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho} + w_{co} \odot c_t) \\
+        h_t &= o_t \odot \tanh(c_t), \quad \text{or } W_{hr} (o_t \odot \tanh(c_t))
+    """
+    options = (all_states, memory, deterministic, backend)
+    return _layer("peephole_lstm", input, weights, hx, lengths, reset, h_mask, *options)
+
+
+def coupled_lstm(
+    input: Tensor | PackedSequence,
+    weights: LayerWeights,
+    hx: Sequence[Tensor] | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    all_states: bool = False,
+    memory: Memory = "full",
+    deterministic: bool = False,
+    backend: Backend = None,
+):
+    r"""One long short-term memory layer that admits as much as it forgets, in one or two
+    directions.
+
+    .. math::
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f_t \odot c_{t-1} + (1 - f_t) \odot g_t \\
+        h_t &= o_t \odot \tanh(c_t), \quad \text{or } W_{hr} (o_t \odot \tanh(c_t))
+    """
+    options = (all_states, memory, deterministic, backend)
+    return _layer("coupled_lstm", input, weights, hx, lengths, reset, h_mask, *options)
+
+
 def gru(
     input: Tensor | PackedSequence,
     weights: LayerWeights,
     hx: Tensor | None = None,
     *,
+    reset_after: bool = True,
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
     h_mask: Tensor | None = None,
@@ -102,9 +156,156 @@ def gru(
         z_t &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
         n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+
+    ``reset_after=False`` puts the reset gate before the product, as in the paper:
+    :math:`n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})`. Of the two
+    conventions of z this is that in which z keeps :math:`h_{t-1}`, see :class:`fastseq.GRU`.
+    """
+    if not isinstance(reset_after, bool):
+        raise TypeError(f"reset_after should be of type bool, got: {type(reset_after).__name__}")
+    cell = "gru" if reset_after else "gru_reset_before"
+    options = (False, memory, deterministic, backend)
+    return _layer(cell, input, weights, hx, lengths, reset, h_mask, *options)
+
+
+def mgu(
+    input: Tensor | PackedSequence,
+    weights: LayerWeights,
+    hx: Tensor | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    memory: Memory = "full",
+    deterministic: bool = False,
+    backend: Backend = None,
+):
+    r"""One layer of minimal gated units, in one or two directions.
+
+    .. math::
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        n_t &= \tanh(W_{in} x_t + b_{in} + W_{hn} (f_t \odot h_{t-1}) + b_{hn}) \\
+        h_t &= (1 - f_t) \odot h_{t-1} + f_t \odot n_t
     """
     options = (False, memory, deterministic, backend)
-    return _layer("gru", input, weights, hx, lengths, reset, h_mask, *options)
+    return _layer("mgu", input, weights, hx, lengths, reset, h_mask, *options)
+
+
+def indrnn(
+    input: Tensor | PackedSequence,
+    weights: LayerWeights,
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "relu",
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    memory: Memory = "full",
+    deterministic: bool = False,
+    backend: Backend = None,
+):
+    r"""One independently recurrent layer, in one or two directions; ``nonlinearity`` is 'relu' or
+    'tanh'.
+
+    .. math::
+        h_t = \phi(W_{ih} x_t + b_{ih} + w_u \odot h_{t-1})
+    """
+    check_nonlinearity(nonlinearity, ("relu", "tanh"))
+    cell = "indrnn" if nonlinearity == "relu" else "indrnn_tanh"
+    options = (False, memory, deterministic, backend)
+    return _layer(cell, input, weights, hx, lengths, reset, None, *options)
+
+
+def scrn(
+    input: Tensor | PackedSequence,
+    weights: LayerWeights,
+    hx: Sequence[Tensor] | None = None,
+    *,
+    alpha: float | Tensor | Sequence[float | Tensor] = 0.95,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    memory: Memory = "full",
+    deterministic: bool = False,
+    backend: Backend = None,
+):
+    r"""One layer of the structurally constrained network, in one or two directions: a recurrence of
+    leaky integrators, and one of sigmoid units on :math:`[x_t, s_t]`.
+
+    .. math::
+        s_t &= (1 - \alpha) B x_t + \alpha s_{t-1} \\
+        h_t &= \sigma(A x_t + P s_t + b_{ih} + R h_{t-1} + b_{hh})
+
+    Args:
+        input: (T, B, I), or (T, I) for one sequence, or a PackedSequence; any floating dtype.
+        weights: ``([A, P], R, B)`` or ``([A, P], R, b_ih, b_hh, B)``; shapes (H, I + C), (H, H),
+            (H,), (H,), (C, I). For two directions a pair of these.
+        hx: a pair (h_0, s_0), (D, B, H) and (D, B, C); zeros if None.
+        alpha: how much of s stays in a step: a number between 0 and 1, or a tensor (C,); for two
+            directions also a pair of these.
+        lengths, reset, memory, deterministic, backend: as :func:`fastseq.gru`.
+
+    Returns:
+        ``output, (h_n, s_n)``: the output (T, B, D * (H + C)), in each direction h and then s, or a
+        PackedSequence, and the state after the last step.
+
+    Memory: training keeps an element per step, sequence and unit of both kinds.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: as :func:`fastseq.gru`.
+
+    Source: Mikolov et al. 2014, Learning Longer Memory in Recurrent Neural Networks
+    """
+    if not isinstance(weights, (tuple, list)) or not weights:
+        raise TypeError(
+            "weights: expected a sequence (w_ih, w_hh[, b_ih, b_hh], w_ic), or a pair of them, got "
+            f"{type(weights).__name__}"
+        )
+    ways: Any = [weights] if isinstance(weights[0], Tensor) else list(weights)
+    D = len(ways)
+    for way in ways:
+        if len(way) not in (3, 5) or not all(isinstance(w, Tensor) for w in way):
+            raise ValueError(
+                "weights: expected 3 or 5 tensors (w_ih, w_hh[, b_ih, b_hh], w_ic) a direction, "
+                f"got {len(way)} of {_kinds(way)}"
+            )
+    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        raise TypeError(f"hx: expected a tuple of tensors (h_0, s_0), got {_kinds(hx)}")
+    h_0, s_0 = (None, None) if hx is None else hx
+    kept = alpha if isinstance(alpha, (tuple, list)) else [alpha] * D
+    context = []
+    for way, part in zip(ways, kept, strict=True):
+        w_ic = way[-1]
+        if isinstance(part, Tensor):
+            stay = part
+        else:
+            stay = torch.full(w_ic.shape[:1], part, dtype=w_ic.dtype, device=w_ic.device)
+        context.append((w_ic, stay))
+    shared = (False, memory, deterministic, backend)
+    s, s_n = _layer("leaky_integrator", input, context, s_0, lengths, reset, None, *shared)
+    C = context[0][0].shape[0]
+    hidden = []
+    for d, (w_ih, *others, _) in enumerate(ways):
+        before, after = w_ih.new_zeros(w_ih.shape[0], d * C), (D - 1 - d) * C
+        I = w_ih.shape[1] - C  # noqa: E741  (the field's letter)
+        parts = [w_ih[:, :I], before, w_ih[:, I:], w_ih.new_zeros(w_ih.shape[0], after)]
+        hidden.append((torch.cat(parts, 1) if D > 1 else w_ih, *others))
+    x = _beside(input, input, s)
+    h, h_n = _layer("rnn_sigmoid", x, hidden, h_0, lengths, reset, None, *shared)
+    halves = [part for both in zip(_split(h, D), _split(s, D), strict=True) for part in both]
+    return _beside(h, *halves), (h_n, s_n)
+
+
+def _numbers(x: Any) -> Tensor:
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def _split(x: Any, parts: int) -> tuple[Tensor, ...]:
+    return _numbers(x).chunk(parts, -1)
+
+
+def _beside(like: Any, *parts: Any) -> Any:
+    """The features of the parts side by side, in rows as ``like`` has them."""
+    joined = torch.cat([_numbers(part) for part in parts], -1)
+    return like._replace(data=joined) if isinstance(like, PackedSequence) else joined
 
 
 def rnn(
@@ -120,13 +321,12 @@ def rnn(
     deterministic: bool = False,
     backend: Backend = None,
 ):
-    r"""One Elman layer, in one or two directions; ``nonlinearity`` is 'tanh' or 'relu'.
+    r"""One Elman layer, in one or two directions; ``nonlinearity`` is 'tanh', 'relu' or 'sigmoid'.
 
     .. math::
-        h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+        h_t = \phi(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    check_nonlinearity(nonlinearity, ("tanh", "relu", "sigmoid"))
     cell = f"rnn_{nonlinearity}"
     options = (False, memory, deterministic, backend)
     return _layer(cell, input, weights, hx, lengths, reset, h_mask, *options)
@@ -135,67 +335,110 @@ def rnn(
 _ALL_STATES = """        all_states: also return c at every step, as a third value shaped like the
             output with D*H features; gradients flow through it.
 """
-_PLAIN = {
-    "projection": "",
-    "projection_shape": "",
-    "hidden": "H",
-    "all_states": "",
-    "state": "h_0 (D, B, H)",
-    "returns": "output, h_n",
-    "carried": "",
-    "lean": "1",
-}
-lstm.__doc__ = (lstm.__doc__ or "") + _ARGUMENTS.format(
-    projection=", and a last ``w_hr`` for a projected state",
-    projection_shape=", (P, H)",
-    hidden="P",
-    all_states=_ALL_STATES,
-    gates=4,
-    order="i, f, g, o",
-    state="(h_0, c_0), (D, B, P) and (D, B, H)",
-    returns="output, (h_n, c_n)",
-    carried=" and c",
-    kept="6",
-    lean="1",
-    source=CELLS["lstm"].source + "; Sak et al. 2014 for the projection",
+_H_MASK = """        h_mask: (D, B, {hidden}) or None; multiplies h_{{t-1}} before its product with
+            w_hh. Gets no gradient.
+"""
+_WEIGHTS = """``(w_ih, w_hh)`` or ``(w_ih, w_hh, b_ih, b_hh)``{projection}{units};
+            shapes (G*H, I), (G*H, {hidden}), (G*H,), (G*H,){projection_shape}{units_shape}, with
+            G = {gates} gates in the order {order}"""
+
+
+def _document(function: Any, cell: str, source: str = "", weights: str = "") -> None:
+    """Add what a function takes and gives, as the declaration of its cell has it."""
+    definition = CELLS[cell]
+    pair, units = bool(definition.other_states), definition.unit_parameters
+    projects = pair and definition.can_project
+    own = ", ".join(f"w_{u}" for u in units)
+    line = ",\n            "
+    words = {
+        "hidden": "P" if projects else "H",
+        "projection": f"{line}``w_hr`` behind them for a projected state" if projects else "",
+        "projection_shape": ", (P, H)" if projects else "",
+        "units": f"{line}and last ``{own}``" if units else "",
+        "units_shape": ", (H,) each" if units else "",
+        "gates": definition.G,
+        "order": ", ".join(definition.gates),
+    }
+    function.__doc__ = (function.__doc__ or "") + _ARGUMENTS.format(
+        weights=weights or _WEIGHTS.format(**words),
+        h_mask=_H_MASK.format(**words) if definition.masks_h else "",
+        all_states=_ALL_STATES if pair else "",
+        state=f"(h_0, c_0), (D, B, {words['hidden']}) and (D, B, H)" if pair else "h_0 (D, B, H)",
+        returns="output, (h_n, c_n)" if pair else "output, h_n",
+        hidden=words["hidden"],
+        carried=" and c" if pair else "",
+        kept=len({*definition.saved, *definition.states}),
+        lean="1",
+        source=definition.source + source,
+    )
+
+
+_document(lstm, "lstm", "; Sak et al. 2014 for the projection")
+_document(peephole_lstm, "peephole_lstm", "; Sak et al. 2014 for the projection")
+_document(coupled_lstm, "coupled_lstm", "; Sak et al. 2014 for the projection")
+_document(gru, "gru")
+_document(mgu, "mgu")
+_document(rnn, "rnn_tanh")
+_document(
+    indrnn,
+    "indrnn",
+    weights="``(w_ih, w_u)`` or ``(w_ih, b_ih, w_u)``, of which a layer calls the last weight_hh;\n"
+    "            shapes (H, I), (H,), (H,)",
 )
-gru.__doc__ = (gru.__doc__ or "") + _ARGUMENTS.format(
-    **_PLAIN, gates=3, order="r, z, n", kept="5", source=CELLS["gru"].source
-)
-rnn.__doc__ = (rnn.__doc__ or "") + _ARGUMENTS.format(
-    **_PLAIN, gates=1, order="h", kept="1", source=CELLS["rnn_tanh"].source
-)
+
+
+def check_nonlinearity(name: Any, known: Sequence[str]) -> None:
+    """As torch.nn.RNN checks it."""
+    if name not in known:
+        *most, last = map(repr, known)
+        raise ValueError(f"Unknown nonlinearity '{name}'. Select from {', '.join(most)} or {last}.")
 
 
 def layer_weights(cell: str, weights: LayerWeights) -> tuple[list[Tensor], int, bool, bool]:
     """One or two directions' weights in one list, the directions, and whether there are biases and
     a projection."""
+    definition = CELLS[cell]
+    matrices = 1 + bool(definition.recurrent_gates)  # and with biases as many of these
+    bare = matrices + len(definition.unit_parameters)
     if not isinstance(weights, (tuple, list)) or not weights:
         raise TypeError(
-            "weights: expected a sequence (w_ih, w_hh[, b_ih, b_hh][, w_hr]), or a pair of them, "
+            f"weights: expected a sequence {_listed(definition)}, or a pair of them, "
             f"got {type(weights).__name__}"
         )
     ways = [weights] if isinstance(weights[0], Tensor) else list(weights)
     if len(ways) > 2:
         raise ValueError(f"weights: expected one or two directions, got {len(ways)}")
-    counts = [len(way) for way in ways]
-    flat: list[Tensor] = []
+    projects = matrices == 2  # what does not is told below
+    forms = {bare + projected: (False, projected) for projected in (False, True)[: 1 + projects]}
+    forms |= {count + matrices: (True, projected) for count, (_, projected) in forms.items()}
+    found = []
     for way in ways:
-        tensors = list(way)
-        if not all(isinstance(w, Tensor) for w in tensors) or len(tensors) not in (2, 3, 4, 5):
+        if not all(isinstance(w, Tensor) for w in way) or len(way) not in forms:
             raise ValueError(
-                "weights: expected 2 to 5 tensors (w_ih, w_hh[, b_ih, b_hh][, w_hr]) a direction, "
-                f"got {len(tensors)} of {[type(w).__name__ for w in tensors]}"
+                f"weights: expected {min(forms)} to {max(forms)} tensors {_listed(definition)} a "
+                f"direction, got {len(way)} of {[type(w).__name__ for w in way]}"
             )
-        if len(tensors) % 2 != counts[0] % 2:
+        found.append(forms[len(way)])
+        if found[-1][1] != found[0][1]:
             raise ValueError("weights: both directions must have the same sizes")
-        if len(tensors) < 4 <= max(counts):  # one direction has no biases, so they are zero
-            tensors[2:2] = [w.new_zeros(w.shape[:1]) for w in tensors[:2]]
+    biased, projected = any(b for b, _ in found), found[0][1]
+    flat: list[Tensor] = []
+    for way, (has_biases, _) in zip(ways, found, strict=True):
+        tensors = list(way)
+        if biased and not has_biases:  # those of this direction are zero
+            tensors[matrices:matrices] = [w.new_zeros(w.shape[:1]) for w in tensors[:matrices]]
         flat += tensors
-    each = len(flat) // len(ways)
-    if each % 2 and not CELLS[cell].other_states:
+    if projected and not definition.other_states:
         raise ValueError("weights: a projection w_hr is for lstm only")
-    return flat, len(ways), each >= 4, each % 2 == 1
+    return flat, len(ways), biased, projected
+
+
+def _listed(cell: Cell) -> str:
+    """What a direction's weights are."""
+    both = bool(cell.recurrent_gates)
+    hr = "[, w_hr]" if both else ""
+    units = "".join(f", w_{u}" for u in cell.unit_parameters)
+    return f"(w_ih{', w_hh' * both}[, b_ih{', b_hh' * both}]{hr}{units})"
 
 
 def given_states(cell: str, hx: Any) -> list[Tensor]:
@@ -214,7 +457,14 @@ def _kinds(values: Any) -> str:
     return str([type(v).__name__ for v in values] if isinstance(values, (tuple, list)) else values)
 
 
-def _layer(
+def _layer(cell: str, *arguments: Any) -> Any:
+    stack = layer_stack(cell, *arguments)
+    y, finals, along = run(stack)
+    state = tuple(finals) if stack.cell.other_states else finals[0]
+    return (y, state, along[0]) if stack.request.trajectory else (y, state)
+
+
+def layer_stack(
     cell: str,
     input: Tensor | PackedSequence,
     weights: LayerWeights,
@@ -226,9 +476,9 @@ def _layer(
     memory: Memory,
     deterministic: bool,
     backend: Backend,
-):
+) -> Stack:
+    """What the operations run for one layer, with everything that a caller gives checked."""
     flat, D, biased, projected = layer_weights(cell, weights)
-    pair = len(CELLS[cell].states) > 1
     states = given_states(cell, hx)
     geometry: Geometry
     if isinstance(input, PackedSequence):
@@ -254,7 +504,7 @@ def _layer(
         trajectory=all_states,
         memory=memory,
         backend=backend,
-        editable=not pair,
+        editable=not CELLS[cell].other_states,
     )
     stack = Stack(request, input, states, flat, geometry)
     check_layer(stack)
@@ -265,6 +515,4 @@ def _layer(
         stack.geometry = Padded(stack.data, False, ends)
     stack.reset = check_reset(reset, stack)
     stack.h_mask = check_mask(h_mask, stack)
-    y, finals, along = run(stack)
-    state = tuple(finals) if pair else finals[0]
-    return (y, state, along[0]) if all_states else (y, state)
+    return stack

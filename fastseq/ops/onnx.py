@@ -20,20 +20,29 @@ from .stack import Stack
 
 
 class Standard(NamedTuple):
-    """ONNX's operator for a cell: the order of its gates, in our letters, and its attributes."""
+    """ONNX's operator for a cell: the order of its gates, in our letters, and its attributes.
+
+    gates: '-f' is a gate with the weights of f negated, which is 1 - f.
+    peepholes: the unit parameters of its input P, in ONNX's order.
+    """
 
     operator: str
-    gates: str
+    gates: tuple[str, ...]
     attributes: dict[str, int]
     activation: str | None = None
+    peepholes: tuple[str, ...] = ()
 
 
 STANDARDS = {
-    "lstm": Standard("LSTM", "iofg", {}),
-    "gru": Standard("GRU", "zrn", {"linear_before_reset": 1}),
-    "gru_reset_before": Standard("GRU", "zrn", {"linear_before_reset": 0}),
-    "rnn_tanh": Standard("RNN", "h", {}, "Tanh"),
-    "rnn_relu": Standard("RNN", "h", {}, "Relu"),
+    "lstm": Standard("LSTM", ("i", "o", "f", "g"), {}),
+    "peephole_lstm": Standard("LSTM", ("i", "o", "f", "g"), {}, peepholes=("ci", "co", "cf")),
+    "coupled_lstm": Standard("LSTM", ("-f", "o", "f", "g"), {}),
+    "gru": Standard("GRU", ("z", "r", "n"), {"linear_before_reset": 1}),
+    "gru_reset_before": Standard("GRU", ("z", "r", "n"), {"linear_before_reset": 0}),
+    "mgu": Standard("GRU", ("-f", "f", "n"), {"linear_before_reset": 0}),
+    "rnn_tanh": Standard("RNN", ("h",), {}, "Tanh"),
+    "rnn_relu": Standard("RNN", ("h",), {}, "Relu"),
+    "rnn_sigmoid": Standard("RNN", ("h",), {}, "Sigmoid"),
 }
 
 
@@ -100,14 +109,18 @@ def run(stack: Stack) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 def _layer(
     cell: str, x: Tensor, lengths: Tensor | None, states: list[Tensor], weights: Sequence[Weights]
 ) -> tuple[Tensor, list[Tensor]]:
-    """One layer. ONNX's shapes: W (D, G*H, I), R (D, G*H, H), B (D, 2*G*H), Y (T, D, B, H)."""
-    standard, gates = STANDARDS[cell], CELLS[cell].gates
+    """One layer. ONNX's shapes: W (D, G*H, I), R (D, G*H, H), B (D, 2*G*H), P (D, 3*H),
+    Y (T, D, B, H)."""
+    standard, gates, units = STANDARDS[cell], CELLS[cell].gates, CELLS[cell].unit_parameters
     T, B, D = x.shape[0], x.shape[1], len(weights)
     H = weights[0].w_ih.shape[0] // len(gates)
-    order = [gates.index(gate) for gate in standard.gates]
+    order = [(gates.index(gate.lstrip("-")), gate[0] == "-") for gate in standard.gates]
 
     def ordered(w: Tensor) -> Tensor:
-        return torch.cat([w[k * H : (k + 1) * H] for k in order]) if len(order) > 1 else w
+        if len(order) == 1:
+            return w
+        parts = [(w[k * H : (k + 1) * H], negated) for k, negated in order]
+        return torch.cat([-part if negated else part for part, negated in parts])
 
     W = torch.stack([ordered(way.w_ih) for way in weights])
     R = torch.stack([ordered(way.w_hh) for way in weights])  # type: ignore[arg-type]
@@ -123,10 +136,15 @@ def _layer(
     }
     if standard.activation is not None:
         attributes["activations"] = [standard.activation] * D
-    n = len(CELLS[cell].states)
+    n, ends = len(CELLS[cell].states), None if lengths is None else lengths.to(torch.int32)
+    more: list[Tensor | None] = [*states]
+    if standard.peepholes:
+        places = [units.index(name) for name in standard.peepholes]
+        P = torch.stack([torch.cat([way.units[k] for k in places]) for way in weights])
+        more = [*(more or [None] * n), P]
     y, *last = torch.onnx.ops.symbolic_multi_out(
         standard.operator,
-        [x, W, R, biases, None if lengths is None else lengths.to(torch.int32), *states],
+        [x, W, R, biases, ends, *more],
         attributes,
         dtypes=[x.dtype] * (1 + n),
         shapes=[(T, D, B, H), *[(D, B, H)] * n],
