@@ -447,6 +447,9 @@ def test_mistakes_with_scrn():
         module(x, (x.new_zeros(1, B, H), x.new_zeros(2, B, C)))
     with pytest.raises(RuntimeError, match=r"input.size"):
         module(x[..., :2])
+    nested = torch.nested.nested_tensor([x[:, 0], x[:2, 1]], layout=torch.jagged)
+    with pytest.raises(TypeError, match="got a NestedTensor; pass"):
+        scrn(batch_first=True)(nested)
     with pytest.raises(TypeError, match="SCRN, which takes single steps with the state that it"):
         fastseq.streaming(module)
 

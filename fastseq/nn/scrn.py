@@ -267,6 +267,11 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
                 return node
         hx = _pair(self, hx)
         packed = isinstance(input, PackedSequence)
+        if isinstance(input, Tensor) and input.is_nested:
+            raise TypeError(
+                "input: an SCRN takes a dense tensor or a PackedSequence, got a NestedTensor; pass "
+                "torch.nested.to_padded_tensor(input, 0.0) and lengths"
+            )
         x: Any = input
         turned = self.batch_first and isinstance(input, Tensor) and input.dim() == 3
         if turned:
