@@ -2,6 +2,7 @@
 
 # ruff: noqa: F821  (the free names of a text are bound by each backend)
 import re
+import runpy
 
 import pytest
 from torch import nn
@@ -70,9 +71,11 @@ def test_sums_and_products_hold_together():
     ]
 
 
-def test_the_cell_of_ones_own_runs():
-    """In the page's order, as one program."""
-    exec(compile("\n".join(BLOCK.findall(TEXT)), "cells.md", "exec"), {})
+def test_the_cell_of_ones_own_runs(tmp_path):
+    """In the page's order, as one program; in a file, since its texts are read."""
+    program = tmp_path / "own_cell.py"
+    program.write_text("\n".join(BLOCK.findall(TEXT)))
+    runpy.run_path(str(program))
     assert "qrnn" not in CELLS
 
 
