@@ -57,9 +57,17 @@ PUBLIC: dict[str, Public | None] = {
     "rnn_relu": Public("RNN", "RNNCell", "rnn", {"nonlinearity": "relu"}),
     "lstm": Public("LSTM", "LSTMCell", "lstm"),
     "gru": Public("GRU", "GRUCell", "gru"),
-    "gru_reset_before": None,
-    "indrnn": None,
+    "gru_reset_before": Public("GRU", "GRUCell", "gru", {"reset_after": False}),
+    "rnn_sigmoid": Public("RNN", "RNNCell", "rnn", {"nonlinearity": "sigmoid"}),
+    "peephole_lstm": Public("PeepholeLSTM", "PeepholeLSTMCell", "peephole_lstm"),
+    "coupled_lstm": Public("CoupledLSTM", "CoupledLSTMCell", "coupled_lstm"),
+    "mgu": Public("MGU", "MGUCell", "mgu"),
+    "indrnn": Public("IndRNN", "IndRNNCell", "indrnn"),
+    "leaky_integrator": None,
+    "indrnn_tanh": Public("IndRNN", "IndRNNCell", "indrnn", {"nonlinearity": "tanh"}),
 }
+#: Layers of several cells. Their equations, and their source, are those of the class's docstring.
+COMPOSED = (Public("SCRN", "SCRNCell", "scrn", {"context_size": 4}),)
 #: backend -> the devices that it is asked about
 DEVICES = {
     "native": ("cpu",),
@@ -190,7 +198,7 @@ def _name(cell: Cell, name: str) -> str:
 
 
 def module(public: Public, kind: str = "layer", **more: Any) -> Any:
-    """With sizes that tell each other apart: I = 3, H = 5, and P = 2."""
+    """With sizes that tell each other apart: I = 3, H = 5, P = 2 and C = 4."""
     return getattr(fastseq, getattr(public, kind))(3, 5, **public.options, **more)
 
 
@@ -233,7 +241,7 @@ def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def _size(size: int) -> str:
-    letters = {2: "P", 3: "I", 5: "H"}
+    letters = {2: "P", 3: "I", 4: "C", 5: "H", 7: "I + C"}
     return letters.get(size) or (f"{size // 5}H" if size % 5 == 0 else str(size))
 
 
@@ -257,6 +265,20 @@ def section(cell: Cell) -> str:
         f"```math\n{equations(cell, units(cell, public))}\n```",
         f"Parameters: {parameters(cell, public)}.",
         f"Source: {cell.source}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def composed(public: Public) -> str:
+    """The same of a layer of several cells."""
+    text = inspect.getdoc(getattr(fastseq, public.layer)) or ""
+    math = text.split(".. math::\n")[1].split("\n\n")[0]
+    lines = [
+        f"### {public.function}",
+        f"{names(public._replace(options={}))}: a layer of several cells.",
+        f"```math\n\\begin{{aligned}}\n{textwrap.dedent(math)}\n\\end{{aligned}}\n```",
+        f"Parameters: {_listed(_shapes(module(public)))}.",
+        f"Source: {' '.join(text.split('Source: ')[1].split())}",
     ]
     return "\n\n".join(lines)
 
@@ -360,7 +382,7 @@ backend declines another runs.
 def page() -> str:
     """All that is written by this program."""
     parts = [INTRODUCTION, "## The cells"]
-    parts += [section(cell) for cell in library()]
+    parts += [*map(section, library()), *map(composed, COMPOSED)]
     parts += [SERVED, overview(), OPTIONS, table(), END]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

@@ -267,7 +267,7 @@ def learned(kind, **options):
 
 
 def names(layer):
-    return ("h_0", "c_0") if isinstance(layer, fastseq.LSTM) else ("h_0",)
+    return [f"{state}_0" for state in CELLS[layer._fastseq_cell].states]
 
 
 def given(layer, B, unbatched=False):
@@ -453,3 +453,40 @@ def test_a_short_call_asks_no_more_than_before():
     old.zoneout = 0.5
     old.zoneout = 0
     assert old.plain
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [("PeepholeLSTM", {}), ("CoupledLSTM", {}), ("MGU", {}), ("SCRN", {"context_size": 4})],
+)
+def test_cells_that_torch_lacks(kind, options):
+    """Layers and cells take the options, and begin again with them."""
+    for name, more in ((kind, DEEP), (f"{kind}Cell", {})):
+        module = getattr(fastseq, name)(I, H, init=init.orthogonal_, **options, **more)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.fill_(9)
+        module.reset_parameters()
+        for p in parameters(module, "weight_hh"):
+            for block in p.detach().split(H):
+                torch.testing.assert_close(block @ block.t(), torch.eye(H))
+        init.identity_(module)
+        assert all(not p.any() for p in parameters(module, "bias"))
+
+
+@pytest.mark.parametrize("kind", ["PeepholeLSTM", "CoupledLSTM", "MGU", "IndRNN"])
+def test_their_learned_state(kind):
+    layer, x = learned(kind, **DEEP), torch.randn(4, 3, I)
+    _same(layer(x), layer(x, given(layer, 3)))
+    assert repr(layer).endswith("learn_state=True)")
+    layer.reset_parameters()
+    assert not layer.h_0.any() and parameters(layer, "weight_hh")[0].any()
+
+
+def test_forget_gates_of_cells_that_torch_lacks():
+    for kind in ("PeepholeLSTM", "CoupledLSTM"):
+        layer = getattr(fastseq, kind)(I, H, init=init.forget_gate_bias_)
+        k = CELLS[layer._fastseq_cell].gates.index("f")
+        assert torch.equal(layer.bias_ih_l0[k * H : (k + 1) * H], torch.ones(H))
+    with pytest.raises(ValueError, match="mgu drops the state where its gate f is 1"):
+        fastseq.MGU(I, H, init=init.forget_gate_bias_)

@@ -202,7 +202,7 @@ def _kept(cell: Cell, gate: str, pre_activation: float) -> np.ndarray:
 
 def _cell_of(module: Any) -> Cell:
     """The declaration of what a module computes."""
-    name = getattr(module, "_fastseq_cell", None)
+    name = getattr(module, "_fastseq_hidden", None) or getattr(module, "_fastseq_cell", None)
     if name is None and isinstance(module, nn.RNNBase):
         name = module.mode.lower()
     elif name is None and isinstance(module, nn.RNNCell):

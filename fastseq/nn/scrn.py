@@ -50,6 +50,8 @@ class _Context:
 
     _fastseq_torch = None
     _fastseq_beyond = "torch.nn has no structurally constrained network"
+    #: the cell of the hidden units, whose weights fastseq.init sets
+    _fastseq_hidden = "rnn_sigmoid"
 
     alpha: float
     learn_alpha: bool
