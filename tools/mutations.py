@@ -256,8 +256,8 @@ MUTATIONS = (
     Mutation(
         "cells: the LSTM's gates trade places",
         "fastseq/cells/lstm.py",
-        'gates=("i", "f", "g", "o")',
-        'gates=("f", "i", "g", "o")',
+        'name="lstm",\n    gates=("i", "f", "g", "o")',
+        'name="lstm",\n    gates=("f", "i", "g", "o")',
         ("tests/test_reference.py::test_against_torch",),
     ),
     Mutation(
@@ -568,8 +568,8 @@ MUTATIONS = (
     Mutation(
         "functional: the states trade places",
         "fastseq/ops/functional.py",
-        "tuple(finals) if pair",
-        "tuple(finals[::-1]) if pair",
+        "tuple(finals) if stack.cell.other_states",
+        "tuple(finals[::-1]) if stack.cell.other_states",
         ("tests/test_functional.py::test_options",),
     ),
     Mutation(

@@ -132,7 +132,7 @@ class DeclaredLayer(Declared, Recurrent, nn.RNNBase):
                 self._all_weights.append(names)
             width = len(directions) * (proj_size or hidden_size)
         self._init_flat_weights()
-        self._fastseq_draw()
+        self.reset_parameters()
         self._fastseq_begin(
             backend=backend,
             memory=memory,
@@ -185,7 +185,7 @@ class DeclaredCell(Declared, RecurrentCell, nn.RNNCellBase):
             else:
                 self.register_parameter(name, None)
         self._fastseq_weights = {bool(bias): tuple(given)}
-        self._fastseq_draw()
+        self.reset_parameters()
         self._fastseq_begin(backend=backend, init=init)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:

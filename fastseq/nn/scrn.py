@@ -220,7 +220,7 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
                 self._all_weights.append(names)
             width = len(directions) * (hidden_size + context_size)
         self._init_flat_weights()
-        self._fastseq_draw()
+        self.reset_parameters()
         self._fastseq_begin(backend=backend, memory=memory, deterministic=deterministic, init=init)
 
     def _fastseq_options(self, **given: Any) -> ContextOptions:
@@ -342,7 +342,7 @@ class SCRNCell(_Context, HasOptions, nn.Module):
         if not bias:
             self.register_parameter("bias_ih", None)
             self.register_parameter("bias_hh", None)
-        self._fastseq_draw()
+        self.reset_parameters()
         self._fastseq_begin(backend=backend, init=init)
 
     def _fastseq_options(self, **given: Any) -> CellOptions:
