@@ -79,6 +79,7 @@ bench: setup
 	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(BACKENDS),--backends "$(BACKENDS)") \
 	  $(if $(PEERS),--peers "$(PEERS)") $(ARGS)
+	$(if $(WORKLOADS),,@$(RUN) -m bench.loops $(if $(THREADS),--threads $(THREADS)))
 
 # With the Python that is there, which has torch and Triton: a machine with a GPU may have no network.
 gpu:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,22 +75,11 @@ def indrnn(a: Tensor, states: Any, w: dict[str, Tensor]) -> Any:
     return (torch.relu(torch.addcmul(a, states[0], w["weight_hh_l0"])),)
 
 
-#: name -> its module, gates with an input product, with a recurrent one, states, and a loop's step
-CELLS: dict[str, tuple[Callable[..., nn.Module], int, int, int, Step]] = {
-    "GRU(reset_after=False)": (partial(fastseq.GRU, reset_after=False), 3, 3, 1, gru_reset_before),
-    "RNN(sigmoid)": (partial(fastseq.RNN, nonlinearity="sigmoid"), 1, 1, 1, elman),
-    "PeepholeLSTM": (fastseq.PeepholeLSTM, 4, 4, 2, peephole),
-    "CoupledLSTM": (fastseq.CoupledLSTM, 3, 3, 2, coupled),
-    "MGU": (fastseq.MGU, 2, 2, 1, mgu),
-    "IndRNN": (fastseq.IndRNN, 1, 0, 1, indrnn),
-}
-
-
-def loop(module: nn.Module, step: Step, states: int, x: Tensor) -> Tensor:
+def loop(step: Step, states: int, module: Any, x: Tensor) -> Tensor:
     """y (T, B, H), with the parameters of a module."""
     w = dict(module.named_parameters())
     a = F.linear(x, w["weight_ih_l0"], w["bias_ih_l0"])
-    now: Any = tuple(x.new_zeros(x.shape[1], module.hidden_size) for _ in range(states))  # type: ignore[arg-type]
+    now: Any = tuple(x.new_zeros(x.shape[1], module.hidden_size) for _ in range(states))
     outputs = []
     for a_t in a.unbind():
         now = step(a_t, now, w)
@@ -98,43 +87,86 @@ def loop(module: nn.Module, step: Step, states: int, x: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
+def scrn(module: Any, x: Tensor) -> Tensor:
+    """The context units first, which need nothing of the hidden ones."""
+    w, alpha = dict(module.named_parameters()), module.alpha
+    s = x.new_zeros(x.shape[1], module.context_size)
+    context = []
+    for b_t in F.linear(x, w["weight_ic_l0"]).unbind():
+        s = torch.lerp(b_t, s, alpha)
+        context.append(s)
+    both = torch.stack(context)
+    a = F.linear(torch.cat([x, both], 2), w["weight_ih_l0"], w["bias_ih_l0"])
+    h = x.new_zeros(x.shape[1], module.hidden_size)
+    outputs = []
+    for a_t in a.unbind():
+        (h,) = elman(a_t, (h,), w)
+        outputs.append(h)
+    return torch.cat([torch.stack(outputs), both], 2)
+
+
+def _scrn(I: int, H: int) -> nn.Module:  # noqa: E741  (the field's letter)
+    return fastseq.SCRN(I, H, context_size=H // 4)
+
+
+class Looped(NamedTuple):
+    """A cell: its module of (I, H), how many operations its products take beside the LSTM's, and
+    the loop over time."""
+
+    make: Callable[[int, int], nn.Module]
+    work: float
+    loop: Callable[[nn.Module, Tensor], Tensor]
+
+
+CELLS = {
+    "GRU(reset_after=False)": Looped(
+        partial(fastseq.GRU, reset_after=False), 6 / 8, partial(loop, gru_reset_before, 1)
+    ),
+    "RNN(sigmoid)": Looped(
+        partial(fastseq.RNN, nonlinearity="sigmoid"), 2 / 8, partial(loop, elman, 1)
+    ),
+    "PeepholeLSTM": Looped(fastseq.PeepholeLSTM, 1, partial(loop, peephole, 2)),
+    "CoupledLSTM": Looped(fastseq.CoupledLSTM, 6 / 8, partial(loop, coupled, 2)),
+    "MGU": Looped(fastseq.MGU, 4 / 8, partial(loop, mgu, 1)),
+    "IndRNN": Looped(fastseq.IndRNN, 1 / 8, partial(loop, indrnn, 1)),
+    "SCRN(context_size=H/4)": Looped(_scrn, 2.5 / 8, scrn),
+}
+
+
 def forward(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
     with torch.no_grad():
         call(x)
 
 
-def training(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> None:
+def training(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
     module.zero_grad(set_to_none=True)
     x.grad = None
-    call(x).backward(dy)
+    call(x).sum().backward()
 
 
 def rows(name: str, H: int, B: int, seconds: float) -> list[list[str]]:
-    make, G, G_hh, states, step = CELLS[name]
+    cell = CELLS[name]
     torch.manual_seed(0)
-    module, lstm = make(H, H), fastseq.LSTM(H, H)
-    x, dy = torch.randn(T, B, H), torch.randn(T, B, H)
+    module, lstm = cell.make(H, H), fastseq.LSTM(H, H)
+    x = torch.randn(T, B, H)
     calls: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
-        (module, partial(loop, module, step, states)),
+        (module, partial(cell.loop, module)),
         (module, lambda x: module(x)[0]),
         (lstm, lambda x: lstm(x)[0]),
     ]
     found, theirs = calls[1][1](x), calls[0][1](x)
     if not torch.allclose(found, theirs, rtol=1e-4, atol=1e-5):
         raise ValueError(f"{name}: the loop computes something else")
-    work = (G + G_hh) / 8  # of the LSTM's
     lines = []
     for way in ("forward", "training"):
         leaf = x.clone().requires_grad_(way == "training")
         timed = [
-            partial(forward, call, leaf)
-            if way == "forward"
-            else partial(training, m, call, leaf, dy)
+            partial(forward, call, leaf) if way == "forward" else partial(training, m, call, leaf)
             for m, call in calls
         ]
         slow, ours, plain = (1e3 * t for t in in_turn(timed, seconds))
         line = [f"{name} T{T} B{B} H{H}", way, f"{slow:.3g}", f"{ours:.3g}", f"{slow / ours:.1f}x"]
-        lines.append([*line, f"{plain:.3g}", f"{ours / plain / work:.2f}"])
+        lines.append([*line, f"{plain:.3g}", f"{ours / plain / cell.work:.2f}"])
     return lines
 
 
