@@ -29,11 +29,6 @@ DTYPES = [
     pytest.param(torch.float16, id="float16", marks=full),
 ]
 
-#: The cells that the C++ kernels were compiled with; all, where there are none.
-COMPILED = set(CELLS)
-if not isinstance(load("native"), str):
-    COMPILED &= set(load("native").NUMBER)
-
 #: Cells whose texts have a kink, on which side of which a gradient is the rounding decides.
 KINKED = tuple(
     name
@@ -55,7 +50,7 @@ DECLINES = {
         "dual",
         "projection to H",
     },
-    "native": {"dual", *(set(CELLS) - COMPILED)},
+    "native": {"dual"},
     "numba": {"dual"},
     "triton": {"dual"},
     "reference": {"transform", "dual"},
