@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 from fastseq import compat
+from fastseq.backends import load
 from fastseq.backends.contract import ways
 from fastseq.cells import CELLS
 from fastseq.nn.recurrent import call_request, layer_weights
@@ -450,8 +451,40 @@ def test_mistakes_with_scrn():
     nested = torch.nested.nested_tensor([x[:, 0], x[:2, 1]], layout=torch.jagged)
     with pytest.raises(TypeError, match="got a NestedTensor; pass"):
         scrn(batch_first=True)(nested)
-    with pytest.raises(TypeError, match="SCRN, which takes single steps with the state that it"):
-        fastseq.streaming(module)
+
+
+@pytest.mark.parametrize("learn_alpha", [False, True])
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_streaming_of_an_scrn(backend, learn_alpha):
+    """On packed weights, and without: by the module's own steps."""
+    module = scrn(num_layers=2, learn_alpha=learn_alpha)
+    module.fastseq.backend = backend
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    handle = fastseq.streaming(module, batch=B)
+    assert (handle._stream is None) == (backend is not None or isinstance(load("native"), str))
+    with torch.no_grad():
+        y, last = module(x)
+    check(torch.stack([handle.step(x_t) for x_t in x]), y)
+    for state, expected in zip(handle.state, last, strict=True):
+        check(state, expected)
+    other = copy.deepcopy(handle)
+    out = torch.empty(B, H + C, dtype=torch.float64)
+    check(handle.step(x[0], out=out), other.step(x[0]))
+    handle.reset([0])
+    assert not any(state[:, 0].any() for state in handle.state)
+    assert all(state[:, 1:].any() for state in handle.state)
+    handle.state = other.state
+    check(handle.step(x[1]), other.step(x[1]))
+    with torch.no_grad():
+        module.weight_ic_l0.neg_()
+        handle.refresh()
+        y, _ = module(x[:1], tuple(torch.zeros_like(s) for s in last))
+    handle.reset()
+    check(handle.step(x[0]), y[0])
+    with pytest.raises(ValueError, match=r"out: expected \(batch, hidden_size \+ context_size\)"):
+        handle.step(x[0], out=out[:, :H])
+    with pytest.raises(TypeError, match=r"expected a pair \(h, s\), got Tensor"):
+        handle.state = out
 
 
 # --- no way hands torch.nn a cell that it lacks

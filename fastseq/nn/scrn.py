@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..backends import DIFFERENTIABLE
-from ..backends.contract import Backend, Memory
+from ..backends import DIFFERENTIABLE, choice
+from ..backends.contract import Backend, Memory, Request
 from ..ops.functional import layer_stack, scrn
 from ..ops.modes import foreign
 from ..ops.stack import Stack
@@ -150,6 +150,23 @@ def _pair(module: Any, hx: Any) -> Any:
     return tuple(hx)
 
 
+class ContextStream:
+    """The layers of an SCRN, each two streams of a backend: of context units and of hidden ones."""
+
+    def __init__(self, layers: Sequence[tuple[tuple[Any, Any], tuple[Any, Any]]]) -> None:
+        self.layers = layers
+
+    def stream_step(self, stream: Any, x: Tensor, out: Tensor | None, threads: int) -> Any:
+        """As a backend's: y (batch, H + C), or None for an x that has no memory of its own."""
+        for (units, first), (hidden, second) in self.layers:
+            s = units.stream_step(first, x, None, threads)
+            if s is None:
+                return None
+            h = hidden.stream_step(second, torch.cat([x, s], 1), None, threads)
+            x = torch.cat([h, s], 1)
+        return x if out is None else out.copy_(x)
+
+
 class SCRN(_Context, HasOptions, nn.RNNBase):
     r"""The structurally constrained recurrent network (Mikolov et al. 2014): hidden units beside
     context units, which forget slowly.
@@ -225,6 +242,34 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
 
     def _fastseq_options(self, **given: Any) -> ContextOptions:
         return ContextOptions(**given)
+
+    @torch.no_grad()
+    def _fastseq_stream(self, h: Tensor, s: Tensor, backend: Backend) -> ContextStream | None:
+        """Single steps on packed weights, which write the states; None where no backend has them.
+
+        h, s: (num_layers, batch, H) and (num_layers, batch, C).
+        """
+        kind = (h.dtype, h.device.type, h.shape[1], backend)
+        units = choice.streams("leaky_integrator", *kind)
+        hidden = choice.streams("rnn_sigmoid", *kind)
+        if units is None or hidden is None:
+            return None
+        layers = []
+        for k, names in enumerate(self._all_weights):
+            *weights, last = [getattr(self, name).resolve_neg().contiguous() for name in names]
+            if self.learn_alpha:
+                alpha, context = torch.sigmoid(last), weights.pop()
+            else:
+                alpha, context = last.new_full((self.context_size,), self.alpha), last
+            first = Request("leaky_integrator", biased=False)
+            second = Request("rnn_sigmoid", biased=self.bias)
+            layers.append(
+                (
+                    (units, units.stream(first, [context, alpha], s[k : k + 1], ())),
+                    (hidden, hidden.stream(second, weights, h[k : k + 1], ())),
+                )
+            )
+        return ContextStream(layers)
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:

@@ -11,8 +11,9 @@ from ..backends import choice
 from ..cells import CELLS
 from ..ops.modes import autocasts
 from . import learned
-from .options import HasOptions, options
+from .options import options
 from .recurrent import Recurrent, call_request, call_weights
+from .scrn import SCRN, SCRNCell
 
 
 class Streaming:
@@ -21,23 +22,23 @@ class Streaming:
     A copy, and what pickle reads back, goes on from the same state by itself, on the copied module.
     """
 
-    def __init__(self, module: Recurrent, batch: int) -> None:
+    def __init__(self, module: Recurrent | SCRN, batch: int) -> None:
         _check_module(module)
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
         self.module = module
         self.batch = batch
-        weight = call_weights(module)[0]
-        names = CELLS[module._fastseq_cell].states
-        sizes = (module.proj_size or module.hidden_size, *[module.hidden_size] * (len(names) - 1))
+        weight = next(iter(_weights(module)))
         with torch.inference_mode(False):  # so that they can be written to in either mode
             self._states = {
                 name: torch.zeros(
-                    (module.num_layers, batch, size), dtype=weight.dtype, device=weight.device
+                    (module.num_layers, batch, getattr(module, size)),
+                    dtype=weight.dtype,
+                    device=weight.device,
                 )
-                for name, size in zip(names, sizes, strict=True)
+                for name, size in _sizes(module).items()
             }
-        if options(module).learn_state:
+        if getattr(options(module), "learn_state", False):
             begin = zip(self._states.values(), learned.names(module), strict=True)
             with torch.no_grad():
                 for state, name in begin:
@@ -48,20 +49,28 @@ class Streaming:
     def refresh(self) -> None:
         """Read the module's weights and options again, after they were changed. The state stays."""
         module = self.module
-        weights = [w.detach().resolve_neg().contiguous() for w in call_weights(module)]
+        weights = [w.detach().resolve_neg().contiguous() for w in _weights(module)]
         with torch.inference_mode(False):
             self._states = {name: s.to(weights[0]) for name, s in self._states.items()}
         h, *others = self._states.values()
         self._stream = None
         self._is_fresh = True
-        self._kernels: Any = None if _runs_itself(module) else self._backend(weights[0])
+        self._kernels: Any = None
+        if _runs_itself(module):
+            return
+        if isinstance(module, SCRN):
+            backend = options(module).backend
+            self._kernels = self._stream = module._fastseq_stream(h, others[0], backend)
+            return
+        self._kernels = self._backend(weights[0])
         if self._kernels is not None:
             self._stream = self._kernels.stream(call_request(module), weights, h, tuple(others))
 
     def _backend(self, weight: Tensor) -> Any:
         """The backend that runs single steps on packed weights of this module; else None."""
-        kind = self.module._fastseq_cell, weight.dtype, weight.device.type
-        return choice.streams(*kind, self.batch, options(self.module).backend)
+        module: Any = self.module
+        kind = module._fastseq_cell, weight.dtype, weight.device.type
+        return choice.streams(*kind, self.batch, options(module).backend)
 
     def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """One step of all layers.
@@ -98,8 +107,8 @@ class Streaming:
         h, *others = self._states.values()
         x = _like("x", x, (self.batch, self.module.input_size), "(batch, input_size)", h)
         if out is not None:
-            size = "proj_size" if self.module.proj_size else "hidden_size"
-            _like("out", out, (self.batch, h.shape[-1]), f"(batch, {size})", h)
+            width, words = _output(self.module)
+            _like("out", out, (self.batch, width), f"(batch, {words})", h)
             if out.requires_grad:
                 raise ValueError(
                     "out: it requires a gradient, and a step of a handle has none; pass "
@@ -159,10 +168,10 @@ class Streaming:
         given: Any = (value,) if len(own) == 1 else value
         if not isinstance(given, (tuple, list)) or len(given) != len(own):
             what = f"{len(given)} values" if isinstance(given, (tuple, list)) else _kind(given)
-            raise TypeError(f"state: expected a pair (h, c), got {what}")
-        sizes = {"h": "proj_size" if self.module.proj_size else "hidden_size"}
+            raise TypeError(f"state: expected a pair ({', '.join(own)}), got {what}")
+        sizes = _sizes(self.module)
         for (name, mine), new in zip(own.items(), given, strict=True):
-            words = f"(num_layers, batch, {sizes.get(name, 'hidden_size')})"
+            words = f"(num_layers, batch, {sizes[name]})"
             _like(f"state: {name}", new, tuple(mine.shape), words, mine)
         with torch.no_grad():
             for mine, new in zip(own.values(), given, strict=True):
@@ -228,12 +237,31 @@ class Streaming:
         self._is_fresh = False
 
 
+def _weights(module: Any) -> list[Tensor]:
+    return list(module.parameters()) if isinstance(module, SCRN) else call_weights(module)
+
+
+def _sizes(module: Any) -> dict[str, str]:
+    """State -> the attribute that is its size."""
+    if isinstance(module, SCRN):
+        return {"h": "hidden_size", "s": "context_size"}
+    first, *others = CELLS[module._fastseq_cell].states
+    found = {first: "proj_size" if module.proj_size else "hidden_size"}
+    return found | dict.fromkeys(others, "hidden_size")
+
+
+def _output(module: Any) -> tuple[int, str]:
+    """The output's size, and what it is."""
+    if isinstance(module, SCRN):
+        return module.hidden_size + module.context_size, "hidden_size + context_size"
+    size = _sizes(module)["h"]
+    return getattr(module, size), size
+
+
 def _check_module(module: Any) -> None:
-    if not isinstance(module, Recurrent):
+    if not isinstance(module, (Recurrent, SCRN)):
         remedy = ""
-        if isinstance(module, HasOptions):
-            remedy = ", which takes single steps with the state that it returned, as hx"
-        if isinstance(module, nn.RNNCellBase):
+        if isinstance(module, (nn.RNNCellBase, SCRNCell)):
             remedy = ", which makes single steps itself"
         elif isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)):
             remedy = " of torch.nn; call fastseq.replace(model) first"
@@ -247,12 +275,13 @@ def _check_module(module: Any) -> None:
 def _runs_itself(module: Any) -> bool:
     """Whether a step is more than the kernels on the module's weights: a forward of a subclass or
     of the user's, hooks, or zoneout, whose kernels hand the state on by themselves."""
+    own = SCRN if isinstance(module, SCRN) else Recurrent
     return bool(
-        type(module).forward is not Recurrent.forward
+        type(module).forward is not own.forward
         or "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
-        or options(module).zoneout
+        or getattr(options(module), "zoneout", 0.0)
     )
 
 
@@ -275,7 +304,7 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def streaming(module: Recurrent, batch: int = 1) -> Streaming:
+def streaming(module: Recurrent | SCRN, batch: int = 1) -> Streaming:
     """A handle that runs ``module`` step by step and keeps its state, for inference.
 
     It begins with zeros, or with the state that a layer made with ``learn_state=True`` has learned.
