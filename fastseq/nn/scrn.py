@@ -153,11 +153,16 @@ def _pair(module: Any, hx: Any) -> Any:
 class ContextStream:
     """The layers of an SCRN, each two streams of a backend: of context units and of hidden ones."""
 
-    def __init__(self, layers: Sequence[tuple[tuple[Any, Any], tuple[Any, Any]]]) -> None:
-        self.layers = layers
+    def __init__(
+        self, layers: Sequence[tuple[tuple[Any, Any], tuple[Any, Any]]], width: int
+    ) -> None:
+        self.layers, self.width = layers, width
 
     def stream_step(self, stream: Any, x: Tensor, out: Tensor | None, threads: int) -> Any:
-        """As a backend's: y (batch, H + C), or None for an x that has no memory of its own."""
+        """As a backend's: y (batch, H + C), or None, and nothing is done, for an x that has no memory
+        of its own, and for what does not fit."""
+        if out is not None and (tuple(out.shape), out.dtype) != ((len(x), self.width), x.dtype):
+            return None
         for (units, first), (hidden, second) in self.layers:
             s = units.stream_step(first, x, None, threads)
             if s is None:
@@ -269,7 +274,7 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
                     (hidden, hidden.stream(second, weights, h[k : k + 1], ())),
                 )
             )
-        return ContextStream(layers)
+        return ContextStream(layers, self.hidden_size + self.context_size)
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
