@@ -159,8 +159,8 @@ class ContextStream:
         self.layers, self.width = layers, width
 
     def stream_step(self, stream: Any, x: Tensor, out: Tensor | None, threads: int) -> Any:
-        """As a backend's: y (batch, H + C), or None, and nothing is done, for an x that has no memory
-        of its own, and for what does not fit."""
+        """As a backend's: y (batch, H + C), or None, and nothing is done, for an x that has no
+        memory of its own, and for what does not fit."""
         if out is not None and (tuple(out.shape), out.dtype) != ((len(x), self.width), x.dtype):
             return None
         for (units, first), (hidden, second) in self.layers:
