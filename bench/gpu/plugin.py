@@ -54,6 +54,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = sorted(rest, key=lambda item: "core" not in item.keywords)
 
 
+def _here(text: str) -> str:
+    """Without the place of this checkout: what is written down may be committed."""
+    return text.replace(f"{Path(__file__).parents[2]}{os.sep}", "")
+
+
 class _Recorder:
     def __init__(self, config: pytest.Config) -> None:
         folder: Path = config.getoption("--gpu-records")
@@ -76,7 +81,7 @@ class _Recorder:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.record(collect=report.nodeid, text=str(report.longrepr)[-4000:])
+            self.record(collect=report.nodeid, text=_here(str(report.longrepr))[-4000:])
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.record(collected=[item.nodeid for item in session.items])
@@ -116,9 +121,9 @@ class _Recorder:
         report = (yield).get_result()
         self.seconds += report.duration
         if report.skipped and self.outcome == "passed":
-            self.outcome, self.text = "skipped", str(report.longrepr)[-300:]
+            self.outcome, self.text = "skipped", _here(str(report.longrepr))[-300:]
         if report.failed:
-            self.outcome, self.text = "failed", (self.text + report.longreprtext)[-6000:]
+            self.outcome, self.text = "failed", (self.text + _here(report.longreprtext))[-6000:]
             self.poisoned = self.poisoned or (
                 call.excinfo is not None and sticky(call.excinfo.value)
             )
