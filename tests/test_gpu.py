@@ -201,6 +201,8 @@ def test_each_form_in_short(kind, form, H, mode):
 @pytest.mark.parametrize("cell", CELLS)
 def test_against_float64(cell, special, dtype):
     options = dict(SPECIAL[special])
+    if special == "many rows H256" and cell not in ("lstm", "gru", "gru_reset_before"):
+        pytest.skip("the reference takes half a minute, and the others' tiles are these")
     if special == "saturated" and DTYPES[dtype].itemsize == 2 and CELLS[cell].unit_parameters:
         options["scale"] = 10.0  # as under the interpreter (triton_cases.py)
     with as_form("step" if "in steps" in special else "walk"):

@@ -83,6 +83,8 @@ def cases(full):
         yield "sm_90", cell, "bfloat16", 63, None, 3, True
     for cell in ("lstm", "gru", "gru_reset_before", "rnn_tanh"):
         yield "sm_90", cell, "bfloat16", 300, None, 3, True
+    yield "sm_90", "mgu", "bfloat16", 64, None, 3, True
+    yield "sm_90", "peephole_lstm", "bfloat16", 300, None, 3, True
     for cell in ("lstm", "gru"):
         yield "sm_90", cell, "bfloat16", 512, None, 3, True
     yield "sm_90", "lstm", "bfloat16", 512, None, 2000, True
