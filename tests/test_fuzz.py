@@ -7,10 +7,12 @@ import fuzz
 import pytest
 import torch
 from fuzz import Fuzzed, check, found, fuzzed
+from problems import DECLINES
 from rules import check_alike, check_close
 
 import fastseq
 from fastseq.backends import load
+from fastseq.cells import CELLS
 
 OURS = ("native", "numba")
 OTHERS = ("eager", "torch", "reference")
@@ -19,7 +21,8 @@ OTHERS = ("eager", "torch", "reference")
 def check_seeds(backend, seeds):
     if isinstance(load(backend), str):
         pytest.skip(load(backend))
-    ran = [check(backend, fuzzed(seed), f"seed {seed}") for seed in seeds]
+    cells = [cell for cell in CELLS if cell not in DECLINES[backend]]
+    ran = [check(backend, fuzzed(seed, cells), f"seed {seed}") for seed in seeds]
     assert any(isinstance(share, float) for share in ran), "all were declined"
 
 
