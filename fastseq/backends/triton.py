@@ -229,7 +229,7 @@ class _Task:
             "h_mask_ptr": None if call.h_mask is None else call.h_mask.contiguous(),
             "reset_ptr": None
             if call.reset is None
-            else call.reset.to(_AS_WIDE[self.dtype.itemsize]),
+            else call.reset.contiguous().to(_AS_WIDE[self.dtype.itemsize]),
             "w_hh_ptr": self.recurrent_weights(),
             "w_hr_ptr": self.projection_weights(),
             "b_hh_ptr": self.stacked([w.b_hh for w in call.weights]),

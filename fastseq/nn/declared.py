@@ -8,6 +8,7 @@ names and shapes of the parameters, the arguments, the mistakes and the calls ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,42 @@ _NAMES = {
 def lacked(module: Any) -> str:
     """That torch.nn has none of the kind, in words."""
     return f"torch.nn has no {module._fastseq_cell} among its cells"
+
+
+def begin_layer(module: Any, mode: str, *arguments: Any) -> None:
+    """Make a module a layer without parameters: ``arguments``, torch.nn.RNNBase's behind its mode,
+    are checked as it checks them, and stand where it puts them."""
+    plain = nn.RNNBase("RNN_TANH", *arguments, device="meta")  # type: ignore[misc]
+    nn.Module.__init__(module)
+    for name in nn.RNNBase.__constants__:
+        setattr(module, name, getattr(plain, name))
+    module.mode = mode
+
+
+def register(
+    module: Any, shapes: Mapping[str, tuple[int, ...]], place: str, kind: Any
+) -> list[str]:
+    """Give a module parameters; their names, which end in ``place``. kind: of device and dtype."""
+    for name, shape in shapes.items():
+        module.register_parameter(name + place, nn.Parameter(torch.empty(shape, **kind)))
+    return [name + place for name in shapes]
+
+
+def register_layers(
+    module: Any, shapes: Callable[[int], Mapping[str, tuple[int, ...]]], width: int, kind: Any
+) -> None:
+    """The same for each layer and direction. shapes: of the size of a layer's input. width: of the
+    output of one direction."""
+    module._flat_weights_names, module._all_weights = [], []
+    directions = ("", "_reverse")[: 2 if module.bidirectional else 1]
+    size = module.input_size
+    for layer in range(module.num_layers):
+        for direction in directions:
+            names = register(module, shapes(size), f"_l{layer}{direction}", kind)
+            module._flat_weights_names += names
+            module._all_weights.append(names)
+        size = len(directions) * width
+    module._init_flat_weights()
 
 
 class Declared:
@@ -102,36 +139,14 @@ class DeclaredLayer(Declared, Recurrent, nn.RNNBase):
         if proj_size and not (cell.can_project and cell.other_states):
             name = type(self).__name__
             raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
-        plain = nn.RNNBase(  # its checks
-            "RNN_TANH",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device="meta",
-        )
-        nn.Module.__init__(self)
-        for name in nn.RNNBase.__constants__:
-            setattr(self, name, getattr(plain, name))
-        self.mode = self._fastseq_cell.upper()
-        self._flat_weights_names, self._all_weights = [], []
-        directions = ("", "_reverse")[: 2 if bidirectional else 1]
-        width = input_size
-        for layer in range(num_layers):
-            for direction in directions:
-                shapes = self._fastseq_parameters(cell, bias, width, hidden_size, proj_size)
-                names = [f"{name}_l{layer}{direction}" for name in shapes]
-                for name, shape in zip(names, shapes.values(), strict=True):
-                    empty = torch.empty(shape, device=device, dtype=dtype)
-                    self.register_parameter(name, nn.Parameter(empty))
-                self._flat_weights_names += names
-                self._all_weights.append(names)
-            width = len(directions) * (proj_size or hidden_size)
-        self._init_flat_weights()
+        arguments = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        begin_layer(self, self._fastseq_cell.upper(), *arguments, proj_size)
+
+        def shapes(width: int) -> dict[str, Any]:
+            return self._fastseq_parameters(cell, bias, width, hidden_size, proj_size)
+
+        kind = {"device": device, "dtype": dtype}
+        register_layers(self, shapes, proj_size or hidden_size, kind)
         self.reset_parameters()
         self._fastseq_begin(
             backend=backend,
@@ -178,11 +193,9 @@ class DeclaredCell(Declared, RecurrentCell, nn.RNNCellBase):
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
         cell, sizes = CELLS[self._fastseq_cell], (input_size, hidden_size)
         given = self._fastseq_parameters(cell, bool(bias), *sizes)
-        for name, shape in self._fastseq_parameters(cell, True, *sizes).items():
-            if name in given:
-                empty = torch.empty(shape, device=device, dtype=dtype)
-                self.register_parameter(name, nn.Parameter(empty))
-            else:
+        register(self, given, "", {"device": device, "dtype": dtype})
+        for name in self._fastseq_parameters(cell, True, *sizes):
+            if name not in given:
                 self.register_parameter(name, None)
         self._fastseq_weights = {bool(bias): tuple(given)}
         self.reset_parameters()

@@ -16,6 +16,7 @@ from ..ops.functional import layer_stack, scrn
 from ..ops.modes import foreign
 from ..ops.stack import Stack
 from . import counterparts, graph
+from .declared import begin_layer, register, register_layers
 from .options import CellOptions, HasOptions, Init, LayerOptions, Options, initialize, options
 from .recurrent import described
 
@@ -62,17 +63,13 @@ class _Context:
     def __prepare_scriptable__(self) -> nn.Module:
         return counterparts.to_torch(self)  # type: ignore[arg-type]
 
-    def _fastseq_register(self, place: str, width: int, C: int, bias: bool, kind: Any) -> list[str]:
-        """Make the parameters of a layer and direction; their names, in the order of a call."""
-        H = self.hidden_size
+    def _fastseq_parameters(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, in the order of a call. width: of the input."""
+        H, C = self.hidden_size, self.context_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (H, width + C), "weight_hh": (H, H)}
-        shapes |= {"bias_ih": (H,), "bias_hh": (H,)} if bias else {}
+        shapes |= {"bias_ih": (H,), "bias_hh": (H,)} if self.bias else {}
         shapes |= {"weight_ic": (C, width)}
-        shapes |= {"alpha_logit": (C,)} if self.learn_alpha else {}
-        for name, shape in shapes.items():
-            parameter = nn.Parameter(torch.empty(shape, **kind))
-            self.register_parameter(name + place, parameter)  # type: ignore[attr-defined]
-        return [name + place for name in shapes]
+        return shapes | ({"alpha_logit": (C,)} if self.learn_alpha else {})
 
     def reset_parameters(self) -> None:
         """The initial values again, and what ``init`` says."""
@@ -224,24 +221,11 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
         init: Init = (),
     ) -> None:
         arguments = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        plain = nn.RNNBase("RNN_TANH", *arguments, device="meta")  # its checks
-        alpha = _check(context_size, alpha, learn_alpha)
-        nn.Module.__init__(self)
-        for name in nn.RNNBase.__constants__:
-            setattr(self, name, getattr(plain, name))
-        self.mode = "SCRN"
-        self.context_size, self.alpha, self.learn_alpha = context_size, alpha, learn_alpha
-        self._flat_weights_names, self._all_weights = [], []
-        directions = ("", "_reverse")[: 2 if bidirectional else 1]
-        width, kind = input_size, {"device": device, "dtype": dtype}
-        for layer in range(num_layers):
-            for direction in directions:
-                place = f"_l{layer}{direction}"
-                names = self._fastseq_register(place, width, context_size, bias, kind)
-                self._flat_weights_names += names
-                self._all_weights.append(names)
-            width = len(directions) * (hidden_size + context_size)
-        self._init_flat_weights()
+        begin_layer(self, "SCRN", *arguments)
+        self.alpha = _check(context_size, alpha, learn_alpha)
+        self.context_size, self.learn_alpha = context_size, learn_alpha
+        kind = {"device": device, "dtype": dtype}
+        register_layers(self, self._fastseq_parameters, hidden_size + context_size, kind)
         self.reset_parameters()
         self._fastseq_begin(backend=backend, memory=memory, deterministic=deterministic, init=init)
 
@@ -388,7 +372,7 @@ class SCRNCell(_Context, HasOptions, nn.Module):
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
         self.context_size, self.alpha, self.learn_alpha = context_size, alpha, learn_alpha
         kind = {"device": device, "dtype": dtype}
-        self._fastseq_names = self._fastseq_register("", input_size, context_size, bias, kind)
+        self._fastseq_names = register(self, self._fastseq_parameters(input_size), "", kind)
         if not bias:
             self.register_parameter("bias_ih", None)
             self.register_parameter("bias_hh", None)

@@ -406,6 +406,15 @@ def test_splitting_time_gives_the_same():
     )
 
 
+def test_a_reset_whose_directions_lie_side_by_side():
+    """A backend reads it wherever its numbers lie."""
+    backend, call = load("triton"), _call("gru")
+    expected = backend.forward(call, False, False).y
+    call.reset = call.reset.t().contiguous().t()
+    assert not call.reset.is_contiguous() and call.reset.any()
+    assert same_bits(backend.forward(call, False, False).y, expected)
+
+
 def test_an_ensemble_is_one_launch(monkeypatch):
     """Recurrences run side by side: the launches do not grow with their number."""
     launches = []
