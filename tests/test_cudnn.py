@@ -11,12 +11,14 @@ from problems import against_the_independent, draw, full, gradients
 from rules import check_all, poisoned, same_bits
 from standins import cudnn_on_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import assert_same, compiles_cpp
 
 import fastseq
 from fastseq.backends import choice, cudnn, layout
 from fastseq.backends import torch as backend
 from fastseq.backends.contract import Call, OutputGradients, Request, Wanted
+from fastseq.ops import library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
@@ -256,6 +258,24 @@ def test_the_layer_keeps_what_backward_wants_in_evaluation(device, expected, mon
     with torch.no_grad():
         backend.layers(Request("gru"), x, None, states, weights, (), False)
     assert asked == [expected, True, False]
+
+
+def test_what_trains_on_cudnn_stays_out_of_cuda_graphs():
+    """inductor takes an operator with this tag, and what it returns, into none."""
+    layout = library.Layout("gru", "torch", (False,), "full", False, False, 0, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        here, there = torch.empty(3, 2, 4), torch.empty(3, 2, 4, device="cuda")
+    for packet in (torch.ops.fastseq.recurrence, torch.ops.fastseq.recurrence_backward):
+        chosen = library.overload(packet, layout, there)
+        assert torch.Tag.cudagraph_unsafe in chosen.tags
+        for other, x in (
+            (layout._replace(save=False), there),
+            (layout._replace(backend="triton"), there),
+            (layout, here),
+        ):
+            assert torch.Tag.cudagraph_unsafe not in library.overload(packet, other, x).tags
+        names = [argument.name for argument in packet.default._schema.arguments]
+        assert [argument.name for argument in chosen._schema.arguments] == names
 
 
 def test_a_graph_that_holds_a_backward(way):
