@@ -321,6 +321,22 @@ def test_two_threads_are_within_the_rule(backend, cell):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("cell", ["peephole_lstm", "indrnn"])
+@pytest.mark.parametrize("backend", sorted({"native", "numba"} & set(NAMED)))
+def test_sums_over_many_rows_of_units(backend, cell):
+    """A step of many sequences is summed as a tree by torch, whose error is the yardstick of all
+    else: here the bound is that of a sum of sums of sums."""
+    case = draw(cell, T=20, B=1000, I=1, H=8, dtype=torch.float32, state=False)
+    wide = case.to(torch.float64)
+    truth, ours = (
+        torch.autograd.grad(given.run(name)["y"].sum(), given.weights[0].units)
+        for given, name in ((wide, "eager"), (case, backend))
+    )
+    for name, d, exact in zip(CELLS[cell].unit_parameters, ours, truth, strict=True):
+        error = (d - exact).abs().max() / exact.abs().max() / torch.finfo(torch.float32).eps
+        assert error < 2, f"d{name}: {error:.1f} eps"
+
+
 def values(case, backend, **options):
     outputs = case.run(backend, **options)
     return outputs | gradients(outputs, case.leaves())

@@ -92,7 +92,7 @@ struct BackwardShare : Walk<T> {
   const RecurrenceGradients<T>& d;
   const bool pairs;
 
-  // dunit: of each unit parameter a chain, and the sum of chains
+  // dunit: of each unit parameter the sum at hand of each level
   T *w_hh[2], *w_hr, *tiles, *dh_pairs, *dunit;
   index walked = 0;  // rows of the steps before this one
   const T** operand;  // what makes dh
@@ -150,8 +150,8 @@ struct BackwardShare : Walk<T> {
     }
     std::memset(zeros, 0, (Q * H > P ? Q * H : P) * sizeof(T));
     if (Cell::U) {
-      dunit = units + 2 * Cell::U * place.part * H;
-      for (T* of = dunit; of < dunit + 2 * Cell::U * H; of += H)
+      dunit = units + LEVELS * Cell::U * place.part * H;
+      for (T* of = dunit; of < dunit + LEVELS * Cell::U * H; of += H)
         for (index u = first_unit(); u < last_unit(); ++u) of[u] = 0;
     }
   }
@@ -199,7 +199,7 @@ struct BackwardShare : Walk<T> {
       row.h_prev = projected ? nullptr : h_prev[b + i];
       row.unit = r.weights.unit;
       row.dgates = now.dgates + (n - now.base) * Q * H;
-      for (int k = 0; k < Cell::U; ++k) row.dunit[k] = dunit + 2 * k * H;
+      for (int k = 0; k < Cell::U; ++k) row.dunit[k] = dunit + LEVELS * k * H;
       for (int k = 0; k < Cell::C; ++k) {
         row.dc_out[k] = d.dc[k] + own * H;
         row.dc[k] = is_cut ? zeros : row.dc_out[k];
@@ -222,13 +222,16 @@ struct BackwardShare : Walk<T> {
         }
       }
     }
-    if (Cell::U && (walked + b) / PIECE < (walked + b + R) / PIECE)
-      end_chain(p * WIDEST * L, (p * WIDEST + blocks) * L);
+    index rows = CHAIN;
+    for (int level = 0; Cell::U && level < LEVELS - 1; ++level, rows *= CHAIN)
+      if ((walked + b) / rows < (walked + b + R) / rows)
+        end_chain(level, p * WIDEST * L, (p * WIDEST + blocks) * L);
   }
 
-  // A sum of sums: one chain over all rows rounds too often.
-  void end_chain(index u0, index u1) {
-    for (T* of = dunit; of < dunit + 2 * Cell::U * H; of += 2 * H)
+  // A sum of sums of sums: one chain over all rows rounds too often.
+  void end_chain(int level, index u0, index u1) {
+    T* of = dunit + level * H;
+    for (int k = 0; k < Cell::U; ++k, of += LEVELS * H)
       for (index u = u0; u < u1 && u < H; ++u) of[H + u] += of[u], of[u] = 0;
   }
 
@@ -386,7 +389,8 @@ struct BackwardShare : Walk<T> {
       walked += s.alive;
       if (place.count > 1) meet(place.slots, place.id, place.count);
     }
-    if (Cell::U) end_chain(first_unit(), last_unit());
+    for (int level = 0; Cell::U && level < LEVELS - 1; ++level)
+      end_chain(level, first_unit(), last_unit());
     if (call.states && k1 == in.steps && in.steps > 0) {
       const index t = r.reverse ? in.steps - 1 : 0;
       initial(t, 0, in.alive(t));

@@ -170,7 +170,7 @@ struct Shared {
     }
     const index wide = Q * in.H > in.P ? Q * in.H : in.P;
     of.sums = arena.take<T>(Q * in.H + wide);
-    of.dunit = arena.take<T>(2 * Cell::U * call.threads * in.H);
+    of.dunit = arena.take<T>(LEVELS * Cell::U * call.threads * in.H);
     return of;
   }
 

@@ -185,7 +185,7 @@ void backward(const BackwardCall<T>& call, int id, int count) {
           T* out = const_cast<T*>(call.gradients[r].out.unit[k]);
           for (index u = 0; u < in.H; ++u) out[u] = 0;
           for (int part = 0; part < place.parts; ++part) {
-            const T* sum = of[r].dunit + (2 * (part * Cell::U + k) + 1) * in.H;
+            const T* sum = of[r].dunit + (LEVELS * (part * Cell::U + k) + LEVELS - 1) * in.H;
             for (index u = 0; u < in.H; ++u) out[u] += sum[u];
           }
         }

@@ -29,7 +29,7 @@ from .contract import (
 )
 from .layout import by_recurrence as saved_layout
 from .layout import declined, wide
-from .numba_loops import Kernel, backward_kernel, forward_kernel, slots
+from .numba_loops import LEVELS, Kernel, backward_kernel, forward_kernel, slots
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
@@ -436,8 +436,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     def fill(r: int, first: int, last: int) -> tuple[dict[str, int], Any]:
         w = task.weights[r]
         rows = max(last - first, 1)
-        # the chain at hand, and the sum of those before it
-        dunit = task.x.new_zeros(2, len(w.units) * H) if w.units else None
+        dunit = task.x.new_zeros(LEVELS, len(w.units) * H) if w.units else None
         if dunit is not None:
             dunits[r].append(dunit)
         dm = task.new(rows, H) if w.w_hr is not None else None

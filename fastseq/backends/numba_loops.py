@@ -96,15 +96,17 @@ def {name}(data):
         task = take(data)
 """
 
-#: A sum over rows is a sum of chains: one chain over all of them would round too often.
-CHAIN = 256
+#: A sum over rows is a sum of sums of chains: one chain over all of them would round too often.
+CHAIN, LEVELS = 32, 3
 _SUM_OF_CHAINS = """\
 chain += 1
-if chain == {CHAIN}:
-    chain = 0
-    for i in range({U} * H):
-        store1(dunit, {U} * H + i, load1(dunit, {U} * H + i) + load1(dunit, i))
-        store1(dunit, i, ZERO)
+span = {CHAIN}
+for level in range({LEVELS} - 1):
+    if chain % span == 0:
+        for i in range(level * {U} * H, (level + 1) * {U} * H):
+            store1(dunit, {U} * H + i, load1(dunit, {U} * H + i) + load1(dunit, i))
+            store1(dunit, i, ZERO)
+    span *= {CHAIN}
 """
 
 _ZERO_WHERE_RESET = """\
@@ -488,8 +490,8 @@ else:
         code.append(_indent("\n".join(self.rows()), 1))
         code.append(_indent(_block_of_units(lines), 1))
         if any(name[1:] in self.cell.unit_parameters for name in phase.gradients):
-            sums = _SUM_OF_CHAINS.format(CHAIN=CHAIN, U=len(self.cell.unit_parameters))
-            code.append(_indent(sums, 1))
+            counts = {"CHAIN": CHAIN, "LEVELS": LEVELS, "U": len(self.cell.unit_parameters)}
+            code.append(_indent(_SUM_OF_CHAINS.format(**counts), 1))
         return code + self.product(k, phase)
 
 

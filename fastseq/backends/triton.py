@@ -32,7 +32,7 @@ from ..cells import CELLS, Cell
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
 from .layout import declined_anywhere, wide
 from .layout import side_by_side as saved_layout
-from .triton_kernels import INTERPRETED, PREVIOUS_H, ROUND, kernel, unreadable
+from .triton_kernels import INTERPRETED, PREVIOUS_H, ROUND, ROUNDS, kernel, unreadable
 from .triton_text import Pieces, taken_names
 from .triton_tiling import (
     LEAST,
@@ -267,7 +267,7 @@ class _Task:
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """A copy, to the nearest numbers of TF32, where products are made in that."""
-        if self.precision != "tf32" or INTERPRETED:
+        if self.precision != "tf32" or not ROUNDS:
             return tensor
         n, out = tensor.numel(), torch.empty_like(tensor)
         values = {"x_ptr": tensor, "out_ptr": out, "n": n, "PRECISION": "tf32", "BLOCK": 1024}

@@ -22,7 +22,9 @@ from .triton_text import backward_text, forward_text
 #: Under TRITON_INTERPRET=1 kernels run in NumPy, on the CPU. It is read when a kernel is made.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_ROUNDS = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+#: Whether operands in TF32 are rounded: by an instruction of Nvidia's.
+ROUNDS = not INTERPRETED and torch.version.hip is None
+_ROUNDS = tl.constexpr(ROUNDS)
 _OLDER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
 # The vocabulary

@@ -198,7 +198,9 @@ def tiling(
         return replace(few, form="grid")
     # with 64 rows, where rows start anywhere, a loop around the steps leaves no registers
     if programs_of(found, 1) <= device.processors and (aligned(H, P) or found.block_b == LEAST):
-        return replace(found, form="grid")
+        # one program on a multiprocessor has all of its registers; ptxas foresees two
+        ampere = not device.hopper and device.warp_size == 32
+        return replace(found, form="grid", maxnreg=255 if ampere else found.maxnreg)
     return found
 
 
@@ -248,7 +250,9 @@ def _tiling(
         wide = not even and (P is not None or dtype.itemsize == 4)
         num_warps = 8 if threefold or wide else 4
         return Tiling("step", LEAST, 32, 32, block_k, num_warps, num_stages, maxnreg)
-    # only Hopper's products read both operands from shared memory
+    # only Hopper's products read both operands from shared memory; where rows start anywhere, their
+    # addresses leave no registers for 32 units of them
     if device.hopper:
-        return Tiling("step", 64, 32, 32, block_k, 8, num_stages)
+        units = 32 if even else 16
+        return Tiling("step", 64, units, units, block_k, 8, num_stages)
     return Tiling("step", 64, 16, 16, block_k, 8, num_stages, maxnreg if threefold else None)
