@@ -242,12 +242,14 @@ def _tiling(
     if dtype is torch.float64:  # sums of outer products, in registers
         return Tiling("step", LEAST, 16, 16, 1, 4, 1, maxnreg)
     if not cores:
-        return Tiling("step", LEAST, 16, 16, 8, 4, 1, maxnreg)
+        # Triton multiplies no less than 16 at once before 3.9
+        return Tiling("step", LEAST, 16, 16, LEAST, 4, 1, maxnreg)
     threefold = precision == "tf32x3"  # the operands
     block_k = 16 if threefold or not even or (amd and dtype.itemsize == 4) else 32
     num_stages = 2 if threefold or amd else 3
     if few:
-        wide = not even and (P is not None or dtype.itemsize == 4)
+        ampere = not (device.hopper or amd)
+        wide = not even and (P is not None or dtype.itemsize == 4 or ampere)
         num_warps = 8 if threefold or wide else 4
         return Tiling("step", LEAST, 32, 32, block_k, num_warps, num_stages, maxnreg)
     # only Hopper's products read both operands from shared memory; where rows start anywhere, their
