@@ -18,6 +18,7 @@ from fastseq.backends import load
 from fastseq.backends.contract import ways
 from fastseq.cells import CELLS
 from fastseq.nn.recurrent import call_request, layer_weights
+from fastseq.ops import masks
 
 I, H, C, T, B = 3, 5, 2, 6, 4  # noqa: E741  (the field's letters)
 LENGTHS = (6, 2, 0, 5)
@@ -336,8 +337,9 @@ def scrn_states(module):
     return [torch.randn(L, B, size, dtype=torch.float64) for size in (H, C)]
 
 
-def scrn_independently(module, x, states, **time):
-    """Mikolov et al. 2014, equations 5 to 7, in matrices."""
+def scrn_independently(module, x, states, stay=(0.0, 0.0), h_mask=None, lengths=None, reset=None):
+    """Mikolov et al. 2014, equations 5 to 7, in matrices. stay: the part of h and of s that stays
+    as it was. h_mask: (D, B, H) of one layer."""
     D, finals = 1 + module.bidirectional, []
     for first in range(0, len(module._all_weights), D):
         outputs = []
@@ -347,13 +349,16 @@ def scrn_independently(module, x, states, **time):
             A, P = w["weight_ih"].split([w["weight_ih"].shape[1] - C, C], 1)
             alpha = torch.sigmoid(w["alpha_logit"]) if "alpha_logit" in w else module.alpha
 
-            def one(x_t, b, h, s, w=w, A=A, P=P, alpha=alpha):
-                s = (1 - alpha) * (w["weight_ic"] @ x_t) + alpha * s
-                a = A @ x_t + P @ s + w["weight_hh"] @ h
-                return torch.sigmoid(a + w["bias_ih"] + w["bias_hh"]), s
+            def one(x_t, b, h, s, w=w, A=A, P=P, alpha=alpha, d=d):
+                new = (1 - alpha) * (w["weight_ic"] @ x_t) + alpha * s
+                s = stay[1] * s + (1 - stay[1]) * new
+                seen = h if h_mask is None else h * h_mask[d, b]
+                a = A @ x_t + P @ s + w["weight_hh"] @ seen
+                new = torch.sigmoid(a + w["bias_ih"] + w["bias_hh"])
+                return stay[0] * h + (1 - stay[0]) * new, s
 
             start = tuple(state[first + d] for state in states)
-            h, last, (s,) = independent.over_time(one, x, start, reverse=d == 1, **time)
+            h, last, (s,) = independent.over_time(one, x, start, d == 1, lengths, reset)
             outputs.append(torch.cat([h, s], -1))
             finals.append(last)
         x = torch.cat(outputs, -1)
@@ -374,6 +379,139 @@ def test_scrn_is_the_papers(learn_alpha, backend):
     weights = [torch.randn_like(t) for t in flat(outputs[0])]
     leaves = [x, *module.parameters()]
     check(*(torch.autograd.grad(flat(out), leaves, weights) for out in outputs))
+
+
+@pytest.mark.parametrize("zoneout", [0.25, (0.5, 0.0), (0.0, 0.75)])
+def test_zoneout_of_scrn_in_evaluation(zoneout):
+    """The part of a state that stays; s feeds h as it is after that."""
+    module = scrn(num_layers=2, bidirectional=True, zoneout=zoneout).eval()
+    x, states = torch.randn(T, B, I, dtype=torch.float64), scrn_states(module)
+    stay = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+    check(module(x, states), scrn_independently(module, x, states, stay))
+    one = scrn(num_layers=2, zoneout=zoneout).eval()
+    handle = fastseq.streaming(one, batch=B)
+    check(torch.stack([handle.step(x_t) for x_t in x]), one(x)[0])
+
+
+RATES = {"recurrent_dropout": 0.4, "input_dropout": 0.3, "weight_dropout": 0.5, "zoneout": 0.2}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_masks_of_scrn(name):
+    """They are of the seed, the sequences' ids and the place alone: of no order of the batch, no
+    backend and no form of the call; another in each layer and part."""
+    module = scrn(num_layers=2, bidirectional=True, **{name: RATES[name]})
+    x, ids = torch.randn(T, B, I, dtype=torch.float64), torch.arange(B)
+    y, last = module(x, seed=7)
+    assert not torch.equal(module(x, seed=8)[0], y) and not torch.equal(module(x)[0], y)
+    torch.manual_seed(3)
+    drawn = module(x)[0]
+    torch.manual_seed(3)
+    assert torch.equal(module(x)[0], drawn)
+    turn = torch.tensor([2, 0, 3, 1])
+    check(module(x[:, turn], seed=7, row_ids=ids[turn]), (y[:, turn], [s[:, turn] for s in last]))
+    packed = pack_padded_sequence(x[:, turn], torch.full((B,), T), enforce_sorted=False)
+    rows, _ = module(packed, seed=7, row_ids=ids[turn])
+    check(pad_packed_sequence(rows)[0], y[:, turn])
+    nested = torch.nested.nested_tensor(list(x.transpose(0, 1)), layout=torch.jagged)
+    check(torch.stack(list(module(nested, seed=7)[0].unbind()), 1), y)
+    module.fastseq.backend = "eager"
+    check(module(x, seed=7), (y, last))
+    found = torch.compile(module, fullgraph=True, backend="aot_eager")(x, seed=7)
+    check(found, (y, last))
+    plain = scrn(num_layers=2, bidirectional=True)
+    plain.load_state_dict(module.state_dict())
+    if name != "zoneout":
+        check(module.eval()(x), plain(x))
+
+
+def test_what_masks_of_scrn_mask():
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    module = scrn(bidirectional=True)
+    dropped = copy.deepcopy(module)
+    with torch.no_grad():
+        for name in ("weight_hh_l0", "weight_hh_l0_reverse"):
+            getattr(dropped, name).zero_()
+    for name, other, given in (
+        ("recurrent_dropout", dropped, x),
+        ("weight_dropout", dropped, x),
+        ("input_dropout", module, torch.zeros_like(x)),
+    ):
+        setattr(module.fastseq, name, 1.0)
+        masked = module(x)
+        setattr(module.fastseq, name, 0.0)
+        check(masked, other(given))
+    states = scrn_states(module)
+    module.fastseq.zoneout = (0.0, 1.0)
+    stays = torch.cat([s.expand(T, B, C) for s in states[1]], -1)
+    y = module(x, states)[0]
+    check(torch.cat([y[..., H : H + C], y[..., -C:]], -1), stays)
+    module.fastseq.zoneout = (1.0, 0.0)
+    y = module(x, states)[0]
+    check(y[..., :H], states[0][0].expand(T, B, H))
+    h_mask = torch.randint(3, (2, B, H)).double()
+    module.fastseq.zoneout = 0.0
+    ways = [[getattr(module, name) for name in names] for names in module._all_weights]
+    found = fastseq.scrn(x, ways, states, h_mask=h_mask)
+    check(found, scrn_independently(module, x, states, h_mask=h_mask))
+
+
+def test_no_two_masks_of_scrn_are_the_same(monkeypatch):
+    """Each layer and part has a seed of its own, and none that of the call; the input's is one."""
+    seeds, layers = [], []
+    apply, of_input = masks.apply, masks.of_input
+    monkeypatch.setattr(masks, "apply", lambda *a: (seeds.append(int(a[2])), apply(*a)))
+    monkeypatch.setattr(masks, "of_input", lambda *a: layers.append(a[:2]) or of_input(*a))
+    scrn(num_layers=2, zoneout=0.1, input_dropout=0.1)(torch.randn(T, B, I).double(), seed=5)
+    assert len({5, *seeds}) == 5
+    assert layers == [(torch.tensor(5), layer) for layer in (0, 0, 1, 1)]
+
+
+def test_scrn_takes_a_nested_tensor():
+    lengths = torch.tensor([3, 0, T, 1])
+    module = scrn(num_layers=2, bidirectional=True, learn_state=True)
+    with torch.no_grad():
+        for name in ("h_0", "s_0"):
+            getattr(module, name).normal_()
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    y, last = module(x, lengths=lengths)
+    parts = [x[:n, b] for b, n in enumerate(lengths)]
+    nested = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    found, final = module(nested)
+    check((torch.nested.to_padded_tensor(found, 0.0), final), (y.transpose(0, 1), last))
+    leaves = [x, *module.parameters()]
+    once = torch.autograd.grad(found.values().square().sum() + final[0].sum(), leaves)
+    check(once, torch.autograd.grad(y.square().sum() + last[0].sum(), leaves))
+    with pytest.raises(ValueError, match="lengths: not taken with a NestedTensor"):
+        module(nested, lengths=lengths)
+
+
+def test_a_learned_state_of_scrn():
+    module = scrn(num_layers=2, bidirectional=True, learn_state=True)
+    assert list(module.state_dict())[-2:] == ["h_0", "s_0"]
+    assert [tuple(p.shape) for p in (module.h_0, module.s_0)] == [(4, 1, H), (4, 1, C)]
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    plain = scrn(num_layers=2, bidirectional=True)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    check(module(x), plain(x))
+    with torch.no_grad():
+        for name in ("h_0", "s_0"):
+            getattr(module, name).normal_()
+    states = [p.expand(-1, B, -1) for p in (module.h_0, module.s_0)]
+    check(module(x), plain(x, states))
+    check(module(x[:, 0]), plain(x[:, 0], [s[:, 0] for s in states]))
+    packed = pack_padded_sequence(x, [T, T, 3, 2])
+    check(module(packed)[0].data, plain(packed, states)[0].data)
+    check(module(x, [s.zero_() for s in scrn_states(module)]), plain(x))
+    assert all(p.grad is None for p in module.parameters())
+    module(x)[0].sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (module.h_0, module.s_0))
+    module.reset_parameters()
+    assert not module.h_0.any() and not module.s_0.any()
+    one = scrn(learn_state=True)
+    with torch.no_grad():
+        one.s_0.normal_()
+    check(fastseq.streaming(one, batch=B).step(x[0]), one(x[:1])[0][0])
 
 
 def test_forms_of_scrn():
@@ -437,7 +575,8 @@ def test_mistakes_with_scrn():
         ({"context_size": 0}, ValueError, "context_size must be greater than zero"),
         ({"context_size": 2.0}, TypeError, "context_size should be of type int, got: float"),
         ({"context_size": 2, "alpha": 1.0}, ValueError, "alpha should be a number between 0 and 1"),
-        ({"context_size": 2, "zoneout": 0.1}, TypeError, "zoneout"),
+        ({"context_size": 2, "zoneout": (0.1, 0.2, 0.3)}, ValueError, "one for each of h, s"),
+        ({"context_size": 2, "learn_state": 1}, TypeError, "learn_state: expected a bool"),
     ):
         with pytest.raises(error, match=words):
             fastseq.SCRN(I, H, **options)
@@ -449,8 +588,12 @@ def test_mistakes_with_scrn():
     with pytest.raises(RuntimeError, match=r"input.size"):
         module(x[..., :2])
     nested = torch.nested.nested_tensor([x[:, 0], x[:2, 1]], layout=torch.jagged)
-    with pytest.raises(TypeError, match="got a NestedTensor; pass"):
-        scrn(batch_first=True)(nested)
+    with pytest.raises(TypeError, match="got a NestedTensor, which the layers take; pass"):
+        fastseq.scrn(nested, [p for _, p in module.named_parameters()])
+    module.fastseq.zoneout = 0.1
+    for given, error in (({"seed": 0.5}, TypeError), ({"row_ids": [0, 1]}, ValueError)):
+        with pytest.raises(error, match=next(iter(given))):
+            module(x, **given)
 
 
 @pytest.mark.parametrize("learn_alpha", [False, True])

@@ -133,6 +133,15 @@ def test_the_output_adds_to_what_came_in():
     assert residual.shape == nt.shape and torch.isfinite(residual.values()).all()
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "SCRN"])
+def test_the_output_is_padded_as_the_input_is(kind):
+    parts = [torch.randn(n, I) for n in (3, 0, 5, 1)]
+    nt = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    layer = getattr(fastseq, kind)(I, H, **({"context_size": 2} if kind == "SCRN" else {}))
+    assert torch.nested.to_padded_tensor(nt, 0.0).shape[:2] == (4, 5)
+    assert torch.nested.to_padded_tensor(layer(nt)[0], 0.0).shape[:2] == (4, 5)
+
+
 def test_the_gradient_reaches_a_nested_leaf():
     xs = [torch.randn(n, I, dtype=torch.float64) for n in (3, 0, 2)]
     nt = torch.nested.nested_tensor(xs, layout=torch.jagged, requires_grad=True)

@@ -1,8 +1,8 @@
 """The learned initial state of a layer that was made with ``learn_state=True``.
 
-It is a parameter for each state of the cell, ``h_0`` and of an LSTM ``c_0``, which a call without
-``hx`` expands over its batch: h_0 (num_layers * D, 1, proj_size or hidden_size), and each other
-(num_layers * D, 1, hidden_size).
+It is a parameter for each state, ``h_0``, of an LSTM ``c_0`` and of an SCRN ``s_0``, which a call
+without ``hx`` expands over its batch: h_0 (num_layers * D, 1, proj_size or hidden_size), c_0
+(num_layers * D, 1, hidden_size), s_0 (num_layers * D, 1, context_size).
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
 from ..ops.geometry import Geometry
 
 
 def names(module: Any) -> list[str]:
     """The parameters' names, in the order of the cell's states."""
-    return [f"{state}_0" for state in CELLS[module._fastseq_cell].states]
+    return [f"{state}_0" for state in module._fastseq_states]
 
 
 def register(module: Any) -> None:
@@ -27,7 +26,7 @@ def register(module: Any) -> None:
     weight = module.weight_ih_l0
     count = module.num_layers * (2 if module.bidirectional else 1)
     for k, name in enumerate(names(module)):
-        size = module.hidden_size if k else module.proj_size or module.hidden_size
+        size = module._fastseq_size(k)
         state = torch.zeros((count, 1, size), dtype=weight.dtype, device=weight.device)
         module.register_parameter(name, torch.nn.Parameter(state))
 

@@ -100,6 +100,15 @@ class Recurrent(HasOptions, nn.Module):
             learned.register(self)
         super()._fastseq_begin(**given)
 
+    @property
+    def _fastseq_states(self) -> tuple[str, ...]:
+        """The names of the states, in the order of a call's."""
+        return CELLS[self._fastseq_cell].states
+
+    def _fastseq_size(self, k: int) -> int:
+        """Of the k-th state."""
+        return self.hidden_size if k else self.proj_size or self.hidden_size
+
     def reset_parameters(self) -> None:
         """torch.nn's initial values, zeros for a learned state, and what ``init`` says."""
         learned.reset(self, self._fastseq_draw)
@@ -300,7 +309,7 @@ def call_stack(
     elif not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
     elif input.is_nested:
-        _check_nested(module, input, lengths, reset)
+        check_nested(module, input, lengths, reset)
         batched = True
     else:
         rank = input.dim()
@@ -333,7 +342,7 @@ def call_stack(
 
 
 @unrecorded
-def _check_nested(module: Any, input: Any, lengths: Any, reset: Any) -> None:
+def check_nested(module: Any, input: Any, lengths: Any, reset: Any) -> None:
     """Its rows are those of the sequences, one behind the other."""
     for name, value in (("lengths", lengths), ("reset", reset)):
         if value is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +12,23 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import DIFFERENTIABLE, choice
 from ..backends.contract import Backend, Memory, Request
-from ..ops.functional import layer_stack, scrn
+from ..ops import masks
+from ..ops.checks import check_row_ids, check_seed
+from ..ops.functional import layer_stack, scrn_layer
+from ..ops.geometry import Dense, Geometry, Jagged, Packed, beside, values_of
 from ..ops.modes import foreign
 from ..ops.stack import Stack
-from . import counterparts, graph
+from . import counterparts, graph, learned
 from .declared import begin_layer, register, register_layers
-from .options import CellOptions, HasOptions, Init, LayerOptions, Options, initialize, options
-from .recurrent import described
+from .options import CellOptions, HasOptions, Init, LayerOptions, initialize, options
+from .recurrent import check_nested, described
 
 
-class ContextOptions(Options):
-    """The options of an SCRN, which it has as ``layer.fastseq``: of those of a
-    :class:`LayerOptions` the ones that mask nothing."""
+class ContextOptions(LayerOptions):
+    """The options of an SCRN, which it has as ``layer.fastseq``: :class:`LayerOptions`, with
+    ``zoneout`` a number or a pair, of h and of s."""
 
-    memory: Memory = "full"
-    deterministic: bool = False
-
-    checks: ClassVar[dict[str, Any]] = {
-        name: LayerOptions.checks[name] for name in ("backend", "memory", "deterministic", "init")
-    }
+    states = ("h", "s")
 
 
 def _check(context_size: Any, alpha: Any, learn_alpha: Any) -> float:
@@ -53,6 +51,7 @@ class _Context:
     _fastseq_beyond = "torch.nn has no structurally constrained network"
     #: the cell of the hidden units, whose weights fastseq.init sets
     _fastseq_hidden = "rnn_sigmoid"
+    _fastseq_states = ("h", "s")
 
     alpha: float
     learn_alpha: bool
@@ -99,19 +98,17 @@ class _Context:
                 alphas.append(self.alpha)
             ways.append(weights)
         if given["backend"] is None and not torch.compiler.is_compiling():
-            data = x.data if isinstance(x, PackedSequence) else x
-            if foreign((data, *(hx or ()), *[w for way in ways for w in way])):
+            if foreign((values_of(x), *(hx or ()), *[w for way in ways for w in way])):
                 given["backend"] = DIFFERENTIABLE
-        return scrn(x, ways, hx, alpha=alphas, **given)
+        return scrn_layer(x, ways, hx, alphas, h_mask=None, **given)
 
     def _fastseq_stacks(self, x: Any, D: int, **given: Any) -> list[Stack]:
         """What the operations run of the first layer, of weights of its sizes: the context units,
         and the hidden ones. x: time first."""
         like = next(self.parameters())  # type: ignore[attr-defined]
         H, C = self.hidden_size, self.context_size
-        data = x.data if isinstance(x, PackedSequence) else x
-        joined = data.new_zeros(*data.shape[:-1], data.shape[-1] + D * C)
-        both = joined if data is x else x._replace(data=joined)
+        data = values_of(x)
+        both = beside(x, x, data.new_zeros(*data.shape[:-1], D * C))
 
         def zeros(*shape: int) -> Tensor:
             return like.new_zeros(shape).requires_grad_(like.requires_grad)
@@ -121,7 +118,7 @@ class _Context:
         biases = (zeros(H), zeros(H)) if self.bias else ()
         hidden = [(zeros(H, I + D * C), zeros(H, H), *biases)] * D
         rest: tuple[Any, ...] = (None, given["lengths"], given["reset"], None, False)
-        rest += (given["memory"], given["deterministic"], given["backend"])
+        rest += (given["memory"], given["deterministic"], given["backend"], True)
         return [
             layer_stack("leaky_integrator", x, context, *rest),
             layer_stack("rnn_sigmoid", both, hidden, *rest),
@@ -131,6 +128,13 @@ class _Context:
         more = f", context_size={C}"
         more += f", alpha={self.alpha}" if self.alpha != 0.95 else ""
         return shown + more + (", learn_alpha=True" if self.learn_alpha else "")
+
+
+def _geometry(x: Any, reset: Any) -> Geometry:
+    """Of a caller's sequences, time first."""
+    if isinstance(x, PackedSequence):
+        return Packed(x, False, reset, ())
+    return Jagged(x) if x.is_nested else Dense(x, False)
 
 
 def _pair(module: Any, hx: Any) -> Any:
@@ -186,11 +190,11 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
         context_size: the number of context units.
         alpha: how much of a context unit stays in a step, between 0 and 1.
         learn_alpha: True makes alpha a parameter of each context unit, which begins at ``alpha``.
-        backend, memory, deterministic, init: see :class:`fastseq.nn.Recurrent`.
+        backend to learn_state: see :class:`fastseq.nn.Recurrent`. ``recurrent_dropout`` and
+            ``weight_dropout`` mask the product with R; ``zoneout`` may be a pair, of h and of s;
+            ``learn_state`` adds ``h_0`` and ``s_0``.
 
-    A call takes ``hx``, ``lengths`` and ``reset`` as the other layers do. It masks nothing but
-    ``dropout`` between the layers, and it is two recurrences a layer: of leaky integrators, and of
-    sigmoid units over :math:`[x_t, s_t]`.
+    A layer is two recurrences: of leaky integrators, and of sigmoid units over :math:`[x_t, s_t]`.
 
     Parameters, for each layer k and direction: ``weight_ih_l{k}`` (H, I + C), which is
     :math:`[A, P]`, ``weight_hh_l{k}`` (H, H), which is R, ``bias_ih_l{k}`` and ``bias_hh_l{k}``
@@ -218,7 +222,12 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
         backend: Backend = None,
         memory: Memory = "full",
         deterministic: bool = False,
+        recurrent_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
         init: Init = (),
+        learn_state: bool = False,
     ) -> None:
         arguments = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
         begin_layer(self, "SCRN", *arguments)
@@ -227,10 +236,67 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
         kind = {"device": device, "dtype": dtype}
         register_layers(self, self._fastseq_parameters, hidden_size + context_size, kind)
         self.reset_parameters()
-        self._fastseq_begin(backend=backend, memory=memory, deterministic=deterministic, init=init)
+        self._fastseq_begin(
+            backend=backend,
+            memory=memory,
+            deterministic=deterministic,
+            recurrent_dropout=recurrent_dropout,
+            input_dropout=input_dropout,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            init=init,
+            learn_state=learn_state,
+        )
 
     def _fastseq_options(self, **given: Any) -> ContextOptions:
         return ContextOptions(**given)
+
+    def _fastseq_begin(self, **given: Any) -> None:
+        if given["learn_state"]:
+            learned.register(self)
+        super()._fastseq_begin(**given)
+
+    def _fastseq_size(self, k: int) -> int:
+        """Of the k-th state."""
+        return self.context_size if k else self.hidden_size
+
+    def reset_parameters(self) -> None:
+        """The initial values again, zeros for a learned state, and what ``init`` says."""
+        learned.reset(self, self._fastseq_draw)
+        initialize(self)
+
+    def _fastseq_mask(self, layer: int, row_ids: Any, seed: Any) -> Callable[[Stack], None] | None:
+        """What gives the two stacks of a layer their masks; None where nothing is masked. seed: of
+        the call, of which each stack has another, or None outside of training."""
+        rates = options(self).rates
+        if row_ids is None and (rates is None or not (self.training or rates.zoneout)):
+            return None
+
+        def mask(stack: Stack) -> None:
+            B, device = stack.geometry.B, stack.data.device
+            if row_ids is None:
+                ids = torch.arange(B, device=device)
+            else:
+                ids = check_row_ids(row_ids, B).to(device)
+            if rates is None:
+                return
+            hidden = stack.request.cell == self._fastseq_hidden
+            stays = rates.zoneout and rates.zoneout[0 if hidden else 1]
+            own = masks.Rates(zoneout=(stays,) if stays else ())
+            if hidden:
+                dropped = rates.recurrent_dropout, rates.weight_dropout
+                own = own._replace(recurrent_dropout=dropped[0], weight_dropout=dropped[1])
+            stack.request = stack.request._replace(training=self.training)
+            if any(own):
+                masks.apply(stack, own, masks.of_part(seed, 2 * layer + hidden), ids)
+            if seed is not None and (p := rates.input_dropout):
+                D, dtype = stack.request.directions, stack.data.dtype
+                context = D * self.context_size if hidden else 0
+                kept = masks.of_input(seed, layer, ids, stack.width - context, p, dtype)
+                ones = kept.new_ones(kept.shape[0], context)
+                stack.input_masks = [torch.cat([kept, ones], 1) if hidden else kept]
+
+        return mask
 
     @torch.no_grad()
     def _fastseq_stream(self, h: Tensor, s: Tensor, backend: Backend) -> ContextStream | None:
@@ -283,38 +349,45 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
+        row_ids: Tensor | Sequence[int] | None = None,
+        seed: Tensor | int | None = None,
     ) -> Any:
         """Run the layers over a sequence.
 
         Args:
-            input: (T, I), (T, B, I), (B, T, I) with ``batch_first``, or a PackedSequence.
+            input: (T, I), (T, B, I), (B, T, I) with ``batch_first``, a PackedSequence, or a
+                NestedTensor (B, jagged, I), whatever ``batch_first`` says.
             hx: the initial state, a pair (h_0, s_0) of (num_layers * D, B, H) and
-                (num_layers * D, B, C), without B for unbatched input; zeros if None.
-            lengths: (B,) integers or None, as :class:`fastseq.GRU`'s.
+                (num_layers * D, B, C), without B for unbatched input; zeros if None, or what
+                ``learn_state`` learned.
+            lengths, row_ids, seed: as :class:`fastseq.GRU`'s.
             reset: (T, B) bool or None, (B, T) with ``batch_first``, as :class:`fastseq.GRU`'s.
 
         Returns:
             ``output, (h_n, s_n)``.
         """
         if not torch.compiler.is_compiling():
-            given = {"lengths": lengths, "reset": reset}
+            given = {"lengths": lengths, "reset": reset, "row_ids": row_ids, "seed": seed}
             node = graph.leaf(self, SCRN.forward, input, hx, **given)
             if node is not None:
                 return node
         hx = _pair(self, hx)
-        packed = isinstance(input, PackedSequence)
-        if isinstance(input, Tensor) and input.is_nested:
-            raise TypeError(
-                "input: an SCRN takes a dense tensor or a PackedSequence, got a NestedTensor; pass "
-                "torch.nested.to_padded_tensor(input, 0.0) and lengths"
-            )
         x: Any = input
-        turned = self.batch_first and isinstance(input, Tensor) and input.dim() == 3
+        dense = isinstance(input, Tensor) and not input.is_nested
+        if isinstance(input, Tensor) and not dense:
+            check_nested(self, input, lengths, reset)
+        turned = self.batch_first and dense and x.dim() == 3
         if turned:
             x = x.transpose(0, 1)
         if turned and isinstance(reset, Tensor) and reset.dim() == 2:
             reset = reset.transpose(0, 1)
         D, own = 2 if self.bidirectional else 1, options(self)
+        if hx is None and own.learn_state:
+            hx = learned.states(self, _geometry(x, reset))
+        if seed is not None:
+            check_seed(seed)
+        if own.rates is not None:
+            seed = masks.seed_of_call(self.training, seed, values_of(x))
         if hx is not None:
             for k, state in enumerate(hx):
                 if not state.dim() or state.shape[0] != self.num_layers * D:
@@ -327,8 +400,7 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
         for layer in range(self.num_layers):
             first = layer * D
             if layer and self.dropout and self.training:
-                data = torch.dropout(x.data if packed else x, self.dropout, True)
-                x = x._replace(data=data) if packed else data
+                x = beside(x, torch.dropout(values_of(x), self.dropout, True))
             x, final = self._fastseq_call(
                 self._all_weights[first : first + D],
                 x,
@@ -338,6 +410,8 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
                 memory=own.memory,
                 deterministic=own.deterministic,
                 backend=own.backend,
+                nested=True,
+                mask=self._fastseq_mask(layer, row_ids, seed),
             )
             finals.append(final)
         h_n, s_n = (torch.cat(states) for states in zip(*finals, strict=True))
@@ -403,7 +477,8 @@ class SCRNCell(_Context, HasOptions, nn.Module):
                 f"{self._get_name()}: Expected input to be 1D or 2D, got {input.dim()}D instead"
             )
         states = None if hx is None else tuple(state.unsqueeze(0) for state in hx)
-        given = {"lengths": None, "reset": None, "memory": "full", "deterministic": False}
+        given: dict[str, Any] = {"lengths": None, "reset": None}
+        given |= {"memory": "full", "deterministic": False}
         names, backend = [self._fastseq_names], options(self).backend
         _, final = self._fastseq_call(names, input.unsqueeze(0), states, backend=backend, **given)
         h, s = (state.squeeze(0) for state in final)
@@ -422,7 +497,13 @@ def stacks(module: SCRN | SCRNCell, input: Any, lengths: Any, reset: Any) -> lis
     }
     if isinstance(module, SCRNCell):
         return module._fastseq_stacks(input.unsqueeze(0), 1, **given)
-    if module.batch_first and isinstance(input, Tensor) and input.dim() == 3:
+    dense = isinstance(input, Tensor) and not input.is_nested
+    if module.batch_first and dense and input.dim() == 3:
         input = input.transpose(0, 1)
         given["reset"] = None if reset is None else reset.transpose(0, 1)
-    return module._fastseq_stacks(input, 2 if module.bidirectional else 1, **given)
+    found = module._fastseq_stacks(input, 2 if module.bidirectional else 1, **given)
+    seed = torch.zeros((), dtype=torch.int64) if module.training else None  # so that none is drawn
+    if (mask := module._fastseq_mask(0, None, seed)) is not None:
+        for stack in found:
+            mask(stack)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..backends.contract import Backend, Memory, Request
 from ..cells import CELLS, Cell
 from .checks import check_layer, check_lengths, check_mask, check_reset, check_states
-from .geometry import Dense, Geometry, Packed, Padded
+from .geometry import Dense, Geometry, Jagged, Packed, Padded, beside, values_of
 from .run import run
 from .stack import Stack
 
@@ -223,6 +223,7 @@ def scrn(
     alpha: float | Tensor | Sequence[float | Tensor] = 0.95,
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
+    h_mask: Tensor | None = None,
     memory: Memory = "full",
     deterministic: bool = False,
     backend: Backend = None,
@@ -242,6 +243,7 @@ def scrn(
         alpha: how much of s stays in a step: a number between 0 and 1, or a tensor (C,); for two
             directions also a pair of these.
         lengths, reset, memory, deterministic, backend: as :func:`fastseq.gru`.
+        h_mask: (D, B, H) or None; multiplies :math:`h_{t-1}` before its product with R.
 
     Returns:
         ``output, (h_n, s_n)``: the output (T, B, D * (H + C)), in each direction h and then s, or a
@@ -254,6 +256,26 @@ def scrn(
 
     Source: Mikolov et al. 2014, Learning Longer Memory in Recurrent Neural Networks
     """
+    given = (input, weights, hx, alpha, lengths, reset, h_mask, memory, deterministic, backend)
+    return scrn_layer(*given)
+
+
+def scrn_layer(
+    input: Any,
+    weights: Any,
+    hx: Any,
+    alpha: Any,
+    lengths: Any,
+    reset: Any,
+    h_mask: Any,
+    memory: Memory,
+    deterministic: bool,
+    backend: Backend,
+    nested: bool = False,
+    mask: Callable[[Stack], None] | None = None,
+) -> Any:
+    """:func:`scrn`. nested: whether a NestedTensor is taken. mask: gives each of the two stacks its
+    masks, before it runs."""
     if not isinstance(weights, (tuple, list)) or not weights:
         raise TypeError(
             "weights: expected a sequence (w_ih, w_hh[, b_ih, b_hh], w_ic), or a pair of them, got "
@@ -279,8 +301,9 @@ def scrn(
         else:
             stay = torch.full(w_ic.shape[:1], part, dtype=w_ic.dtype, device=w_ic.device)
         context.append((w_ic, stay))
-    shared = (False, memory, deterministic, backend)
-    s, s_n = _layer("leaky_integrator", input, context, s_0, lengths, reset, None, *shared)
+    shared = (False, memory, deterministic, backend, nested)
+    time = (lengths, reset)
+    s, s_n = _layer("leaky_integrator", input, context, s_0, *time, None, *shared, mask=mask)
     C = context[0][0].shape[0]
     hidden = []
     for d, (w_ih, *others, _) in enumerate(ways):
@@ -288,24 +311,10 @@ def scrn(
         I = w_ih.shape[1] - C  # noqa: E741  (the field's letter)
         parts = [w_ih[:, :I], before, w_ih[:, I:], w_ih.new_zeros(w_ih.shape[0], after)]
         hidden.append((torch.cat(parts, 1) if D > 1 else w_ih, *others))
-    x = _beside(input, input, s)
-    h, h_n = _layer("rnn_sigmoid", x, hidden, h_0, lengths, reset, None, *shared)
-    halves = [part for both in zip(_split(h, D), _split(s, D), strict=True) for part in both]
-    return _beside(h, *halves), (h_n, s_n)
-
-
-def _numbers(x: Any) -> Tensor:
-    return x.data if isinstance(x, PackedSequence) else x
-
-
-def _split(x: Any, parts: int) -> tuple[Tensor, ...]:
-    return _numbers(x).chunk(parts, -1)
-
-
-def _beside(like: Any, *parts: Any) -> Any:
-    """The features of the parts side by side, in rows as ``like`` has them."""
-    joined = torch.cat([_numbers(part) for part in parts], -1)
-    return like._replace(data=joined) if isinstance(like, PackedSequence) else joined
+    x = beside(input, input, s)
+    h, h_n = _layer("rnn_sigmoid", x, hidden, h_0, *time, h_mask, *shared, mask=mask)
+    pairs = zip(values_of(h).chunk(D, -1), values_of(s).chunk(D, -1), strict=True)
+    return beside(h, *[part for pair in pairs for part in pair]), (h_n, s_n)
 
 
 def rnn(
@@ -457,8 +466,10 @@ def _kinds(values: Any) -> str:
     return str([type(v).__name__ for v in values] if isinstance(values, (tuple, list)) else values)
 
 
-def _layer(cell: str, *arguments: Any) -> Any:
+def _layer(cell: str, *arguments: Any, mask: Callable[[Stack], None] | None = None) -> Any:
     stack = layer_stack(cell, *arguments)
+    if mask is not None:
+        mask(stack)
     y, finals, along = run(stack)
     state = tuple(finals) if stack.cell.other_states else finals[0]
     return (y, state, along[0]) if stack.request.trajectory else (y, state)
@@ -476,8 +487,10 @@ def layer_stack(
     memory: Memory,
     deterministic: bool,
     backend: Backend,
+    nested: bool = False,
 ) -> Stack:
-    """What the operations run for one layer, with everything that a caller gives checked."""
+    """What the operations run for one layer, with everything that a caller gives checked. nested:
+    whether a NestedTensor is taken."""
     flat, D, biased, projected = layer_weights(cell, weights)
     states = given_states(cell, hx)
     geometry: Geometry
@@ -485,6 +498,8 @@ def layer_stack(
         geometry = Packed(input, False, reset, (h_mask, *states))
     elif not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
+    elif input.is_nested and nested:
+        geometry = Jagged(input)
     elif input.is_nested:
         raise TypeError(
             "input: expected a dense tensor or a PackedSequence, got a NestedTensor, which the "

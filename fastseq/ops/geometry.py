@@ -269,6 +269,7 @@ class Jagged(Geometry):
         rows, offsets = x.values().shape[0], x.offsets()
         traced = torch.compiler.is_compiling()
         self.offsets = offsets
+        self.bounds = _bounds(x)
         offsets = offsets if traced else offsets.cpu()
         sorted_lengths, self.order = torch.sort(offsets.diff(), descending=True, stable=True)
         self.restore = torch.argsort(self.order)
@@ -292,10 +293,43 @@ class Jagged(Geometry):
 
     def output(self, y: Tensor) -> Tensor:
         values = torch.empty_like(y).index_copy(0, _on(y, self.places), y)
-        return torch.nested.nested_tensor_from_jagged(values, self.offsets)
+        return _nested(values, self.offsets, self.bounds)
 
     def final(self, state: Tensor) -> Tensor:
         return state.index_select(1, _on(state, self.restore))
+
+
+def values_of(x: Any) -> Tensor:
+    """Of a caller's sequences, as a plain tensor."""
+    if isinstance(x, PackedSequence):
+        return x.data
+    return x.values() if x.is_nested else x
+
+
+def beside(like: Any, *parts: Any) -> Any:
+    """The features of the parts side by side, in sequences that lie as ``like``'s."""
+    joined = torch.cat([values_of(part) for part in parts], -1)
+    if isinstance(like, PackedSequence):
+        return like._replace(data=joined)
+    if like.is_nested:
+        return _nested(joined, like.offsets(), _bounds(like))
+    return joined
+
+
+def _bounds(x: Any) -> tuple[int | None, int | None]:
+    """The shortest and longest of a NestedTensor where it knows them. Dynamo knows no source of
+    these numbers."""
+    if torch.compiler.is_compiling():
+        return None, None
+    return x._maybe_min_seqlen, x._maybe_max_seqlen
+
+
+def _nested(values: Tensor, offsets: Tensor, bounds: tuple[int | None, int | None]) -> Tensor:
+    """Without its bounds ``to_padded_tensor`` would pad it to as many steps as it has rows."""
+    least, most = bounds
+    return torch.nested.nested_tensor_from_jagged(
+        values, offsets, min_seqlen=least, max_seqlen=most
+    )
 
 
 def _on(tensor: Tensor, index: Tensor) -> Tensor:

@@ -149,15 +149,31 @@ def site(kind: int, layer: int, direction: int = 0) -> int:
     return kind | direction << 3 | layer << 4
 
 
+def seed_of_call(training: bool, seed: Tensor | int | None, like: Tensor) -> Tensor | None:
+    """The seed that is given, or a new one; None outside of training. like: see ``draw_seed``."""
+    if not training:
+        return None
+    if seed is None:
+        return _draw_seed(like)
+    return seed if isinstance(seed, Tensor) else torch.tensor(seed, device="cpu")
+
+
+def of_part(seed: Tensor | None, part: int) -> Tensor | None:
+    """The seed of a part that is a stack of its own, another for each; no caller's small number."""
+    return None if seed is None else seed ^ (part + 1 << 48)
+
+
+def of_input(
+    seed: Tensor, layer: int, ids: Tensor, width: int, p: float, dtype: torch.dtype
+) -> Tensor:
+    """(B, width), of a layer's input."""
+    return _scaled(_keep(seed, [site(INPUT, layer)], ids, None, width, p), p, dtype)[0]
+
+
 def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) -> None:
     """Give a stack its masks. ids: (B,), in the order of the caller's batch."""
     request = stack.request
-    if not request.training:
-        seed = None
-    elif seed is None:
-        seed = _draw_seed(ids)
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, device="cpu")
+    seed = seed_of_call(request.training, seed, ids)
     if rates.zoneout:
         stack.masks = Masks(rates.zoneout, seed, ids)
     if seed is None:
@@ -171,8 +187,7 @@ def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) ->
     if p := rates.input_dropout:
         widths = _input_widths(stack)
         stack.input_masks = [
-            _scaled(_keep(seed, [site(INPUT, layer)], ids, None, width, p), p, dtype)[0]
-            for layer, width in enumerate(widths)
+            of_input(seed, layer, ids, width, p, dtype) for layer, width in enumerate(widths)
         ]
     if p := rates.weight_dropout:
         sites = [site(WEIGHT, *place) for place in every]
