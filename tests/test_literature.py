@@ -587,6 +587,10 @@ def test_mistakes_with_scrn():
         module(x, (x.new_zeros(1, B, H), x.new_zeros(2, B, C)))
     with pytest.raises(RuntimeError, match=r"input.size"):
         module(x[..., :2])
+    with pytest.raises(TypeError, match="input: expected a Tensor or PackedSequence, got list"):
+        module(x.tolist())
+    with pytest.raises(ValueError, match="Expected input to be 2D or 3D, got 4D"):
+        module(x[None])
     nested = torch.nested.nested_tensor([x[:, 0], x[:2, 1]], layout=torch.jagged)
     with pytest.raises(TypeError, match="got a NestedTensor, which the layers take; pass"):
         fastseq.scrn(nested, [p for _, p in module.named_parameters()])

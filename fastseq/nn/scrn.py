@@ -372,6 +372,9 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
             if node is not None:
                 return node
         hx = _pair(self, hx)
+        if not isinstance(input, (Tensor, PackedSequence)):
+            kind = type(input).__name__
+            raise TypeError(f"input: expected a Tensor or PackedSequence, got {kind}")
         x: Any = input
         dense = isinstance(input, Tensor) and not input.is_nested
         if isinstance(input, Tensor) and not dense:
