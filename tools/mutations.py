@@ -449,9 +449,30 @@ MUTATIONS = (
     Mutation(
         "nested: the states are not put back in order",
         GEOMETRY,
-        "_on(state, self.restore))\n\n\ndef _on",
-        "torch.arange(self.B))\n\n\ndef _on",
+        "_on(state, self.restore))\n\n\ndef values_of",
+        "torch.arange(self.B))\n\n\ndef values_of",
         NESTED,
+    ),
+    Mutation(
+        "nested: the output does not know its longest",
+        GEOMETRY,
+        "return x._maybe_min_seqlen, x._maybe_max_seqlen",
+        "return None, None",
+        ("tests/test_nested.py::test_the_output_is_padded_as_the_input_is",),
+    ),
+    Mutation(
+        "SCRN: the parts of a layer draw from one seed",
+        "fastseq/nn/scrn.py",
+        "2 * layer + hidden",
+        "2 * layer",
+        ("tests/test_literature.py::test_no_two_masks_of_scrn_are_the_same",),
+    ),
+    Mutation(
+        "numba: a sum of a unit parameter is one chain",
+        "fastseq/backends/numba_loops.py",
+        "CHAIN, LEVELS = 32, 3",
+        "CHAIN, LEVELS = 1 << 40, 3",
+        ("tests/test_properties.py::test_sums_over_many_rows_of_units",),
     ),
     Mutation(
         "packed: the states are not put back in order",
