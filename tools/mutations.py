@@ -449,8 +449,8 @@ MUTATIONS = (
     Mutation(
         "nested: the states are not put back in order",
         GEOMETRY,
-        "_on(state, self.restore))\n\n\ndef values_of",
-        "torch.arange(self.B))\n\n\ndef values_of",
+        "_on(state, self.restore))\n\n\ndef geometry_of",
+        "torch.arange(self.B))\n\n\ndef geometry_of",
         NESTED,
     ),
     Mutation(

@@ -11,6 +11,10 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
+// The gradient of a unit parameter is a sum over rows, in chains: CHAIN numbers of a level are one of
+// the next.
+constexpr int CHAIN = 32, LEVELS = 3;
+
 template <class T>
 struct BackwardRow {
   const T *dy, *carry, *gates, *h, *h_prev;

@@ -458,8 +458,6 @@ void add_tile(const T* from, int R, int W, index columns, T* const* to, bool add
 
 constexpr int SIX = tallest(WIDEST);  // rows of the left-hand side that are packed together
 constexpr int BAND = 8 * SIX;         // and those that are packed at once: their lines are read once
-constexpr int CHAIN = 32;       // rows of a sum over them that is made number by number
-constexpr int LEVELS = 3;       // of which as many make one of the next level
 constexpr int CHUNK = 2 * PIECE;      // k of a left-hand side that is packed, of a sum over all rows
 constexpr int DEPTH = 8 * PIECE;      // k of a panel that is packed, of a product of rows
 

@@ -14,6 +14,30 @@ import torch
 from torch import Tensor
 
 from ..ops.geometry import Geometry
+from .options import HasOptions, initialize
+
+
+class HasState(HasOptions):
+    """A layer that may have such parameters."""
+
+    @property
+    def _fastseq_states(self) -> tuple[str, ...]:
+        """The names of the states, in the order of a call's."""
+        raise NotImplementedError
+
+    def _fastseq_size(self, k: int) -> int:
+        """Of the k-th state."""
+        raise NotImplementedError
+
+    def _fastseq_begin(self, **given: Any) -> None:
+        if given.get("learn_state"):
+            register(self)
+        super()._fastseq_begin(**given)
+
+    def reset_parameters(self) -> None:
+        """The initial values again, zeros for a learned state, and what ``init`` says."""
+        reset(self, self._fastseq_draw)
+        initialize(self)
 
 
 def names(module: Any) -> list[str]:

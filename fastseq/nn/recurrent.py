@@ -24,12 +24,12 @@ from ..ops.checks import (
     check_steps,
     check_weights,
 )
-from ..ops.geometry import Dense, Geometry, Jagged, Packed, Padded
+from ..ops.geometry import Packed, Padded, geometry_of
 from ..ops.modes import autocasts, foreign, overridden
 from ..ops.run import run
 from ..ops.stack import Stack
 from . import counterparts, flat_weights, graph, learned, short
-from .options import HasOptions, LayerOptions, initialize, of_today, options
+from .options import LayerOptions, of_today, options
 
 
 def described(hx: Any) -> str:
@@ -39,7 +39,7 @@ def described(hx: Any) -> str:
     return f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
 
 
-class Recurrent(HasOptions, nn.Module):
+class Recurrent(learned.HasState, nn.Module):
     """A stack of recurrent layers around the operations.
 
     Subclasses say what their cell is and register parameters named as torch.nn's; everything
@@ -95,24 +95,12 @@ class Recurrent(HasOptions, nn.Module):
     def _fastseq_options(self, **given: Any) -> LayerOptions:
         return LayerOptions(CELLS[self._fastseq_cell], **given)
 
-    def _fastseq_begin(self, **given: Any) -> None:
-        if given.get("learn_state"):
-            learned.register(self)
-        super()._fastseq_begin(**given)
-
     @property
     def _fastseq_states(self) -> tuple[str, ...]:
-        """The names of the states, in the order of a call's."""
         return CELLS[self._fastseq_cell].states
 
     def _fastseq_size(self, k: int) -> int:
-        """Of the k-th state."""
         return self.hidden_size if k else self.proj_size or self.hidden_size
-
-    def reset_parameters(self) -> None:
-        """torch.nn's initial values, zeros for a learned state, and what ``init`` says."""
-        learned.reset(self, self._fastseq_draw)
-        initialize(self)
 
     @property
     def _fastseq_beyond(self) -> str | None:
@@ -301,7 +289,6 @@ def call_stack(
     """What the operations run, with everything that a caller gives checked."""
     if not isinstance(all_states, bool):
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
-    geometry: Geometry
     if isinstance(input, PackedSequence):
         if input.data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
@@ -319,12 +306,7 @@ def call_stack(
             )
         batched = rank == 3
     states = _states(module, hx, batched)
-    if isinstance(input, PackedSequence):
-        geometry = Packed(input, module.batch_first, reset, states)
-    elif input.is_nested:
-        geometry = Jagged(input)
-    else:
-        geometry = Dense(input, module.batch_first)
+    geometry = geometry_of(input, module.batch_first, reset, states)
     if hx is None and options(module).learn_state:
         states = learned.states(module, geometry)
     if weights is None:

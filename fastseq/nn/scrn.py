@@ -15,7 +15,7 @@ from ..backends.contract import Backend, Memory, Request
 from ..ops import masks
 from ..ops.checks import check_row_ids, check_seed
 from ..ops.functional import layer_stack, scrn_layer
-from ..ops.geometry import Dense, Geometry, Jagged, Packed, beside, values_of
+from ..ops.geometry import beside, geometry_of, values_of
 from ..ops.modes import foreign
 from ..ops.stack import Stack
 from . import counterparts, graph, learned
@@ -44,14 +44,13 @@ def _check(context_size: Any, alpha: Any, learn_alpha: Any) -> float:
     return float(alpha)
 
 
-class _Context:
+class _Context(HasOptions):
     """What SCRN and SCRNCell share."""
 
     _fastseq_torch = None
     _fastseq_beyond = "torch.nn has no structurally constrained network"
     #: the cell of the hidden units, whose weights fastseq.init sets
     _fastseq_hidden = "rnn_sigmoid"
-    _fastseq_states = ("h", "s")
 
     alpha: float
     learn_alpha: bool
@@ -130,13 +129,6 @@ class _Context:
         return shown + more + (", learn_alpha=True" if self.learn_alpha else "")
 
 
-def _geometry(x: Any, reset: Any) -> Geometry:
-    """Of a caller's sequences, time first."""
-    if isinstance(x, PackedSequence):
-        return Packed(x, False, reset, ())
-    return Jagged(x) if x.is_nested else Dense(x, False)
-
-
 def _pair(module: Any, hx: Any) -> Any:
     """The state, checked to be a pair of tensors."""
     if hx is None:
@@ -173,7 +165,7 @@ class ContextStream:
         return x if out is None else out.copy_(x)
 
 
-class SCRN(_Context, HasOptions, nn.RNNBase):
+class SCRN(learned.HasState, _Context, nn.RNNBase):
     r"""The structurally constrained recurrent network (Mikolov et al. 2014): hidden units beside
     context units, which forget slowly.
 
@@ -251,19 +243,12 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
     def _fastseq_options(self, **given: Any) -> ContextOptions:
         return ContextOptions(**given)
 
-    def _fastseq_begin(self, **given: Any) -> None:
-        if given["learn_state"]:
-            learned.register(self)
-        super()._fastseq_begin(**given)
+    @property
+    def _fastseq_states(self) -> tuple[str, ...]:
+        return ContextOptions.states
 
     def _fastseq_size(self, k: int) -> int:
-        """Of the k-th state."""
         return self.context_size if k else self.hidden_size
-
-    def reset_parameters(self) -> None:
-        """The initial values again, zeros for a learned state, and what ``init`` says."""
-        learned.reset(self, self._fastseq_draw)
-        initialize(self)
 
     def _fastseq_mask(self, layer: int, row_ids: Any, seed: Any) -> Callable[[Stack], None] | None:
         """What gives the two stacks of a layer their masks; None where nothing is masked. seed: of
@@ -386,7 +371,7 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
             reset = reset.transpose(0, 1)
         D, own = 2 if self.bidirectional else 1, options(self)
         if hx is None and own.learn_state:
-            hx = learned.states(self, _geometry(x, reset))
+            hx = learned.states(self, geometry_of(x, False, reset))
         if seed is not None:
             check_seed(seed)
         if own.rates is not None:
@@ -421,7 +406,7 @@ class SCRN(_Context, HasOptions, nn.RNNBase):
         return x.transpose(0, 1) if turned else x, (h_n, s_n)
 
 
-class SCRNCell(_Context, HasOptions, nn.Module):
+class SCRNCell(_Context, nn.Module):
     """One step of :class:`fastseq.SCRN`.
 
     Arguments: ``input_size``, ``hidden_size``, ``bias``, ``device`` and ``dtype`` as torch.nn's

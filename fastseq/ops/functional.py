@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..backends.contract import Backend, Memory, Request
 from ..cells import CELLS, Cell
 from .checks import check_layer, check_lengths, check_mask, check_reset, check_states
-from .geometry import Dense, Geometry, Jagged, Packed, Padded, beside, values_of
+from .geometry import Packed, Padded, beside, geometry_of, values_of
 from .run import run
 from .stack import Stack
 
@@ -493,22 +493,17 @@ def layer_stack(
     whether a NestedTensor is taken."""
     flat, D, biased, projected = layer_weights(cell, weights)
     states = given_states(cell, hx)
-    geometry: Geometry
-    if isinstance(input, PackedSequence):
-        geometry = Packed(input, False, reset, (h_mask, *states))
-    elif not isinstance(input, Tensor):
+    if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
-    elif input.is_nested and nested:
-        geometry = Jagged(input)
-    elif input.is_nested:
-        raise TypeError(
-            "input: expected a dense tensor or a PackedSequence, got a NestedTensor, which the "
-            "layers take; pass torch.nested.to_padded_tensor(input, 0.0) and lengths"
-        )
-    elif input.dim() not in (2, 3):
-        raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    else:
-        geometry = Dense(input, False)
+    if isinstance(input, Tensor):
+        if input.is_nested and not nested:
+            raise TypeError(
+                "input: expected a dense tensor or a PackedSequence, got a NestedTensor, which the "
+                "layers take; pass torch.nested.to_padded_tensor(input, 0.0) and lengths"
+            )
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{cell}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    geometry = geometry_of(input, False, reset, (h_mask, *states))
     request = Request(
         cell,
         1,

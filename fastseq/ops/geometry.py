@@ -299,6 +299,15 @@ class Jagged(Geometry):
         return state.index_select(1, _on(state, self.restore))
 
 
+def geometry_of(
+    x: Any, batch_first: bool, reset: Any = None, known: Sequence[Tensor | None] = ()
+) -> Geometry:
+    """Of a caller's sequences. reset, known: as :class:`Packed`'s."""
+    if isinstance(x, PackedSequence):
+        return Packed(x, batch_first, reset, known)
+    return Jagged(x) if x.is_nested else Dense(x, batch_first)
+
+
 def values_of(x: Any) -> Tensor:
     """Of a caller's sequences, as a plain tensor."""
     if isinstance(x, PackedSequence):
