@@ -1,0 +1,76 @@
+// What a kernel of csrc/cuda is given: one struct by value, of 64 bits a field, which
+// fastseq/backends/cuda.py packs in this order.
+//
+//   T, B, R, H     steps, sequences, recurrences, hidden units
+//   reverse        bit r % 32: recurrence r runs backward in time
+//   save           whether forward leaves what backward reads: gates, extras
+//   lengths        (B,) of sequences sorted by decreasing length, or 0 where all have T steps
+//   offsets        (T,) the first row of a step, or 0 where it is time * B
+//   gates          (N, R, G, H) Number: the input products with their biases; forward writes the
+//                  saved values over them, backward reads those
+//   extra          (N, R, E, H) Number: further saved values
+//   y              (N, R, H) Number: h at every step
+//   c_all          (N, R, H) float32: the other state at every step, or 0
+//   h_0, c_0       (R, B, H) Number: initial states, or 0 for zeros
+//   h_n            (R, B, H) Number: final state; c_n likewise, float32
+//   w_hh           forward  (R, G_hh, HC, HC) Number: rows of gates, inner units of h_{t-1}
+//                  backward (R, HC, G_hh, HC) Number: rows of h_{t-1}, inner gates
+//                  HC: H as the kernel has it, zeros beyond H
+//   b_hh           (R, G_hh, H) Number, or 0: of gates that take x and s apart
+//   unit           (R, U, H) Number: parameters per hidden unit
+//   reset          (R, N) bytes, or 0: where not 0, the states that enter the row are zeroed
+//   h_mask         (R, B, H) Number, or 0: multiplies h_{t-1} before its product
+//   dy             (N, R, H) Number, or 0: gradient of y;  dc_all likewise of c_all, float32
+//   dh, dc         (R, B, H) float32: of the final states; backward leaves those of the initial ones
+//   dgates         (N, R, G, H) Number: gradients of the input products
+//   dproduct       (N, R, G_hh, H) Number: of the recurrent ones, where they are not the same; else 0
+//   dunit          (tiles, R, U, H) float32: of unit parameters, a sum for each tile of the batch
+#pragma once
+#include <stdint.h>
+
+#define FASTSEQ_ARGUMENTS(X) \
+  X(int64_t, T) \
+  X(int64_t, B) \
+  X(int64_t, R) \
+  X(int64_t, H) \
+  X(int64_t, reverse) \
+  X(int64_t, save) \
+  X(const int64_t*, lengths) \
+  X(const int64_t*, offsets) \
+  X(void*, gates) \
+  X(void*, extra) \
+  X(void*, y) \
+  X(float*, c_all) \
+  X(const void*, h_0) \
+  X(const void*, c_0) \
+  X(void*, h_n) \
+  X(float*, c_n) \
+  X(const void*, w_hh) \
+  X(const void*, b_hh) \
+  X(const void*, unit) \
+  X(const uint8_t*, reset) \
+  X(const void*, h_mask) \
+  X(const void*, dy) \
+  X(const float*, dc_all) \
+  X(float*, dh) \
+  X(float*, dc) \
+  X(void*, dgates) \
+  X(void*, dproduct) \
+  X(float*, dunit)
+
+namespace fastseq {
+
+struct Arguments {
+#define FASTSEQ_FIELD(type, name) type name;
+  FASTSEQ_ARGUMENTS(FASTSEQ_FIELD)
+#undef FASTSEQ_FIELD
+};
+
+static_assert(sizeof(void*) == 8, "pointers of 64 bits");
+
+// Their names in this order, with a blank behind each.
+#define FASTSEQ_NAME(type, name) #name " "
+inline constexpr char ARGUMENT_NAMES[] = FASTSEQ_ARGUMENTS(FASTSEQ_NAME);
+#undef FASTSEQ_NAME
+
+}  // namespace fastseq

@@ -1,0 +1,158 @@
+// The words in which the kernels speak. nvcc gives them their meaning on a GPU, in this file; any
+// other compiler one on the host, in words_host.h, where a thread is a thread, so that sanitizers
+// watch them.
+//
+//   KERNEL(name, threads, ctas) { ... }   a kernel of `const Arguments& a`, and how many CTAs of it
+//                                         shall fit on a multiprocessor
+//   thread(), tile_x(), tile_y(), tile_z()        where it is: in its CTA, and the CTA in the grid
+//   shared()                              the CTA's memory, aligned to 128 bytes
+//   meet()                                a barrier of all threads of the CTA
+//   copy<N>(to, from)                     N = 4, 8, 16 aligned bytes into shared memory, some time
+//   close()                               what was copied since is one group of this thread's
+//   arrived<N>()                          all of this thread's groups but the last N are there; for
+//                                         other threads they are there behind the next meet()
+//   neighbour(v, mask)                    v of the lane that differs in mask (of all lanes at once)
+//   mma(d, a, b0, b1, Type)               d += a b on tensor cores, of all lanes of a warp at once
+//   load<V>(p), store<V>(p, v)            a vector of bytes at an aligned place
+#pragma once
+#include <stdint.h>
+
+#include "arguments.h"
+
+#define FASTSEQ_ISA cuda
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+// Four words of 32 bits, which are loaded and stored as one.
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+
+// Numbers of 16 bits as memory holds them.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq
+
+#ifndef __CUDACC__
+#include "words_host.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define DEVICE __device__ __forceinline__
+#define FASTSEQ_INLINE DEVICE
+#define KERNEL(name, threads, ctas) \
+  extern "C" __global__ void __launch_bounds__(threads, ctas) \
+      name(const __grid_constant__ fastseq::Arguments a)
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+DEVICE int thread() { return threadIdx.x; }
+DEVICE int tile_x() { return blockIdx.x; }
+DEVICE int tile_y() { return blockIdx.y; }
+DEVICE int tile_z() { return blockIdx.z; }
+
+extern __shared__ __align__(128) unsigned char cta_memory[];
+DEVICE unsigned char* shared() { return cta_memory; }
+
+DEVICE void meet() { __syncthreads(); }
+
+template <int N>
+DEVICE void copy(void* to, const void* from) {
+  const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
+  if constexpr (N == 16) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(place), "l"(from), "n"(N)
+                 : "memory");
+  }
+}
+DEVICE void close() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEVICE void arrived() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+DEVICE float neighbour(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+
+#define FASTSEQ_MMA(shape, types) \
+  asm volatile("mma.sync.aligned." shape ".row.col." types \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Bf16) {
+  FASTSEQ_MMA("m16n8k16", "f32.bf16.bf16.f32");
+}
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16) {
+  FASTSEQ_MMA("m16n8k16", "f32.f16.f16.f32");
+}
+// float: of numbers of TF32
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+  FASTSEQ_MMA("m16n8k8", "f32.tf32.tf32.f32");
+}
+#undef FASTSEQ_MMA
+
+template <class V>
+DEVICE V load(const void* p) {
+  return *static_cast<const V*>(p);
+}
+template <class V>
+DEVICE void store(void* p, V v) {
+  *static_cast<V*>(p) = v;
+}
+
+DEVICE float bits_to_float(uint32_t w) { return __uint_as_float(w); }
+DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
+
+DEVICE float widen(float v) { return v; }
+DEVICE float widen(Bf16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
+DEVICE float widen(F16 v) { return __half2float(__ushort_as_half(v.bits)); }
+
+template <class Number>
+DEVICE Number narrow(float v);
+template <>
+DEVICE float narrow<float>(float v) {
+  return v;
+}
+template <>
+DEVICE Bf16 narrow<Bf16>(float v) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+}
+template <>
+DEVICE F16 narrow<F16>(float v) {
+  return {__half_as_ushort(__float2half_rn(v))};
+}
+
+// To the nearest number of TF32, which is a float32 whose last 13 bits are 0.
+DEVICE float round_tf32(float v) {
+  uint32_t w;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(w) : "f"(v));
+  return __uint_as_float(w);
+}
+
+// Of float32: right to 2 ULP. The quick ones are off by 2^-21 of exp(x) and as much a unit of x.
+DEVICE float exact_exp(float x) { return expf(x); }
+DEVICE float quick_exp(float x) { return __expf(x); }
+DEVICE float exact_ratio(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float quick_ratio(float a, float b) { return __fdividef(a, b); }
+DEVICE float exact_tanh(float x) { return tanhf(x); }
+DEVICE float exact_log1p(float x) { return log1pf(x); }
+DEVICE float exact_expm1(float x) { return expm1f(x); }
+DEVICE float exact_sqrt(float x) { return __fsqrt_rn(x); }
+DEVICE float magnitude(float x) { return fabsf(x); }
+DEVICE float with_sign(float x, float of) { return copysignf(x, of); }
+// no contraction: a sum whose error is wanted
+DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq
+#endif
