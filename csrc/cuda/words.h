@@ -20,6 +20,12 @@
 #include "arguments.h"
 
 #define FASTSEQ_ISA cuda
+// Of what the compiler computes itself, wherever it is used.
+#ifdef __CUDACC__
+#define CONSTANT __host__ __device__ constexpr
+#else
+#define CONSTANT constexpr
+#endif
 
 namespace fastseq {
 namespace FASTSEQ_ISA {
@@ -84,7 +90,7 @@ DEVICE void arrived() {
 DEVICE float neighbour(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
 #define FASTSEQ_MMA(shape, types) \
-  asm volatile("mma.sync.aligned." shape ".row.col." types \
+  asm("mma.sync.aligned." shape ".row.col." types \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
