@@ -5,6 +5,7 @@
 //   KERNEL(name, threads, ctas) { ... }   a kernel of `const Arguments& a`, and how many CTAs of it
 //                                         shall fit on a multiprocessor
 //   thread(), tile_x(), tile_y(), tile_z()        where it is: in its CTA, and the CTA in the grid
+//   tiles_z()                             how many CTAs the grid has that way
 //   shared()                              the CTA's memory, aligned to 128 bytes
 //   meet()                                a barrier of all threads of the CTA
 //   copy<N>(to, from)                     N = 4, 8, 16 aligned bytes into shared memory, some time
@@ -65,6 +66,7 @@ DEVICE int thread() { return threadIdx.x; }
 DEVICE int tile_x() { return blockIdx.x; }
 DEVICE int tile_y() { return blockIdx.y; }
 DEVICE int tile_z() { return blockIdx.z; }
+DEVICE int tiles_z() { return gridDim.z; }
 
 extern __shared__ __align__(128) unsigned char cta_memory[];
 DEVICE unsigned char* shared() { return cta_memory; }
