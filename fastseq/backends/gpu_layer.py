@@ -162,7 +162,7 @@ class Layer:
                 x = self.call.x
                 dx = self.padded(torch.empty_like(x, memory_format=torch.contiguous_format))
                 flat = dx.view(self.capacity, x.shape[-1])[: self.N]
-                torch.mm(dgates.view(self.N, -1), self.w_ih(), out=flat)
+                torch.mm(dgates.view(self.N, self.R * self.cell.G * self.H), self.w_ih(), out=flat)
             if wanted.weights:
                 dweights = [
                     Weights(
