@@ -43,6 +43,7 @@ template <class Cell, class Type, int HC>
 DEVICE void backward(const Arguments& a) {
   using T = Tile<Cell, Type, HC>;
   using Number = typename T::Number;
+  constexpr int STAGES = T::stages(true);
   const Seat<T> seat(a);
   unsigned char* const memory = shared();
   unsigned char* const operands = memory + T::WEIGHTS;
@@ -135,25 +136,25 @@ DEVICE void backward(const Arguments& a) {
   int64_t row = row_of(0), next_row = row_of(1);
   {
     int64_t at = row, then = next_row;
-    for (int step = 0; step < T::STAGES - 1; ++step) {
+    for (int step = 0; step < STAGES - 1; ++step) {
       on_its_way(step, step, at, then);
       at = then;
       then = row_of(step + 2);
     }
   }
-  int64_t row_ahead = row_of(T::STAGES - 1), next_ahead = row_of(T::STAGES);
+  int64_t row_ahead = row_of(STAGES - 1), next_ahead = row_of(STAGES);
   bool resets[2] = {};
   if (steps > 0) {
     resets[0] = is_reset(row, time_of(0), 0);
     resets[1] = is_reset(row, time_of(0), 1);
   }
-  arrived<T::STAGES - 2>();
+  arrived<STAGES - 2>();
   meet();
 
-  int slot = 0, last_slot = T::STAGES - 1;
+  int slot = 0, last_slot = STAGES - 1;
   for (int step = 0; step < steps; ++step) {
     const int time = time_of(step);
-    const int64_t row_after = row_of(step + 2), ahead_after = row_of(step + T::STAGES + 1);
+    const int64_t row_after = row_of(step + 2), ahead_after = row_of(step + STAGES + 1);
     bool next_resets[2] = {};
     if (reset && step + 1 < steps) {
       next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
@@ -232,13 +233,13 @@ DEVICE void backward(const Arguments& a) {
         put_operand<T>(operand + T::place(true, column) + (g * HC + local) * T::SIZE,
                        at.dproduct[g]);
     }
-    arrived<T::STAGES - 3>();
+    arrived<STAGES - 3>();
     meet();
     if (time < my_length)
       put<T::SIZE>(static_cast<unsigned char*>(a.dgates) +
                        (((row + my_row) * R + seat.recurrence) * T::G * H + seat.origin) * T::SIZE,
                    stage + my_row * T::row(true), T::G * narrow_bytes, my_part, ROW_LANES);
-    on_its_way(step + T::STAGES - 1, last_slot, row_ahead, next_ahead);
+    on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
     float products[1][4] = {};
     if constexpr (T::MULTIPLIES)
       weights.multiply(products, operand + T::place(true, seat.g) + 16 * seat.q);
@@ -248,7 +249,7 @@ DEVICE void backward(const Arguments& a) {
       dh[e] = resets[e % 2] ? 0.0f : products[0][e] * mask[e] + direct[e];
     }
     last_slot = slot;
-    slot = slot + 1 == T::STAGES ? 0 : slot + 1;
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
     row = next_row;
     next_row = row_after;
     row_ahead = next_ahead;

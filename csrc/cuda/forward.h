@@ -34,6 +34,7 @@ template <class Cell, class Type, int HC>
 DEVICE void forward(const Arguments& a) {
   using T = Tile<Cell, Type, HC>;
   using Number = typename T::Number;
+  constexpr int STAGES = T::stages(false);
   const Seat<T> seat(a);
   unsigned char* const memory = shared();
   unsigned char* const operands = memory + T::WEIGHTS;
@@ -108,20 +109,20 @@ DEVICE void forward(const Arguments& a) {
     return reset && time < lengths[k] && reset[row + seat.column_of(k)] != 0;
   };
 
-  for (int step = 0; step < T::STAGES - 1; ++step) on_its_way(step, step, row_of(step));
-  int64_t row = row_of(0), row_ahead = row_of(T::STAGES - 1);
+  for (int step = 0; step < STAGES - 1; ++step) on_its_way(step, step, row_of(step));
+  int64_t row = row_of(0), row_ahead = row_of(STAGES - 1);
   bool resets[2] = {};
   if (steps > 0) {
     resets[0] = is_reset(row, time_of(0), 0);
     resets[1] = is_reset(row, time_of(0), 1);
   }
-  arrived<T::STAGES - 2>();
+  arrived<STAGES - 2>();
   meet();
 
-  int slot = 0, last_slot = T::STAGES - 1;
+  int slot = 0, last_slot = STAGES - 1;
   for (int step = 0; step < steps; ++step) {
     const int time = time_of(step);
-    const int64_t next_row = row_of(step + 1), next_ahead = row_of(step + T::STAGES);
+    const int64_t next_row = row_of(step + 1), next_ahead = row_of(step + STAGES);
     bool next_resets[2] = {};
     if (reset && step + 1 < steps) {
       next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
@@ -177,14 +178,14 @@ DEVICE void forward(const Arguments& a) {
       }
     }
     if constexpr (T::MULTIPLIES) hand_on(operands + ((step + 1) & 1) * T::operand(false));
-    arrived<T::STAGES - 3>();
+    arrived<STAGES - 3>();
     meet();
     if (Cell::KEEPS_GATES && a.save && time < my_length)
       put<T::SIZE>(gates + (row + my_row) * pitch, stage + my_row * T::row(false), row_bytes,
                    my_part, ROW_LANES);
-    on_its_way(step + T::STAGES - 1, last_slot, row_ahead);
+    on_its_way(step + STAGES - 1, last_slot, row_ahead);
     last_slot = slot;
-    slot = slot + 1 == T::STAGES ? 0 : slot + 1;
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
     row = next_row;
     row_ahead = next_ahead;
     resets[0] = next_resets[0];

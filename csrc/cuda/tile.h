@@ -20,6 +20,8 @@ namespace fastseq {
 namespace FASTSEQ_ISA {
 
 constexpr int EIGHT = 8, UNITS = 16, LANES = 32;
+// Bytes of shared memory that a CTA may have: on the devices that have least of it, and most.
+constexpr int SMALLEST = 99 << 10, LARGEST = 227 << 10;
 
 CONSTANT int least(int a, int b) { return a < b ? a : b; }
 // Bytes of a row that vectors of 16 bytes take up, and 16 more: rows start in banks of their own.
@@ -42,7 +44,9 @@ struct Tile {
   // part; the rest stands in shared memory, as each lane will load it, and is made parts of then.
   static constexpr int PER_GATE = HC * SIZE / 32, FRAGMENTS = G_HH * PER_GATE;
   static constexpr int COPIES = PARTS == 2 ? 2 : 1;
-  static constexpr int HELD = least(FRAGMENTS, (THREADS > 256 ? 96 : 128) / (4 * COPIES));
+  static constexpr int ROOM =
+      THREADS > 384 ? 48 : THREADS > 256 ? 80 : FRAGMENTS * 4 * COPIES > 192 ? 152 : 128;
+  static constexpr int HELD = least(FRAGMENTS, ROOM / (4 * COPIES));
   static constexpr int REST = FRAGMENTS - HELD;
   static constexpr int WEIGHTS = WARPS * REST * LANES * 16;
   static_assert(HELD % 2 == 0, "fragments come in pairs");
@@ -61,8 +65,8 @@ struct Tile {
     return row * pitch(backward) + (row >> 1) * 8 * SIZE;
   }
 
-  // Steps that are on their way at once, and a step's pieces of a row.
-  static constexpr int STAGES = G < 3 ? 8 : HC > 128 ? 4 : 6;
+  // A step's pieces of a row: gates, which backward's gradients are put over; extras, dy, h and the
+  // other state of the step before, and that one's gradient.
   static constexpr int GATES = apart(G * HC * SIZE), EXTRA = E ? apart(E * HC * SIZE) : 0;
   static constexpr int DY = apart(HC * SIZE), OF_H = WALKS_BY_H ? apart(HC * SIZE) : 0;
   static constexpr int OF_C = C ? apart(C * HC * 4) : 0;
@@ -71,11 +75,19 @@ struct Tile {
   static CONSTANT int row(bool backward) { return backward ? AT_DC + OF_C : GATES; }
   static CONSTANT int stage(bool backward) { return EIGHT * row(backward); }
 
-  // Shared memory: weights, two operands, stages.
+  // Shared memory: weights, two operands, stages of the steps that are on their way at once. Eight
+  // of few gates, else six, or four, where every device has that much; else as many as fit.
   static CONSTANT int stages_at(bool backward) { return WEIGHTS + 2 * operand(backward); }
-  static CONSTANT int bytes(bool backward) {
-    return stages_at(backward) + STAGES * stage(backward);
+  static CONSTANT int bytes(bool backward, int stages) {
+    return stages_at(backward) + stages * stage(backward);
   }
+  static CONSTANT int stages(bool backward) {
+    int found = G < 3 ? 8 : 6;
+    while (found > 4 && bytes(backward, found) > SMALLEST) found -= 2;
+    return bytes(backward, found) > LARGEST ? 3 : found;
+  }
+  static CONSTANT int bytes(bool backward) { return bytes(backward, stages(backward)); }
+  static_assert(bytes(false, 3) <= LARGEST && bytes(true, 3) <= LARGEST, "it must fit somewhere");
 };
 
 // A thread's part in a CTA, and which sequences and units are there.

@@ -7,9 +7,10 @@ recurrence and walks all of time, its weights in registers and shared memory
 gate gradients, from which large GEMMs make the gradients of x and of the weights.
 
 Numerics. float16 and bfloat16: y, the states at the ends, saved gates and gate gradients in that
-type; gate arithmetic, sums, and the carried and saved states other than h, in float32. float32 obeys
-``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it: TF32, or three
-products of TF32 parts, right to 2^-22 of each. No atomics: two identical calls agree bit for bit.
+type; gate arithmetic, sums, and the carried and saved states other than h, in float32. float32
+obeys ``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it: TF32,
+or three products of TF32 parts, right to 2^-22 of each. No atomics: two identical calls agree bit
+for bit.
 
 Memory. Training keeps, per row and recurrence, G*H gates (Elman's cells none), each further saved
 value and each state other than h; with ``memory="lean"`` y alone, and backward walks forward again.
@@ -55,6 +56,7 @@ FIELDS = (
 ).split()
 #: The driver that runs what nvcc 13 makes.
 DRIVER = 580
+DEVICES = ("cuda", "meta")
 #: Steps' directions are bits of one number.
 _DIRECTIONS = 32
 _PREVIOUS_THREADS = 256
@@ -82,11 +84,10 @@ def unavailable() -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
-    if problem.device not in ("cuda", "meta"):
+    if problem.device not in DEVICES:
         return f"cuda's kernels run on NVIDIA GPUs, not on {problem.device}"
-    return (
-        declined_anywhere("cuda", problem)
-        or decline(problem, device_at_hand(problem.device), _precision(problem.tf32))
+    return declined_anywhere("cuda", problem) or decline(
+        problem, device_at_hand(problem.device), _precision(problem.tf32)
     )
 
 
@@ -107,8 +108,8 @@ def _device(index: int) -> Device:
         name=p.name,
         multiprocessors=p.multi_processor_count,
         shared_memory=p.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        shared_memory_total=p.shared_memory_per_multiprocessor,  # type: ignore[attr-defined]
-        registers=p.regs_per_multiprocessor,
+        shared_memory_total=p.shared_memory_per_multiprocessor,
+        registers=getattr(p, "regs_per_multiprocessor", 65536),
         clock=getattr(p, "clock_rate", 1_500_000) / 1e6,
         capability=(p.major, p.minor),
         bandwidth=2 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8e6,
@@ -146,9 +147,13 @@ def launch(
         if isinstance(value, Tensor):
             value = value.data_ptr()
         arguments.append(value or 0)
+    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*arguments))
+
+
+def _queue(device: torch.device) -> tuple[int, int]:
+    """A device's number, and torch's current stream there."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = torch.cuda.current_stream(device).cuda_stream
-    _cuda.launch(name, index, stream, grid, threads, shared, _pack(*arguments))
+    return index, torch.cuda.current_stream(index).cuda_stream
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
@@ -324,7 +329,7 @@ def _none(r: int) -> None:
 
 
 def _recurrent_gradient(task: _Task, y: Tensor, dproduct: Tensor) -> Any:
-    """What makes dw_hh of a recurrence: the gradients of its products times what they multiplied."""
+    """What makes dw_hh of a recurrence: its products' gradients times what they multiplied."""
     if not task.cell.recurrent_gates:
         return _none
     h = task.previous_h(y)
