@@ -41,20 +41,20 @@ struct BackwardAt {
 
 template <class Cell, class Type, int HC>
 DEVICE void backward(const Arguments& a) {
-  using T = Tile<Cell, Type, HC>;
+  using T = Tile<Cell, Type, HC, true>;
   using Number = typename T::Number;
-  constexpr int STAGES = T::stages(true);
+  constexpr int STAGES = T::STAGES;
   const Seat<T> seat(a);
   unsigned char* const memory = shared();
   unsigned char* const operands = memory + T::WEIGHTS;
-  unsigned char* const stages = memory + T::stages_at(true);
+  unsigned char* const stages = memory + T::AT_STAGES;
   const int H = int(a.H), R = int(a.R);
 
-  Weights<T, 1> weights;
+  Weights<T> weights;
   if constexpr (T::MULTIPLIES) {
     const auto* w_hh = static_cast<const unsigned char*>(a.w_hh) +
-                       (int64_t(seat.recurrence) * HC + seat.warp * UNITS) * T::inner(true);
-    weights.fill(memory, [&](int) { return w_hh; }, T::inner(true), seat.warp, seat.lane);
+                       (int64_t(seat.recurrence) * HC + seat.warp * UNITS) * T::INNER;
+    weights.fill(memory, [&](int) { return w_hh; }, T::INNER, seat.warp, seat.lane);
   }
 
   // this thread's elements
@@ -105,7 +105,7 @@ DEVICE void backward(const Arguments& a) {
   const auto on_its_way = [&](int step, int slot, int64_t row, int64_t row_before) {
     const int time = time_of(step);
     if (step < steps && time < my_length) {
-      unsigned char* const to = stages + slot * T::stage(true) + my_row * T::row(true);
+      unsigned char* const to = stages + slot * T::STAGE + my_row * T::ROW;
       if constexpr (Cell::KEEPS_GATES)
         fetch<T::SIZE>(to, piece(a.gates, row, T::G, T::SIZE), T::G * narrow_bytes, my_part,
                        ROW_LANES);
@@ -136,6 +136,7 @@ DEVICE void backward(const Arguments& a) {
   int64_t row = row_of(0), next_row = row_of(1);
   {
     int64_t at = row, then = next_row;
+#pragma unroll 1
     for (int step = 0; step < STAGES - 1; ++step) {
       on_its_way(step, step, at, then);
       at = then;
@@ -152,6 +153,7 @@ DEVICE void backward(const Arguments& a) {
   meet();
 
   int slot = 0, last_slot = STAGES - 1;
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     const int time = time_of(step);
     const int64_t row_after = row_of(step + 2), ahead_after = row_of(step + STAGES + 1);
@@ -160,14 +162,14 @@ DEVICE void backward(const Arguments& a) {
       next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
       next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
     }
-    unsigned char* const stage = stages + slot * T::stage(true);
-    unsigned char* const operand = operands + (step & 1) * T::operand(true);
+    unsigned char* const stage = stages + slot * T::STAGE;
+    unsigned char* const operand = operands + (step & 1) * T::OPERAND;
     float direct[4];  // what of dh_{t-1} comes past the product
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int column = seat.column_of(e), local = seat.local_unit(e);
       const bool live = time < lengths[e % 2] && is_unit[e / 2];
-      unsigned char* const mine = stage + column * T::row(true);
+      unsigned char* const mine = stage + column * T::ROW;
       const int gate = seat.width * T::SIZE;
       BackwardAt<T> at;
 #pragma unroll
@@ -230,7 +232,7 @@ DEVICE void backward(const Arguments& a) {
       }
 #pragma unroll
       for (int g = 0; g < T::G_HH; ++g)
-        put_operand<T>(operand + T::place(true, column) + (g * HC + local) * T::SIZE,
+        put_operand<T>(operand + T::place(column) + (g * HC + local) * T::SIZE,
                        at.dproduct[g]);
     }
     arrived<STAGES - 3>();
@@ -238,11 +240,11 @@ DEVICE void backward(const Arguments& a) {
     if (time < my_length)
       put<T::SIZE>(static_cast<unsigned char*>(a.dgates) +
                        (((row + my_row) * R + seat.recurrence) * T::G * H + seat.origin) * T::SIZE,
-                   stage + my_row * T::row(true), T::G * narrow_bytes, my_part, ROW_LANES);
+                   stage + my_row * T::ROW, T::G * narrow_bytes, my_part, ROW_LANES);
     on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
     float products[1][4] = {};
     if constexpr (T::MULTIPLIES)
-      weights.multiply(products, operand + T::place(true, seat.g) + 16 * seat.q);
+      weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (time >= lengths[e % 2]) continue;

@@ -32,16 +32,16 @@ struct ForwardAt {
 
 template <class Cell, class Type, int HC>
 DEVICE void forward(const Arguments& a) {
-  using T = Tile<Cell, Type, HC>;
+  using T = Tile<Cell, Type, HC, false>;
   using Number = typename T::Number;
-  constexpr int STAGES = T::stages(false);
+  constexpr int STAGES = T::STAGES;
   const Seat<T> seat(a);
   unsigned char* const memory = shared();
   unsigned char* const operands = memory + T::WEIGHTS;
-  unsigned char* const stages = memory + T::stages_at(false);
+  unsigned char* const stages = memory + T::AT_STAGES;
   const int H = int(a.H);
 
-  Weights<T, T::MULTIPLIES ? T::G_HH : 1> weights;
+  Weights<T> weights;
   if constexpr (T::MULTIPLIES) {
     const auto* w_hh = static_cast<const unsigned char*>(a.w_hh) +
                        int64_t(seat.recurrence) * T::G_HH * HC * HC * T::SIZE;
@@ -80,7 +80,7 @@ DEVICE void forward(const Arguments& a) {
   const auto hand_on = [&](unsigned char* operand) {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      put_operand<T>(operand + T::place(false, seat.column_of(e)) + seat.local_unit(e) * T::SIZE,
+      put_operand<T>(operand + T::place(seat.column_of(e)) + seat.local_unit(e) * T::SIZE,
                      is_unit[e / 2] ? h[e] * mask[e] : 0.0f);
   };
   if constexpr (T::MULTIPLIES) hand_on(operands);
@@ -97,7 +97,7 @@ DEVICE void forward(const Arguments& a) {
   const auto time_of = [&](int step) { return seat.reverse ? steps - 1 - step : step; };
   const auto on_its_way = [&](int step, int slot, int64_t row) {
     if (step < steps && time_of(step) < my_length)
-      fetch<T::SIZE>(stages + slot * T::stage(false) + my_row * T::row(false),
+      fetch<T::SIZE>(stages + slot * T::STAGE + my_row * T::ROW,
                      gates + (row + my_row) * pitch, row_bytes, my_part, ROW_LANES);
     close();
   };
@@ -109,6 +109,7 @@ DEVICE void forward(const Arguments& a) {
     return reset && time < lengths[k] && reset[row + seat.column_of(k)] != 0;
   };
 
+#pragma unroll 1
   for (int step = 0; step < STAGES - 1; ++step) on_its_way(step, step, row_of(step));
   int64_t row = row_of(0), row_ahead = row_of(STAGES - 1);
   bool resets[2] = {};
@@ -120,6 +121,7 @@ DEVICE void forward(const Arguments& a) {
   meet();
 
   int slot = 0, last_slot = STAGES - 1;
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     const int time = time_of(step);
     const int64_t next_row = row_of(step + 1), next_ahead = row_of(step + STAGES);
@@ -130,15 +132,15 @@ DEVICE void forward(const Arguments& a) {
     }
     float products[T::MULTIPLIES ? T::G_HH : 1][4];
     if constexpr (T::MULTIPLIES)
-      weights.multiply(products, operands + (step & 1) * T::operand(false) +
-                                     T::place(false, seat.g) + 16 * seat.q);
+      weights.multiply(products, operands + (step & 1) * T::OPERAND +
+                                     T::place(seat.g) + 16 * seat.q);
 
-    unsigned char* const stage = stages + slot * T::stage(false);
+    unsigned char* const stage = stages + slot * T::STAGE;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const bool live = time < lengths[e % 2] && is_unit[e / 2];
       unsigned char* const mine =
-          stage + seat.column_of(e) * T::row(false) + seat.local_unit(e) * T::SIZE;
+          stage + seat.column_of(e) * T::ROW + seat.local_unit(e) * T::SIZE;
       const int gate = seat.width * T::SIZE;  // from a gate to the next
       ForwardAt<T> at;
 #pragma unroll
@@ -177,11 +179,11 @@ DEVICE void forward(const Arguments& a) {
                          at.extras[k]);
       }
     }
-    if constexpr (T::MULTIPLIES) hand_on(operands + ((step + 1) & 1) * T::operand(false));
+    if constexpr (T::MULTIPLIES) hand_on(operands + ((step + 1) & 1) * T::OPERAND);
     arrived<STAGES - 3>();
     meet();
     if (Cell::KEEPS_GATES && a.save && time < my_length)
-      put<T::SIZE>(gates + (row + my_row) * pitch, stage + my_row * T::row(false), row_bytes,
+      put<T::SIZE>(gates + (row + my_row) * pitch, stage + my_row * T::ROW, row_bytes,
                    my_part, ROW_LANES);
     on_its_way(step + STAGES - 1, last_slot, row_ahead);
     last_slot = slot;

@@ -28,7 +28,7 @@ CONSTANT int least(int a, int b) { return a < b ? a : b; }
 CONSTANT int apart(int bytes) { return (bytes + 15) / 16 * 16 + 16; }
 
 // Of a kernel. HC: how many hidden units it has room for.
-template <class Cell, class Type, int HC>
+template <class Cell, class Type, int HC, bool BACKWARD>
 struct Tile {
   using Number = typename Type::Number;
   using Value = Real<Type::QUICK>;
@@ -44,26 +44,20 @@ struct Tile {
   // part; the rest stands in shared memory, as each lane will load it, and is made parts of then.
   static constexpr int PER_GATE = HC * SIZE / 32, FRAGMENTS = G_HH * PER_GATE;
   static constexpr int COPIES = PARTS == 2 ? 2 : 1;
-  static constexpr int ROOM =
-      THREADS > 384 ? 48 : THREADS > 256 ? 80 : FRAGMENTS * 4 * COPIES > 192 ? 152 : 128;
-  static constexpr int HELD = least(FRAGMENTS, ROOM / (4 * COPIES));
+  static constexpr int ROOM = THREADS > 384 ? 48 : THREADS > 256 ? 64 : 128;
+  // Whole pairs of each row tile, of which forward has one a gate.
+  static constexpr int TILES = BACKWARD || !MULTIPLIES ? 1 : G_HH, EACH = 2 * TILES;
+  static constexpr int HELD = least(FRAGMENTS, ROOM / (4 * COPIES) / EACH * EACH);
   static constexpr int REST = FRAGMENTS - HELD;
   static constexpr int WEIGHTS = WARPS * REST * LANES * 16;
-  static_assert(HELD % 2 == 0, "fragments come in pairs");
 
   // An operand: EIGHT rows of the inner length. Rows 2 k and 2 k + 1 start half the banks apart, so
   // that vector loads of two rows meet in none; pairs are shifted against each other by the eight
   // numbers that a warp stores in each.
-  static CONSTANT int inner(bool backward) { return (backward ? G_HH : 1) * HC * SIZE; }
-  static CONSTANT int pitch(bool backward) {
-    return inner(backward) % 128 ? inner(backward) : inner(backward) + 64;
-  }
-  static CONSTANT int operand(bool backward) {
-    return MULTIPLIES ? EIGHT * pitch(backward) + 4 * 8 * SIZE : 0;
-  }
-  static CONSTANT int place(bool backward, int row) {
-    return row * pitch(backward) + (row >> 1) * 8 * SIZE;
-  }
+  static constexpr int INNER = (BACKWARD ? G_HH : 1) * HC * SIZE;
+  static constexpr int PITCH = INNER % 128 ? INNER : INNER + 64, SHIFT = 8 * SIZE;
+  static constexpr int OPERAND = MULTIPLIES ? EIGHT * PITCH + 4 * SHIFT : 0;
+  static CONSTANT int place(int row) { return row * PITCH + (row >> 1) * SHIFT; }
 
   // A step's pieces of a row: gates, which backward's gradients are put over; extras, dy, h and the
   // other state of the step before, and that one's gradient.
@@ -72,22 +66,18 @@ struct Tile {
   static constexpr int OF_C = C ? apart(C * HC * 4) : 0;
   static constexpr int AT_EXTRA = GATES, AT_DY = AT_EXTRA + EXTRA, AT_H = AT_DY + DY;
   static constexpr int AT_C = AT_H + OF_H, AT_DC = AT_C + OF_C;
-  static CONSTANT int row(bool backward) { return backward ? AT_DC + OF_C : GATES; }
-  static CONSTANT int stage(bool backward) { return EIGHT * row(backward); }
+  static constexpr int ROW = BACKWARD ? AT_DC + OF_C : GATES, STAGE = EIGHT * ROW;
 
   // Shared memory: weights, two operands, stages of the steps that are on their way at once. Eight
   // of few gates, else six, or four, where every device has that much; else as many as fit.
-  static CONSTANT int stages_at(bool backward) { return WEIGHTS + 2 * operand(backward); }
-  static CONSTANT int bytes(bool backward, int stages) {
-    return stages_at(backward) + stages * stage(backward);
-  }
-  static CONSTANT int stages(bool backward) {
+  static constexpr int AT_STAGES = WEIGHTS + 2 * OPERAND;
+  static CONSTANT int stages() {
     int found = G < 3 ? 8 : 6;
-    while (found > 4 && bytes(backward, found) > SMALLEST) found -= 2;
-    return bytes(backward, found) > LARGEST ? 3 : found;
+    while (found > 4 && AT_STAGES + found * STAGE > SMALLEST) found -= 2;
+    return AT_STAGES + found * STAGE > LARGEST ? 3 : found;
   }
-  static CONSTANT int bytes(bool backward) { return bytes(backward, stages(backward)); }
-  static_assert(bytes(false, 3) <= LARGEST && bytes(true, 3) <= LARGEST, "it must fit somewhere");
+  static constexpr int STAGES = stages(), BYTES = AT_STAGES + STAGES * STAGE;
+  static_assert(BYTES <= LARGEST, "it must fit somewhere");
 };
 
 // A thread's part in a CTA, and which sequences and units are there.
@@ -117,7 +107,6 @@ struct Seat {
     return (a.offsets ? a.offsets[time] : int64_t(time) * a.B) + first;
   }
   // Elements: two units by two sequences.
-  DEVICE static int column(int e) { return 0; }
   DEVICE int unit_of(int e) const { return unit + 8 * (e / 2); }
   DEVICE int local_unit(int e) const { return unit_of(e) - origin; }
   DEVICE int column_of(int e) const { return 2 * q + e % 2; }
@@ -142,10 +131,13 @@ DEVICE void put_at(void* base, int64_t place, float v) {
 template <int SIZE>
 DEVICE void fetch(unsigned char* to, const unsigned char* from, int bytes, int one, int lanes) {
   if (bytes % 16 == 0) {
+#pragma unroll 2
     for (int k = one * 16; k < bytes; k += lanes * 16) copy<16>(to + k, from + k);
   } else if (bytes % 4 == 0) {
+#pragma unroll 1
     for (int k = one * 4; k < bytes; k += lanes * 4) copy<4>(to + k, from + k);
   } else {
+#pragma unroll 1
     for (int k = one * SIZE; k < bytes; k += lanes * SIZE)
       store<uint16_t>(to + k, load<uint16_t>(from + k));
   }
@@ -154,10 +146,13 @@ DEVICE void fetch(unsigned char* to, const unsigned char* from, int bytes, int o
 template <int SIZE>
 DEVICE void put(unsigned char* to, const unsigned char* from, int bytes, int one, int lanes) {
   if (bytes % 16 == 0) {
+#pragma unroll 2
     for (int k = one * 16; k < bytes; k += lanes * 16) store(to + k, load<Words4>(from + k));
   } else if (bytes % 4 == 0) {
+#pragma unroll 1
     for (int k = one * 4; k < bytes; k += lanes * 4) store(to + k, load<uint32_t>(from + k));
   } else {
+#pragma unroll 1
     for (int k = one * SIZE; k < bytes; k += lanes * SIZE)
       store(to + k, load<uint16_t>(from + k));
   }
@@ -169,91 +164,93 @@ DEVICE uint32_t low(uint32_t w, uint32_t high) {
   return float_to_bits(round_tf32(bits_to_float(w) - bits_to_float(high)));
 }
 
-// The weights of a warp: FRAGMENTS of ROWS tiles of UNITS rows, each with FRAGMENTS / ROWS of the
-// inner length, and what they multiply. The fragments of a row tile follow one another.
-template <class T, int ROWS>
+// The weights of a warp, TILES row tiles of UNITS rows, and what they multiply. Of each tile the
+// first fragments of the inner length are held, the rest stands in shared memory, in the order in
+// which it is read.
+template <class T>
 struct Weights {
-  static constexpr int DEEP = T::FRAGMENTS / ROWS;
+  static constexpr int TILES = T::TILES, DEEP = T::FRAGMENTS / TILES, HELD = T::HELD / TILES;
   // Chains of additions that stand side by side: mma's latency is that of eight of them.
-  static constexpr int CHAINS = ROWS >= 3 ? 1 : ROWS == 2 ? 2 : least(4, DEEP);
-  uint32_t held[T::HELD][4];
-  uint32_t held_low[T::PARTS == 2 ? T::HELD : 1][4];
-  const unsigned char* rest;
+  static constexpr int CHAINS = TILES >= 3 ? 1 : TILES == 2 ? 2 : least(4, DEEP);
+  static constexpr bool PARTS = T::PARTS == 2;
+  using Number = typename T::Number;
+  uint32_t held[TILES][HELD][4], held_low[TILES][PARTS ? HELD : 1][4];
+  unsigned char* rest;  // this lane's
 
-  // rows: of row tile m, the first of the warp's; row_bytes: from a row to the next.
+  DEVICE unsigned char* resting(int tile, int at) const {
+    return rest + ((at - HELD) * TILES + tile) * LANES * 16;
+  }
+
+  // row: of tile m, the warp's first; pitch: bytes from a row to the next.
   template <class RowOf>
-  DEVICE void fill(unsigned char* room, const RowOf& row, int row_bytes, int warp, int lane) {
+  DEVICE void fill(unsigned char* room, const RowOf& row, int pitch, int warp, int lane) {
     const int g = lane / 4, q = lane % 4;
-    unsigned char* mine = room + (warp * T::REST * LANES + lane) * 16;
-    rest = mine;
+    rest = room + (warp * T::REST * LANES + lane) * 16;
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m) {
-      const unsigned char* top = row(m) + int64_t(g) * row_bytes + 16 * q;
+    for (int m = 0; m < TILES; ++m) {
+      const unsigned char* top = row(m) + int64_t(g) * pitch + 16 * q;
 #pragma unroll
       for (int pair = 0; pair < DEEP / 2; ++pair) {
         const Words4 upper = load<Words4>(top + 64 * pair);
-        const Words4 lower = load<Words4>(top + int64_t(8) * row_bytes + 64 * pair);
+        const Words4 lower = load<Words4>(top + int64_t(8) * pitch + 64 * pair);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int f = m * DEEP + 2 * pair + k;
-          const uint32_t w[4] = {upper.w[2 * k], lower.w[2 * k], upper.w[2 * k + 1],
-                                 lower.w[2 * k + 1]};
-          const int place = f < T::HELD ? f : 0;
-          Words4 kept;
+          const int at = 2 * pair + k;
+          Words4 w = {{upper.w[2 * k], lower.w[2 * k], upper.w[2 * k + 1], lower.w[2 * k + 1]}};
+          if (at < HELD) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const uint32_t rounded = T::PARTS ? high(w[j]) : w[j];
-            kept.w[j] = T::PARTS == 2 ? w[j] : rounded;
-            if (f < T::HELD) {
-              held[place][j] = rounded;
-              if constexpr (T::PARTS == 2) held_low[place][j] = low(w[j], rounded);
+            for (int j = 0; j < 4; ++j) {
+              held[m][at < HELD ? at : 0][j] = T::PARTS ? high(w.w[j]) : w.w[j];
+              if constexpr (PARTS)
+                held_low[m][at < HELD ? at : 0][j] = low(w.w[j], high(w.w[j]));
             }
+          } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+              if (T::PARTS == 1) w.w[j] = high(w.w[j]);
+            store(resting(m, at), w);
           }
-          if (f >= T::HELD) store(mine + (f - T::HELD) * LANES * 16, kept);
         }
       }
     }
   }
 
-  // sums[m]: of row tile m. operand: this thread's row and lane of it.
-  DEVICE void multiply(float (&sums)[ROWS][4], const unsigned char* operand) const {
-    using Number = typename T::Number;
-    float chain[ROWS][CHAINS][4] = {};
+  // sums[m]: of tile m. operand: this thread's row and lane of it.
+  DEVICE void multiply(float (&sums)[TILES][4], const unsigned char* operand) const {
+    float chain[TILES][CHAINS][4] = {};
 #pragma unroll
-    for (int pair = 0; pair < DEEP / 2; ++pair) {
+    for (int pair = 0; pair < HELD / 2; ++pair) {
       const Words4 b = load<Words4>(operand + 64 * pair);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int at = 2 * pair + k;
-        const uint32_t b0 = b.w[2 * k], b1 = b.w[2 * k + 1];
 #pragma unroll
-        for (int m = 0; m < ROWS; ++m) {
-          const int f = m * DEEP + at;
-          float(&d)[4] = chain[m][at % CHAINS];
-          const int place = f < T::HELD ? f : 0;
-          Words4 v = {};
-          if (f >= T::HELD) v = load<Words4>(rest + (f - T::HELD) * LANES * 16);
-          if constexpr (T::PARTS == 2) {
-            uint32_t big[4], small[4];
+        for (int m = 0; m < TILES; ++m)
+          add(chain[m][at % CHAINS], held[m][at], held_low[m][PARTS ? at : 0], b.w[2 * k],
+              b.w[2 * k + 1]);
+      }
+    }
+#pragma unroll 2
+    for (int pair = HELD / 2; pair < DEEP / 2; ++pair) {
+      const Words4 b = load<Words4>(operand + 64 * pair);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int m = 0; m < TILES; ++m) {
+          Words4 w = load<Words4>(resting(m, 2 * pair + k)), small = w;
+          if constexpr (PARTS) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              big[j] = f < T::HELD ? held[place][j] : high(v.w[j]);
-              small[j] = f < T::HELD ? held_low[place][j] : low(v.w[j], big[j]);
+              w.w[j] = high(small.w[j]);
+              small.w[j] = low(small.w[j], w.w[j]);
             }
-            const uint32_t h0 = high(b0), h1 = high(b1);
-            mma(d, small, h0, h1, Number());
-            mma(d, big, low(b0, h0), low(b1, h1), Number());
-            mma(d, big, h0, h1, Number());
-          } else if (f < T::HELD) {
-            mma(d, held[place], b0, b1, Number());
-          } else {
-            mma(d, v.w, b0, b1, Number());
           }
+          add(chain[m][k % CHAINS], w.w, small.w, b.w[2 * k], b.w[2 * k + 1]);
         }
       }
     }
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m)
+    for (int m = 0; m < TILES; ++m)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float s = chain[m][0][j];
@@ -261,6 +258,19 @@ struct Weights {
         for (int c = 1; c < CHAINS; ++c) s += chain[m][c][j];
         sums[m][j] = s;
       }
+  }
+
+  // One fragment's products; of two parts the small ones first.
+  DEVICE static void add(float (&d)[4], const uint32_t (&w)[4], const uint32_t (&small)[4],
+                         uint32_t b0, uint32_t b1) {
+    if constexpr (PARTS) {
+      const uint32_t h0 = high(b0), h1 = high(b1);
+      mma(d, small, h0, h1, Number());
+      mma(d, w, low(b0, h0), low(b1, h1), Number());
+      mma(d, w, h0, h1, Number());
+    } else {
+      mma(d, w, b0, b1, Number());
+    }
   }
 };
 

@@ -86,9 +86,9 @@ LAPTOP = Device(
 LEAST_SHARED_MEMORY, MOST_SHARED_MEMORY = LAPTOP.shared_memory, H100.shared_memory
 
 
-def weight_registers(threads: int, all: int) -> int:
-    """How many registers of a thread may hold weights, where all of them would take ``all``."""
-    return 48 if threads > 384 else 80 if threads > 256 else 152 if all > 192 else 128
+def weight_registers(threads: int) -> int:
+    """How many registers of a thread may hold weights: as many as leave the compiler enough."""
+    return 48 if threads > 384 else 64 if threads > 256 else 128
 
 
 def fragments(cell: Cell, type: str, HC: int) -> int:
@@ -178,8 +178,9 @@ class Kernel:
     @cached_property
     def held(self) -> int:
         """The fragments of a warp that stay in registers; the others stand in shared memory."""
-        each = 4 * PARTS[self.type]
-        return min(self.fragments, weight_registers(self.threads, self.fragments * each) // each)
+        room = weight_registers(self.threads) // (4 * PARTS[self.type])
+        pairs = 2 * (self.definition.G_hh if self.way == "forward" else 1)  # of each row tile
+        return min(self.fragments, room // max(pairs, 1) * pairs)
 
     @property
     def rest(self) -> int:
@@ -231,17 +232,22 @@ POINTWISE_CELLS = ("indrnn", "indrnn_tanh", "leaky_integrator")
 CLASSES: dict[Type, tuple[int, ...]] = {
     "bfloat16": (32, 64, 128),
     "float16": (32, 64, 128),
-    "tf32": (32, 64, 128),
+    "tf32": (32, 64),
     "float32": (32, 64),
 }
-WIDER = {"gru": (192,), "rnn_tanh": (256,)}
+#: With part of the weights in shared memory. An LSTM of more would spill, or find no room.
+WIDER: dict[tuple[str, str], tuple[int, ...]] = {
+    **{(cell, "tf32"): (128,) for cell in ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "gru")},
+    **{("gru", type): (192,) for type in ("bfloat16", "float16")},
+    **{("rnn_tanh", type): (256,) for type in ("bfloat16", "float16")},
+}
 
 
 def _all() -> list[Kernel]:
     sizes: list[tuple[str, Type, int]] = []
     for cell in PRODUCT_CELLS:
         for type, classes in CLASSES.items():
-            wider = WIDER.get(cell, ()) if ITEMSIZE[type] == 2 else ()
+            wider = WIDER.get((cell, type), ())
             sizes += [(cell, type, HC) for HC in (*classes, *wider)]
     for cell in POINTWISE_CELLS:
         sizes += [(cell, type, POINTWISE_UNITS) for type in CLASSES if type != "tf32"]
