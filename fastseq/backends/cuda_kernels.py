@@ -103,13 +103,13 @@ LAPTOP = Device(
     ctas=24,
     mma_clocks=8.0,
 )
-#: The shared memory of a CTA that a kernel may take at most, on the device that has most of it.
-MOST_SHARED_MEMORY = H100.shared_memory
+#: The shared memory of a CTA on the devices that have least and most of it.
+LEAST_SHARED_MEMORY, MOST_SHARED_MEMORY = LAPTOP.shared_memory, H100.shared_memory
 
 
-def weight_registers(threads: int) -> int:
-    """How many registers of a thread may hold weights."""
-    return 128 if threads <= 256 else 96 if threads <= 384 else 64
+def weight_registers(threads: int, all: int) -> int:
+    """How many registers of a thread may hold weights, where all of them would take ``all``."""
+    return 48 if threads > 384 else 80 if threads > 256 else 152 if all > 192 else 128
 
 
 def fragments(cell: Cell, type: str, HC: int) -> int:
@@ -123,29 +123,35 @@ def forward_shared(cell: Cell, type: str, HC: int, rest: int, stages: int) -> in
     rest: fragments of a warp that stand there; stages: steps of the ring of input products.
     """
     itemsize = ITEMSIZE[type]
-    weights = rest * PARTS[type] * FRAGMENT * (HC // UNITS)
-    operands = 2 * ROWS * (HC * itemsize + _OPERAND_PAD) if cell.recurrent_gates else 0
+    weights = rest * FRAGMENT * (HC // UNITS)
+    operands = 2 * operand(HC * itemsize, itemsize) if cell.recurrent_gates else 0
     ring = stages * ROWS * (cell.G * HC * itemsize + _ROW_PAD)
     return weights + operands + ring
+
+
+def operand(inner: int, itemsize: int) -> int:
+    """Bytes of what a product multiplies, 8 rows of the inner length: pairs of rows start half the
+    banks apart, and are shifted by the eight numbers of them that a warp stores."""
+    pitch = inner if inner % 128 else inner + _OPERAND_PAD
+    return ROWS * pitch + ROWS // 2 * 8 * itemsize
 
 
 def backward_shared(cell: Cell, type: str, HC: int, rest: int, stages: int) -> int:
     """Bytes of shared memory that a CTA of the backward kernel takes."""
     itemsize = ITEMSIZE[type]
-    weights = rest * PARTS[type] * FRAGMENT * (HC // UNITS)
+    weights = rest * FRAGMENT * (HC // UNITS)
     inner = cell.G_hh * HC * itemsize
-    operands = 2 * ROWS * (inner + _OPERAND_PAD) if cell.recurrent_gates else 0
+    operands = 2 * operand(inner, itemsize) if cell.recurrent_gates else 0
     ring = stages * ROWS * sum(width + _ROW_PAD for width in backward_row(cell, itemsize, HC))
     return weights + operands + ring
 
 
 def backward_row(cell: Cell, itemsize: int, HC: int) -> list[int]:
-    """Bytes of each piece that backward reads of a row: gates, extras, dy, h, the other states and
-    the gradients of their trajectory."""
-    keeps_gates = cell.keeps_gates(False)
+    """Bytes of each piece of a row: the gates, where their gradients are put; extras, dy, h, the
+    other states and the gradients of their trajectory."""
     others = len(cell.other_states)
     pieces = [
-        cell.G * HC * itemsize * keeps_gates,
+        cell.G * HC * itemsize,
         len(cell.extras) * HC * itemsize,
         HC * itemsize,
         HC * itemsize * reads_y(cell),
@@ -193,7 +199,8 @@ class Kernel:
     @cached_property
     def held(self) -> int:
         """The fragments of a warp that stay in registers; the others stand in shared memory."""
-        return min(self.fragments, weight_registers(self.threads) // (4 * PARTS[self.type]))
+        each = 4 * PARTS[self.type]
+        return min(self.fragments, weight_registers(self.threads, self.fragments * each) // each)
 
     @property
     def rest(self) -> int:
@@ -207,12 +214,12 @@ class Kernel:
 
     @cached_property
     def stages(self) -> int:
-        """Steps in the ring of what is read ahead: half as many where no device would have the
-        shared memory."""
-        found = 4 if self.definition.G >= 3 else 8
-        while found > 2 and self._shared(found) > MOST_SHARED_MEMORY:
-            found //= 2
-        return found
+        """Steps in the ring of what is read ahead: eight of few gates, else six or four, where
+        every device has that much shared memory; else as many as fit."""
+        found = 8 if self.definition.G < 3 else 6
+        while found > 4 and self._shared(found) > LEAST_SHARED_MEMORY:
+            found -= 2
+        return 3 if self._shared(found) > MOST_SHARED_MEMORY else found
 
     @cached_property
     def shared(self) -> int:
@@ -248,7 +255,7 @@ CLASSES: dict[Type, tuple[int, ...]] = {
     "tf32": (32, 64, 128),
     "float32": (32, 64),
 }
-WIDER = {"lstm": (192,), "gru": (192,), "rnn_tanh": (256,)}
+WIDER = {"gru": (192,), "rnn_tanh": (256,)}
 
 
 def _all() -> list[Kernel]:
