@@ -20,8 +20,8 @@ csrc/cuda has the same byte counts in C++; a test compares them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 from ..cells import CELLS, Cell
 
@@ -72,12 +72,33 @@ class Device:
     mma_clocks: float = 2.0
 
 
-H100 = Device("NVIDIA H100", 132, 227 << 10, 228 << 10, 65536, 1.98, (9, 0), 3350)
+def device_of(properties: Any) -> Device:
+    """From what torch.cuda.get_device_properties gives."""
+    capability = (properties.major, properties.minor)
+    # NVIDIA's CUDA programming guide, technical specifications by compute capability
+    ctas = {(8, 0): 32, (8, 9): 24, (9, 0): 32, (10, 0): 32, (10, 3): 32, (12, 0): 24}
+    data_centre = capability in ((8, 0), (9, 0)) or capability[0] == 10
+    return Device(
+        name=properties.name,
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=properties.shared_memory_per_block_optin,
+        shared_memory_total=properties.shared_memory_per_multiprocessor,
+        registers=properties.regs_per_multiprocessor,
+        clock=properties.clock_rate / 1e6,  # kHz
+        capability=capability,
+        bandwidth=2 * properties.memory_clock_rate * properties.memory_bus_width / 8e6,
+        threads=properties.max_threads_per_multi_processor,
+        ctas=ctas.get(capability, 16),
+        # GeForce's tensor cores sum in float32 at half of their rate
+        mma_clocks=2.0 if data_centre else 8.0 if "GeForce" in properties.name else 4.0,
+    )
+
+
+H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 << 10, 228 << 10, 65536, 1.98, (9, 0), 3350)
 H200 = Device("NVIDIA H200", 132, 227 << 10, 228 << 10, 65536, 1.98, (9, 0), 4800)
-A100 = Device("NVIDIA A100", 108, 163 << 10, 164 << 10, 65536, 1.41, (8, 0), 2039)
-#: GeForce's tensor cores sum in float32 at half of their rate.
+A100 = Device("NVIDIA A100-SXM4-80GB", 108, 163 << 10, 164 << 10, 65536, 1.41, (8, 0), 2039)
 LAPTOP = Device(
-    *("NVIDIA RTX 4060 Laptop", 24, 99 << 10, 100 << 10, 65536, 2.37, (8, 9), 256),
+    *("NVIDIA GeForce RTX 4060 Laptop GPU", 24, 99 << 10, 100 << 10, 65536, 2.37, (8, 9), 256),
     threads=1536,
     ctas=24,
     mma_clocks=8.0,
@@ -258,6 +279,7 @@ def _all() -> list[Kernel]:
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
 
 
-def classes(cell: str, type: str) -> list[int]:
+@lru_cache(maxsize=256)
+def classes(cell: str, type: str) -> tuple[int, ...]:
     """The classes of H that are built, in increasing order."""
-    return sorted({k.HC for k in KERNELS.values() if (k.cell, k.type) == (cell, type)})
+    return tuple(sorted({k.HC for k in KERNELS.values() if (k.cell, k.type) == (cell, type)}))

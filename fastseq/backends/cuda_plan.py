@@ -13,8 +13,9 @@ Of the regimes in which a layer can run one is built:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -41,6 +42,7 @@ from .cuda_kernels import (
     Way,
     backward_shared,
     classes,
+    device_of,
     forward_shared,
     reads_y,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "binary",
     "classes",
     "decline",
+    "device_of",
     "forward_shared",
     "largest",
     "plan",
@@ -141,15 +144,46 @@ class Plan:
     forward: Walk
     backward: Walk | None
 
-    def bytes_read(self, walk: Walk) -> int | None:
-        """Of the GPU's memory, in a step of all sequences."""
-        return None if self.B is None else walk.row_read * self.B * self.R
+    def __str__(self) -> str:
+        """What :func:`fastseq.explain` prints."""
+        return "\n".join(_lines(self))
 
-    def bytes_written(self, walk: Walk) -> int | None:
-        return None if self.B is None else walk.row_written * self.B * self.R
 
-    def flops(self, walk: Walk) -> int | None:
-        return None if self.B is None else walk.row_flops * self.B * self.R
+def _lines(plan: Plan) -> Iterator[str]:
+    yield (
+        f"regime {plan.regime}: one CTA owns {ROWS} sequences for all of time; H={plan.H} in CTAs "
+        f"of {plan.HC}, {plan.type}, {plan.binary} on {plan.device.name}"
+    )
+    for walk in (plan.forward, plan.backward):
+        if walk is not None:
+            yield from _walk_lines(plan, walk)
+
+
+def _walk_lines(plan: Plan, walk: Walk) -> Iterator[str]:
+    kernel, cost = walk.kernel, walk.cost
+    wide = f"{kernel.threads} threads, {walk.per_multiprocessor} at once on a multiprocessor"
+    if plan.grid is not None:
+        waves = f"{walk.waves} wave{'s' * (walk.waves != 1)}"
+        wide = f"{' x '.join(map(str, plan.grid))} CTAs of {wide}, {waves}"
+    yield f"{kernel.name}: {wide}"
+    yield (
+        f"  of a CTA: weights {walk.weights_in_registers:,} bytes in registers, "
+        f"{walk.weights_in_shared:,} in shared memory; shared memory {walk.shared:,} of "
+        f"{plan.device.shared_memory:,} bytes, {walk.stages} steps in its ring"
+    )
+    rows, each = (1, " and sequence") if plan.B is None else (plan.B * plan.R, "")
+    yield (
+        f"  a step{each}: {walk.row_read * rows:,} bytes read, {walk.row_written * rows:,} "
+        f"written, {walk.row_flops * rows:,} FLOP; a step of a CTA: {cost.mmas:,} mma, "
+        f"{cost.shared_read:,} bytes read from shared memory"
+    )
+    parts = ", ".join(f"{k} {v / 1000:.2f}" for k, v in cost.times._asdict().items())
+    step = walk.alone if walk.step is None else walk.step
+    total = "" if walk.total is None else f"; {walk.total:,.0f} us in all, without the GEMMs"
+    yield (
+        f"  modelled, not measured: {step:.2f} us a step, bound by {walk.bound} "
+        f"(one CTA alone: {parts}){total}"
+    )
 
 
 def binary(capability: tuple[int, int]) -> str | None:
@@ -266,6 +300,7 @@ def _fits(way: Way, cell: str, type: str, HC: int, device: Device) -> bool:
     return kernel.shared <= device.shared_memory and fit > 0
 
 
+@lru_cache(maxsize=256)
 def largest(cell: str, type: str, training: bool, device: Device) -> int:
     """The largest H that one CTA holds on a device; 0 where none."""
     ways: tuple[Way, ...] = ("forward", "backward") if training else ("forward",)
@@ -331,25 +366,22 @@ def _too_large(problem: Problem, device: Device, cell: Cell, type: Type, H: int)
     most = largest(name, type, problem.training, device)
     if H <= most or (most and not cell.recurrent_gates):
         return None
-    built = max(classes(name, type))
     hint = "choose triton"
     if type == "float32" and H <= largest(name, "tf32", problem.training, device):
         hint = "allow TF32 (torch.backends.cudnn.rnn.fp32_precision = 'tf32'), or choose triton"
-    if H > built:
+    alike = "" if most == largest(name, type, False, device) else " in training"
+    if H > max(classes(name, type)):
         regime: Regime = "cluster" if H <= _CLUSTER else "grid"
         return (
             f"H={H}: regime {regime}, not yet built; one CTA holds up to H={most} in {type} of "
-            f"{name} on {device.name}; {hint}"
+            f"{name}{alike} on {device.name}; {hint}"
         )
     HC = min(n for n in classes(name, type) if n >= H)
     way: Way = "backward" if _fits("forward", name, type, HC, device) else "forward"
-    needed = _kernel(way, name, type, HC).shared
-    fits = f"up to H={most} fits" if most else "no H fits"
-    if way == "backward" and H <= largest(name, type, False, device):
-        fits += " in training"
+    fits = f"up to H={most} fits{alike}" if most else f"no H fits{alike}"
     return (
-        f"H={H} in {type} of {name}: {way} takes {needed:,} bytes of shared memory, and a CTA of "
-        f"{device.name} has {device.shared_memory:,}; {fits}; {hint}"
+        f"H={H} in {type} of {name}: {way} takes {_kernel(way, name, type, HC).shared:,} bytes of "
+        f"shared memory, and a CTA of {device.name} has {device.shared_memory:,}; {fits}; {hint}"
     )
 
 
