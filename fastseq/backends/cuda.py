@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from ..cells import CELLS
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
-from .cuda_kernels import KERNELS, POINTWISE_UNITS, ROWS, Device, Kernel, Way, classes
+from .cuda_kernels import KERNELS, POINTWISE_UNITS, ROWS, Device, Kernel, Way, classes, device_of
 from .cuda_plan import Precision, decline, plan
 from .gpu_layer import Layer
 from .layout import declined_anywhere
@@ -102,19 +102,7 @@ def _precision(tf32: bool) -> Precision:
 
 @lru_cache(maxsize=64)
 def _device(index: int) -> Device:
-    """As torch tells it."""
-    p = torch.cuda.get_device_properties(index)
-    return Device(
-        name=p.name,
-        multiprocessors=p.multi_processor_count,
-        shared_memory=p.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        shared_memory_total=p.shared_memory_per_multiprocessor,
-        registers=getattr(p, "regs_per_multiprocessor", 65536),
-        clock=getattr(p, "clock_rate", 1_500_000) / 1e6,
-        capability=(p.major, p.minor),
-        bandwidth=2 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8e6,
-        threads=p.max_threads_per_multi_processor,
-    )
+    return device_of(torch.cuda.get_device_properties(index))
 
 
 def device_at_hand(device: str) -> Device:
