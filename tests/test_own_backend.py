@@ -78,6 +78,20 @@ def test_modules_take_it(registered, capsys):
     assert CALLS[2:] == ["forward"]
 
 
+def test_it_explains_itself_where_it_runs(registered, monkeypatch, capsys):
+    def explain(problem):
+        return f"in tiles of {problem.H}\nmodelled: 3 us"
+
+    monkeypatch.setattr(registered, "explain", explain, raising=False)
+    m, x = fastseq.GRU(4, 6, backend=NAME), torch.randn(5, 3, 4)
+    fastseq.explain(m, x)
+    runs = f"  {NAME:<10} runs, layer by layer\n"
+    assert f"{runs}{'':13}in tiles of 6\n{'':13}modelled: 3 us\n" in capsys.readouterr().out
+    m.fastseq.backend = "eager"
+    fastseq.explain(m, x)
+    assert "in tiles" not in capsys.readouterr().out
+
+
 def test_a_graph_holds_it(registered):
     m = fastseq.GRU(4, 6, backend=NAME)
     x = torch.randn(5, 3, 4)
@@ -123,6 +137,8 @@ def test_it_declines_in_its_own_words(registered):
         ({"layers": lambda: None}, "it has no function stacks"),
         ({"layers_backward": lambda: None}, "layers_backward takes (), the contract asks for ("),
         ({"stream": lambda: None}, "it has no function streams"),
+        ({"explain": "fast"}, "it has no function explain"),
+        ({"explain": lambda: ""}, "explain takes (), the contract asks for (problem)"),
     ],
 )
 def test_what_the_contract_asks_is_checked_as_it_is_loaded(registered, monkeypatch, change, words):

@@ -164,6 +164,13 @@ def reason_against(name: str, problem: Problem) -> str | None:
     return f"not available: {module}" if isinstance(module, str) else declines(module, problem)
 
 
+def explained(name: str, problem: Problem) -> str | None:
+    """How a backend will run a problem that it supports, in lines, where it says so."""
+    module = imported(name) if is_elsewhere(problem.device) else load(name)
+    hook = getattr(module, "explain", None)
+    return None if hook is None else hook(problem)
+
+
 def declines(module: Any, problem: Problem) -> str | None:
     """Why a backend's module does not run a problem, wherever it is; None if it does."""
     can = module.ABILITIES

@@ -4,7 +4,8 @@
 it is loaded. Forward and backward neither write to what they are given nor return views of it;
 backward, called twice with the same arguments, gives the same bits.
 
-A backend may also run a whole stack, all layers in one call: :class:`WholeStacks`.
+A backend may also run a whole stack, all layers in one call: :class:`WholeStacks`; single steps on
+packed weights: :class:`Streams`; and say how it runs a problem: :class:`Explains`.
 
 Rows. ``x`` is ``(T, B, I)`` with ``batch_sizes=None``, or packed ``(N', I)`` with ``batch_sizes``
 as in ``PackedSequence``: sequences sorted by decreasing length, the rows of one step side by side.
@@ -386,6 +387,14 @@ class Streams(Protocol):
     ) -> Tensor | None: ...
 
 
+class Explains(Protocol):
+    """Of a backend that tells :func:`fastseq.explain` how it will run a problem."""
+
+    def explain(self, problem: Problem) -> str:
+        """Of a problem that it supports: some lines, in which what was measured and what is
+        modelled are told apart."""
+
+
 def fault(module: Any) -> str | None:
     """What a backend has not that the contract asks for; None if it has all."""
     abilities = getattr(module, "ABILITIES", None)
@@ -402,6 +411,8 @@ def fault(module: Any) -> str | None:
         asked.append((WholeStacks, "layers_backward"))
     if hasattr(module, "stream"):
         asked += [(Streams, name) for name in ("streams", "stream", "stream_step")]
+    if hasattr(module, "explain"):
+        asked.append((Explains, "explain"))
     for protocol, name in asked:
         function = getattr(module, name, None)
         if not callable(function):

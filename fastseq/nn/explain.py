@@ -27,7 +27,8 @@ def explain(
     """Print which backend will run ``module(input, ...)``, whether all layers go in one call of it,
     and why each other backend will not run.
 
-    On CUDA, where no backend is named, the measurement behind the choice is printed too.
+    On CUDA, where no backend is named, the measurement behind the choice is printed too. A backend
+    that plans its kernels prints the plan.
 
     Args:
         module: a layer or a cell of fastseq.
@@ -76,6 +77,8 @@ def _printed(what: str, stack: Stack) -> str | None:
         reason = choice.reason_against(name, task)
         if name == verdict.chosen:
             print(f"  {name:<10} runs, {_how(name, task)}")
+            for line in (choice.explained(name, task) or "").splitlines():
+                print(f"  {'':<10} {line}")
         elif reason is not None:
             print(f"  {name:<10} declines: {reason}")
         else:

@@ -1,0 +1,483 @@
+// The words of words.h on the host: each thread of a CTA is a thread of the machine, and what is not
+// ordered by a barrier is a race that ThreadSanitizer sees. What a GPU leaves undefined is made to
+// show here:
+//
+//   shared()      is filled with NaNs when a CTA begins and when it ends; what is written beside it
+//                 is found by guard bytes when the CTA ends, at once by AddressSanitizer
+//   copy<N>()     leaves NaNs, and brings its bytes only in the arrived<>() that must have them;
+//                 bytes that changed meanwhile, at either place, are an error, and so is an address
+//                 that is not aligned
+//   mma(), neighbour()    are an error where not all lanes of the warp are at the same word
+//   meet()        is an error where a thread has left the kernel, or comes in no time
+//
+// An error ends the launch: the threads leave at the next barrier, and run() gives its message.
+//
+// One meeting of its lanes is all that a warp needs for an mma: there are two sets of places for what
+// is exchanged, and a lane writes to one when all lanes have read the other.
+#pragma once
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "../cpu/asan.h"
+
+#define DEVICE inline
+#define FASTSEQ_INLINE inline
+#define KERNEL(name, threads, ctas) FASTSEQ_KERNEL(name, threads)  // name may be a macro's
+#define FASTSEQ_KERNEL(name, threads)                                         \
+  extern "C" void name(const fastseq::Arguments& a);                          \
+  static const fastseq::host::Listed listed_##name(#name, name, threads);     \
+  extern "C" void name([[maybe_unused]] const fastseq::Arguments& a)
+
+namespace fastseq {
+namespace host {
+
+constexpr int LANES = 32, MOST_SHARED = 232448, SIDE_BY_SIDE = 256;
+constexpr unsigned char POISON = 0xff, GUARD = 0xa5;  // a NaN of every type; not a NaN
+constexpr size_t GUARDED = 256;                       // bytes on each side of a CTA's memory
+constexpr auto PATIENCE = std::chrono::seconds(30);
+
+using Function = void (*)(const Arguments&);
+struct Kernel {
+  const char* name;
+  Function function;
+  int threads;
+};
+inline std::vector<Kernel>& kernels() {
+  static std::vector<Kernel> all;
+  return all;
+}
+struct Listed {
+  Listed(const char* name, Function function, int threads) {
+    kernels().push_back({name, function, threads});
+  }
+};
+
+struct Stopped {};  // thrown through a kernel, whose launch has failed
+
+// What the CTAs of a launch share.
+class Launch {
+ public:
+  int tiles_z = 1;  // of the grid
+
+  // Keeps the first message.
+  void blame(const std::string& why) {
+    const std::lock_guard<std::mutex> hold(mutex_);
+    if (message_.empty()) message_ = why;
+    failed_.store(true, std::memory_order_release);
+  }
+  [[noreturn]] void fail(const std::string& why) {
+    blame(why);
+    throw Stopped();
+  }
+  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  const std::string& message() const { return message_; }
+
+ private:
+  std::mutex mutex_;
+  std::string message_;
+  std::atomic<bool> failed_{false};
+};
+
+// With 32 threads on two processors a meeting costs 25 to 45 us where those who wait yield, 37 to 46
+// in std::barrier, 70 to 90 where they sleep at once. So they yield first, and sleep after.
+class Barrier {
+ public:
+  explicit Barrier(int members) : members_(members), missing_(members) {}
+
+  void meet(Launch& launch) {
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    const int missing = missing_.fetch_sub(1) - 1;
+    if (gone_.load()) launch.fail("threads wait for one that has left the kernel");
+    if (missing == 0) {
+      missing_.store(members_, std::memory_order_relaxed);
+      round_.store(round + 1);
+      if (sleepers_.load()) wake();
+    } else {
+      wait(launch, round);
+    }
+    if (launch.failed()) throw Stopped();
+  }
+
+  void leave(Launch& launch) {
+    ++gone_;
+    if (missing_.load() != members_) launch.blame("a thread left the kernel, and others wait for it");
+  }
+
+ private:
+  void wait(Launch& launch, uint32_t round) {
+    const auto passed = [&] { return round_.load(std::memory_order_acquire) != round; };
+    for (int k = 0; k < 256; ++k) {
+      if (passed()) return;
+      std::this_thread::yield();
+    }
+    const auto since = std::chrono::steady_clock::now();
+    ++sleepers_;
+    while (!passed() && !launch.failed()) {
+      sleep(round);
+      if (!passed() && std::chrono::steady_clock::now() - since > PATIENCE)
+        launch.blame("threads wait at a barrier for others that do not come");
+    }
+    --sleepers_;
+  }
+#if defined(__linux__)
+  void wake() { syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+  void sleep(uint32_t round) {  // not long, so that none misses the end of a launch
+    const timespec most{0, 5'000'000};
+    syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, &most, nullptr, 0);
+  }
+#else
+  void wake() {}
+  void sleep(uint32_t) { std::this_thread::sleep_for(std::chrono::microseconds(100)); }
+#endif
+
+  const int members_;
+  std::atomic<uint32_t> round_{0};
+  std::atomic<int> missing_, gone_{0}, sleepers_{0};
+};
+
+// What lanes hand to each other, and the word that each is at.
+struct Exchange {
+  float a[LANES][8], b[LANES][4], value[LANES];
+  int word[LANES];
+};
+struct Warp {
+  Barrier barrier{LANES};
+  Exchange exchange[2];
+};
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int size;
+  unsigned char seen[16];
+};
+
+struct Cta {
+  Cta(Launch& launch, int x, int y, int z, int threads, size_t size)
+      : launch(launch), x(x), y(y), z(z), size(size), barrier(threads), remain(threads) {
+    const size_t all = (size + 2 * GUARDED + 127) / 128 * 128;
+    block = static_cast<unsigned char*>(std::aligned_alloc(128, all));
+    if (!block) throw std::bad_alloc();
+    memory = block + GUARDED, behind = all - GUARDED - size;
+    std::memset(block, GUARD, all);
+    std::memset(memory, POISON, size);
+    forbid(block, GUARDED), forbid(memory + size, behind);
+    for (int k = 0; k < threads / LANES; ++k) warps.push_back(std::make_unique<Warp>());
+  }
+  ~Cta() {
+    allow(block, GUARDED), allow(memory + size, behind);
+    std::free(block);
+  }
+  Cta(const Cta&) = delete;
+
+  // By the last of its threads.
+  void end() {
+    std::memset(memory, POISON, size);
+    allow(block, GUARDED), allow(memory + size, behind);
+    bool whole = true;
+    for (size_t k = 0; k < GUARDED; ++k) whole &= block[k] == GUARD;
+    for (size_t k = 0; k < behind; ++k) whole &= memory[size + k] == GUARD;
+    if (!whole) launch.blame("written beside the shared memory");
+    forbid(block, GUARDED), forbid(memory + size, behind);
+  }
+
+  Launch& launch;
+  const int x, y, z;
+  const size_t size;
+  size_t behind;  // guard bytes
+  unsigned char *block, *memory;
+  Barrier barrier;
+  std::atomic<int> remain;
+  std::vector<std::unique_ptr<Warp>> warps;
+};
+
+struct Thread {
+  Cta& cta;
+  Warp& warp;
+  const int id, lane;
+  int turn = 0;              // which of the warp's two exchanges comes next
+  std::vector<Copy> copies;  // on their way, oldest first
+  std::vector<size_t> ends;  // of the groups among them
+
+  Thread(Cta& cta, int id)
+      : cta(cta), warp(*cta.warps[id / LANES]), id(id), lane(id % LANES) {}
+
+  void check_aligned(const void* p, size_t to, const char* what) {
+    if (reinterpret_cast<uintptr_t>(p) % to)
+      cta.launch.fail(std::string(what) + ": an address is not aligned to " + std::to_string(to));
+  }
+
+  void begin_copy(void* to, const void* from, int size) {
+    check_aligned(to, size, "copy"), check_aligned(from, size, "copy");
+    Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), size, {}};
+    if (copy.to < cta.memory || copy.to + size > cta.memory + cta.size)
+      cta.launch.fail("copy: not to the CTA's shared memory");
+    for (int k = 0; k < size; ++k) copy.seen[k] = copy.from[k];
+    for (int k = 0; k < size; ++k) copy.to[k] = POISON;
+    copies.push_back(copy);
+  }
+  void end_copies(size_t open) {  // all groups but the last `open`
+    if (ends.size() <= open) return;
+    const size_t groups = ends.size() - open, done = ends[groups - 1];
+    for (size_t at = 0; at < done; ++at) {
+      const Copy& copy = copies[at];
+      for (int k = 0; k < copy.size; ++k) {
+        if (copy.to[k] != POISON) cta.launch.fail("copy: written to before it arrived");
+        if (copy.from[k] != copy.seen[k]) cta.launch.fail("copy: its source changed on the way");
+        copy.to[k] = copy.seen[k];
+      }
+    }
+    copies.erase(copies.begin(), copies.begin() + done);
+    ends.erase(ends.begin(), ends.begin() + groups);
+    for (size_t& end : ends) end -= done;
+  }
+
+  // What all lanes of the warp have written. `word` is the same for all of them.
+  template <class Write>
+  const Exchange& exchange(int word, Write write) {
+    Exchange& place = warp.exchange[turn];
+    turn ^= 1;
+    place.word[lane] = word;
+    write(place);
+    warp.barrier.meet(cta.launch);
+    if (place.word[lane ^ 1] != word || place.word[0] != word)
+      cta.launch.fail("lanes of a warp are at different words");
+    return place;
+  }
+};
+
+inline constinit thread_local Thread* current = nullptr;
+
+// The numbers of a word of 32 bits.
+inline float of_bits(uint32_t w) {
+  float v;
+  std::memcpy(&v, &w, sizeof v);
+  return v;
+}
+inline uint32_t bits_of(float v) {
+  uint32_t w;
+  std::memcpy(&w, &v, sizeof w);
+  return w;
+}
+inline float of_half(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, rest = bits & 1023;
+  if (exponent == 31) return of_bits(sign | 0x7f800000 | rest << 13);
+  if (exponent == 0) return of_bits(sign | bits_of(float(rest) * 0x1p-24f));
+  return of_bits(sign | (exponent + 112) << 23 | rest << 13);
+}
+inline uint16_t half_of(float v) {  // to nearest even
+  const uint32_t w = bits_of(v), sign = w >> 16 & 0x8000, size = w & 0x7fffffff;
+  if (size > 0x7f800000) return 0x7fff;
+  if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and more
+  if (size < 0x38800000)  // less than 2^-14: a multiple of 2^-24, to which the sum rounds
+    return static_cast<uint16_t>(sign | (bits_of(of_bits(size) + 0.5f) - bits_of(0.5f)));
+  return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+}
+inline uint16_t bfloat_of(float v) {  // to nearest even
+  const uint32_t w = bits_of(v);
+  if ((w & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return static_cast<uint16_t>((w + 0x7fff + (w >> 16 & 1)) >> 16);
+}
+
+using fastseq::FASTSEQ_ISA::Bf16;
+using fastseq::FASTSEQ_ISA::F16;
+
+template <class Type>
+struct Operand;  // how many numbers a word of it holds, and which
+template <>
+struct Operand<Bf16> {
+  static constexpr int EACH = 2, WORD = 1;
+  static float number(uint32_t w, int k) { return of_bits(k ? w & 0xffff0000 : w << 16); }
+};
+template <>
+struct Operand<F16> {
+  static constexpr int EACH = 2, WORD = 2;
+  static float number(uint32_t w, int k) { return of_half(static_cast<uint16_t>(w >> 16 * k)); }
+};
+template <>
+struct Operand<float> {
+  static constexpr int EACH = 1, WORD = 3;
+  static float number(uint32_t w, int) { return of_bits(w & 0xffffe000); }  // of TF32
+};
+constexpr int NEIGHBOUR = 16;  // words of neighbour: this plus its mask
+
+// d (16, 8) += a (16, K) b (K, 8), K = 8 EACH; lane 4 g + q holds rows g and g + 8 of columns 2 q
+// and 2 q + 1 of d; words 0 and 1 of a are numbers EACH q ... of rows g and g + 8, words 2 and 3
+// those 4 EACH further on; b0 and b1 likewise of column g.
+template <class Type>
+inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using Is = Operand<Type>;
+  constexpr int EACH = Is::EACH;
+  Thread& me = *current;
+  const Exchange& all = me.exchange(Is::WORD, [&](Exchange& to) {
+    for (int k = 0; k < EACH; ++k) {
+      for (int w = 0; w < 4; ++w) to.a[me.lane][w * EACH + k] = Is::number(a[w], k);
+      to.b[me.lane][k] = Is::number(b0, k), to.b[me.lane][EACH + k] = Is::number(b1, k);
+    }
+  });
+  const int g = me.lane / 4 * 4, n = me.lane % 4 * 2 * 4;  // first lanes of the row and the column
+  for (int w = 0; w < 2; ++w)  // in increasing order of the inner index
+    for (int q = 0; q < 4; ++q)
+      for (int k = 0; k < EACH; ++k) {
+        const float* row = all.a[g + q] + 2 * w * EACH + k;
+        const float left = all.b[n + q][w * EACH + k], right = all.b[n + 4 + q][w * EACH + k];
+        d[0] += row[0] * left, d[1] += row[0] * right;
+        d[2] += row[EACH] * left, d[3] += row[EACH] * right;
+      }
+}
+
+// Runs a kernel over its grid, as many CTAs side by side as have SIDE_BY_SIDE threads, or all of
+// them where they have to be. Returns why it failed, or nothing.
+inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz, int threads,
+                       int64_t shared, const Arguments& arguments, bool together = false) {
+  if (gx < 1 || gy < 1 || gz < 1) return "the grid is empty";
+  if (threads < LANES || threads % LANES || threads > kernel.threads)
+    return std::to_string(threads) + " threads: expected whole warps, at most " +
+           std::to_string(kernel.threads);
+  if (shared < 0 || shared > MOST_SHARED) return "more shared memory than a multiprocessor has";
+  const int64_t all = gx * gy * gz, beside = std::max(1, SIDE_BY_SIDE / threads);
+  Launch launch;
+  launch.tiles_z = int(gz);
+  for (int64_t first = 0, count; first < all && !launch.failed(); first += count) {
+    count = together ? all : std::min(beside, all - first);
+    std::vector<std::unique_ptr<Cta>> ctas;
+    std::vector<std::thread> running;
+    const auto work = [&](Cta& cta, int id) {
+      Thread thread(cta, id);
+      current = &thread;
+      try {
+        kernel.function(arguments);
+        thread.warp.barrier.leave(launch), cta.barrier.leave(launch);
+      } catch (const Stopped&) {
+      }
+      if (--cta.remain == 0) cta.end();
+    };
+    for (int64_t k = first; k < first + count; ++k)
+      ctas.push_back(std::make_unique<Cta>(launch, int(k % gx), int(k / gx % gy), int(k / gx / gy),
+                                           threads, size_t(shared)));
+    try {
+      for (const auto& cta : ctas)
+        for (int id = 0; id < threads; ++id) running.emplace_back(work, std::ref(*cta), id);
+    } catch (const std::system_error& why) {
+      launch.blame(std::string("no thread: ") + why.what());
+    }
+    for (std::thread& one : running) one.join();
+  }
+  return launch.message();
+}
+
+}  // namespace host
+
+namespace FASTSEQ_ISA {
+
+DEVICE int thread() { return host::current->id; }
+DEVICE int tile_x() { return host::current->cta.x; }
+DEVICE int tile_y() { return host::current->cta.y; }
+DEVICE int tile_z() { return host::current->cta.z; }
+DEVICE int tiles_z() { return host::current->cta.launch.tiles_z; }
+DEVICE unsigned char* shared() { return host::current->cta.memory; }
+DEVICE void meet() { host::current->cta.barrier.meet(host::current->cta.launch); }
+
+template <int N>
+DEVICE void copy(void* to, const void* from) {
+  static_assert(N == 4 || N == 8 || N == 16);
+  host::current->begin_copy(to, from, N);
+}
+DEVICE void close() { host::current->ends.push_back(host::current->copies.size()); }
+template <int N>
+DEVICE void arrived() {
+  host::current->end_copies(N);
+}
+
+DEVICE float neighbour(float v, int mask) {
+  host::Thread& me = *host::current;
+  return me
+      .exchange(host::NEIGHBOUR + mask, [&](host::Exchange& to) { to.value[me.lane] = v; })
+      .value[me.lane ^ mask];
+}
+
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Bf16) {
+  host::multiply<Bf16>(d, a, b0, b1);
+}
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16) {
+  host::multiply<F16>(d, a, b0, b1);
+}
+DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+  host::multiply<float>(d, a, b0, b1);
+}
+
+template <class V>
+DEVICE V load(const void* p) {
+  host::current->check_aligned(p, alignof(V), "load");
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+DEVICE void store(void* p, V v) {
+  host::current->check_aligned(p, alignof(V), "store");
+  std::memcpy(p, &v, sizeof v);
+}
+
+DEVICE float bits_to_float(uint32_t w) { return host::of_bits(w); }
+DEVICE uint32_t float_to_bits(float v) { return host::bits_of(v); }
+
+DEVICE float widen(float v) { return v; }
+DEVICE float widen(Bf16 v) { return host::of_bits(uint32_t(v.bits) << 16); }
+DEVICE float widen(F16 v) { return host::of_half(v.bits); }
+
+template <class Number>
+DEVICE Number narrow(float v);
+template <>
+DEVICE float narrow<float>(float v) {
+  return v;
+}
+template <>
+DEVICE Bf16 narrow<Bf16>(float v) {
+  return {host::bfloat_of(v)};
+}
+template <>
+DEVICE F16 narrow<F16>(float v) {
+  return {host::half_of(v)};
+}
+
+DEVICE float round_tf32(float v) {  // a half away from zero
+  const uint32_t w = host::bits_of(v);
+  if ((w & 0x7fffffff) > 0x7f800000) return host::of_bits(0x7fffffff);
+  return host::of_bits((w + 0x1000) & 0xffffe000);
+}
+
+DEVICE float exact_exp(float x) { return std::exp(x); }
+// As on a GPU: x log2(e) is rounded, and a denominator above 2^126 gives 0.
+DEVICE float quick_exp(float x) { return std::exp2(x * 1.44269504f); }
+DEVICE float exact_ratio(float a, float b) { return a / b; }
+DEVICE float quick_ratio(float a, float b) {
+  return std::fabs(b) > 0x1p126f && std::isfinite(b) ? a * 0.0f : a / b;
+}
+DEVICE float exact_tanh(float x) { return std::tanh(x); }
+DEVICE float exact_log1p(float x) { return std::log1p(x); }
+DEVICE float exact_expm1(float x) { return std::expm1(x); }
+DEVICE float exact_sqrt(float x) { return std::sqrt(x); }
+DEVICE float magnitude(float x) { return std::fabs(x); }
+DEVICE float with_sign(float x, float of) { return std::copysign(x, of); }
+DEVICE float sum(float a, float b) { return a + b; }
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq

@@ -1,0 +1,487 @@
+"""The planner of ``cuda``: what it promises holds for every size, on every device, with no GPU."""
+
+import ast
+import csv
+import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastseq.backends import cuda_kernels, cuda_plan, cuda_time
+from fastseq.backends.contract import Problem
+from fastseq.backends.cuda_kernels import POINTWISE_CELLS, PRODUCT_CELLS
+from fastseq.backends.cuda_plan import A100, H100, H200, KERNELS, LAPTOP, Plan, decline, plan
+from fastseq.cells import CELLS
+
+DEVICES = (H100, H200, A100, LAPTOP)
+SIZES = (*range(1, 301, 23), 32, 33, 64, 65, 128, 129, 192, 193, 256, 257, 300, 512, 1024)
+#: (dtype, precision) -> the type's name and bytes of a number
+TYPES = {
+    (torch.bfloat16, "ieee"): ("bfloat16", 2),
+    (torch.float16, "tf32"): ("float16", 2),
+    (torch.float32, "tf32"): ("tf32", 4),
+    (torch.float32, "ieee"): ("float32", 4),
+}
+#: cell -> rows of H numbers that a step moves: gates; those kept for backward; extras; whether
+#: backward reads h; states in float32; gates whose recurrent part has a gradient of its own.
+#: Written from the equations.
+ROWS = {
+    "rnn_tanh": (1, 0, 0, True, 0, 0),
+    "rnn_relu": (1, 0, 0, True, 0, 0),
+    "rnn_sigmoid": (1, 0, 0, True, 0, 0),
+    "lstm": (4, 4, 0, False, 1, 0),
+    "peephole_lstm": (4, 4, 0, False, 1, 0),
+    "coupled_lstm": (3, 3, 0, False, 1, 0),
+    "gru": (3, 3, 1, True, 0, 3),
+    "indrnn": (1, 0, 0, True, 0, 0),
+    "indrnn_tanh": (1, 0, 0, True, 0, 0),
+    "leaky_integrator": (1, 1, 0, True, 0, 0),
+}
+#: Gates with a recurrent product.
+GATES = {
+    **dict.fromkeys(("rnn_tanh", "rnn_relu", "rnn_sigmoid"), 1),
+    **{"lstm": 4, "peephole_lstm": 4, "coupled_lstm": 3, "gru": 3},
+    **dict.fromkeys(("indrnn", "indrnn_tanh", "leaky_integrator"), 0),
+}
+
+
+def problem(cell="lstm", dtype=torch.bfloat16, T=32, B=8, H=64, **options):
+    return Problem(cell, dtype, "cuda", T, B, 16, H, H, **options)
+
+
+# The list of kernels
+
+
+def test_the_list():
+    assert len(KERNELS) == 184 <= 200
+    for name, kernel in KERNELS.items():
+        assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.HC}"
+        other = {"forward": "backward", "backward": "forward"}[kernel.way]
+        assert name.replace(kernel.way, other, 1) in KERNELS
+
+
+def test_the_cells_are_those_of_one_phase():
+    one = [
+        name
+        for name, cell in CELLS.items()
+        if len(cell.phases) == 1 and len(cell.other_states) <= 1 and cell.beyond() is None
+    ]
+    assert [n for n in one if CELLS[n].recurrent_gates] == list(PRODUCT_CELLS)
+    assert [n for n in one if not CELLS[n].recurrent_gates] == list(POINTWISE_CELLS)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_every_kernel_fits_a_device(kernel):
+    assert kernel.shared <= 227 * 1024
+    assert kernel.threads == 2 * kernel.HC <= 1024
+    assert kernel.stages in (2, 4, 8)
+    # every fragment stands in one place, and they are the weights
+    parts = 2 if kernel.type == "float32" else 1
+    size = 2 if "16" in kernel.type else 4
+    weights = GATES[kernel.cell] * kernel.HC**2 * size
+    assert (kernel.held + kernel.rest) * kernel.warps * 512 == weights
+    assert kernel.held >= 0 and kernel.rest >= 0
+    assert kernel.weight_registers == 4 * parts * kernel.held
+    assert kernel.weight_registers <= {384: 96, 512: 64}.get(kernel.threads, 128)
+    if kernel.rest:  # registers first
+        assert kernel.weight_registers + 4 * parts > {384: 96, 512: 64}.get(kernel.threads, 128)
+    # its launch bounds leave room for the weights, and the registers are there
+    assert kernel.weight_registers + 60 <= kernel.registers <= 255
+    assert kernel.ctas * kernel.threads * kernel.registers <= 65536
+
+
+@pytest.mark.parametrize(
+    "name, shared",
+    [  # weights + operands + steps * 8 * pieces
+        ("forward_lstm_bfloat16_128", 2 * 8 * (256 + 64) + 4 * 8 * (1024 + 16)),
+        ("backward_lstm_bfloat16_128", 2 * 8 * 1088 + 32 * (1040 + 272 + 528 + 528)),
+        ("backward_gru_float16_128", 2 * 8 * (768 + 64) + 32 * (784 + 272 + 272 + 272)),
+        ("forward_rnn_tanh_bfloat16_256", 2 * 8 * (512 + 64) + 8 * 8 * (512 + 16)),
+        ("backward_rnn_tanh_bfloat16_256", 2 * 8 * (512 + 64) + 8 * 8 * (528 + 528)),
+        ("forward_lstm_bfloat16_192", 24 * 512 * 12 + 2 * 8 * 448 + 32 * (1536 + 16)),
+        ("backward_lstm_float16_192", 147456 + 2 * 8 * 1600 + 2 * 8 * (1552 + 400 + 784 + 784)),
+        ("forward_lstm_float32_64", 16 * 1024 * 4 + 2 * 8 * (256 + 64) + 32 * (1024 + 16)),
+        ("forward_indrnn_float32_64", 8 * 8 * (256 + 16)),
+        ("backward_leaky_integrator_bfloat16_64", 8 * 8 * (144 + 144 + 144)),
+    ],
+)
+def test_shared_memory_by_hand(name, shared):
+    assert KERNELS[name].shared == shared
+
+
+# Plans over the grid of sizes
+
+
+def check(found, task, device, type, itemsize):
+    """What holds for every plan."""
+    cell, B, T, R, H = task.cell, task.B, task.T, task.R, task.H
+    pointwise = cell in POINTWISE_CELLS
+    assert found.regime == "cta" and found.type == type and found.H == H
+    smaller = [n for n in (32, 64, 128, 192, 256) if f"forward_{cell}_{type}_{n}" in KERNELS]
+    assert found.HC == (64 if pointwise else min(n for n in smaller if n >= H))
+    gates, kept, extras, reads_h, states, apart = ROWS[cell]
+    x, y, z = found.grid
+    assert 8 * x >= B > 8 * (x - 1) and y == R
+    assert z * found.HC >= H > (z - 1) * found.HC
+    save = task.training and task.memory == "full"
+    written = {
+        "forward": (1 + save * (kept + extras)) * H * itemsize
+        + states * 4 * H * (save or task.trajectory),
+        "backward": (gates + apart) * H * itemsize,
+    }
+    read = {
+        "forward": gates * H * itemsize,
+        "backward": (kept + extras + 1 + reads_h) * H * itemsize
+        + states * 4 * H * (1 + task.trajectory),
+    }
+    for way, walk in (("forward", found.forward), ("backward", found.backward)):
+        if walk is None:
+            assert way == "backward" and not task.training
+            continue
+        assert KERNELS[f"{way}_{cell}_{type}_{found.HC}"] is walk.kernel
+        assert walk.shared <= device.shared_memory
+        fit = walk.per_multiprocessor
+        assert fit >= 1 and fit * (walk.shared + 1024) <= device.shared_memory_total
+        assert fit * found.threads <= device.threads and fit <= device.ctas
+        assert fit * found.threads * walk.registers <= device.registers
+        parts = 2 if type == "float32" else 1
+        weights = parts * GATES[cell] * found.HC**2 * itemsize
+        assert walk.weights_in_registers + walk.weights_in_shared == weights
+        assert walk.weights_in_registers == walk.kernel.weight_registers * 4 * found.threads
+        assert walk.waves == -(-x * y * z // (fit * device.multiprocessors))
+        assert (walk.row_read, walk.row_written) == (read[way] + task.reset, written[way])
+        assert walk.row_flops == 2 * GATES[cell] * H * H
+        # 4096 operations an mma of 16 bits, half in TF32, of which there are 3 in float32
+        products = 3 if type == "float32" else 1
+        flops = 2 * GATES[cell] * found.HC**2 * 8 * products
+        assert walk.cost.mmas * (4096 if itemsize == 2 else 2048) == flops
+        assert walk.cost.shared_read >= walk.weights_in_shared
+        assert 0 < walk.alone <= walk.step
+        assert walk.total == pytest.approx(cuda_time.LAUNCH + T * walk.step)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_every_plan_holds_what_it_promises(device):
+    options = itertools.cycle(
+        [
+            {"training": True},
+            {"R": 2},
+            {"training": True, "memory": "lean", "R": 2},
+            {"trajectory": True, "reset": True},
+            {"training": True, "trajectory": True},
+        ]
+    )
+    batches, lengths = itertools.cycle((1, 8, 9, 32, 513)), itertools.cycle((1, 32, 2048))
+    planned = 0
+    for cell, (dtype, precision), H in itertools.product(ROWS, TYPES, SIZES):
+        type, itemsize = TYPES[dtype, precision]
+        if cell in POINTWISE_CELLS and type == "tf32":
+            type = "float32"
+        for B in (next(batches), next(batches)):
+            task = problem(cell, dtype, next(lengths), B, H, **next(options))
+            found = plan(task, device, precision)
+            if isinstance(found, Plan):
+                planned += 1
+                check(found, task, device, type, itemsize)
+            else:
+                refused(found, task, device, precision)
+    assert planned > 800
+
+
+def refused(words, task, device, precision):
+    """A size too large: the text has it, and what fits does fit, and no more does."""
+    assert task.cell in PRODUCT_CELLS
+    assert f"H={task.H}" in words and "choose triton" in words and device.name in words
+    assert ("shared memory" in words) == ("regime" not in words)
+    assert (
+        "regime cluster" in words or "regime grid" in words or f"{device.shared_memory:,}" in words
+    )
+    most = int(words.split("up to H=")[1].split()[0])
+    assert 32 <= most < task.H
+    assert isinstance(plan(task._replace(H=most), device, precision), Plan)
+    assert isinstance(plan(task._replace(H=most + 1), device, precision), str)
+
+
+def totals(task, device, precision, **sizes):
+    """Modelled us, forward and backward, at each value of one size; infinite where declined."""
+    ((name, values),) = sizes.items()
+    found = [plan(task._replace(**{name: value}), device, precision) for value in values]
+    walks = [(None, None) if isinstance(p, str) else (p.forward, p.backward) for p in found]
+    return [
+        [float("inf") if w is None else w.total for w in way] for way in zip(*walks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+@pytest.mark.parametrize("cell", ROWS)
+def test_more_work_never_takes_less_time(device, cell):
+    for (dtype, precision), training in itertools.product(TYPES, (False, True)):
+        task = problem(cell, dtype, 100, 9, 32, training=training)
+        batches = (0, 1, 8, 64, 65, 500, 5000, 50000, 200000)
+        found = [
+            *totals(task, device, precision, B=batches),
+            *totals(task, device, precision, T=(1, 2, 100, 100000)),
+            *totals(task._replace(B=20000), device, precision, R=(1, 2, 3)),
+        ]
+        for times in found:
+            assert times == sorted(times) and times[0] < times[-1] < float("inf")
+        for B in (1, 1000, 20000):
+            sizes = (1, 16, 32, 33, 64, 65, 128, 192, 256)
+            for times in totals(task._replace(B=B), device, precision, H=sizes):
+                assert times == sorted(times)
+
+
+def test_a_plan_is_frozen_and_one_value():
+    found = plan(problem(training=True), H100)
+    again = plan(problem(training=True), dataclasses.replace(H100))
+    assert found == again and hash(found) == hash(again) and len({found, again}) == 1
+    assert found != plan(problem(training=True), H200)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.HC = 32
+
+
+def test_it_answers_for_what_is_known():
+    """While a graph is traced neither T nor B is, under torch.compile not even H."""
+    traced = plan(problem(T=None, B=None, training=True), H100)
+    known = plan(problem(training=True), H100)
+    assert traced.grid is None and traced.HC == known.HC == 64
+    for way in ("forward", "backward"):
+        walk, full = getattr(traced, way), getattr(known, way)
+        assert walk.step is None and walk.total is None and walk.waves is None
+        assert dataclasses.replace(walk, step=full.step, total=full.total, waves=1) == full
+    assert plan(problem(T=None), H100).forward.step == known.forward.step
+    assert plan(problem(T=None), H100).forward.total is None
+    unsized = problem(T=None, B=None, H=None)
+    assert decline(unsized, H100) is None
+    assert "H is not known" in plan(unsized, H100)
+    assert "float64" in decline(unsized._replace(dtype=torch.float64), H100)
+
+
+def test_no_sequences():
+    found = plan(problem(B=0), H100)
+    assert found.grid == (0, 1, 1) and found.forward.waves == 0 and found.forward.step == 0
+
+
+def test_registers_as_the_compiler_counts_them():
+    name = "forward_lstm_bfloat16_32"
+    task = problem(H=32)
+    assert plan(task, H100).forward.per_multiprocessor == KERNELS[name].ctas == 6
+    counted = plan(task, H100, registers={name: 100}).forward
+    assert counted.registers == 100
+    assert counted.per_multiprocessor == 65536 // (64 * 104)  # a warp's are given in 256
+
+
+def test_it_asks_no_gpu():
+    for module in (cuda_kernels, cuda_plan, cuda_time):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        names = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        assert not [n for n in names if n.startswith(("torch.cuda", "torch.backends", "os."))]
+
+
+# What it declines
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"H": 512},
+            "H=512: regime cluster, not yet built; one CTA holds up to H=192 in bfloat16 of lstm "
+            "on NVIDIA H100 80GB HBM3; choose triton",
+        ),
+        (
+            {"H": 1024, "cell": "rnn_tanh"},
+            "H=1024: regime grid, not yet built; one CTA holds up to H=256 in bfloat16 of rnn_tanh "
+            "on NVIDIA H100 80GB HBM3; choose triton",
+        ),
+        (
+            {"H": 100, "dtype": torch.float32},
+            "H=100: regime cluster, not yet built; one CTA holds up to H=64 in float32 of lstm on "
+            "NVIDIA H100 80GB HBM3; allow TF32 (torch.backends.cudnn.rnn.fp32_precision = 'tf32'), "
+            "or choose triton",
+        ),
+        (
+            {"device": A100, "H": 192, "cell": "gru", "training": True},
+            "H=192 in bfloat16 of gru: backward takes 168,960 bytes of shared memory, and a CTA of "
+            "NVIDIA A100-SXM4-80GB has 166,912; up to H=128 fits in training; choose triton",
+        ),
+        (
+            {"device": A100, "H": 200, "cell": "gru", "training": True},
+            "H=200: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of gru in "
+            "training on NVIDIA A100-SXM4-80GB; choose triton",
+        ),
+        (
+            {"device": LAPTOP, "H": 130},
+            "H=130 in bfloat16 of lstm: forward takes 204,288 bytes of shared memory, and a CTA of "
+            "NVIDIA GeForce RTX 4060 Laptop GPU has 101,376; up to H=128 fits; choose triton",
+        ),
+        (
+            {"device": dataclasses.replace(LAPTOP, name="tiny", shared_memory=8192)},
+            "H=64 in bfloat16 of lstm: forward takes 19,968 bytes of shared memory, and a CTA of "
+            "tiny has 8,192; no H fits; choose triton",
+        ),
+        (
+            {"device": dataclasses.replace(LAPTOP, capability=(7, 5))},
+            "cuda's kernels need compute capability 8.0, and NVIDIA GeForce RTX 4060 Laptop GPU "
+            "has 7.5; choose triton or torch",
+        ),
+        (
+            {"dtype": torch.float64},
+            "cuda's kernels take bfloat16, float16, float32, not float64; choose triton, whose "
+            "kernels take float64 too",
+        ),
+        (
+            {"cell": "gru_reset_before"},
+            "gru_reset_before has 2 phases, and cuda's kernels run cells of one; choose triton",
+        ),
+        ({"projected": True, "P": 16}, "cuda's kernels project no h (proj_size=16); choose triton"),
+        ({"zoneout": (0.1, 0.1)}, "cuda's kernels have no zoneout; choose eager"),
+        (
+            {"heads": 4},
+            "cuda's kernels take one matrix w_hh, not 4 blocks on its diagonal; choose eager",
+        ),
+        (
+            {"input_product": True},
+            "cuda makes the input product itself, and takes none made already; choose eager",
+        ),
+        (
+            {"R": 70000},
+            "70000 recurrences in one call: a launch holds up to 65535; choose eager",
+        ),
+        (
+            {"cell": "indrnn", "H": 5000000},
+            "H=5000000: a launch holds up to H=4194240 of indrnn; choose triton",
+        ),
+        (
+            {"B": 1 << 40},
+            "B=1099511627776: a launch holds up to 17179869176 sequences; split the batch",
+        ),
+    ],
+)
+def test_declines(change, words):
+    device = change.get("device", H100)
+    task = problem()._replace(**{k: v for k, v in change.items() if k != "device"})
+    assert plan(task, device) == decline(task, device) == words
+
+
+def test_cells_of_ones_own(monkeypatch):
+    mine = dataclasses.replace(CELLS["lstm"], name="mine")
+    monkeypatch.setitem(CELLS, "mine", mine)
+    words = "cuda's binary has no kernel of mine, a cell of your own; choose triton"
+    assert plan(problem("mine"), H100) == words
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    "capability, found",
+    [
+        ((7, 5), None),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "PTX of compute_100"),
+    ],
+)
+def test_what_a_device_runs(capability, found):
+    assert cuda_plan.binary(capability) == found
+
+
+def test_a_device_from_what_torch_says_of_it():
+    said = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3",
+        **{"major": 9, "minor": 0, "multi_processor_count": 132},
+        shared_memory_per_block_optin=232448,
+        shared_memory_per_multiprocessor=233472,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        **{"clock_rate": 1980000, "memory_clock_rate": 2619000, "memory_bus_width": 5120},
+    )
+    found = cuda_plan.device_of(said)
+    assert found.bandwidth == pytest.approx(H100.bandwidth, rel=1e-3)
+    assert dataclasses.replace(found, bandwidth=H100.bandwidth) == H100
+    said.major, said.minor, said.name = 8, 9, LAPTOP.name
+    assert cuda_plan.device_of(said).mma_clocks == LAPTOP.mma_clocks
+    assert cuda_plan.device_of(said).ctas == LAPTOP.ctas
+
+
+# The model of the time
+
+
+def test_the_constants_are_those_of_the_table():
+    table = Path(__file__).parents[1] / "bench/results/nvidia-h100-80gb-hbm3/latency.csv"
+    if not table.is_file():
+        pytest.skip("no bench/ beside the tests")
+    lines = [line for line in table.read_text().splitlines() if not line.startswith("#")]
+    rows = {(r["name"], int(r["bytes"])): float(r["ns"] or "nan") for r in csv.DictReader(lines)}
+    clock = H100.clock
+
+    def near(clocks, ns, off=0.03):
+        assert clocks / clock == pytest.approx(ns, rel=off)
+
+    near(cuda_time.MMA_LATENCY, rows["mma-registers-1", 2048])
+    near(128 * H100.mma_clocks, rows["mma-registers-16", 65536])
+    for threads in (128, 256, 512, 1024):
+        clocks = cuda_time.BARRIER + cuda_time.BARRIER_THREAD * threads
+        near(clocks, rows["block-barrier", threads])
+    near(cuda_time.WORD_LATENCY[2], rows["tanh-fast-divide", 0])
+    near(cuda_time.WORD_LATENCY[4], rows["tanh-exp", 0])
+    assert cuda_time.LAUNCH * 1000 == pytest.approx(rows["launch-stream", 0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "cell, forward, backward",
+    [
+        ("rnn_tanh", (1, 1), (0, 0)),
+        ("rnn_relu", (0, 0), (0, 0)),
+        ("lstm", (5, 2), (1, 1)),
+        ("peephole_lstm", (5, 3), (1, 1)),
+        ("coupled_lstm", (4, 2), (1, 1)),
+        ("gru", (3, 2), (0, 0)),
+        ("indrnn_tanh", (1, 1), (0, 0)),
+        ("leaky_integrator", (0, 0), (0, 0)),
+    ],
+)
+def test_words_of_a_text(cell, forward, backward):
+    assert cuda_time.words(CELLS[cell], "forward") == forward
+    assert cuda_time.words(CELLS[cell], "backward") == backward
+
+
+def test_a_step_by_hand():
+    """LSTM, H = 128, bfloat16, one sequence on an H100."""
+    walk = plan(problem(B=1, H=128, T=1000), H100).forward
+    product, text, exchange, barrier = walk.cost.times
+    assert walk.cost.mmas == 4 * 128 * 128 // (16 * 16) == 256
+    assert product == pytest.approx(256 * 2 / 1.98)  # longer than 8 in a chain: 33 * 8 / 1.98
+    assert text == pytest.approx(5 * 128 * 8 / 8 / 1.98)
+    assert walk.step == walk.alone == pytest.approx((product + text + exchange + barrier) / 1000)
+    assert walk.total == pytest.approx(3.7 + 1000 * walk.step)
+    assert walk.bound == "the chain of a step"
+
+
+def test_a_crowd_is_bound_by_a_unit():
+    found = plan(problem(H=32, B=8 * 132 * 6, training=True), H100).forward
+    assert found.waves == 1 and found.per_multiprocessor == 6
+    assert found.step == pytest.approx(
+        max(6 * max(found.cost.busy), 132 * 48 * (found.row_read + found.row_written) / 3350) / 1000
+    )
+    assert found.bound == "the GPU's memory"
+
+
+def test_what_explain_prints():
+    printed = str(plan(problem(B=32, H=100, T=512, R=2, training=True), H100))
+    assert "regime cta: one CTA owns 8 sequences" in printed and "H=100 in CTAs of 128" in printed
+    assert "forward_lstm_bfloat16_128: 4 x 2 x 1 CTAs of 256 threads" in printed
+    assert "backward_lstm_bfloat16_128" in printed
+    assert "weights 131,072 bytes in registers, 0 in shared memory" in printed
+    assert "shared memory 38,400 of 232,448 bytes, 4 steps in its ring" in printed
+    assert f"{800 * 64:,} bytes read, {(800 + 200 + 400) * 64:,} written, 5,120,000 FLOP" in printed
+    assert printed.count("modelled, not measured: ") == 2
+    traced = str(plan(problem(B=None, T=None), H100))
+    assert "a step and sequence: 512 bytes read" in traced and "us in all" not in traced

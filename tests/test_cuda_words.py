@@ -1,0 +1,162 @@
+"""The words of csrc/cuda/words.h as the host means them, and the mistakes of a kernel that a launch
+on the host finds.
+"""
+
+import struct
+
+import pytest
+import torch
+
+from tests.helpers.cuda_on_host import WORDS, OnHost, build
+
+
+@pytest.fixture(scope="module")
+def host():
+    return OnHost(build(WORDS))
+
+
+def launch(host, name, threads=32, ctas=1, shared=0, **values):
+    """Fields that are left out are 0."""
+    fields = [values.pop(field, 0) for field in host.fields()]
+    assert not values
+    words = [f.data_ptr() if isinstance(f, torch.Tensor) else f for f in fields]
+    arguments = struct.pack(f"{len(words)}q", *words)
+    host.launch(name, 0, 0, (ctas, 1, 1), threads, shared, arguments)
+
+
+def fragments(matrix, each):
+    """The words of each lane, of a (16, 8 * each) or of b (8, 8 * each): its column is a row here.
+
+    From the tables of mma.m16n8k16 and mma.m16n8k8 in PTX's manual.
+    """
+    words = []
+    for lane in range(32):
+        group, place = lane // 4, lane % 4
+        for further in range(2):  # the inner index, 4 words on
+            first = each * (place + 4 * further)
+            words += [matrix[r, first : first + each] for r in range(group, len(matrix), 8)]
+    return torch.stack(words)
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "tf32"])
+def test_product(host, name):
+    """Products are exact, and sums are of float32."""
+    dtype, each = {
+        "bf16": (torch.bfloat16, 2),
+        "f16": (torch.float16, 2),
+        "tf32": (torch.float32, 1),
+    }[name]
+    torch.manual_seed(3)
+    a, b, d = torch.randn(16, 8 * each), torch.randn(8, 8 * each), torch.randn(16, 8)
+    a, b = a.to(dtype), b.to(dtype)
+    held = d.view(2, 8, 4, 2).permute(1, 2, 0, 3).contiguous()
+    in_a, in_b = fragments(a, each), fragments(b, each)
+    launch(host, f"product_{name}", w_hh=in_a, b_hh=in_b, y=held, T=3)
+    ours = held.permute(2, 0, 1, 3).reshape(16, 8)
+    if name == "tf32":
+        a, b = ((m.view(torch.int32) & ~0x1FFF).view(torch.float32) for m in (a, b))
+    truth = d.double() + 3 * a.double() @ b.double().T
+    assert (ours - truth).abs().max() < 1e-5
+    assert (ours - (d.double() + 2 * a.double() @ b.double().T)).abs().max() > 0.1
+
+
+def bits_of(t):
+    return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def all_of_16_bits(dtype):
+    return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_numbers_of_16_bits(host, name, dtype):
+    """All of them, those between two of them, and just beside that; as torch rounds them."""
+    every = all_of_16_bits(dtype)
+    wide = torch.empty(len(every))
+    launch(host, f"widen_{name}", h_0=every, y=wide, H=len(every))
+    assert torch.equal(wide.isnan(), every.isnan())
+    assert torch.equal(wide.nan_to_num(), every.float().nan_to_num())
+    finite = every[every.isfinite()].float().sort().values
+    between = finite[:-1] + (finite[1:] - finite[:-1]) / 2
+    up, down = (torch.nextafter(between, torch.tensor(to)) for to in (torch.inf, -torch.inf))
+    ends = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.99, 65520, 3e38, -3.4e38, 1e-45])
+    given = torch.cat([finite, between, up, down, ends])
+    ours = torch.empty(len(given), dtype=dtype)
+    launch(host, f"narrow_{name}", h_0=given, y=ours, H=len(given))
+    right = given.to(dtype)
+    assert torch.equal(ours.isnan(), right.isnan())
+    assert torch.equal(bits_of(ours)[~right.isnan()], bits_of(right)[~right.isnan()])
+
+
+def test_numbers_of_tf32(host):
+    given = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-11 - 2**-23, -1 - 2**-11, torch.inf, torch.nan])
+    ours = torch.empty(6)
+    launch(host, "narrow_tf32", h_0=given, y=ours, H=6)
+    assert ours[:5].tolist() == [1.0, 1 + 2**-10, 1.0, -1 - 2**-10, torch.inf] and ours[5].isnan()
+
+
+def test_neighbours(host):
+    own = torch.randn(64)
+    both = torch.empty(64, 2)
+    launch(host, "sums", threads=64, h_0=own, y=both)
+    assert torch.equal(both[:, 1], own)
+    expected = own.view(2, 32).double().sum(1).repeat_interleave(32)
+    assert (both[:, 0] - expected).abs().max() < 1e-5
+
+
+MISTAKES = (
+    "none no_wait no_barrier one_buffer unaligned outside beside other_word leaves source load"
+).split()
+
+
+def stream(host, mistake, T=4, ctas=3):
+    given = torch.randn(ctas, T, 64)
+    ours = torch.full((ctas, T, 64), torch.nan)
+    values = {"h_0": given, "y": ours, "T": T, "save": MISTAKES.index(mistake)}
+    launch(host, "stream", threads=64, ctas=ctas, shared=512, **values)
+    return torch.equal(ours, given.flip(-1))
+
+
+def test_copies_arrive(host):
+    assert all(stream(host, "none") for _ in range(20))
+
+
+def test_a_forgotten_wait_shows(host):
+    assert not stream(host, "no_wait")
+
+
+def test_a_forgotten_barrier_shows(host):
+    """Soon: each time, one of 12 warps would have to be late."""
+    assert not all(stream(host, "no_barrier") for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("one_buffer", "copy: written to before it arrived"),
+        ("unaligned", "copy: an address is not aligned to 16"),
+        ("outside", "copy: not to the CTA's shared memory"),
+        ("beside", "written beside the shared memory"),
+        ("other_word", "lanes of a warp are at different words"),
+        ("leaves", "left the kernel"),
+        ("source", "copy: its source changed on the way"),
+        ("load", "load: an address is not aligned to 16"),
+    ],
+)
+def test_mistakes_end_the_launch(host, mistake, words):
+    with pytest.raises(RuntimeError, match=f"^stream: .*{words}"):
+        stream(host, mistake)
+    assert stream(host, "none")
+
+
+def test_launches_that_cannot_be(host):
+    for words, settings in (
+        ("at most 64", {"threads": 96}),
+        ("whole warps", {"threads": 33}),
+        ("more shared memory", {"threads": 64, "shared": 1 << 20}),
+        ("the grid is empty", {"threads": 64, "ctas": 0}),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            launch(host, "stream", **settings)
+    with pytest.raises(RuntimeError, match="no kernel is called strem"):
+        launch(host, "strem")
