@@ -16,7 +16,8 @@ from fastseq.backends.contract import fault
 ROOT = Path(fastseq.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 BENCHMARKS = sorted((ROOT.parent / "bench").rglob("*.py"))  # none beside an installed package
-FLOORS = {"cells": 0, "_cpu": 0, "reference": 1, "backends": 2, "ops": 3, "nn": 4}  # _cpu: compiled
+COMPILED = ("_cpu", "_cuda")
+FLOORS = {"cells": 0, "reference": 1, "backends": 2, "ops": 3, "nn": 4} | dict.fromkeys(COMPILED, 0)
 TOP = 5
 #: What a floor may import from outside, where it is kept plain.
 PLAIN = {0: set(), 1: {"numpy"}}
@@ -52,7 +53,9 @@ def exists(name):
     if parts[0] != "fastseq":
         return False
     path = ROOT.joinpath(*parts[1:])
-    return path.is_dir() or path.with_suffix(".py").is_file() or name == "fastseq._cpu"
+    if len(parts) == 2 and parts[1] in COMPILED:
+        return True
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def climbs(source, module, is_package):
