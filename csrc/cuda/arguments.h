@@ -2,6 +2,7 @@
 // fastseq/backends/cuda.py packs in this order.
 //
 //   T, B, R, H     steps, sequences, recurrences, hidden units
+//   rows           N, of all sequences, and of padding behind them
 //   reverse        bit r % 32: recurrence r runs backward in time
 //   save           whether forward leaves what backward reads: gates, extras
 //   lengths        (B,) of sequences sorted by decreasing length, or 0 where all have T steps
@@ -33,6 +34,7 @@
   X(int64_t, B) \
   X(int64_t, R) \
   X(int64_t, H) \
+  X(int64_t, rows) \
   X(int64_t, reverse) \
   X(int64_t, save) \
   X(const int64_t*, lengths) \

@@ -5,6 +5,7 @@
 //   KERNEL(name, threads, ctas) { ... }   a kernel of `const Arguments& a`, and how many CTAs of it
 //                                         shall fit on a multiprocessor
 //   thread(), tile_x(), tile_y(), tile_z()        where it is: in its CTA, and the CTA in the grid
+//   tiles_z()                             how many CTAs the grid has that way
 //   shared()                              the CTA's memory, aligned to 128 bytes
 //   meet()                                a barrier of all threads of the CTA
 //   copy<N>(to, from)                     N = 4, 8, 16 aligned bytes into shared memory, some time
@@ -20,6 +21,12 @@
 #include "arguments.h"
 
 #define FASTSEQ_ISA cuda
+// Of what the compiler computes itself, wherever it is used.
+#ifdef __CUDACC__
+#define CONSTANT __host__ __device__ constexpr
+#else
+#define CONSTANT constexpr
+#endif
 
 namespace fastseq {
 namespace FASTSEQ_ISA {
@@ -59,6 +66,7 @@ DEVICE int thread() { return threadIdx.x; }
 DEVICE int tile_x() { return blockIdx.x; }
 DEVICE int tile_y() { return blockIdx.y; }
 DEVICE int tile_z() { return blockIdx.z; }
+DEVICE int tiles_z() { return gridDim.z; }
 
 extern __shared__ __align__(128) unsigned char cta_memory[];
 DEVICE unsigned char* shared() { return cta_memory; }
@@ -84,7 +92,7 @@ DEVICE void arrived() {
 DEVICE float neighbour(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
 #define FASTSEQ_MMA(shape, types) \
-  asm volatile("mma.sync.aligned." shape ".row.col." types \
+  asm("mma.sync.aligned." shape ".row.col." types \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))

@@ -75,6 +75,8 @@ struct Stopped {};  // thrown through a kernel, whose launch has failed
 // What the CTAs of a launch share.
 class Launch {
  public:
+  int tiles_z = 1;  // of the grid
+
   // Keeps the first message.
   void blame(const std::string& why) {
     const std::lock_guard<std::mutex> hold(mutex_);
@@ -354,6 +356,7 @@ inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz,
   if (shared < 0 || shared > MOST_SHARED) return "more shared memory than a multiprocessor has";
   const int64_t all = gx * gy * gz, beside = std::max(1, SIDE_BY_SIDE / threads);
   Launch launch;
+  launch.tiles_z = int(gz);
   for (int64_t first = 0, count; first < all && !launch.failed(); first += count) {
     count = together ? all : std::min(beside, all - first);
     std::vector<std::unique_ptr<Cta>> ctas;
@@ -390,6 +393,7 @@ DEVICE int thread() { return host::current->id; }
 DEVICE int tile_x() { return host::current->cta.x; }
 DEVICE int tile_y() { return host::current->cta.y; }
 DEVICE int tile_z() { return host::current->cta.z; }
+DEVICE int tiles_z() { return host::current->cta.launch.tiles_z; }
 DEVICE unsigned char* shared() { return host::current->cta.memory; }
 DEVICE void meet() { host::current->cta.barrier.meet(host::current->cta.launch); }
 

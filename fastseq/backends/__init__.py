@@ -35,6 +35,11 @@ BACKENDS: dict[str, Entry] = {
         "pip install numba",
         f"{__name__}.numba",
     ),
+    "cuda": Entry(
+        "fused loops over time for NVIDIA GPUs, in CUDA C++",
+        "install the CUDA toolkit (nvcc) and then fastseq again: pip install .",
+        f"{__name__}.cuda",
+    ),
     "triton": Entry("fused loops over time for GPUs", "pip install triton", f"{__name__}.triton"),
     "eager": Entry(
         "torch operations step by step, every device and transform",

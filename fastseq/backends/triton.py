@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import CELLS, Cell
-from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted, Weights
-from .layout import declined_anywhere, wide
+from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
+from .gpu_layer import Layer, Precision, products_as
+from .layout import declined_anywhere
 from .layout import side_by_side as saved_layout
 from .triton_kernels import INTERPRETED, PREVIOUS_H, ROUND, ROUNDS, kernel, unreadable
 from .triton_text import Pieces, taken_names
@@ -38,7 +39,6 @@ from .triton_tiling import (
     LEAST,
     Device,
     Form,
-    Precision,
     Tiling,
     aligned,
     pieces_of,
@@ -162,55 +162,11 @@ def _precision(dtype: torch.dtype, device: torch.device) -> Precision:
     return "tf32x3" if nvidia and torch.cuda.get_device_capability(device) >= (8, 0) else "ieee"
 
 
-@contextmanager
-def _products_as(precision: Precision, device: torch.device) -> Iterator[None]:
-    """torch's own products in the precision of the loop's, as in cuDNN.
-
-    The setting is the process's: products that another thread makes meanwhile follow it too.
-    """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if device.type != "cuda" or precision != "tf32" or before == "tf32":
-        yield
-        return
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-class _Task:
+class _Task(Layer):
     """One call as the kernels take it."""
 
     def __init__(self, call: Call) -> None:
-        self.call = call
-        self.cell: Cell = call.definition
-        self.dtype, self.device = call.x.dtype, call.x.device
-        self.wide = wide(self.dtype)
-        self.R, self.H, self.P, self.B = len(call.weights), call.H, call.P, call.B
-        self.projected = call.weights[0].w_hr is not None
-        self.capacity = call.x.shape[0] * (call.x.shape[1] if call.batch_sizes is None else 1)
-        self.lead = tuple(call.x.shape[:-1])
-        lengths = offsets = None
-        if call.batch_sizes is None:
-            self.T, B = call.x.shape[:2]
-            self.N = self.T * B
-            self.sizes = [B] * self.T
-        else:
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "sequences of different lengths: batch_sizes lives on the CPU, so a CUDA graph "
-                    "cannot record the call; pad to one length, or call outside of the capture"
-                )
-            sizes = call.batch_sizes
-            self.T, self.N, self.sizes = len(sizes), int(sizes.sum()), sizes.tolist()
-            # sequence b is as long as there are steps with more than b sequences
-            counts = torch.searchsorted(-sizes, -torch.arange(self.B, device=sizes.device))
-            tables = torch.cat([sizes.cumsum(0) - sizes, counts]).to(self.device)
-            offsets, lengths = tables[: self.T], tables[self.T :]
-        self.x = call.x.reshape(self.capacity, call.x.shape[-1])[: self.N]
-        self.precision: Precision = _precision(self.dtype, self.device)
+        super().__init__(call, _precision(call.x.dtype, call.x.device))
         self.tiling = self.tiled(_larger)
         self.values: dict[str, Any] = {
             "T": self.T,
@@ -224,8 +180,8 @@ class _Task:
             "SAVE": False,
             **self.tiling.blocks(),
             "reverse_ptr": _flags(tuple(call.reverse), self.device),
-            "lengths_ptr": lengths,
-            "offsets_ptr": offsets,
+            "lengths_ptr": self.lengths,
+            "offsets_ptr": self.offsets,
             "h_mask_ptr": None if call.h_mask is None else call.h_mask.contiguous(),
             "reset_ptr": None
             if call.reset is None
@@ -233,9 +189,7 @@ class _Task:
             "w_hh_ptr": self.recurrent_weights(),
             "w_hr_ptr": self.projection_weights(),
             "b_hh_ptr": self.stacked([w.b_hh for w in call.weights]),
-            "unit_ptr": self.stacked(
-                [torch.stack(w.units) if w.units else None for w in call.weights]
-            ),
+            "unit_ptr": self.units(),
         }
         for k, state in enumerate(self.cell.states):
             self.values[f"{state}_0_ptr"] = call.states[k].contiguous() if call.states else None
@@ -255,15 +209,6 @@ class _Task:
             return None
         sizes = (self.H, self.P if self.projected else None, self.tiling, self.dtype.itemsize)
         return pieces_of(self.cell, *sizes, backward, _properties(self.device))
-
-    @staticmethod
-    def stacked(parts: list[Tensor | None]) -> Tensor | None:
-        """(R, ...); of one recurrence the tensor itself."""
-        if parts[0] is None:
-            return None
-        if len(parts) == 1:
-            return parts[0].contiguous()
-        return torch.stack(parts)  # type: ignore[arg-type]
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """A copy, to the nearest numbers of TF32, where products are made in that."""
@@ -299,19 +244,6 @@ class _Task:
         w_hr = w_hr.view(self.R, self.P, self.H)
         return pad(w_hr, (0, t.block_h - self.H, 0, t.block_p - self.P))
 
-    def rows(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer with a row of ``width`` for each of the input."""
-        return torch.empty((*self.lead, width), dtype=dtype or self.dtype, device=self.device)
-
-    def padded(self, tensor: Tensor) -> Tensor:
-        """The same tensor; its rows of padding are zero from now on."""
-        if self.capacity > self.N:
-            tensor.view(self.capacity, -1)[self.N :] = 0
-        return tensor
-
-    def state(self, width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((self.R, self.B, width), dtype=dtype, device=self.device)
-
     def final_states(self) -> list[Tensor]:
         """Where the kernels leave the states, and, in parts, carry them, from the first on."""
         in_parts = self.tiling.form != "walk"
@@ -328,38 +260,6 @@ class _Task:
             self.values["operand_ptr"] = torch.stack([h, h])
         return finals
 
-    def w_ih(self) -> Tensor:
-        """(R*G*H, I)"""
-        weights = [w.w_ih for w in self.call.weights]
-        return weights[0] if self.R == 1 else torch.cat(weights)
-
-    def input_product(self) -> Tensor:
-        """x W_ih^T + bias of all recurrences, (..., R*G*H); a row for each of the input."""
-        gates = self.rows(self.R * self.cell.G * self.H)
-        flat = gates.view(self.capacity, gates.shape[-1])[: self.N]
-        biases = [self.bias(w) for w in self.call.weights]
-        with _products_as(self.precision, self.device):
-            if biases[0] is None:
-                torch.mm(self.x, self.w_ih().t(), out=flat)
-            else:
-                bias = biases[0] if self.R == 1 else torch.cat(biases)  # type: ignore[arg-type]
-                torch.addmm(bias, self.x, self.w_ih().t(), out=flat)
-        return gates
-
-    def bias(self, w: Weights) -> Tensor | None:
-        """What adds to the input product, (G*H): b_ih, and b_hh of the gates not apart."""
-        cell, H = self.cell, self.H
-        if w.b_hh is None:
-            return w.b_ih
-        if not cell.parts_differ and cell.recurrent_gates:
-            return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
-        bias = w.b_hh.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
-        for place, gate in enumerate(cell.recurrent_gates):
-            if gate not in cell.apart_gates:
-                at = cell.gates.index(gate) * H
-                bias[at : at + H] += w.b_hh[place * H : (place + 1) * H]
-        return bias
-
     def launch(self, kind: str, grid: tuple[int, int, int], k: Any = None, **values: Any) -> None:
         if min(grid) == 0:
             return
@@ -369,14 +269,6 @@ class _Task:
     def tiles(self, B: int, width: int) -> tuple[int, int, int]:
         t = self.tiling
         return triton.cdiv(B, t.block_b), self.R, triton.cdiv(width, t.block_h)
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                yield
-        else:
-            yield
 
     def walk_forward(self) -> None:
         if self.tiling.form == "walk":
@@ -507,7 +399,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     gates = task.input_product()
     if cell.recurrent_gates:
         h = task.previous_h(y)
-        with _products_as(task.precision, task.device):
+        with products_as(task.precision, task.device):
             parts = [
                 torch.mm(h[:, r], w.w_hh.t())
                 for r, w in enumerate(call.weights)
@@ -584,40 +476,26 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
             task.values[f"d{state}_all_ptr"] = None if d is None else d.contiguous()
     task.walk_backward()
 
-    dx = dweights = None
-    with _products_as(task.precision, task.device):
-        if wanted.x:
-            dx = task.padded(torch.empty_like(call.x, memory_format=torch.contiguous_format))
-            flat = dx.view(task.capacity, call.x.shape[-1])[:N]
-            torch.mm(dgates.view(N, R * G * H), task.w_ih(), out=flat)
-        if wanted.weights:
-            h = None
-            if cell.masks_h:
-                h = task.previous_h(y)
-            operands = _operands(task, h, gates, extra)
-            dunits = None if dunit is None else dunit.sum(0).to(task.dtype)
-            dweights = []
-            for r, w in enumerate(call.weights):
-                d, x, product = dgates[:, r], task.x, dproduct[:, r]
-                dw_hh = [
-                    torch.mm(product[:, first * H : last * H].t(), operands[phase.operand][:, r])
-                    for phase, (first, last) in ((p, cell.product_rows(p)) for p in cell.products)
-                    if w.w_hh is not None
-                ]
-                dw_hr = None
-                if dh_all is not None and m is not None:
-                    rows = m.view(task.capacity, R, H)[:N, r]
-                    dw_hr = torch.mm(dh_all.view(N, R, task.P)[:, r].t(), rows)
-                dweights.append(
-                    Weights(
-                        torch.mm(d.t(), x),
-                        torch.cat(dw_hh) if len(dw_hh) > 1 else dw_hh[0] if dw_hh else None,
-                        None if w.b_ih is None else d.sum(0),
-                        None if w.b_hh is None else product.sum(0),
-                        dw_hr,
-                        () if dunits is None else tuple(u.clone() for u in dunits[r]),
-                    )
-                )
+    operands: dict[str, Tensor] = {}
+    if wanted.weights:
+        operands = _operands(task, task.previous_h(y) if cell.masks_h else None, gates, extra)
+
+    def recurrent(r: int) -> Tensor | None:
+        product = dproduct[:, r]
+        dw_hh = [
+            torch.mm(product[:, first * H : last * H].t(), operands[phase.operand][:, r])
+            for phase, (first, last) in ((p, cell.product_rows(p)) for p in cell.products)
+        ]
+        return torch.cat(dw_hh) if len(dw_hh) > 1 else dw_hh[0]
+
+    def projection(r: int) -> Tensor | None:
+        if dh_all is None or m is None:
+            return None
+        rows = m.view(task.capacity, R, H)[:N, r]
+        return torch.mm(dh_all.view(N, R, task.P)[:, r].t(), rows)
+
+    dunits = None if dunit is None else dunit.sum(0).to(task.dtype)
+    dx, dweights = task.gradients(wanted, dgates, dproduct, recurrent, projection, dunits)
     states = [d.to(task.dtype) for d in dstates] if wanted.states else None
     return Gradients(dx, states, dweights)
 

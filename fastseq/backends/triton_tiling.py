@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..cells import Cell
+from .gpu_layer import Precision
 from .triton_source import terms_of
 from .triton_text import Pieces
 
 Form = Literal["walk", "step", "grid"]
-Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
 class Device(NamedTuple):

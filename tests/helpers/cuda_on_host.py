@@ -63,8 +63,8 @@ class OnHost:
     def _said(self, function: str) -> str:
         return getattr(self._loaded, f"fastseq_host_{function}")().decode()
 
-    def fields(self) -> list[str]:
-        return self._said("fields").split()
+    def fields(self) -> str:
+        return self._said("fields")
 
     def kernels(self) -> list[str]:
         return self._said("kernels").split()[::2]

@@ -1,0 +1,336 @@
+"""Fused loops over time for NVIDIA GPUs in CUDA C++, from ``csrc/cuda/``: the extension module
+``fastseq._cuda``, which carries them as binaries for the driver.
+
+One GEMM (torch's) makes the input product of all steps. A CTA then owns eight sequences of one
+recurrence and walks all of time, its weights in registers and shared memory
+(:mod:`.cuda_plan` says which problems it holds, and how). Backward walks once more and leaves the
+gate gradients, from which large GEMMs make the gradients of x and of the weights.
+
+Numerics. float16 and bfloat16: y, the states at the ends, saved gates and gate gradients in that
+type; gate arithmetic, sums, and the carried and saved states other than h, in float32. float32
+obeys ``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it: TF32,
+or three products of TF32 parts, right to 2^-22 of each. No atomics: two identical calls agree bit
+for bit.
+
+Memory. Training keeps, per row and recurrence, G*H gates (Elman's cells none), each further saved
+value and each state other than h; with ``memory="lean"`` y alone, and backward walks forward again.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..cells import CELLS
+from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
+from .cuda_kernels import KERNELS, POINTWISE_UNITS, ROWS, Device, Kernel, Way, classes
+from .cuda_plan import Precision, decline, plan
+from .gpu_layer import Layer
+from .layout import declined_anywhere
+from .layout import side_by_side as saved_layout
+
+FOLDER = Path(__file__).parents[1]
+try:
+    from .. import _cuda  # type: ignore[attr-defined]
+
+    if not (FOLDER.is_dir() and FOLDER.samefile(Path(_cuda.__file__).parent)):
+        raise ImportError(f"{_cuda.__file__} belongs to another fastseq")
+except ImportError as error:
+    note = FOLDER / "_cuda.txt"  # setup.py's
+    why = note.read_text().strip() if note.exists() else error
+    raise ImportError(f"fastseq was built without its CUDA kernels: {why}") from error
+
+__all__ = ["backward", "explain", "forward", "saved_layout", "supports", "unavailable"]
+
+ABILITIES = Abilities()
+#: What a kernel is given, in this order: csrc/cuda/arguments.h.
+FIELDS = (
+    "T B R H rows reverse save lengths offsets gates extra y c_all h_0 c_0 h_n c_n w_hh b_hh unit "
+    "reset h_mask dy dc_all dh dc dgates dproduct dunit"
+).split()
+#: The driver that runs what nvcc 13 makes.
+DRIVER = 580
+DEVICES = ("cuda", "meta")
+#: Steps' directions are bits of one number.
+_DIRECTIONS = 32
+_PREVIOUS_THREADS = 256
+_pack = struct.Struct(f"<{len(FIELDS)}q").pack
+
+
+def unavailable() -> str | None:
+    if _cuda.fields().split() != FIELDS:
+        return (
+            "the CUDA kernels were built from the sources of another version of fastseq; build them"
+            " again: make build, or pip install ."
+        )
+    driver = _cuda.driver()
+    if isinstance(driver, str):
+        return f"{driver}; an NVIDIA driver of {DRIVER} or newer is needed"
+    if driver // 1000 < _cuda.toolkit() // 1000:
+        return (
+            f"the NVIDIA driver runs CUDA {driver // 1000}.{driver % 1000 // 10}, and the kernels "
+            f"were built with CUDA {_cuda.toolkit() // 1000}; a driver of {DRIVER} or newer is "
+            "needed"
+        )
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.device not in DEVICES:
+        return f"cuda's kernels run on NVIDIA GPUs, not on {problem.device}"
+    return declined_anywhere("cuda", problem) or decline(
+        problem, device_at_hand(problem.device), _precision(problem.tf32)
+    )
+
+
+def explain(problem: Problem) -> str:
+    """How a problem that it supports runs."""
+    return str(plan(problem, device_at_hand(problem.device), _precision(problem.tf32)))
+
+
+def _precision(tf32: bool) -> Precision:
+    return "tf32" if tf32 else "ieee"
+
+
+@lru_cache(maxsize=64)
+def _device(index: int) -> Device:
+    """As torch tells it."""
+    p = torch.cuda.get_device_properties(index)
+    return Device(
+        name=p.name,
+        multiprocessors=p.multi_processor_count,
+        shared_memory=p.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        shared_memory_total=p.shared_memory_per_multiprocessor,
+        registers=getattr(p, "regs_per_multiprocessor", 65536),
+        clock=getattr(p, "clock_rate", 1_500_000) / 1e6,
+        capability=(p.major, p.minor),
+        bandwidth=2 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8e6,
+        threads=p.max_threads_per_multi_processor,
+    )
+
+
+def device_at_hand(device: str) -> Device:
+    """What a problem is planned for."""
+    return _device(torch.cuda.current_device())
+
+
+@lru_cache(maxsize=256)
+def kernel_of(way: Way, cell: str, type: str, H: int) -> Kernel:
+    """The one that walks a layer of H units: of the least class that holds them."""
+    most = POINTWISE_UNITS if not CELLS[cell].recurrent_gates else H
+    HC = next(size for size in classes(cell, type) if size >= min(H, most))
+    return KERNELS[f"{way}_{cell}_{type}_{HC}"]
+
+
+def launch(
+    name: str,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    values: dict[str, int | Tensor | None],
+) -> None:
+    """One kernel on torch's current stream of a device."""
+    if min(grid) == 0:
+        return
+    arguments = []
+    for field in FIELDS:
+        value = values.get(field)
+        if isinstance(value, Tensor):
+            value = value.data_ptr()
+        arguments.append(value or 0)
+    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*arguments))
+
+
+def _queue(device: torch.device) -> tuple[int, int]:
+    """A device's number, and torch's current stream there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """As kernels read it: dense, and from a place that 16 divides."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+class _Task(Layer):
+    """One call as the kernels take it."""
+
+    def __init__(self, call: Call) -> None:
+        tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        tf32 = tf32 and call.x.dtype is torch.float32
+        super().__init__(call, "tf32" if tf32 else "tf32x3" if call.x.itemsize == 4 else "ieee")
+        kind = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.dtype, "float32")
+        self.type = "tf32" if tf32 and self.cell.recurrent_gates else kind
+        reverse = [call.reverse[r % _DIRECTIONS] for r in range(self.R)]
+        if tuple(reverse) != tuple(call.reverse):
+            raise NotImplementedError(
+                f"directions of {self.R} recurrences that do not repeat every {_DIRECTIONS}; "
+                "choose triton"
+            )
+        self.values: dict[str, int | Tensor | None] = {
+            "T": self.T,
+            "B": self.B,
+            "R": self.R,
+            "H": self.H,
+            "rows": self.capacity,
+            "reverse": sum(1 << r for r in range(min(self.R, _DIRECTIONS)) if reverse[r]),
+            "lengths": self.lengths,
+            "offsets": self.offsets,
+            "reset": None if call.reset is None else _aligned(call.reset.to(torch.uint8)),
+            "h_mask": _aligned(call.h_mask),
+            "b_hh": self.stacked([w.b_hh for w in call.weights]) if self.cell.apart_gates else None,
+            "unit": self.units(),
+        }
+        for state, start in zip(self.cell.states, call.states, strict=False):
+            self.values[f"{state}_0"] = _aligned(start)
+
+    def kernel(self, way: Way) -> Kernel:
+        return kernel_of(way, self.cell.name, self.type, self.H)
+
+    def weights(self, kernel: Kernel) -> Tensor | None:
+        """w_hh as a kernel holds it, with zeros around."""
+        w_hh = self.stacked([w.w_hh for w in self.call.weights])
+        if w_hh is None:
+            return None
+        H, HC, gates = self.H, kernel.HC, self.cell.G_hh
+        w_hh = w_hh.view(self.R, gates, H, H)
+        if kernel.way == "forward":
+            return _aligned(w_hh if H == HC else pad(w_hh, (0, HC - H, 0, HC - H)))
+        make = torch.empty if H == HC else torch.zeros
+        turned = make((self.R, HC, gates, HC), dtype=self.dtype, device=self.device)
+        turned[:, :H, :, :H] = w_hh.permute(0, 3, 1, 2)
+        return turned
+
+    def walk(self, way: Way, **values: Any) -> None:
+        kernel = self.kernel(way)
+        tiles = 1 if self.cell.recurrent_gates else -(-self.H // POINTWISE_UNITS)
+        grid = (-(-self.B // ROWS), self.R, tiles)
+        given = self.values | values | {"w_hh": self.weights(kernel)}
+        launch(kernel.name, self.device, grid, kernel.threads, kernel.shared, given)
+
+    def previous_h(self, y: Tensor) -> Tensor:
+        """What w_hh multiplied at every row, (N, R, H)."""
+        out = torch.empty((self.N, self.R, self.H), dtype=self.dtype, device=self.device)
+        pieces = min(64, -(-self.B * self.H // _PREVIOUS_THREADS))
+        values = self.values | {"y": y, "dproduct": out}
+        name = f"previous_{str(self.dtype).removeprefix('torch.')}"
+        launch(name, self.device, (self.T, self.R, pieces), _PREVIOUS_THREADS, 0, values)
+        return out
+
+
+def _walk_forward(
+    task: _Task, y: Tensor, full: bool, trajectory: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Fill y; the final states, what backward wants beside them, and the other states' way."""
+    cell, R, H = task.cell, task.R, task.H
+    gates = task.input_product()
+    extra = task.rows(len(cell.extras) * R * H) if full and cell.extras else None
+    along = [task.rows(R * H, task.wide) for _ in cell.other_states if full or trajectory]
+    for rows in along:
+        task.padded(rows)
+    finals = [task.state(H, task.dtype), *[task.state(H, task.wide) for _ in cell.other_states]]
+    values: dict[str, Any] = {"save": int(full), "gates": gates, "extra": extra, "y": y}
+    values |= {f"{state}_n": final for state, final in zip(cell.states, finals, strict=True)}
+    values |= {f"{s}_all": rows for s, rows in zip(cell.other_states, along, strict=bool(along))}
+    task.walk("forward", **values)
+    saved = [gates] if full and cell.keeps_gates(False) else []
+    return finals, saved + [extra] * (extra is not None), along  # type: ignore[list-item]
+
+
+@torch.no_grad()
+def forward(call: Call, save: bool, trajectory: bool) -> Result:
+    task = _Task(call)
+    full = save and call.memory == "full"
+    with task.on_device():
+        y = task.padded(task.rows(task.R * task.H))
+        finals, saved, along = _walk_forward(task, y, full, trajectory)
+    result = Result(y, [final.to(task.dtype) for final in finals], [], [])
+    if full:
+        result.saved = [*saved, *along]
+    if trajectory:
+        result.trajectory = [a.to(task.dtype) for a in along]
+        if full and task.dtype is task.wide:  # one tensor serves both
+            result.saved = saved
+    return result
+
+
+@torch.no_grad()
+def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    task = _Task(call)
+    with task.on_device():
+        return _backward(task, result, grads, wanted)
+
+
+def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    cell, R, H, N = task.cell, task.R, task.H, task.N
+    y = _aligned(result.y)
+    assert y is not None
+    if task.call.memory == "lean":
+        again = torch.empty_like(y)
+        _, saved, along = _walk_forward(task, again, True, False)
+    else:
+        saved = [t.contiguous() for t in result.saved]
+        kept = cell.keeps_gates(False) + bool(cell.extras)
+        along = saved[kept:] or [t.contiguous() for t in result.trajectory]
+        saved = saved[:kept]
+    gates = saved.pop(0) if cell.keeps_gates(False) else None
+    extra = saved.pop(0) if cell.extras else None
+
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=task.device)
+
+    dgates = new(N, R, cell.G * H, dtype=task.dtype)
+    apart = cell.parts_differ and bool(cell.recurrent_gates)
+    dproduct = new(N, R, cell.G_hh * H, dtype=task.dtype) if apart else dgates
+    U, tiles = len(cell.unit_parameters), -(-task.B // ROWS)
+    dunit = new(tiles, R, U, H, dtype=task.wide) if U else None
+    values: dict[str, Any] = {
+        "gates": gates,
+        "extra": extra,
+        "y": y,
+        "dy": _aligned(grads.y),
+        "dgates": dgates,
+        "dproduct": dproduct if apart else None,
+        "dunit": dunit,
+    }
+    dstates = []
+    for k, (state, given) in enumerate(zip(cell.states, grads.states, strict=True)):
+        # what the kernel carries: the gradient of the final state first, that of the initial last
+        carried = new(R, task.B, H, dtype=task.wide)
+        dstates.append(carried.copy_(given) if given is not None else carried.zero_())
+        values[f"d{state}"] = carried
+        if k:
+            values[f"{state}_all"] = _aligned(along[k - 1])
+            d = grads.trajectory[k - 1] if grads.trajectory else None
+            values[f"d{state}_all"] = None if d is None else _aligned(d.to(task.wide))
+    task.walk("backward", **values)
+
+    dunits = None if dunit is None else dunit.sum(0).to(task.dtype)
+    recurrent = _recurrent_gradient(task, y, dproduct) if wanted.weights else _none
+    dx, dweights = task.gradients(wanted, dgates, dproduct, recurrent, _none, dunits)
+    states = [d.to(task.dtype) for d in dstates] if wanted.states else None
+    return Gradients(dx, states, dweights)
+
+
+def _none(r: int) -> None:
+    return None
+
+
+def _recurrent_gradient(task: _Task, y: Tensor, dproduct: Tensor) -> Any:
+    """What makes dw_hh of a recurrence: its products' gradients times what they multiplied."""
+    if not task.cell.recurrent_gates:
+        return _none
+    h = task.previous_h(y)
+    return lambda r: torch.mm(dproduct[:, r].t(), h[:, r])

@@ -1,0 +1,257 @@
+"""The kernels of ``cuda``, and what each takes of a multiprocessor: pure functions of sizes.
+
+One CTA owns 8 sequences of a recurrence for all of time: the N of ``mma``, whose operand A are the
+weights and whose B is h. A warp owns 16 hidden units, so a CTA of the class HC (H padded) has HC/16
+warps. The weights stand in fragments, 16 rows x 32 bytes of the inner length, 4 registers of each
+lane:
+
+- forward: a warp multiplies G_hh row tiles, 16 units of one gate each; the inner length is HC
+- backward: one row tile, 16 units of h_{t-1}; the inner length is G_hh * HC
+
+so both have G_hh * HC * itemsize / 32 fragments a warp. As many as the budget of registers allows
+stay there, the rest stands in shared memory. ``float32`` is three products of TF32 parts, and a
+fragment of it two: its high and its low part.
+
+A cell without a product has no weights; its CTA owns 64 of the units, which see nobody.
+
+csrc/cuda has the same byte counts in C++; a test compares them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from ..cells import CELLS, Cell
+
+Way = Literal["forward", "backward"]
+#: Of a kernel's numbers. tf32: float32 in memory, multiplied in TF32; float32: in three products.
+Type = Literal["bfloat16", "float16", "tf32", "float32"]
+
+ITEMSIZE: dict[str, int] = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
+#: How many operands of mma a number becomes.
+PARTS: dict[str, int] = {"bfloat16": 1, "float16": 1, "tf32": 1, "float32": 2}
+
+#: Sequences of a CTA: N of mma.
+ROWS = 8
+#: Hidden units of a warp: M of mma.
+UNITS = 16
+#: Of a fragment in shared memory: 16 bytes a lane.
+FRAGMENT = 512
+#: Units of a CTA where there is no product.
+POINTWISE_UNITS = 64
+#: Registers of a thread beside the weights: sums, gates, states, addresses.
+WORKING_REGISTERS = 120
+#: What a thread can address.
+MOST_REGISTERS = 255
+#: Apart from other rows in shared memory, so that neighbours use other banks.
+_ROW_PAD, _OPERAND_PAD = 16, 64
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the planner knows of a GPU.
+
+    shared_memory: bytes that one CTA may have (opt-in); shared_memory_total: of a multiprocessor.
+    clock: in GHz, at most. bandwidth: of its memory, GB/s. threads, ctas: that a multiprocessor can
+    hold. mma_clocks: that it takes for one mma (m16n8k16 in 16 bits, m16n8k8 in TF32) when all its
+    tensor cores are busy.
+    """
+
+    name: str
+    multiprocessors: int
+    shared_memory: int
+    shared_memory_total: int
+    registers: int
+    clock: float
+    capability: tuple[int, int]
+    bandwidth: float
+    threads: int = 2048
+    ctas: int = 32
+    mma_clocks: float = 2.0
+
+
+H100 = Device("NVIDIA H100", 132, 227 << 10, 228 << 10, 65536, 1.98, (9, 0), 3350)
+H200 = Device("NVIDIA H200", 132, 227 << 10, 228 << 10, 65536, 1.98, (9, 0), 4800)
+A100 = Device("NVIDIA A100", 108, 163 << 10, 164 << 10, 65536, 1.41, (8, 0), 2039)
+#: GeForce's tensor cores sum in float32 at half of their rate.
+LAPTOP = Device(
+    *("NVIDIA RTX 4060 Laptop", 24, 99 << 10, 100 << 10, 65536, 2.37, (8, 9), 256),
+    threads=1536,
+    ctas=24,
+    mma_clocks=8.0,
+)
+#: The shared memory of a CTA on the devices that have least and most of it.
+LEAST_SHARED_MEMORY, MOST_SHARED_MEMORY = LAPTOP.shared_memory, H100.shared_memory
+
+
+def weight_registers(threads: int, all: int) -> int:
+    """How many registers of a thread may hold weights, where all of them would take ``all``."""
+    return 48 if threads > 384 else 80 if threads > 256 else 152 if all > 192 else 128
+
+
+def fragments(cell: Cell, type: str, HC: int) -> int:
+    """Of the weights of a warp; a number that is two operands counts once."""
+    return cell.G_hh * HC * ITEMSIZE[type] // 32
+
+
+def forward_shared(cell: Cell, type: str, HC: int, rest: int, stages: int) -> int:
+    """Bytes of shared memory that a CTA of the forward kernel takes.
+
+    rest: fragments of a warp that stand there; stages: steps of the ring of input products.
+    """
+    itemsize = ITEMSIZE[type]
+    weights = rest * FRAGMENT * (HC // UNITS)
+    operands = 2 * operand(HC * itemsize, itemsize) if cell.recurrent_gates else 0
+    ring = stages * ROWS * (cell.G * HC * itemsize + _ROW_PAD)
+    return weights + operands + ring
+
+
+def operand(inner: int, itemsize: int) -> int:
+    """Bytes of what a product multiplies, 8 rows of the inner length: pairs of rows start half the
+    banks apart, and are shifted by the eight numbers of them that a warp stores."""
+    pitch = inner if inner % 128 else inner + _OPERAND_PAD
+    return ROWS * pitch + ROWS // 2 * 8 * itemsize
+
+
+def backward_shared(cell: Cell, type: str, HC: int, rest: int, stages: int) -> int:
+    """Bytes of shared memory that a CTA of the backward kernel takes."""
+    itemsize = ITEMSIZE[type]
+    weights = rest * FRAGMENT * (HC // UNITS)
+    inner = cell.G_hh * HC * itemsize
+    operands = 2 * operand(inner, itemsize) if cell.recurrent_gates else 0
+    ring = stages * ROWS * sum(width + _ROW_PAD for width in backward_row(cell, itemsize, HC))
+    return weights + operands + ring
+
+
+def backward_row(cell: Cell, itemsize: int, HC: int) -> list[int]:
+    """Bytes of each piece of a row: the gates, where their gradients are put; extras, dy, h, the
+    other states and the gradients of their trajectory."""
+    others = len(cell.other_states)
+    pieces = [
+        cell.G * HC * itemsize,
+        len(cell.extras) * HC * itemsize,
+        HC * itemsize,
+        HC * itemsize * reads_y(cell),
+        others * HC * 4,
+        others * HC * 4,
+    ]
+    return [width for width in pieces if width]
+
+
+def reads_y(cell: Cell) -> bool:
+    """Whether backward reads h at every step."""
+    return cell.reads_h or not cell.keeps_gates(False)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation: a way through time of a cell, in a type, for H up to HC."""
+
+    way: Way
+    cell: str
+    type: Type
+    HC: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}_{self.cell}_{self.type}_{self.HC}"
+
+    @property
+    def definition(self) -> Cell:
+        return CELLS[self.cell]
+
+    @property
+    def warps(self) -> int:
+        return self.HC // UNITS
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @cached_property
+    def fragments(self) -> int:
+        """Of the weights of a warp; each has PARTS parts of 4 registers a lane."""
+        return fragments(self.definition, self.type, self.HC)
+
+    @cached_property
+    def held(self) -> int:
+        """The fragments of a warp that stay in registers; the others stand in shared memory."""
+        each = 4 * PARTS[self.type]
+        return min(self.fragments, weight_registers(self.threads, self.fragments * each) // each)
+
+    @property
+    def rest(self) -> int:
+        """The fragments of a warp that stand in shared memory."""
+        return self.fragments - self.held
+
+    @property
+    def weight_registers(self) -> int:
+        """Of a thread, for weights."""
+        return 4 * PARTS[self.type] * self.held
+
+    @cached_property
+    def stages(self) -> int:
+        """Steps in the ring of what is read ahead: eight of few gates, else six or four, where
+        every device has that much shared memory; else as many as fit."""
+        found = 8 if self.definition.G < 3 else 6
+        while found > 4 and self._shared(found) > LEAST_SHARED_MEMORY:
+            found -= 2
+        return 3 if self._shared(found) > MOST_SHARED_MEMORY else found
+
+    @cached_property
+    def shared(self) -> int:
+        """Bytes of shared memory that a CTA takes."""
+        return self._shared(self.stages)
+
+    def _shared(self, stages: int) -> int:
+        sizes = (self.definition, self.type, self.HC, self.rest, stages)
+        return forward_shared(*sizes) if self.way == "forward" else backward_shared(*sizes)
+
+    @cached_property
+    def ctas(self) -> int:
+        """How many CTAs its registers let on a multiprocessor, for its launch bounds."""
+        wanted = min(MOST_REGISTERS + 1, self.weight_registers + WORKING_REGISTERS)
+        return max(1, min(16, 65536 // (self.threads * wanted)))
+
+    @property
+    def registers(self) -> int:
+        """How many a thread may have under these launch bounds; given in eights."""
+        return min(MOST_REGISTERS, 65536 // (self.threads * self.ctas) // 8 * 8)
+
+
+#: In the order of the list; every one has one phase, and up to one state beside h.
+PRODUCT_CELLS = (
+    *("rnn_tanh", "rnn_relu", "rnn_sigmoid"),
+    *("lstm", "peephole_lstm", "coupled_lstm", "gru"),
+)
+POINTWISE_CELLS = ("indrnn", "indrnn_tanh", "leaky_integrator")
+#: The classes of H for which each type is built, and beyond them those of single cells.
+CLASSES: dict[Type, tuple[int, ...]] = {
+    "bfloat16": (32, 64, 128),
+    "float16": (32, 64, 128),
+    "tf32": (32, 64, 128),
+    "float32": (32, 64),
+}
+WIDER = {"gru": (192,), "rnn_tanh": (256,)}
+
+
+def _all() -> list[Kernel]:
+    sizes: list[tuple[str, Type, int]] = []
+    for cell in PRODUCT_CELLS:
+        for type, classes in CLASSES.items():
+            wider = WIDER.get(cell, ()) if ITEMSIZE[type] == 2 else ()
+            sizes += [(cell, type, HC) for HC in (*classes, *wider)]
+    for cell in POINTWISE_CELLS:
+        sizes += [(cell, type, POINTWISE_UNITS) for type in CLASSES if type != "tf32"]
+    return [Kernel(way, *size) for size in sizes for way in ("forward", "backward")]
+
+
+#: Every kernel that is built, by name.
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
+
+
+def classes(cell: str, type: str) -> list[int]:
+    """The classes of H that are built, in increasing order."""
+    return sorted({k.HC for k in KERNELS.values() if (k.cell, k.type) == (cell, type)})

@@ -1,0 +1,416 @@
+"""How ``cuda`` runs a problem on a device: a pure function to a frozen plan, or a decline in words.
+
+:func:`plan` asks no GPU and reads no setting, so every size is planned, and tested, on any machine.
+The kernels and what they take are in :mod:`.cuda_kernels`, the times in :mod:`.cuda_time`. The
+times are modelled: none of a whole kernel was measured.
+
+Of the regimes in which a layer can run one is built:
+
+- ``cta``: one CTA owns 8 sequences of a recurrence for all of time, with all weights on the chip
+- ``cluster``: a cluster of CTAs shares the weights and hands h around. Not built.
+- ``grid``: so does the whole grid. Not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..cells import CELLS, Cell
+from . import cuda_time
+from .contract import Problem
+from .cuda_kernels import (
+    A100,
+    FRAGMENT,
+    H100,
+    H200,
+    ITEMSIZE,
+    KERNELS,
+    LAPTOP,
+    PARTS,
+    POINTWISE_CELLS,
+    POINTWISE_UNITS,
+    PRODUCT_CELLS,
+    ROWS,
+    Device,
+    Kernel,
+    Type,
+    Way,
+    backward_shared,
+    classes,
+    forward_shared,
+    reads_y,
+)
+
+__all__ = [
+    "A100",
+    "H100",
+    "H200",
+    "KERNELS",
+    "LAPTOP",
+    "Device",
+    "Kernel",
+    "Plan",
+    "Walk",
+    "backward_shared",
+    "binary",
+    "classes",
+    "decline",
+    "forward_shared",
+    "largest",
+    "plan",
+    "type_of",
+]
+
+Regime = Literal["cta", "cluster", "grid"]
+#: Of float32's products, as torch.backends.cudnn.rnn.fp32_precision names them.
+Precision = Literal["ieee", "tf32"]
+
+#: Up to this H a cluster of 16 CTAs would hold the weights of any cell in 16 bits.
+_CLUSTER = 512
+#: What a grid may have in y and z, and in x.
+_MOST_YZ, _MOST_X = 65535, 2**31 - 1
+#: What a CTA takes of a multiprocessor's shared memory beside its own.
+_RESERVED = 1024
+
+_TYPES: dict[torch.dtype, Type] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in _TYPES}
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One kernel of a plan, which walks all of time.
+
+    shared: bytes of a CTA. registers: of a thread. per_multiprocessor: CTAs on one at once.
+    weights_in_registers, weights_in_shared: bytes of a CTA's weights, zeros beyond H included.
+    row_read, row_written: bytes that a step moves for each sequence and recurrence. row_flops: of
+    its recurrent product, two for each weight.
+    alone: modelled us of a step where a CTA has a multiprocessor to itself. step: of all sequences,
+    waves one after another; None where B is not known. total: of the launch and all steps; None
+    where T is not known either. bound: what a step waits for, of the first wave.
+    """
+
+    kernel: Kernel
+    shared: int
+    registers: int
+    per_multiprocessor: int
+    weights_in_registers: int
+    weights_in_shared: int
+    row_read: int
+    row_written: int
+    row_flops: int
+    cost: cuda_time.Cost
+    alone: float
+    step: float | None
+    total: float | None
+    waves: int | None
+    bound: str
+
+    @property
+    def stages(self) -> int:
+        return self.kernel.stages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer's loop over time runs. T, B: None where they are not known.
+
+    grid: CTAs in x, the batch; y, recurrences; z, hidden units. binary: what of the module the
+    device runs. backward: None where the device has not the room for it, and nobody trains.
+    """
+
+    regime: Regime
+    device: Device
+    binary: str
+    cell: str
+    type: Type
+    T: int | None
+    B: int | None
+    R: int
+    H: int
+    HC: int
+    threads: int
+    grid: tuple[int, int, int] | None
+    forward: Walk
+    backward: Walk | None
+
+    def bytes_read(self, walk: Walk) -> int | None:
+        """Of the GPU's memory, in a step of all sequences."""
+        return None if self.B is None else walk.row_read * self.B * self.R
+
+    def bytes_written(self, walk: Walk) -> int | None:
+        return None if self.B is None else walk.row_written * self.B * self.R
+
+    def flops(self, walk: Walk) -> int | None:
+        return None if self.B is None else walk.row_flops * self.B * self.R
+
+
+def binary(capability: tuple[int, int]) -> str | None:
+    """What of the module a device of this compute capability runs; None where nothing."""
+    major = capability[0]
+    if major < 8:
+        return None
+    if capability == (9, 0):
+        return "sm_90a"
+    return {8: "sm_80", 9: "PTX of compute_80", 10: "sm_100"}.get(major, "PTX of compute_100")
+
+
+def type_of(problem: Problem, precision: Precision) -> Type | None:
+    """How the kernels name a problem's numbers; None for a type that none takes."""
+    found = _TYPES.get(problem.dtype)
+    if found == "float32" and precision == "tf32" and CELLS[problem.cell].recurrent_gates:
+        return "tf32"
+    return found
+
+
+def per_multiprocessor(threads: int, registers: int, shared: int, device: Device) -> int:
+    """How many CTAs are on a multiprocessor at once."""
+    warps = -(-threads // 32)
+    of_a_warp = -(-registers * 32 // 256) * 256  # given in units of 256
+    return min(
+        device.ctas,
+        device.threads // threads,
+        device.registers // (of_a_warp * warps),
+        device.shared_memory_total // (shared + _RESERVED),
+    )
+
+
+def _row_bytes(way: Way, cell: Cell, itemsize: int, H: int, problem: Problem) -> tuple[int, int]:
+    """(read, written): what a step moves for each sequence and recurrence."""
+    width, others = H * itemsize, len(cell.other_states) * H * 4
+    kept = cell.keeps_gates(False)
+    gates, extras = cell.G * width, len(cell.extras) * width
+    reset = int(problem.reset)
+    if way == "backward":
+        read = kept * gates + extras + width + reads_y(cell) * width + others + reset
+        read += others * problem.trajectory
+        return read, gates + cell.parts_differ * cell.G_hh * width
+    save = problem.training and problem.memory != "lean"
+    written = width
+    if save:
+        written += kept * gates + extras
+    if save or problem.trajectory:
+        written += others
+    return gates + reset, written
+
+
+def _walk(
+    kernel: Kernel, problem: Problem, H: int, device: Device, registers: Mapping[str, int]
+) -> Walk:
+    cell = kernel.definition
+    shared = kernel.shared
+    counted = registers.get(kernel.name, kernel.registers)
+    fit = per_multiprocessor(kernel.threads, counted, shared, device)
+    read, written = _row_bytes(kernel.way, cell, ITEMSIZE[kernel.type], H, problem)
+    fragment = PARTS[kernel.type] * FRAGMENT * kernel.warps
+    tiles = _tiles(cell, H)
+    moved = -(-(read + written) // tiles)  # of one CTA's units
+
+    def limits(resident: int, running: int) -> dict[str, float]:
+        rows = running * (ROWS if problem.B is None else min(problem.B, ROWS))
+        return cuda_time.limits(kernel, device, resident, rows * moved)
+
+    alone = limits(1, 1)
+    step = total = waves = None
+    bound = max(alone, key=alone.__getitem__)
+    if problem.B is not None:
+        ctas = -(-problem.B // ROWS) * problem.R * tiles
+        wave = fit * device.multiprocessors
+        full, left = divmod(ctas, wave)
+        waves = full + bool(left)
+        last = limits(-(-left // device.multiprocessors), left)
+        first = limits(fit, wave) if full else last
+        step = (full * max(first.values()) + bool(left) * max(last.values())) / 1000
+        if ctas:
+            bound = max(first, key=first.__getitem__)
+        if problem.T is not None:
+            total = cuda_time.LAUNCH + problem.T * step
+    return Walk(
+        kernel=kernel,
+        shared=shared,
+        registers=counted,
+        per_multiprocessor=fit,
+        weights_in_registers=kernel.held * fragment,
+        weights_in_shared=kernel.rest * fragment,
+        row_read=read,
+        row_written=written,
+        row_flops=2 * cell.G_hh * H * H,
+        cost=cuda_time.cost(kernel, device),
+        alone=max(alone.values()) / 1000,
+        step=step,
+        total=total,
+        waves=waves,
+        bound=bound,
+    )
+
+
+def _tiles(cell: Cell, H: int) -> int:
+    """CTAs that share the hidden units."""
+    return 1 if cell.recurrent_gates else -(-H // POINTWISE_UNITS)
+
+
+def _kernel(way: Way, cell: str, type: str, HC: int) -> Kernel:
+    return KERNELS[f"{way}_{cell}_{type}_{HC}"]
+
+
+def _fits(way: Way, cell: str, type: str, HC: int, device: Device) -> bool:
+    kernel = _kernel(way, cell, type, HC)
+    fit = per_multiprocessor(kernel.threads, kernel.registers, kernel.shared, device)
+    return kernel.shared <= device.shared_memory and fit > 0
+
+
+def largest(cell: str, type: str, training: bool, device: Device) -> int:
+    """The largest H that one CTA holds on a device; 0 where none."""
+    ways: tuple[Way, ...] = ("forward", "backward") if training else ("forward",)
+    sizes = classes(cell, type)
+    return max((n for n in sizes if all(_fits(w, cell, type, n, device) for w in ways)), default=0)
+
+
+def _unlike(problem: Problem) -> str | None:
+    """What no kernel runs, whatever its size."""
+    name, cell = problem.cell, CELLS[problem.cell]
+    if problem.dtype not in _TYPES:
+        dtype = str(problem.dtype).removeprefix("torch.")
+        return (
+            f"cuda's kernels take {', '.join(_DTYPES.values())}, not {dtype}; choose triton, whose "
+            "kernels take float64 too"
+        )
+    if name not in (*PRODUCT_CELLS, *POINTWISE_CELLS):
+        if len(cell.phases) > 1:
+            return (
+                f"{name} has {len(cell.phases)} phases, and cuda's kernels run cells of one; "
+                "choose triton"
+            )
+        if len(cell.other_states) > 1:
+            return (
+                f"{name} has {len(cell.other_states)} states beside h, and cuda's kernels carry 1; "
+                "choose triton"
+            )
+        return f"cuda's binary has no kernel of {name}, a cell of your own; choose triton"
+    if problem.projected:
+        return f"cuda's kernels project no h (proj_size={problem.P}); choose triton"
+    if problem.zoneout:
+        return "cuda's kernels have no zoneout; choose eager"
+    if problem.heads > 1:
+        return (
+            f"cuda's kernels take one matrix w_hh, not {problem.heads} blocks on its diagonal; "
+            "choose eager"
+        )
+    if problem.input_product:
+        return "cuda makes the input product itself, and takes none made already; choose eager"
+    return None
+
+
+def decline(problem: Problem, device: Device, precision: Precision = "ieee") -> str | None:
+    """Why ``cuda`` does not run a problem, in words that a user can act on; None where nothing that
+    is known of the problem speaks against it. H may be None, while a graph is traced."""
+    if binary(device.capability) is None:
+        has = ".".join(map(str, device.capability))
+        return (
+            f"cuda's kernels need compute capability 8.0, and {device.name} has {has}; choose "
+            "triton or torch"
+        )
+    reason = _unlike(problem)
+    if reason is not None or problem.H is None:
+        return reason
+    cell, name, H = CELLS[problem.cell], problem.cell, problem.H
+    type = type_of(problem, precision)
+    assert type is not None
+    return _too_large(problem, device, cell, type, H) or _too_many(problem, name, cell, H)
+
+
+def _too_large(problem: Problem, device: Device, cell: Cell, type: Type, H: int) -> str | None:
+    name = cell.name
+    most = largest(name, type, problem.training, device)
+    if H <= most or (most and not cell.recurrent_gates):
+        return None
+    built = max(classes(name, type))
+    hint = "choose triton"
+    if type == "float32" and H <= largest(name, "tf32", problem.training, device):
+        hint = "allow TF32 (torch.backends.cudnn.rnn.fp32_precision = 'tf32'), or choose triton"
+    if H > built:
+        regime: Regime = "cluster" if H <= _CLUSTER else "grid"
+        return (
+            f"H={H}: regime {regime}, not yet built; one CTA holds up to H={most} in {type} of "
+            f"{name} on {device.name}; {hint}"
+        )
+    HC = min(n for n in classes(name, type) if n >= H)
+    way: Way = "backward" if _fits("forward", name, type, HC, device) else "forward"
+    needed = _kernel(way, name, type, HC).shared
+    fits = f"up to H={most} fits" if most else "no H fits"
+    if way == "backward" and H <= largest(name, type, False, device):
+        fits += " in training"
+    return (
+        f"H={H} in {type} of {name}: {way} takes {needed:,} bytes of shared memory, and a CTA of "
+        f"{device.name} has {device.shared_memory:,}; {fits}; {hint}"
+    )
+
+
+def _too_many(problem: Problem, name: str, cell: Cell, H: int) -> str | None:
+    tiles = _tiles(cell, H)
+    if tiles > _MOST_YZ:
+        most = _MOST_YZ * POINTWISE_UNITS
+        return f"H={H}: a launch holds up to H={most} of {name}; choose triton"
+    if problem.R > _MOST_YZ:
+        return f"{problem.R} recurrences in one call: a launch holds up to {_MOST_YZ}; choose eager"
+    if problem.B is not None and -(-problem.B // ROWS) > _MOST_X:
+        return f"B={problem.B}: a launch holds up to {_MOST_X * ROWS} sequences; split the batch"
+    return None
+
+
+def plan(
+    problem: Problem,
+    device: Device,
+    precision: Precision = "ieee",
+    registers: Mapping[str, int] | None = None,
+) -> Plan | str:
+    """How ``cuda`` runs a problem on a device, or why it does not.
+
+    registers: of a thread, by kernel name, as the compiler counted them; else those that the launch
+        bounds allow.
+
+    Where T or B is not known the plan has no totals; where H is not there is none, and the text
+    says so: :func:`decline` says whether anything else speaks against the problem.
+    """
+    reason = decline(problem, device, precision)
+    if reason is not None:
+        return reason
+    if problem.H is None:
+        return "H is not known while torch.compile traces; cuda plans when the operator runs"
+    cell, H = CELLS[problem.cell], problem.H
+    type = type_of(problem, precision)
+    runs_on = binary(device.capability)
+    assert type is not None and runs_on is not None
+    sizes = classes(cell.name, type)
+    HC = min(n for n in sizes if n >= H) if cell.recurrent_gates else POINTWISE_UNITS
+    forward = _kernel("forward", cell.name, type, HC)
+    backward = None
+    if _fits("backward", cell.name, type, HC, device):
+        kernel = _kernel("backward", cell.name, type, HC)
+        backward = _walk(kernel, problem, H, device, registers or {})
+    grid = None
+    if problem.B is not None:
+        grid = (-(-problem.B // ROWS), problem.R, _tiles(cell, H))
+    return Plan(
+        regime="cta",
+        device=device,
+        binary=runs_on,
+        cell=cell.name,
+        type=type,
+        T=problem.T,
+        B=problem.B,
+        R=problem.R,
+        H=H,
+        HC=HC,
+        threads=forward.threads,
+        grid=grid,
+        forward=_walk(forward, problem, H, device, registers or {}),
+        backward=backward,
+    )
