@@ -39,8 +39,8 @@
 
 #define DEVICE inline
 #define FASTSEQ_INLINE inline
-#define KERNEL(name, threads, ctas) FASTSEQ_KERNEL(name, threads)  // name may be a macro's
-#define FASTSEQ_KERNEL(name, threads)                                         \
+#define KERNEL(name, threads, ctas) FASTSEQ_HOST_KERNEL(name, threads)  // name may be a macro's
+#define FASTSEQ_HOST_KERNEL(name, threads)                                    \
   extern "C" void name(const fastseq::Arguments& a);                          \
   static const fastseq::host::Listed listed_##name(#name, name, threads);     \
   extern "C" void name([[maybe_unused]] const fastseq::Arguments& a)
