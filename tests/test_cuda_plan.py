@@ -483,6 +483,21 @@ def test_a_step_by_hand():
     assert walk.bound == "the chain of a step"
 
 
+@pytest.mark.parametrize(
+    "name, sums",
+    [
+        ("forward_lstm_bfloat16_128", 4),
+        ("forward_gru_bfloat16_128", 3),
+        ("forward_rnn_tanh_tf32_64", 4),
+        ("forward_rnn_tanh_bfloat16_32", 2),
+        ("backward_gru_float32_64", 4),
+    ],
+)
+def test_sums_of_a_warp(name, sums):
+    """As Weights::CHAINS of csrc/cuda/tile.h has them."""
+    assert cuda_time.sums(KERNELS[name]) == sums
+
+
 def test_a_crowd_is_bound_by_a_unit():
     found = plan(problem(H=32, B=8 * 132 * 6, training=True), H100).forward
     assert found.waves == 1 and found.per_multiprocessor == 6

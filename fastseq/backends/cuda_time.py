@@ -146,8 +146,10 @@ def cost(kernel: Kernel, device: Device) -> Cost:
         operand, row, back = cell.G_hh * h, sum(backward_row(cell, itemsize, kernel.HC)), gates
     operand *= has_product
     rest = kernel.rest * FRAGMENT * kernel.warps
-    # every warp reads all of the operand; what backward or GEMMs want goes through the ring again
-    read = rest + ROWS * (operand * kernel.warps + row + back)
+    multiplied = rest + ROWS * operand * kernel.warps  # every warp reads all of the operand
+    by_text = ROWS * (row + operand + back)
+    # a row comes into the ring; what the GEMMs or backward want is put out of it
+    read = multiplied + ROWS * (row + back)
     written = ROWS * (operand + row + back)
     each_unit, depth = words(cell, kernel.way)
     called = each_unit * ROWS * kernel.HC
@@ -159,8 +161,12 @@ def cost(kernel: Kernel, device: Device) -> Cost:
     )
     chain = -(-each // sums(kernel)) * MMA_LATENCY / clock if each else 0.0
     times = Times(
-        max(chain, busy.tensor_cores, busy.shared_memory),
-        max((TEXT + depth * WORD_LATENCY[itemsize]) / clock, busy.text),
+        max(chain, busy.tensor_cores, multiplied / SHARED_RATE / clock),
+        max(
+            (TEXT + depth * WORD_LATENCY[itemsize]) / clock,
+            busy.text,
+            by_text / SHARED_RATE / clock,
+        ),
         EXCHANGE / clock if has_product else 0.0,
         (BARRIER + BARRIER_THREAD * kernel.threads) / clock,
     )
