@@ -11,7 +11,7 @@
 using namespace fastseq::FASTSEQ_ISA;
 
 #define FASTSEQ_CHOSEN(way, cell, Cell, type, HC)                                        \
-  KERNEL(way##_##cell##_##type##_##HC, (Tile<Cell, type, HC>::THREADS), 1) {             \
+  KERNEL(way##_##cell##_##type##_##HC, (Tile<Cell, type, HC, false>::THREADS), 1) {      \
     way<Cell, type, HC>(a);                                                              \
   }
 FASTSEQ_HOST_CHOICE(FASTSEQ_CHOSEN)
