@@ -20,26 +20,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from fastseq.backends.cuda_kernels import KERNELS, PREVIOUS  # noqa: E402
 from fastseq.cells import CELLS, Cell, Phase, arguments  # noqa: E402
 from fastseq.cells.text import Text  # noqa: E402
-
-try:
-    from fastseq.backends.cuda_plan import KERNELS
-except ImportError:  # what stands in for it
-    KERNELS = tuple(
-        (way, name, kind, width)
-        for name, cell in CELLS.items()
-        if len(cell.phases) == 1 and name in ("lstm", "gru", "rnn_tanh", "indrnn")
-        for way in ("forward", "backward")
-        for kind in ("bfloat16", "float16", "tf32", "float32")
-        for width in ((32, 64, 128) if kind.endswith("float16") else (32, 64))
-    )
 
 FOLDER = ROOT / "csrc" / "cells"
 NOTE = "// Written by tools/write_cells.py from fastseq/cells; change the cells there."
 CUDA_LIST = ROOT / "csrc" / "cuda" / "list.h"
 CUDA_NOTE = (
-    "// Written by tools/write_cells.py from fastseq/backends/cuda_plan.py; change the list there."
+    "// Written by tools/write_cells.py from fastseq/backends/cuda_kernels.py; change the list "
+    "there."
 )
 MOST_EACH = 4  # of csrc/cpu/call.h: other states, extras and unit parameters, of each
 WIDTH = 100
@@ -311,7 +301,8 @@ def kernel_list(kernels: Iterable[tuple[str, str, str, int]]) -> str:
     """
     units: dict[str, list[str]] = {}
     for way, name, kind, width in kernels:
-        entry = f"X({way}, {name}, {struct_name(CELLS[name])}, {kind}, {width})"
+        struct = struct_name(CELLS[name]) if name in CELLS else name.capitalize()
+        entry = f"X({way}, {name}, {struct}, {kind}, {width})"
         units.setdefault(name, []).append(entry)
     macros = {"FASTSEQ_UNITS": [f"X({name})" for name in units]}
     macros |= {f"FASTSEQ_KERNELS_{name}": entries for name, entries in units.items()}
@@ -328,7 +319,9 @@ def written(cells: Iterable[Cell] = tuple(CELLS.values())) -> dict[Path, str]:
     return {
         FOLDER / "generated.h": generated(walked),
         FOLDER / "list.h": listed(walked),
-        CUDA_LIST: kernel_list(KERNELS),
+        CUDA_LIST: kernel_list(
+            [*((k.way, k.cell, k.type, k.HC) for k in KERNELS.values()), *PREVIOUS]
+        ),
     }
 
 

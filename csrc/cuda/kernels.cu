@@ -1,22 +1,9 @@
 // The kernels of one cell, which -DFASTSEQ_UNIT names: setup.py compiles this file once for each unit
 // of list.h, and the module carries what nvcc made of it as data (launch/kernels.h).
-#include "words.h"
-
-#include "../cells/generated.h"
+#include "backward.h"
+#include "forward.h"
 #include "list.h"
-#include "stub.h"
-
-namespace fastseq {
-namespace FASTSEQ_ISA {
-
-// The types of list.h, as the loops have them.
-using bfloat16 = Bf16;
-using float16 = F16;
-using tf32 = float;
-using float32 = float;
-
-}  // namespace FASTSEQ_ISA
-}  // namespace fastseq
+#include "previous.h"
 
 using namespace fastseq::cuda;
 

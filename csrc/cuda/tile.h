@@ -78,6 +78,12 @@ struct Tile {
   }
   static constexpr int STAGES = stages(), BYTES = AT_STAGES + STAGES * STAGE;
   static_assert(BYTES <= LARGEST, "it must fit somewhere");
+
+  // How many shall be on a multiprocessor at once: as its registers allow, of which a thread takes
+  // so many beside the weights.
+  static constexpr int BESIDE = 120, REGISTERS = 4 * COPIES * HELD + BESIDE;
+  static constexpr int ALIKE = 65536 / (THREADS * least(256, REGISTERS));
+  static constexpr int CTAS = ALIKE < 1 ? 1 : least(16, ALIKE);
 };
 
 // A thread's part in a CTA, and which sequences and units are there.

@@ -283,6 +283,12 @@ def _all() -> list[Kernel]:
 #: Every kernel that is built, by name.
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
 
+#: Beside these: what w_hh multiplied at every row, by so many threads, which is no cell's.
+PREVIOUS_THREADS = 256
+PREVIOUS = tuple(
+    ("previous", "rows", type, PREVIOUS_THREADS) for type in ("bfloat16", "float16", "float32")
+)
+
 
 @lru_cache(maxsize=256)
 def classes(cell: str, type: str) -> tuple[int, ...]:
