@@ -359,8 +359,8 @@ void run(const char* name, const Shape& s) {
   using M = Memory<Cell, Type, HC>;
   using T = typename M::T;
   const auto launch = [&](bool backward, const M& memory) {
-    const host::Kernel kernel{name, backward ? &fastseq::FASTSEQ_ISA::backward<Cell, Type, HC>
-                                             : &fastseq::FASTSEQ_ISA::forward<Cell, Type, HC>,
+    const host::Kernel kernel{name, backward ? backward_walk<Cell, Type, HC>
+                                             : forward_walk<Cell, Type, HC>,
                               T::THREADS};
     const int64_t parts = T::MULTIPLIES ? 1 : (s.H + HC - 1) / HC;
     const std::string why = host::run(kernel, memory.tiles, s.R, parts, T::THREADS,
