@@ -108,7 +108,6 @@ class Barrier {
   void meet(Launch& launch) {
     const uint32_t round = round_.load(std::memory_order_relaxed);
     const int missing = missing_.fetch_sub(1) - 1;
-    if (gone_.load()) launch.fail("threads wait for one that has left the kernel");
     if (missing == 0) {
       missing_.store(members_, std::memory_order_relaxed);
       round_.store(round + 1);
@@ -127,6 +126,7 @@ class Barrier {
  private:
   void wait(Launch& launch, uint32_t round) {
     const auto passed = [&] { return round_.load(std::memory_order_acquire) != round; };
+    if (gone_.load() && !passed()) launch.fail("threads wait for one that has left the kernel");
     for (int k = 0; k < YIELDS; ++k) {
       if (passed()) return;
       std::this_thread::yield();
