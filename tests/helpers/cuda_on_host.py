@@ -3,7 +3,7 @@ machine (csrc/cuda/words_host.h).
 
 ``OnHost`` takes the place of the extension module ``fastseq._cuda``, and ``use`` puts it there: the
 whole backend then runs on tensors of the CPU, planned for ``DEVICE``, which is made up. A kernel is
-compiled when it is first launched, with the one of the other way, and kept in build/host/.
+compiled when it is first launched, with those of the same cell and size, and kept in build/host/.
 """
 
 import contextlib
@@ -114,18 +114,25 @@ def library_of_words() -> Library:
 
 
 @cache
-def library_of(rest: str) -> Library:
-    """Of the kernels whose names are a way and this: forward and backward of a cell."""
-    cell, type, HC = rest.rsplit("_", 2)
-    struct = "".join(word.capitalize() for word in cell.split("_"))
-    ways = ("previous",) if cell == "rows" else ("forward", "backward")
-    chosen = " ".join(f"X({way}, {cell}, {struct}, {type}, {HC})" for way in ways)
-    defines = "FASTSEQ_UNIT=host", f"FASTSEQ_KERNELS_host(X)={chosen}"
-    return Library(build(rest, CUDA / "kernels.cu", *defines))
+def listed() -> dict[str, tuple[str, str, str, str, str]]:
+    """Of each kernel of list.h: way, cell, struct of the cell, type, size."""
+    found = re.findall(r"X\((\w+), (\w+), (\w+), (\w+), (\d+)\)", (CUDA / "list.h").read_text())
+    return {
+        f"{way}_{cell}_{type}_{HC}": (way, cell, s, type, HC) for way, cell, s, type, HC in found
+    }
+
+
+@cache
+def library_of(cell: str, HC: str) -> Library:
+    """All types and ways: most of the time goes into what kernels share."""
+    chosen = (f"X({', '.join(k)})" for k in listed().values() if (k[1], k[4]) == (cell, HC))
+    defines = "FASTSEQ_UNIT=host", f"FASTSEQ_KERNELS_host(X)={' '.join(chosen)}"
+    return Library(build(f"{cell}_{HC}", CUDA / "kernels.cu", *defines))
 
 
 def library_that_has(kernel: str) -> Library:
-    return library_of(kernel.partition("_")[2])
+    _, cell, _, _, HC = listed()[kernel]
+    return library_of(cell, HC)
 
 
 class OnHost:
@@ -149,8 +156,7 @@ class OnHost:
         return library_that_has("previous_rows_float32_256").fields()
 
     def kernels(self) -> tuple[str, ...]:
-        listed = re.findall(r"X\((\w+), (\w+), \w+, (\w+), (\d+)\)", (CUDA / "list.h").read_text())
-        return tuple("_".join(words) for words in listed)
+        return tuple(listed())
 
     def launch(
         self,
