@@ -40,10 +40,8 @@ from .cuda_kernels import (
     Kernel,
     Type,
     Way,
-    backward_shared,
     classes,
     device_of,
-    forward_shared,
     reads_y,
 )
 
@@ -57,12 +55,10 @@ __all__ = [
     "Kernel",
     "Plan",
     "Walk",
-    "backward_shared",
     "binary",
     "classes",
     "decline",
     "device_of",
-    "forward_shared",
     "largest",
     "plan",
     "type_of",

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..cells import Cell, bind
-from .cuda_kernels import FRAGMENT, ITEMSIZE, PARTS, ROWS, Device, Kernel, backward_row
+from .cuda_kernels import FRAGMENT, ITEMSIZE, PARTS, ROWS, Device, Kernel
 
 #: From one mma to one that adds to its sum. Table, mma-registers-1: 16.9 ns.
 MMA_LATENCY = 33
@@ -138,16 +138,15 @@ class Cost:
 
 def sums(kernel: Kernel) -> int:
     """How many sums a warp has on their way at once; csrc/cuda/tile.h, Weights::CHAINS."""
-    tiles = kernel.definition.G_hh if kernel.way == "forward" else 1
-    if tiles == 1:
+    if kernel.tiles == 1:
         return min(4, kernel.fragments)
-    return tiles * (2 if tiles == 2 else 1)
+    return kernel.tiles * (2 if kernel.tiles == 2 else 1)
 
 
 def instructions(kernel: Kernel) -> int:
     """Of a warp's step, without its products."""
     cell = kernel.definition
-    found = words(cell, kernel.way)[0] * 4 * WORD_INSTRUCTIONS[ITEMSIZE[kernel.type]]
+    found = words(cell, kernel.way)[0] * 2 * kernel.each * WORD_INSTRUCTIONS[ITEMSIZE[kernel.type]]
     if PARTS[kernel.type] == 2:
         found += PART_INSTRUCTIONS * kernel.fragments
     if kernel.way == "forward":
@@ -168,10 +167,10 @@ def cost(kernel: Kernel, device: Device) -> Cost:
     if kernel.way == "forward":
         operand, row, back = h, gates, gates * cell.keeps_gates(False)
     else:
-        operand, row, back = cell.G_hh * h, sum(backward_row(cell, itemsize, kernel.HC)), gates
+        operand, row, back = cell.G_hh * h, kernel.row, gates
     operand *= has_product
     rest = kernel.rest * FRAGMENT * kernel.warps
-    multiplied = rest + ROWS * operand * kernel.warps  # every warp reads all of the operand
+    multiplied = rest + ROWS * operand * kernel.warps // kernel.split  # each warp reads its part
     by_text = ROWS * (row + operand + back)
     # a row comes into the ring; what the GEMMs or backward want is put out of it
     read = multiplied + ROWS * (row + back)
