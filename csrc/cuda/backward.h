@@ -113,52 +113,45 @@ DEVICE void backward_walk(const Arguments& a) {
   const int my_length = seat.length(my_row);
   const int bytes = seat.width * SIZE, from_unit = H * SIZE;
   unsigned char* const my_stages = stages + my_row * T::ROW;
-  const bool together = H == HC && is_aligned(a.gates) && is_aligned(a.extra) &&
-                        is_aligned(a.dy) && is_aligned(a.y) && is_aligned(a.c_all) &&
-                        is_aligned(a.dc_all) && is_aligned(a.dgates);
+  const bool together = is_aligned(a.gates) && is_aligned(a.extra) && is_aligned(a.dy) &&
+                        is_aligned(a.y) && is_aligned(a.c_all) && is_aligned(a.dc_all) &&
+                        is_aligned(a.dgates);
   const int steps = seat.length(0);
-  // Time goes against forward's; `before` is forward's step before.
-  const auto time_of = [&](int step) { return seat.reverse ? step : steps - 1 - step; };
-  const auto has_before = [&](int time, int length) {
-    return seat.reverse ? time + 1 < length : time > 0;
-  };
-  const auto row_of = [&](int step) {
-    return step < steps ? seat.row(time_of(step)) : int64_t(0);
-  };
-  const int64_t mine_of_rows = my_row * seat.stride + int64_t(seat.recurrence) * H;
-  const auto piece = [&](const void* base, int64_t row, int numbers, int size) {
-    return static_cast<const unsigned char*>(base) +
-           ((row * seat.stride + mine_of_rows) * numbers + seat.origin) * size;
-  };
-  // row: of the step; row_before: of the step after it in this walk, forward's before
-  const auto on_its_way = [&](int step, int slot, int64_t row, int64_t row_before) {
-    const int time = time_of(step);
-    if (step < steps && time < my_length) {
-      unsigned char* const to = my_stages + slot * T::STAGE;
-      const bool has = has_before(time, my_length);
-      if (together) {
-        if constexpr (Cell::KEEPS_GATES)
-          fetch_whole<T::G * T::UNIT, T::ROW_LANES>(to, piece(a.gates, row, T::G, SIZE), my_part);
-        if constexpr (T::E > 0)
-          fetch_whole<T::E * T::UNIT, T::ROW_LANES>(to + T::AT_EXTRA,
-                                                    piece(a.extra, row, T::E, SIZE), my_part);
-        if (a.dy)
-          fetch_whole<T::UNIT, T::ROW_LANES>(to + T::AT_DY, piece(a.dy, row, 1, SIZE), my_part);
-        if constexpr (T::READS_Y)
-          if (has)
-            fetch_whole<T::UNIT, T::ROW_LANES>(to + T::AT_H, piece(a.y, row_before, 1, SIZE),
-                                               my_part);
-        if constexpr (T::C > 0) {
-          if (has)
-            fetch_whole<HC * 4, T::ROW_LANES>(to + T::AT_C, piece(a.c_all, row_before, 1, 4),
-                                              my_part);
-          if (a.dc_all)
-            fetch_whole<HC * 4, T::ROW_LANES>(to + T::AT_DC, piece(a.dc_all, row, 1, 4), my_part);
-        }
-      } else {
-        const auto pieces = [&](auto count, int at, const void* base, int64_t row) {
-          fetch<count.value, T::UNIT, SIZE>(to + at, piece(base, row, count.value, SIZE), bytes,
-                                            from_unit, my_part, T::ROW_LANES);
+  const int64_t mine_of_rows = int64_t(my_row) * seat.stride + seat.recurrence * H;
+
+  const auto walk = [&](auto is_plain) {
+    constexpr bool PLAIN = is_plain.value != 0;
+    const auto is_unit = [&](int j) { return PLAIN || seat.is_unit(j); };
+    // Time goes against forward's; `before` is forward's step before.
+    const auto time_of = [&](int step) { return seat.reverse ? step : steps - 1 - step; };
+    const auto has_before = [&](int step, int length) {
+      if (PLAIN) return step + 1 < steps;
+      return seat.reverse ? step + 1 < length : time_of(step) > 0;
+    };
+    const auto row_of = [&](int step) { return step < steps ? seat.row(time_of(step)) : 0; };
+    const auto piece = [&](const void* base, int row, int numbers, int size) {
+      return static_cast<const unsigned char*>(base) +
+             ((int64_t(row) * seat.stride + mine_of_rows) * numbers + seat.origin) * size;
+    };
+    // row: of the step; row_before: of the step after it in this walk, forward's before
+    const auto on_its_way = [&](int step, int slot, int row, int row_before) {
+      if (step < steps && (PLAIN ? my_length > 0 : time_of(step) < my_length)) {
+        unsigned char* const to = my_stages + slot * T::STAGE;
+        const bool has = has_before(step, my_length);
+        const auto pieces = [&](auto count, int at, const void* base, int row) {
+          const unsigned char* const from = piece(base, row, count.value, SIZE);
+          if constexpr (PLAIN)
+            fetch_whole<count.value * T::UNIT, T::ROW_LANES>(to + at, from, my_part);
+          else
+            fetch<count.value, T::UNIT, SIZE>(to + at, from, bytes, from_unit, my_part,
+                                              T::ROW_LANES);
+        };
+        const auto wide_piece = [&](int at, const void* base, int row) {
+          const unsigned char* const from = piece(base, row, 1, 4);
+          if constexpr (PLAIN)
+            fetch_whole<HC * 4, T::ROW_LANES>(to + at, from, my_part);
+          else
+            fetch<1, 0, 4>(to + at, from, seat.width * 4, 0, my_part, T::ROW_LANES);
         };
         if constexpr (Cell::KEEPS_GATES) pieces(Count<T::G>(), 0, a.gates, row);
         if constexpr (T::E > 0) pieces(Count<T::E>(), T::AT_EXTRA, a.extra, row);
@@ -166,194 +159,195 @@ DEVICE void backward_walk(const Arguments& a) {
         if constexpr (T::READS_Y)
           if (has) pieces(Count<1>(), T::AT_H, a.y, row_before);
         if constexpr (T::C > 0) {
-          if (has)
-            fetch<1, 0, 4>(to + T::AT_C, piece(a.c_all, row_before, 1, 4), seat.width * 4, 0,
-                           my_part, T::ROW_LANES);
-          if (a.dc_all)
-            fetch<1, 0, 4>(to + T::AT_DC, piece(a.dc_all, row, 1, 4), seat.width * 4, 0, my_part,
-                           T::ROW_LANES);
+          if (has) wide_piece(T::AT_C, a.c_all, row_before);
+          if (a.dc_all) wide_piece(T::AT_DC, a.dc_all, row);
         }
       }
-    }
-    close();
-  };
-  const auto is_reset = [&](int64_t row, int time, int k) {
-    return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
-  };
+      close();
+    };
+    const auto is_reset = [&](int row, int time, int k) {
+      return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
+    };
 
-  int64_t row = row_of(0), next_row = row_of(1);
-  {
-    int64_t at = row, then = next_row;
+int row = row_of(0), next_row = row_of(1);
+    {
+      int at = row, then = next_row;
 #pragma unroll 1
-    for (int step = 0; step < STAGES - 1; ++step) {
-      on_its_way(step, step, at, then);
-      at = then;
-      then = row_of(step + 2);
+      for (int step = 0; step < STAGES - 1; ++step) {
+        on_its_way(step, step, at, then);
+        at = then;
+        then = row_of(step + 2);
+      }
     }
-  }
-  int64_t row_ahead = row_of(STAGES - 1), next_ahead = row_of(STAGES);
-  bool resets[2] = {};
-  if (a.reset && steps > 0) {
-    resets[0] = is_reset(row, time_of(0), 0);
-    resets[1] = is_reset(row, time_of(0), 1);
-  }
-  const bool paired = H % 2 == 0;
-  arrived<STAGES - 2>();
-  meet();
+    int row_ahead = row_of(STAGES - 1), next_ahead = row_of(STAGES);
+    bool resets[2] = {};
+    if (!PLAIN && a.reset && steps > 0) {
+      resets[0] = is_reset(row, time_of(0), 0);
+      resets[1] = is_reset(row, time_of(0), 1);
+    }
+    const int by = seat.reverse ? int(a.B) : -int(a.B);  // where sequences have one length
+    arrived<STAGES - 2>();
+    meet();
 
-  int slot = 0, last_slot = STAGES - 1;
+    int slot = 0, last_slot = STAGES - 1;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int time = time_of(step);
-    const int64_t row_after = row_of(step + 2), ahead_after = row_of(step + STAGES + 1);
-    bool next_resets[2] = {};
-    if (a.reset && step + 1 < steps) {
-      next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
-      next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
-    }
-    unsigned char* const stage = stages + slot * T::STAGE;
-    unsigned char* const operand = operands + (step & 1) * T::OPERAND;
-    const int64_t out = row * seat.stride;
-    float direct[2][EACH] = {};  // what of dh_{t-1} comes past the product
+    for (int step = 0; step < steps; ++step) {
+      const int time = PLAIN ? 0 : time_of(step);
+      const int row_after = PLAIN ? next_row + by : row_of(step + 2);
+      const int ahead_after = PLAIN ? next_ahead + by : row_of(step + STAGES + 1);
+      bool next_resets[2] = {};
+      if (!PLAIN && a.reset && step + 1 < steps) {
+        next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
+        next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
+      }
+      unsigned char* const stage = stages + slot * T::STAGE;
+      unsigned char* const operand = operands + (step & 1) * T::OPERAND;
+      const int64_t out = int64_t(row) * seat.stride;
+      float direct[2][EACH] = {};  // what of dh_{t-1} comes past the product
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (k == 1 && seat.few) break;
-      const bool live = time < lengths[k] && seat.is_unit(0);
-      unsigned char* const mine = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
-      unsigned char* const wide = mine + seat.local * (4 - SIZE);  // of pieces in float32
-      float saves[T::G][EACH] = {}, extras[T::E ? T::E : 1][EACH], dy[EACH] = {}, dc_all[EACH] = {};
-      float h_before[EACH] = {}, c_before[EACH] = {}, dproduct[T::G][EACH];
-      if (live) {
-        if (time == (seat.reverse ? 0 : lengths[k] - 1)) {  // its last step: what forward left there
+      for (int k = 0; k < 2; ++k) {
+        if (k == 1 && seat.few) break;
+        const bool live = PLAIN ? lengths[k] > 0 : time < lengths[k] && is_unit(0);
+        unsigned char* const mine = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
+        unsigned char* const wide = mine + seat.local * (4 - SIZE);  // of pieces in float32
+        float saves[T::G][EACH] = {}, extras[T::E ? T::E : 1][EACH], dy[EACH] = {}, dc_all[EACH] = {};
+        float h_before[EACH] = {}, c_before[EACH] = {}, dproduct[T::G][EACH];
+        if (live) {
+          if (PLAIN ? step == 0 : time == (seat.reverse ? 0 : lengths[k] - 1)) {  // its last step: what forward left there
 #pragma unroll
-          for (int j = 0; j < EACH; ++j) {
-            if (!seat.is_unit(j)) continue;
-            if constexpr (T::READS_Y) h[k][j] = number_at<Number>(a.y, out + beside + k * seat.stride + j);
-            if constexpr (T::C > 0) c[k][j] = a.c_all[out + beside + k * seat.stride + j];
+            for (int j = 0; j < EACH; ++j) {
+              if (!is_unit(j)) continue;
+              if constexpr (T::READS_Y) h[k][j] = number_at<Number>(a.y, out + beside + k * seat.stride + j);
+              if constexpr (T::C > 0) c[k][j] = a.c_all[out + beside + k * seat.stride + j];
+            }
+          }
+          if (has_before(step, lengths[k])) {
+            if constexpr (T::READS_Y) load_each<Number>(h_before, mine + T::AT_H);
+            if constexpr (T::C > 0) load_each<float>(c_before, wide + T::AT_C);
+          } else {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+              if (!is_unit(j)) continue;
+              if (T::READS_Y && a.h_0) h_before[j] = number_at<Number>(a.h_0, seat.state(k) + j);
+              if (T::C > 0 && a.c_0) c_before[j] = number_at<Number>(a.c_0, seat.state(k) + j);
+            }
+          }
+          if (a.dy) load_each<Number>(dy, mine + T::AT_DY);
+          if (T::C > 0 && a.dc_all) load_each<float>(dc_all, wide + T::AT_DC);
+          if constexpr (Cell::KEEPS_GATES) {
+#pragma unroll
+            for (int g = 0; g < T::G; ++g) load_each<Number>(saves[g], mine + g * T::UNIT);
+          }
+#pragma unroll
+          for (int e = 0; e < T::E; ++e)
+            load_each<Number>(extras[e], mine + T::AT_EXTRA + e * T::UNIT);
+        }
+        float din[T::G][EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+          BackwardAt<T> at;
+          at.dh_now = dh[k][j] + dy[j];
+          at.dc_now[0] = dc[k][j] + dc_all[j];
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) at.saves[g] = saves[g][j];
+#pragma unroll
+          for (int e = 0; e < T::E; ++e) at.extras[e] = extras[e][j];
+          at.h_after = h[k][j];
+          at.c_after[0] = c[k][j];
+          at.h_before = resets[k] ? 0.0f : h_before[j];
+          at.c_before[0] = resets[k] ? 0.0f : c_before[j];
+#pragma unroll
+          for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][j];
+          Cell::template backward<0>(at);
+          const bool lives = PLAIN || (live && is_unit(j));
+          h[k][j] = h_before[j];
+          c[k][j] = c_before[j];
+          direct[k][j] = at.dh_before;
+          dc[k][j] = !lives ? dc[k][j] : resets[k] ? 0.0f : at.dc_before[0];
+          if (lives) {
+#pragma unroll
+            for (int u = 0; u < T::U; ++u) dunit[u][j].add(at.dunits[u]);
+          }
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) {
+            din[g][j] = at.din[g];
+            dproduct[g][j] = g < T::G_HH && lives ? at.dproduct[g] : 0.0f;
           }
         }
-        if (has_before(time, lengths[k])) {
-          if constexpr (T::READS_Y) load_each<Number>(h_before, mine + T::AT_H);
-          if constexpr (T::C > 0) load_each<float>(c_before, wide + T::AT_C);
+        if (live) {
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) store_each<Number>(mine + g * T::UNIT, din[g]);
+          if (a.dproduct) {
+            const bool second = is_unit(EACH - 1), paired = PLAIN || H % 2 == 0;
+            const int64_t place =
+                (out + int64_t(seat.one(k)) * seat.stride + seat.recurrence * H) * T::G_HH +
+                seat.origin + seat.local;
+#pragma unroll
+            for (int g = 0; g < T::G_HH; ++g)
+              put_each<Number>(a.dproduct, place + int64_t(g) * H, dproduct[g], second, paired);
+          }
+        }
+#pragma unroll
+        for (int g = 0; g < T::G_HH; ++g)
+          put_operand<T>(operand + T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE,
+                         dproduct[g]);
+      }
+      arrived<STAGES - 3>();
+      meet();
+      if (PLAIN ? my_length > 0 : time < my_length) {
+        auto* const to = static_cast<unsigned char*>(a.dgates) +
+                         ((out + mine_of_rows) * T::G + seat.origin) * SIZE;
+        const unsigned char* const from = my_stages + slot * T::STAGE;
+        if constexpr (PLAIN)
+          put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
+        else
+          put<T::G, T::UNIT, SIZE>(to, from, bytes, from_unit, my_part, T::ROW_LANES);
+      }
+      on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
+      float sums[2][EACH] = {};  // columns by units
+      if constexpr (T::MULTIPLIES) {
+        float products[1][4];
+        weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q, part);
+        if constexpr (T::SPLIT == 2) {
+          auto* const exchange = reinterpret_cast<Two<float>*>(memory + T::AT_SUMS);
+          const int other = thread() ^ LANES;
+          store(exchange + thread(), part ? Two<float>{products[0][0], products[0][1]}
+                                          : Two<float>{products[0][2], products[0][3]});
+          meet_pair(seat.warp / 2);
+          const auto given = load<Two<float>>(exchange + other);
+          sums[0][0] = (part ? products[0][2] : products[0][0]) + given.first;
+          sums[1][0] = (part ? products[0][3] : products[0][1]) + given.second;
         } else {
 #pragma unroll
-          for (int j = 0; j < EACH; ++j) {
-            if (!seat.is_unit(j)) continue;
-            if (T::READS_Y && a.h_0) h_before[j] = number_at<Number>(a.h_0, seat.state(k) + j);
-            if (T::C > 0 && a.c_0) c_before[j] = number_at<Number>(a.c_0, seat.state(k) + j);
-          }
-        }
-        if (a.dy) load_each<Number>(dy, mine + T::AT_DY);
-        if (T::C > 0 && a.dc_all) load_each<float>(dc_all, wide + T::AT_DC);
-        if constexpr (Cell::KEEPS_GATES) {
+          for (int k = 0; k < 2; ++k)
 #pragma unroll
-          for (int g = 0; g < T::G; ++g) load_each<Number>(saves[g], mine + g * T::UNIT);
-        }
-#pragma unroll
-        for (int e = 0; e < T::E; ++e)
-          load_each<Number>(extras[e], mine + T::AT_EXTRA + e * T::UNIT);
-      }
-      float din[T::G][EACH];
-#pragma unroll
-      for (int j = 0; j < EACH; ++j) {
-        BackwardAt<T> at;
-        at.dh_now = dh[k][j] + dy[j];
-        at.dc_now[0] = dc[k][j] + dc_all[j];
-#pragma unroll
-        for (int g = 0; g < T::G; ++g) at.saves[g] = saves[g][j];
-#pragma unroll
-        for (int e = 0; e < T::E; ++e) at.extras[e] = extras[e][j];
-        at.h_after = h[k][j];
-        at.c_after[0] = c[k][j];
-        at.h_before = resets[k] ? 0.0f : h_before[j];
-        at.c_before[0] = resets[k] ? 0.0f : c_before[j];
-#pragma unroll
-        for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][j];
-        Cell::template backward<0>(at);
-        const bool lives = live && seat.is_unit(j);
-        h[k][j] = h_before[j];
-        c[k][j] = c_before[j];
-        direct[k][j] = at.dh_before;
-        dc[k][j] = !lives ? dc[k][j] : resets[k] ? 0.0f : at.dc_before[0];
-        if (lives) {
-#pragma unroll
-          for (int u = 0; u < T::U; ++u) dunit[u][j].add(at.dunits[u]);
-        }
-#pragma unroll
-        for (int g = 0; g < T::G; ++g) {
-          din[g][j] = at.din[g];
-          dproduct[g][j] = g < T::G_HH && lives ? at.dproduct[g] : 0.0f;
-        }
-      }
-      if (live) {
-#pragma unroll
-        for (int g = 0; g < T::G; ++g) store_each<Number>(mine + g * T::UNIT, din[g]);
-        if (a.dproduct) {
-          const bool second = seat.is_unit(EACH - 1);
-          const int64_t place =
-              (out + seat.one(k) * seat.stride + int64_t(seat.recurrence) * H) * T::G_HH +
-              seat.origin + seat.local;
-#pragma unroll
-          for (int g = 0; g < T::G_HH; ++g)
-            put_each<Number>(a.dproduct, place + int64_t(g) * H, dproduct[g], second, paired);
+            for (int j = 0; j < EACH; ++j) sums[k][j] = products[0][2 * j + k];
         }
       }
 #pragma unroll
-      for (int g = 0; g < T::G_HH; ++g)
-        put_operand<T>(operand + T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE,
-                       dproduct[g]);
+      for (int k = 0; k < 2; ++k) {
+        if (!PLAIN && time >= lengths[k]) continue;
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+          float s = sums[k][j];
+          if (!PLAIN && a.h_mask && is_unit(j)) s *= number_at<Number>(a.h_mask, seat.state(k) + j);
+          dh[k][j] = resets[k] ? 0.0f : s + direct[k][j];
+        }
+      }
+      last_slot = slot;
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
+      row = next_row;
+      next_row = row_after;
+      row_ahead = next_ahead;
+      next_ahead = ahead_after;
+      resets[0] = next_resets[0];
+      resets[1] = next_resets[1];
     }
-    arrived<STAGES - 3>();
-    meet();
-    if (time < my_length) {
-      auto* const to = static_cast<unsigned char*>(a.dgates) +
-                       ((out + mine_of_rows) * T::G + seat.origin) * SIZE;
-      const unsigned char* const from = my_stages + slot * T::STAGE;
-      if (together)
-        put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
-      else
-        put<T::G, T::UNIT, SIZE>(to, from, bytes, from_unit, my_part, T::ROW_LANES);
-    }
-    on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
-    float sums[2][EACH] = {};  // columns by units
-    if constexpr (T::MULTIPLIES) {
-      float products[1][4];
-      weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q, part);
-      if constexpr (T::SPLIT == 2) {
-        auto* const exchange = reinterpret_cast<Two<float>*>(memory + T::AT_SUMS);
-        const int other = thread() ^ LANES;
-        store(exchange + thread(), part ? Two<float>{products[0][0], products[0][1]}
-                                        : Two<float>{products[0][2], products[0][3]});
-        meet_pair(seat.warp / 2);
-        const auto given = load<Two<float>>(exchange + other);
-        sums[0][0] = (part ? products[0][2] : products[0][0]) + given.first;
-        sums[1][0] = (part ? products[0][3] : products[0][1]) + given.second;
-      } else {
-#pragma unroll
-        for (int k = 0; k < 2; ++k)
-#pragma unroll
-          for (int j = 0; j < EACH; ++j) sums[k][j] = products[0][2 * j + k];
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (time >= lengths[k]) continue;
-#pragma unroll
-      for (int j = 0; j < EACH; ++j) {
-        float s = sums[k][j];
-        if (a.h_mask && seat.is_unit(j)) s *= number_at<Number>(a.h_mask, seat.state(k) + j);
-        dh[k][j] = resets[k] ? 0.0f : s + direct[k][j];
-      }
-    }
-    last_slot = slot;
-    slot = slot + 1 == STAGES ? 0 : slot + 1;
-    row = next_row;
-    next_row = row_after;
-    row_ahead = next_ahead;
-    next_ahead = ahead_after;
-    resets[0] = next_resets[0];
-    resets[1] = next_resets[1];
-  }
+  };
+  if (seat.is_plain() && together)
+    walk(Count<1>());
+  else
+    walk(Count<0>());
 
 #pragma unroll
   for (int k = 0; k < 2; ++k)

@@ -93,162 +93,170 @@ DEVICE void forward_walk(const Arguments& a) {
       c[k][j] = T::C && there && a.c_0 ? number_at<Number>(a.c_0, seat.state(k) + j) : 0.0f;
     }
   }
-  const auto hand_on = [&](unsigned char* operand) {
+  if constexpr (T::MULTIPLIES) {  // both operands: columns that have no sequence stay as they are
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       float v[EACH];
 #pragma unroll
       for (int j = 0; j < EACH; ++j) {
-        v[j] = seat.is_unit(j) ? h[k][j] : 0.0f;
+        v[j] = h[k][j];
         if (a.h_mask && seat.is_unit(j) && seat.is_sequence(k))
           v[j] *= number_at<Number>(a.h_mask, seat.state(k) + j);
       }
-      put_operand<T>(operand + T::place(2 * seat.q + k) + seat.local * SIZE, v);
+      unsigned char* const to = operands + T::place(2 * seat.q + k) + seat.local * SIZE;
+      put_operand<T>(to, v);
+      put_operand<T>(to + T::OPERAND, v);
     }
-  };
-  if constexpr (T::MULTIPLIES) {
-    hand_on(operands);
-    hand_on(operands + T::OPERAND);  // the columns that have no sequence stay as they are
   }
 
   // this thread's part of the rows that are fetched
   const int my_row = thread() / T::ROW_LANES, my_part = thread() % T::ROW_LANES;
   const int my_length = seat.length(my_row);
-  const int64_t pitch = a.R * T::G * H * SIZE;
+  const int64_t pitch = int64_t(seat.stride) * (T::G * SIZE);
   auto* const gates = static_cast<unsigned char*>(a.gates) + my_row * pitch +
                       (int64_t(seat.recurrence) * T::G * H + seat.origin) * SIZE;
   unsigned char* const my_stages = stages + my_row * T::ROW;
-  const bool together = H == HC && is_aligned(a.gates);  // a row is one piece
   const int steps = seat.length(0);
-  const auto time_of = [&](int step) { return seat.reverse ? steps - 1 - step : step; };
-  const auto on_its_way = [&](int step, int slot, int64_t row) {
-    if (step < steps && time_of(step) < my_length) {
-      unsigned char* const to = my_stages + slot * T::STAGE;
-      const unsigned char* const from = gates + row * pitch;
-      if (together)
-        fetch_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
-      else
-        fetch<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
-    }
-    close();
-  };
-  const auto row_of = [&](int step) {
-    return step < steps ? seat.row(time_of(step)) : int64_t(0);
-  };
-  const auto is_reset = [&](int64_t row, int time, int k) {
-    return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
-  };
+
+  const auto walk = [&](auto is_plain) {
+    constexpr bool PLAIN = is_plain.value != 0;
+    const auto is_unit = [&](int j) { return PLAIN || seat.is_unit(j); };
+    const auto time_of = [&](int step) { return seat.reverse ? steps - 1 - step : step; };
+    const auto row_of = [&](int step) { return step < steps ? seat.row(time_of(step)) : 0; };
+    const auto on_its_way = [&](int step, int slot, int row) {
+      if (step < steps && (PLAIN ? my_length > 0 : time_of(step) < my_length)) {
+        unsigned char* const to = my_stages + slot * T::STAGE;
+        const unsigned char* const from = gates + row * pitch;
+        if constexpr (PLAIN)
+          fetch_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
+        else
+          fetch<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
+      }
+      close();
+    };
+    const auto is_reset = [&](int row, int time, int k) {
+      return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
+    };
 
 #pragma unroll 1
-  for (int step = 0; step < STAGES - 1; ++step) on_its_way(step, step, row_of(step));
-  int64_t row = row_of(0), row_ahead = row_of(STAGES - 1);
-  bool resets[2] = {};
-  if (a.reset && steps > 0) {
-    resets[0] = is_reset(row, time_of(0), 0);
-    resets[1] = is_reset(row, time_of(0), 1);
-  }
-  const bool paired = H % 2 == 0;
-  arrived<STAGES - 2>();
-  meet();
-
-  int slot = 0, last_slot = STAGES - 1;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int time = time_of(step);
-    const int64_t next_row = row_of(step + 1), next_ahead = row_of(step + STAGES);
-    bool next_resets[2] = {};
-    if (a.reset && step + 1 < steps) {
-      next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
-      next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
+    for (int step = 0; step < STAGES - 1; ++step) on_its_way(step, step, row_of(step));
+    int row = row_of(0), row_ahead = row_of(STAGES - 1);
+    const int by = seat.reverse ? -int(a.B) : int(a.B);  // where sequences have one length
+    bool resets[2] = {};
+    if (!PLAIN && a.reset && steps > 0) {
+      resets[0] = is_reset(row, time_of(0), 0);
+      resets[1] = is_reset(row, time_of(0), 1);
     }
-    float products[T::TILES][4];
-    if constexpr (T::MULTIPLIES)
-      weights.multiply(products,
-                       operands + (step & 1) * T::OPERAND + T::place(seat.g) + 16 * seat.q, 0);
-
-    unsigned char* const stage = stages + slot * T::STAGE;
-    unsigned char* const next = operands + ((step + 1) & 1) * T::OPERAND;
-    const int64_t out = row * seat.stride;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (k == 1 && seat.few) break;
-      const bool live = time < lengths[k];
-      unsigned char* const mine = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
-      float in[T::G][EACH], saves[T::G][EACH], extras[T::E ? T::E : 1][EACH], handed[EACH];
-#pragma unroll
-      for (int g = 0; g < T::G; ++g) load_each<Number>(in[g], mine + g * T::UNIT);
-#pragma unroll
-      for (int j = 0; j < EACH; ++j) {
-        ForwardAt<T> at;
-#pragma unroll
-        for (int g = 0; g < T::G; ++g) at.in[g] = in[g][j];
-#pragma unroll
-        for (int g = 0; g < T::G_HH; ++g) {
-          const float s = EACH == 2 ? products[EACH == 2 ? g : 0][2 * j + k]
-                                    : products[EACH == 2 ? 0 : g / 2][2 * (g % 2) + k];
-          at.product[g] = resets[k] ? 0.0f : s;
-          if (g >= T::G_HH - Cell::APART) at.product[g] += bias[g][j];
-        }
-        at.h_before = resets[k] ? 0.0f : h[k][j];
-        at.c_before[0] = resets[k] ? 0.0f : c[k][j];
-#pragma unroll
-        for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][j];
-        Cell::template forward<0>(at);
-        const bool lives = live && seat.is_unit(j);
-        h[k][j] = lives ? widen(narrow<Number>(at.h_after)) : h[k][j];
-        if constexpr (T::C > 0) c[k][j] = lives ? at.c_after[0] : c[k][j];
-        handed[j] = seat.is_unit(j) ? h[k][j] : 0.0f;
-#pragma unroll
-        for (int g = 0; g < T::G; ++g) saves[g][j] = at.saves[g];
-#pragma unroll
-        for (int e = 0; e < T::E; ++e) extras[e][j] = at.extras[e];
-      }
-      if constexpr (T::MULTIPLIES) {
-        if (a.h_mask && seat.is_sequence(k)) {
-#pragma unroll
-          for (int j = 0; j < EACH; ++j)
-            if (seat.is_unit(j)) handed[j] *= number_at<Number>(a.h_mask, seat.state(k) + j);
-        }
-        put_operand<T>(next + T::place(2 * seat.q + k) + seat.local * SIZE, handed);
-      }
-      if (live && seat.is_unit(0)) {
-        const int64_t place = out + beside + k * seat.stride;
-        const bool second = seat.is_unit(EACH - 1);
-        put_each<Number>(a.y, place, h[k], second, paired);
-        if constexpr (T::C > 0)
-          if (a.c_all) put_each<float>(a.c_all, place, c[k], second, paired);
-        if (a.save) {
-          if constexpr (Cell::KEEPS_GATES) {
-#pragma unroll
-            for (int g = 0; g < T::G; ++g) store_each<Number>(mine + g * T::UNIT, saves[g]);
-          }
-#pragma unroll
-          for (int e = 0; e < T::E; ++e)
-            put_each<Number>(a.extra,
-                             (out + seat.one(k) * seat.stride + seat.recurrence * H) * T::E +
-                                 int64_t(e) * H + seat.origin + seat.local,
-                             extras[e], second, paired);
-        }
-      }
-    }
-    arrived<STAGES - 3>();
+    arrived<STAGES - 2>();
     meet();
-    if (Cell::KEEPS_GATES && a.save && time < my_length) {
-      unsigned char* const to = gates + row * pitch;
-      const unsigned char* const from = my_stages + slot * T::STAGE;
-      if (together)
-        put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
-      else
-        put<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
+
+    int slot = 0, last_slot = STAGES - 1;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int time = PLAIN ? 0 : time_of(step);
+      const int next_row = PLAIN ? row + by : row_of(step + 1);
+      const int next_ahead = PLAIN ? row_ahead + by : row_of(step + STAGES);
+      bool next_resets[2] = {};
+      if (!PLAIN && a.reset && step + 1 < steps) {
+        next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
+        next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
+      }
+      float products[T::TILES][4];
+      if constexpr (T::MULTIPLIES)
+        weights.multiply(products,
+                         operands + (step & 1) * T::OPERAND + T::place(seat.g) + 16 * seat.q, 0);
+
+      unsigned char* const stage = stages + slot * T::STAGE;
+      unsigned char* const next = operands + ((step + 1) & 1) * T::OPERAND;
+      const int64_t out = int64_t(row) * seat.stride + beside;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (k == 1 && seat.few) break;
+        const bool live = PLAIN ? lengths[k] > 0 : time < lengths[k];
+        unsigned char* const mine = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
+        float in[T::G][EACH], saves[T::G][EACH], extras[T::E ? T::E : 1][EACH], handed[EACH];
+#pragma unroll
+        for (int g = 0; g < T::G; ++g) load_each<Number>(in[g], mine + g * T::UNIT);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+          ForwardAt<T> at;
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) at.in[g] = in[g][j];
+#pragma unroll
+          for (int g = 0; g < T::G_HH; ++g) {
+            const float s = EACH == 2 ? products[EACH == 2 ? g : 0][2 * j + k]
+                                      : products[EACH == 2 ? 0 : g / 2][2 * (g % 2) + k];
+            at.product[g] = resets[k] ? 0.0f : s;
+            if (g >= T::G_HH - Cell::APART) at.product[g] += bias[g][j];
+          }
+          at.h_before = resets[k] ? 0.0f : h[k][j];
+          at.c_before[0] = resets[k] ? 0.0f : c[k][j];
+#pragma unroll
+          for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][j];
+          Cell::template forward<0>(at);
+          // where there is no sequence, anything may stand: it is never stored
+          const bool lives = PLAIN || (live && is_unit(j));
+          h[k][j] = lives ? widen(narrow<Number>(at.h_after)) : h[k][j];
+          if constexpr (T::C > 0) c[k][j] = lives ? at.c_after[0] : c[k][j];
+          handed[j] = is_unit(j) ? h[k][j] : 0.0f;
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) saves[g][j] = at.saves[g];
+#pragma unroll
+          for (int e = 0; e < T::E; ++e) extras[e][j] = at.extras[e];
+        }
+        if constexpr (T::MULTIPLIES) {
+          if (!PLAIN && a.h_mask && seat.is_sequence(k)) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j)
+              if (is_unit(j)) handed[j] *= number_at<Number>(a.h_mask, seat.state(k) + j);
+          }
+          put_operand<T>(next + T::place(2 * seat.q + k) + seat.local * SIZE, handed);
+        }
+        if (live && is_unit(0)) {
+          const int64_t place = out + k * seat.stride;
+          const bool second = is_unit(EACH - 1), paired = PLAIN || H % 2 == 0;
+          put_each<Number>(a.y, place, h[k], second, paired);
+          if constexpr (T::C > 0)
+            if (a.c_all) put_each<float>(a.c_all, place, c[k], second, paired);
+          if (a.save) {
+            if constexpr (Cell::KEEPS_GATES) {
+#pragma unroll
+              for (int g = 0; g < T::G; ++g) store_each<Number>(mine + g * T::UNIT, saves[g]);
+            }
+            if constexpr (T::E > 0) {
+              // of a row's E H numbers each recurrence
+              const int64_t first = (place - seat.origin - seat.local) * T::E + seat.origin +
+                                    seat.local;
+#pragma unroll
+              for (int e = 0; e < T::E; ++e)
+                put_each<Number>(a.extra, first + e * H, extras[e], second, paired);
+            }
+          }
+        }
+      }
+      arrived<STAGES - 3>();
+      meet();
+      if (Cell::KEEPS_GATES && a.save && (PLAIN ? my_length > 0 : time < my_length)) {
+        unsigned char* const to = gates + row * pitch;
+        const unsigned char* const from = my_stages + slot * T::STAGE;
+        if constexpr (PLAIN)
+          put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
+        else
+          put<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
+      }
+      on_its_way(step + STAGES - 1, last_slot, row_ahead);
+      last_slot = slot;
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
+      row = next_row;
+      row_ahead = next_ahead;
+      resets[0] = next_resets[0];
+      resets[1] = next_resets[1];
     }
-    on_its_way(step + STAGES - 1, last_slot, row_ahead);
-    last_slot = slot;
-    slot = slot + 1 == STAGES ? 0 : slot + 1;
-    row = next_row;
-    row_ahead = next_ahead;
-    resets[0] = next_resets[0];
-    resets[1] = next_resets[1];
-  }
+  };
+  if (seat.is_plain() && is_aligned(a.gates))
+    walk(Count<1>());
+  else
+    walk(Count<0>());
 
 #pragma unroll
   for (int k = 0; k < 2; ++k)

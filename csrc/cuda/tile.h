@@ -109,7 +109,7 @@ struct Seat {
                                     : warp * 8 + g;
   const bool reverse = (a.reverse >> (recurrence % 32)) & 1;
   const bool few = a.B - first <= 4;
-  const int64_t stride = a.R * a.H;  // from a row to the next, of H numbers each recurrence
+  const int stride = int(a.R * a.H);  // from a row to the next, of H numbers each recurrence
 
   DEVICE explicit Seat(const Arguments& a) : a(a) {}
 
@@ -121,17 +121,20 @@ struct Seat {
   }
   DEVICE bool is_sequence(int k) const { return one(k) < EIGHT && first + one(k) < a.B; }
   DEVICE bool is_unit(int j) const { return local + j < width; }
-  // The first row of a step of the tile.
-  DEVICE int64_t row(int time) const {
-    return (a.offsets ? a.offsets[time] : int64_t(time) * a.B) + first;
+  // The first row of a step of the tile. There are fewer than 2^31.
+  DEVICE int row(int time) const {
+    return (a.offsets ? int(a.offsets[time]) : time * int(a.B)) + first;
   }
   // Where a column's numbers are: of the states, and of a row of H numbers each recurrence.
   DEVICE int64_t state(int k) const {
     return (int64_t(recurrence) * a.B + first + one(k)) * a.H + origin + local;
   }
   DEVICE int64_t beside(int k) const {
-    return one(k) * stride + recurrence * a.H + origin + local;
+    return int64_t(one(k)) * stride + recurrence * int(a.H) + origin + local;
   }
+  // Nothing that a step would have to look at: sequences of one length, no reset, no mask, rows of
+  // as many units as the kernel has room for.
+  DEVICE bool is_plain() const { return !a.lengths && !a.reset && !a.h_mask && a.H == T::WIDTH; }
 };
 
 template <class Number>
