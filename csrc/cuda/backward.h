@@ -101,10 +101,10 @@ DEVICE void backward_walk(const Arguments& a) {
     if constexpr (T::MULTIPLIES)  // the columns that have no sequence stay so
 #pragma unroll
       for (int g = 0; g < T::G_HH; ++g) {
-        float zeros[EACH] = {};
+        const Number zeros[EACH] = {};
         const int at = T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE;
-        store_each<Number>(operands + at, zeros);
-        store_each<Number>(operands + T::OPERAND + at, zeros);
+        store_each(operands + at, zeros);
+        store_each(operands + T::OPERAND + at, zeros);
       }
   }
 
@@ -186,6 +186,20 @@ int row = row_of(0), next_row = row_of(1);
       resets[1] = is_reset(row, time_of(0), 1);
     }
     const int by = seat.reverse ? int(a.B) : -int(a.B);  // where sequences have one length
+    // A sequence's last step: what forward left there.
+    const auto enter = [&](int k, int64_t place) {
+#pragma unroll
+      for (int j = 0; j < EACH; ++j) {
+        if (!is_unit(j)) continue;
+        if constexpr (T::READS_Y) h[k][j] = number_at<Number>(a.y, place + j);
+        if constexpr (T::C > 0) c[k][j] = a.c_all[place + j];
+      }
+    };
+    if (PLAIN && steps > 0) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (lengths[k] > 0) enter(k, int64_t(row) * seat.stride + beside + k * seat.stride);
+    }
     arrived<STAGES - 2>();
     meet();
 
@@ -204,94 +218,115 @@ int row = row_of(0), next_row = row_of(1);
       unsigned char* const operand = operands + (step & 1) * T::OPERAND;
       const int64_t out = int64_t(row) * seat.stride;
       float direct[2][EACH] = {};  // what of dh_{t-1} comes past the product
+      const auto text = [&](auto columns) {
+        constexpr int COLUMNS = columns.value;
+        unsigned char* mine[COLUMNS];
+        BackwardAt<T> at[COLUMNS][EACH];
+        float h_before[COLUMNS][EACH], c_before[COLUMNS][EACH];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (k == 1 && seat.few) break;
-        const bool live = PLAIN ? lengths[k] > 0 : time < lengths[k] && is_unit(0);
-        unsigned char* const mine = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
-        unsigned char* const wide = mine + seat.local * (4 - SIZE);  // of pieces in float32
-        float saves[T::G][EACH] = {}, extras[T::E ? T::E : 1][EACH], dy[EACH] = {}, dc_all[EACH] = {};
-        float h_before[EACH] = {}, c_before[EACH] = {}, dproduct[T::G][EACH];
-        if (live) {
-          if (PLAIN ? step == 0 : time == (seat.reverse ? 0 : lengths[k] - 1)) {  // its last step: what forward left there
+        for (int k = 0; k < COLUMNS; ++k) {
+          mine[k] = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
+          const unsigned char* const wide = mine[k] + seat.local * (4 - SIZE);  // of float32
+          const bool live = PLAIN || (time < lengths[k] && is_unit(0));
+          const auto given = [&](bool there, int at, float(&v)[EACH]) {
+            float zeros[EACH] = {};
+            if (there && live)
+              load_each<Number>(v, mine[k] + at);
+            else
+              for (int j = 0; j < EACH; ++j) v[j] = zeros[j];
+          };
+          const auto given_wide = [&](bool there, int at, float(&v)[EACH]) {
+            if (there && live)
+              load_each<float>(v, wide + at);
+            else
+              for (int j = 0; j < EACH; ++j) v[j] = 0.0f;
+          };
+          if (!PLAIN && live && time == (seat.reverse ? 0 : lengths[k] - 1))
+            enter(k, out + beside + k * seat.stride);
+          const bool has = has_before(step, lengths[k]);
+          float v[EACH];
+          given(T::READS_Y && has, T::AT_H, h_before[k]);
+          given_wide(T::C > 0 && has, T::AT_C, c_before[k]);
+          if (!has && seat.is_sequence(k)) {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
               if (!is_unit(j)) continue;
-              if constexpr (T::READS_Y) h[k][j] = number_at<Number>(a.y, out + beside + k * seat.stride + j);
-              if constexpr (T::C > 0) c[k][j] = a.c_all[out + beside + k * seat.stride + j];
+              if (T::READS_Y && a.h_0)
+                h_before[k][j] = number_at<Number>(a.h_0, seat.state(k) + j);
+              if (T::C > 0 && a.c_0)
+                c_before[k][j] = number_at<Number>(a.c_0, seat.state(k) + j);
             }
           }
-          if (has_before(step, lengths[k])) {
-            if constexpr (T::READS_Y) load_each<Number>(h_before, mine + T::AT_H);
-            if constexpr (T::C > 0) load_each<float>(c_before, wide + T::AT_C);
-          } else {
+          given(a.dy, T::AT_DY, v);
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) {
-              if (!is_unit(j)) continue;
-              if (T::READS_Y && a.h_0) h_before[j] = number_at<Number>(a.h_0, seat.state(k) + j);
-              if (T::C > 0 && a.c_0) c_before[j] = number_at<Number>(a.c_0, seat.state(k) + j);
-            }
-          }
-          if (a.dy) load_each<Number>(dy, mine + T::AT_DY);
-          if (T::C > 0 && a.dc_all) load_each<float>(dc_all, wide + T::AT_DC);
-          if constexpr (Cell::KEEPS_GATES) {
+          for (int j = 0; j < EACH; ++j) at[k][j].dh_now = dh[k][j] + v[j];
+          given_wide(T::C > 0 && a.dc_all, T::AT_DC, v);
 #pragma unroll
-            for (int g = 0; g < T::G; ++g) load_each<Number>(saves[g], mine + g * T::UNIT);
-          }
-#pragma unroll
-          for (int e = 0; e < T::E; ++e)
-            load_each<Number>(extras[e], mine + T::AT_EXTRA + e * T::UNIT);
-        }
-        float din[T::G][EACH];
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-          BackwardAt<T> at;
-          at.dh_now = dh[k][j] + dy[j];
-          at.dc_now[0] = dc[k][j] + dc_all[j];
-#pragma unroll
-          for (int g = 0; g < T::G; ++g) at.saves[g] = saves[g][j];
-#pragma unroll
-          for (int e = 0; e < T::E; ++e) at.extras[e] = extras[e][j];
-          at.h_after = h[k][j];
-          at.c_after[0] = c[k][j];
-          at.h_before = resets[k] ? 0.0f : h_before[j];
-          at.c_before[0] = resets[k] ? 0.0f : c_before[j];
-#pragma unroll
-          for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][j];
-          Cell::template backward<0>(at);
-          const bool lives = PLAIN || (live && is_unit(j));
-          h[k][j] = h_before[j];
-          c[k][j] = c_before[j];
-          direct[k][j] = at.dh_before;
-          dc[k][j] = !lives ? dc[k][j] : resets[k] ? 0.0f : at.dc_before[0];
-          if (lives) {
-#pragma unroll
-            for (int u = 0; u < T::U; ++u) dunit[u][j].add(at.dunits[u]);
-          }
+          for (int j = 0; j < EACH; ++j) at[k][j].dc_now[0] = dc[k][j] + v[j];
 #pragma unroll
           for (int g = 0; g < T::G; ++g) {
-            din[g][j] = at.din[g];
-            dproduct[g][j] = g < T::G_HH && lives ? at.dproduct[g] : 0.0f;
+            given(Cell::KEEPS_GATES, g * T::UNIT, v);
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) at[k][j].saves[g] = v[j];
           }
-        }
-        if (live) {
 #pragma unroll
-          for (int g = 0; g < T::G; ++g) store_each<Number>(mine + g * T::UNIT, din[g]);
-          if (a.dproduct) {
-            const bool second = is_unit(EACH - 1), paired = PLAIN || H % 2 == 0;
-            const int64_t place =
-                (out + int64_t(seat.one(k)) * seat.stride + seat.recurrence * H) * T::G_HH +
-                seat.origin + seat.local;
+          for (int e = 0; e < T::E; ++e) {
+            given(true, T::AT_EXTRA + e * T::UNIT, v);
 #pragma unroll
-            for (int g = 0; g < T::G_HH; ++g)
-              put_each<Number>(a.dproduct, place + int64_t(g) * H, dproduct[g], second, paired);
+            for (int j = 0; j < EACH; ++j) at[k][j].extras[e] = v[j];
           }
         }
 #pragma unroll
-        for (int g = 0; g < T::G_HH; ++g)
-          put_operand<T>(operand + T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE,
-                         dproduct[g]);
-      }
+        for (int k = 0; k < COLUMNS; ++k)
+#pragma unroll
+          for (int j = 0; j < EACH; ++j) {
+            BackwardAt<T>& here = at[k][j];
+            here.h_after = h[k][j];
+            here.c_after[0] = c[k][j];
+            here.h_before = resets[k] ? 0.0f : h_before[k][j];
+            here.c_before[0] = resets[k] ? 0.0f : c_before[k][j];
+#pragma unroll
+            for (int u = 0; u < T::U; ++u) here.units[u] = unit[u][j];
+            here.dh_before = here.dc_before[0] = 0.0f;
+            Cell::template backward<0>(here);
+            const bool lives = PLAIN || (time < lengths[k] && is_unit(j));
+            h[k][j] = h_before[k][j];
+            c[k][j] = c_before[k][j];
+            direct[k][j] = here.dh_before;
+            dc[k][j] = !lives ? dc[k][j] : resets[k] ? 0.0f : here.dc_before[0];
+            if (lives && seat.is_sequence(k)) {
+#pragma unroll
+              for (int u = 0; u < T::U; ++u) dunit[u][j].add(here.dunits[u]);
+            }
+          }
+#pragma unroll
+        for (int k = 0; k < COLUMNS; ++k) {
+          const bool live = PLAIN ? lengths[k] > 0 : time < lengths[k] && is_unit(0);
+          const int64_t place = (out + int64_t(seat.one(k)) * seat.stride + seat.recurrence * H) *
+                                    T::G_HH + seat.origin + seat.local;
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) {
+            Number din[EACH], dproduct[EACH];
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+              const bool lives = PLAIN || (time < lengths[k] && is_unit(j));
+              din[j] = narrow<Number>(at[k][j].din[g]);
+              dproduct[j] = narrow<Number>(lives ? at[k][j].dproduct[g] : 0.0f);
+            }
+            if (PLAIN || live) store_each(mine[k] + g * T::UNIT, din);
+            if (g >= T::G_HH) continue;
+            put_operand<T>(operand + T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE,
+                           dproduct);
+            if (a.dproduct && live)
+              put_each(a.dproduct, place + int64_t(g) * H, dproduct, is_unit(EACH - 1),
+                       PLAIN || H % 2 == 0);
+          }
+        }
+      };
+      if (seat.few)
+        text(Count<1>());
+      else
+        text(Count<2>());
       arrived<STAGES - 3>();
       meet();
       if (PLAIN ? my_length > 0 : time < my_length) {

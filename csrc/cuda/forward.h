@@ -96,12 +96,13 @@ DEVICE void forward_walk(const Arguments& a) {
   if constexpr (T::MULTIPLIES) {  // both operands: columns that have no sequence stay as they are
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      float v[EACH];
+      Number v[EACH];
 #pragma unroll
       for (int j = 0; j < EACH; ++j) {
-        v[j] = h[k][j];
+        float masked = h[k][j];
         if (a.h_mask && seat.is_unit(j) && seat.is_sequence(k))
-          v[j] *= number_at<Number>(a.h_mask, seat.state(k) + j);
+          masked *= number_at<Number>(a.h_mask, seat.state(k) + j);
+        v[j] = narrow<Number>(masked);
       }
       unsigned char* const to = operands + T::place(2 * seat.q + k) + seat.local * SIZE;
       put_operand<T>(to, v);
@@ -169,71 +170,92 @@ DEVICE void forward_walk(const Arguments& a) {
       unsigned char* const stage = stages + slot * T::STAGE;
       unsigned char* const next = operands + ((step + 1) & 1) * T::OPERAND;
       const int64_t out = int64_t(row) * seat.stride + beside;
+      const auto text = [&](auto columns) {
+        constexpr int COLUMNS = columns.value;
+        float in[COLUMNS][T::G][EACH];
+        unsigned char* mine[COLUMNS];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (k == 1 && seat.few) break;
-        const bool live = PLAIN ? lengths[k] > 0 : time < lengths[k];
-        unsigned char* const mine = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
-        float in[T::G][EACH], saves[T::G][EACH], extras[T::E ? T::E : 1][EACH], handed[EACH];
+        for (int k = 0; k < COLUMNS; ++k) {
+          mine[k] = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
 #pragma unroll
-        for (int g = 0; g < T::G; ++g) load_each<Number>(in[g], mine + g * T::UNIT);
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-          ForwardAt<T> at;
-#pragma unroll
-          for (int g = 0; g < T::G; ++g) at.in[g] = in[g][j];
-#pragma unroll
-          for (int g = 0; g < T::G_HH; ++g) {
-            const float s = EACH == 2 ? products[EACH == 2 ? g : 0][2 * j + k]
-                                      : products[EACH == 2 ? 0 : g / 2][2 * (g % 2) + k];
-            at.product[g] = resets[k] ? 0.0f : s;
-            if (g >= T::G_HH - Cell::APART) at.product[g] += bias[g][j];
-          }
-          at.h_before = resets[k] ? 0.0f : h[k][j];
-          at.c_before[0] = resets[k] ? 0.0f : c[k][j];
-#pragma unroll
-          for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][j];
-          Cell::template forward<0>(at);
-          // where there is no sequence, anything may stand: it is never stored
-          const bool lives = PLAIN || (live && is_unit(j));
-          h[k][j] = lives ? widen(narrow<Number>(at.h_after)) : h[k][j];
-          if constexpr (T::C > 0) c[k][j] = lives ? at.c_after[0] : c[k][j];
-          handed[j] = is_unit(j) ? h[k][j] : 0.0f;
-#pragma unroll
-          for (int g = 0; g < T::G; ++g) saves[g][j] = at.saves[g];
-#pragma unroll
-          for (int e = 0; e < T::E; ++e) extras[e][j] = at.extras[e];
+          for (int g = 0; g < T::G; ++g) load_each<Number>(in[k][g], mine[k] + g * T::UNIT);
         }
+        ForwardAt<T> at[COLUMNS][EACH];
+        Number rounded[COLUMNS][EACH], handed[COLUMNS][EACH];
+#pragma unroll
+        for (int k = 0; k < COLUMNS; ++k)
+#pragma unroll
+          for (int j = 0; j < EACH; ++j) {
+            ForwardAt<T>& here = at[k][j];
+#pragma unroll
+            for (int g = 0; g < T::G; ++g) here.in[g] = in[k][g][j];
+#pragma unroll
+            for (int g = 0; g < T::G_HH; ++g) {
+              const float s = EACH == 2 ? products[EACH == 2 ? g : 0][2 * j + k]
+                                        : products[EACH == 2 ? 0 : g / 2][2 * (g % 2) + k];
+              here.product[g] = resets[k] ? 0.0f : s;
+              if (g >= T::G_HH - Cell::APART) here.product[g] += bias[g][j];
+            }
+            here.h_before = resets[k] ? 0.0f : h[k][j];
+            here.c_before[0] = resets[k] ? 0.0f : c[k][j];
+#pragma unroll
+            for (int u = 0; u < T::U; ++u) here.units[u] = unit[u][j];
+            Cell::template forward<0>(here);
+            // where there is no sequence, anything may stand: it is never stored
+            const bool lives = PLAIN || (time < lengths[k] && is_unit(j));
+            rounded[k][j] = narrow<Number>(here.h_after);
+            h[k][j] = lives ? widen(rounded[k][j]) : h[k][j];
+            if constexpr (T::C > 0) c[k][j] = lives ? here.c_after[0] : c[k][j];
+            if constexpr (PLAIN) {
+              handed[k][j] = rounded[k][j];
+            } else {
+              float v = is_unit(j) ? h[k][j] : 0.0f;
+              if (a.h_mask && is_unit(j) && seat.is_sequence(k))
+                v *= number_at<Number>(a.h_mask, seat.state(k) + j);
+              handed[k][j] = narrow<Number>(v);
+            }
+          }
         if constexpr (T::MULTIPLIES) {
-          if (!PLAIN && a.h_mask && seat.is_sequence(k)) {
 #pragma unroll
-            for (int j = 0; j < EACH; ++j)
-              if (is_unit(j)) handed[j] *= number_at<Number>(a.h_mask, seat.state(k) + j);
-          }
-          put_operand<T>(next + T::place(2 * seat.q + k) + seat.local * SIZE, handed);
+          for (int k = 0; k < COLUMNS; ++k)
+            put_operand<T>(next + T::place(2 * seat.q + k) + seat.local * SIZE, handed[k]);
         }
-        if (live && is_unit(0)) {
+#pragma unroll
+        for (int k = 0; k < COLUMNS; ++k) {
+          if (!(PLAIN ? lengths[k] > 0 : time < lengths[k] && is_unit(0))) continue;
           const int64_t place = out + k * seat.stride;
           const bool second = is_unit(EACH - 1), paired = PLAIN || H % 2 == 0;
-          put_each<Number>(a.y, place, h[k], second, paired);
+          put_each(a.y, place, rounded[k], second, paired);
           if constexpr (T::C > 0)
-            if (a.c_all) put_each<float>(a.c_all, place, c[k], second, paired);
-          if (a.save) {
-            if constexpr (Cell::KEEPS_GATES) {
+            if (a.c_all) put_each(a.c_all, place, c[k], second, paired);
+          if (!a.save) continue;
+          if constexpr (Cell::KEEPS_GATES) {
 #pragma unroll
-              for (int g = 0; g < T::G; ++g) store_each<Number>(mine + g * T::UNIT, saves[g]);
+            for (int g = 0; g < T::G; ++g) {
+              Number v[EACH];
+#pragma unroll
+              for (int j = 0; j < EACH; ++j) v[j] = narrow<Number>(at[k][j].saves[g]);
+              store_each(mine[k] + g * T::UNIT, v);
             }
-            if constexpr (T::E > 0) {
-              // of a row's E H numbers each recurrence
-              const int64_t first = (place - seat.origin - seat.local) * T::E + seat.origin +
-                                    seat.local;
+          }
+          if constexpr (T::E > 0) {
+            // of a row's E H numbers each recurrence
+            const int64_t first =
+                (place - seat.origin - seat.local) * T::E + seat.origin + seat.local;
 #pragma unroll
-              for (int e = 0; e < T::E; ++e)
-                put_each<Number>(a.extra, first + e * H, extras[e], second, paired);
+            for (int e = 0; e < T::E; ++e) {
+              Number v[EACH];
+#pragma unroll
+              for (int j = 0; j < EACH; ++j) v[j] = narrow<Number>(at[k][j].extras[e]);
+              put_each(a.extra, first + e * H, v, second, paired);
             }
           }
         }
-      }
+      };
+      if (seat.few)
+        text(Count<1>());
+      else
+        text(Count<2>());
       arrived<STAGES - 3>();
       meet();
       if (Cell::KEEPS_GATES && a.save && (PLAIN ? my_length > 0 : time < my_length)) {

@@ -157,24 +157,25 @@ DEVICE void load_each(float (&v)[EACH], const unsigned char* from) {
   }
 }
 template <class Number, int EACH>
-DEVICE void store_each(unsigned char* to, const float (&v)[EACH]) {
+DEVICE void store_each(unsigned char* to, const Number (&v)[EACH]) {
   if constexpr (EACH == 2)
-    store(to, Two<Number>{narrow<Number>(v[0]), narrow<Number>(v[1])});
+    store(to, Two<Number>{v[0], v[1]});
   else
-    store(to, narrow<Number>(v[0]));
+    store(to, v[0]);
 }
 // The same of global memory, where the second may not exist, or not stand beside the first.
 template <class Number, int EACH>
-DEVICE void put_each(void* base, int64_t place, const float (&v)[EACH], bool second, bool paired) {
+DEVICE void put_each(void* base, int64_t place, const Number (&v)[EACH], bool second,
+                     bool paired) {
   auto* const to = static_cast<Number*>(base) + place;
   if constexpr (EACH == 2) {
     if (paired) {
-      store(to, Two<Number>{narrow<Number>(v[0]), narrow<Number>(v[1])});
+      store(to, Two<Number>{v[0], v[1]});
       return;
     }
-    if (second) to[1] = narrow<Number>(v[1]);
+    if (second) to[1] = v[1];
   }
-  to[0] = narrow<Number>(v[0]);
+  to[0] = v[0];
 }
 
 template <int N>
@@ -375,10 +376,16 @@ struct Weights {
 
 // As an operand takes numbers: in TF32 rounded, in parts as they are.
 template <class T>
-DEVICE void put_operand(unsigned char* to, float (&v)[T::EACH]) {
-  if constexpr (T::PARTS == 1)
-    for (int j = 0; j < T::EACH; ++j) v[j] = round_tf32(v[j]);
-  store_each<typename T::Number>(to, v);
+DEVICE void put_operand(unsigned char* to, const typename T::Number (&v)[T::EACH]) {
+  typename T::Number taken[T::EACH];
+#pragma unroll
+  for (int j = 0; j < T::EACH; ++j) {
+    if constexpr (T::PARTS == 1)
+      taken[j] = round_tf32(v[j]);
+    else
+      taken[j] = v[j];
+  }
+  store_each(to, taken);
 }
 
 }  // namespace FASTSEQ_ISA

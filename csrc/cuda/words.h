@@ -140,11 +140,11 @@ DEVICE float narrow<float>(float v) {
 }
 template <>
 DEVICE Bf16 narrow<Bf16>(float v) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+  return {__bfloat16_as_ushort(__floats2bfloat162_rn(v, 0.0f).x)};  // of two: a faster instruction
 }
 template <>
 DEVICE F16 narrow<F16>(float v) {
-  return {__half_as_ushort(__float2half_rn(v))};
+  return {__half_as_ushort(__floats2half2_rn(v, 0.0f).x)};
 }
 
 // To the nearest number of TF32, which is a float32 whose last 13 bits are 0.
