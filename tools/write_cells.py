@@ -20,27 +20,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from fastseq.backends.cuda_kernels import KERNELS, Kernel  # noqa: E402
 from fastseq.cells import CELLS, Cell, Phase, arguments  # noqa: E402
 from fastseq.cells.text import Text  # noqa: E402
-
-try:
-    from fastseq.backends.cuda_plan import KERNELS
-except ImportError:  # what stands in for it
-    KERNELS = tuple(
-        (way, name, kind, width)
-        for name, cell in CELLS.items()
-        if len(cell.phases) == 1 and name in ("lstm", "gru", "rnn_tanh", "indrnn")
-        for way in ("forward", "backward")
-        for kind in ("bfloat16", "float16", "tf32", "float32")
-        for width in ((32, 64, 128) if kind.endswith("float16") else (32, 64))
-    )
 
 FOLDER = ROOT / "csrc" / "cells"
 NOTE = "// Written by tools/write_cells.py from fastseq/cells; change the cells there."
 CUDA_LIST = ROOT / "csrc" / "cuda" / "list.h"
-CUDA_NOTE = (
-    "// Written by tools/write_cells.py from fastseq/backends/cuda_plan.py; change the list there."
-)
+CUDA_NOTE = """\
+// Written by tools/write_cells.py from fastseq/backends/cuda_kernels.py; change the list there.
+//
+// FASTSEQ_UNITS(X): each is compiled on its own. FASTSEQ_KERNELS_<unit>(X): unit, name, threads of
+// a CTA, how many CTAs shall fit on a multiprocessor, and the function that it calls."""
+#: Of csrc/cuda/previous.h: the number types in Python and in C++.
+PREVIOUS = {"bfloat16": "Bf16", "float16": "F16", "float32": "float"}
 MOST_EACH = 4  # of csrc/cpu/call.h: other states, extras and unit parameters, of each
 WIDTH = 100
 #: Words of C++ that are names in Python; the gradient of an LSTM's o is called do.
@@ -304,15 +297,17 @@ def listed(cells: Iterable[Cell]) -> str:
     return f"{NOTE}\n#pragma once\n\n#define FASTSEQ_CELLS(X){rows}\n"
 
 
-def kernel_list(kernels: Iterable[tuple[str, str, str, int]]) -> str:
-    """csrc/cuda/list.h: the units, which are compiled each on its own, and the kernels of each.
-
-    ``kernels``: (way, name of the cell, type, hidden units) of each, in their order.
-    """
+def kernel_list(kernels: Iterable[Kernel]) -> str:
+    """csrc/cuda/list.h: a unit for each cell, and one of what all of them need."""
     units: dict[str, list[str]] = {}
-    for way, name, kind, width in kernels:
-        entry = f"X({way}, {name}, {struct_name(CELLS[name])}, {kind}, {width})"
-        units.setdefault(name, []).append(entry)
+    for k in kernels:
+        function = f"{k.way}<{struct_name(k.definition)}, {k.type}, {k.HC}>"
+        entry = f"X({k.cell}, {k.name}, {k.threads}, {k.ctas}, ({function}))"
+        units.setdefault(k.cell, []).append(entry)
+    units["previous"] = [
+        f"X(previous, previous_{name}, PREVIOUS_THREADS, 1, (previous<{number}>))"
+        for name, number in PREVIOUS.items()
+    ]
     macros = {"FASTSEQ_UNITS": [f"X({name})" for name in units]}
     macros |= {f"FASTSEQ_KERNELS_{name}": entries for name, entries in units.items()}
     blocks = [
@@ -328,7 +323,7 @@ def written(cells: Iterable[Cell] = tuple(CELLS.values())) -> dict[Path, str]:
     return {
         FOLDER / "generated.h": generated(walked),
         FOLDER / "list.h": listed(walked),
-        CUDA_LIST: kernel_list(KERNELS),
+        CUDA_LIST: kernel_list(KERNELS.values()),
     }
 
 
