@@ -20,20 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastseq.backends.cuda_kernels import KERNELS, Kernel  # noqa: E402
+from fastseq.backends.cuda_kernels import KERNELS, PREVIOUS  # noqa: E402
 from fastseq.cells import CELLS, Cell, Phase, arguments  # noqa: E402
 from fastseq.cells.text import Text  # noqa: E402
 
 FOLDER = ROOT / "csrc" / "cells"
 NOTE = "// Written by tools/write_cells.py from fastseq/cells; change the cells there."
 CUDA_LIST = ROOT / "csrc" / "cuda" / "list.h"
-CUDA_NOTE = """\
-// Written by tools/write_cells.py from fastseq/backends/cuda_kernels.py; change the list there.
-//
-// FASTSEQ_UNITS(X): each is compiled on its own. FASTSEQ_KERNELS_<unit>(X): unit, name, threads of
-// a CTA, how many CTAs shall fit on a multiprocessor, and the function that it calls."""
-#: Of csrc/cuda/previous.h: the number types in Python and in C++.
-PREVIOUS = {"bfloat16": "Bf16", "float16": "F16", "float32": "float"}
+CUDA_NOTE = (
+    "// Written by tools/write_cells.py from fastseq/backends/cuda_kernels.py; change the list "
+    "there."
+)
 MOST_EACH = 4  # of csrc/cpu/call.h: other states, extras and unit parameters, of each
 WIDTH = 100
 #: Words of C++ that are names in Python; the gradient of an LSTM's o is called do.
@@ -297,17 +294,16 @@ def listed(cells: Iterable[Cell]) -> str:
     return f"{NOTE}\n#pragma once\n\n#define FASTSEQ_CELLS(X){rows}\n"
 
 
-def kernel_list(kernels: Iterable[Kernel]) -> str:
-    """csrc/cuda/list.h: a unit for each cell, and one of what all of them need."""
+def kernel_list(kernels: Iterable[tuple[str, str, str, int]]) -> str:
+    """csrc/cuda/list.h: the units, which are compiled each on its own, and the kernels of each.
+
+    ``kernels``: (way, name of the cell, type, hidden units) of each, in their order.
+    """
     units: dict[str, list[str]] = {}
-    for k in kernels:
-        function = f"{k.way}<{struct_name(k.definition)}, {k.type}, {k.HC}>"
-        entry = f"X({k.cell}, {k.name}, {k.threads}, {k.ctas}, ({function}))"
-        units.setdefault(k.cell, []).append(entry)
-    units["previous"] = [
-        f"X(previous, previous_{name}, PREVIOUS_THREADS, 1, (previous<{number}>))"
-        for name, number in PREVIOUS.items()
-    ]
+    for way, name, kind, width in kernels:
+        struct = struct_name(CELLS[name]) if name in CELLS else name.capitalize()
+        entry = f"X({way}, {name}, {struct}, {kind}, {width})"
+        units.setdefault(name, []).append(entry)
     macros = {"FASTSEQ_UNITS": [f"X({name})" for name in units]}
     macros |= {f"FASTSEQ_KERNELS_{name}": entries for name, entries in units.items()}
     blocks = [
@@ -323,7 +319,9 @@ def written(cells: Iterable[Cell] = tuple(CELLS.values())) -> dict[Path, str]:
     return {
         FOLDER / "generated.h": generated(walked),
         FOLDER / "list.h": listed(walked),
-        CUDA_LIST: kernel_list(KERNELS.values()),
+        CUDA_LIST: kernel_list(
+            [*((k.way, k.cell, k.type, k.HC) for k in KERNELS.values()), *PREVIOUS]
+        ),
     }
 
 

@@ -40,7 +40,16 @@ struct BackwardAt {
 };
 
 template <class Cell, class Type, int HC>
-DEVICE void backward(const Arguments& a) {
+CONSTANT int backward_threads() {
+  return Tile<Cell, Type, HC, true>::THREADS;
+}
+template <class Cell, class Type, int HC>
+CONSTANT int backward_ctas() {
+  return Tile<Cell, Type, HC, true>::CTAS;
+}
+
+template <class Cell, class Type, int HC>
+DEVICE void backward_walk(const Arguments& a) {
   using T = Tile<Cell, Type, HC, true>;
   using Number = typename T::Number;
   constexpr int STAGES = T::STAGES;

@@ -31,7 +31,16 @@ struct ForwardAt {
 };
 
 template <class Cell, class Type, int HC>
-DEVICE void forward(const Arguments& a) {
+CONSTANT int forward_threads() {
+  return Tile<Cell, Type, HC, false>::THREADS;
+}
+template <class Cell, class Type, int HC>
+CONSTANT int forward_ctas() {
+  return Tile<Cell, Type, HC, false>::CTAS;
+}
+
+template <class Cell, class Type, int HC>
+DEVICE void forward_walk(const Arguments& a) {
   using T = Tile<Cell, Type, HC, false>;
   using Number = typename T::Number;
   constexpr int STAGES = T::STAGES;

@@ -78,6 +78,12 @@ struct Tile {
   }
   static constexpr int STAGES = stages(), BYTES = AT_STAGES + STAGES * STAGE;
   static_assert(BYTES <= LARGEST, "it must fit somewhere");
+
+  // How many shall be on a multiprocessor at once: as its registers allow, of which a thread takes
+  // so many beside the weights.
+  static constexpr int BESIDE = 120, REGISTERS = 4 * COPIES * HELD + BESIDE;
+  static constexpr int ALIKE = 65536 / (THREADS * least(256, REGISTERS));
+  static constexpr int CTAS = ALIKE < 1 ? 1 : least(16, ALIKE);
 };
 
 // A thread's part in a CTA, and which sequences and units are there.
@@ -125,15 +131,20 @@ DEVICE void put_at(void* base, int64_t place, float v) {
   static_cast<Number*>(base)[place] = narrow<Number>(v);
 }
 
+// What divides a piece's length and its place in global memory: a tile of some of the units has
+// pieces whose rows are longer than they.
+DEVICE int grain(const void* place, int bytes) {
+  return bytes | (int(reinterpret_cast<uintptr_t>(place)) & 15);
+}
 // A row's piece into shared memory, by `lanes` threads of which this is one: in vectors of 16
-// bytes, in words, or number by number, as far as its length is a multiple of these. Rows lie one
-// behind another, so their places are multiples of it too.
+// bytes, in words, or number by number, as far as its length and its place are multiples of these.
 template <int SIZE>
 DEVICE void fetch(unsigned char* to, const unsigned char* from, int bytes, int one, int lanes) {
-  if (bytes % 16 == 0) {
+  const int whole = grain(from, bytes);
+  if (whole % 16 == 0) {
 #pragma unroll 2
     for (int k = one * 16; k < bytes; k += lanes * 16) copy<16>(to + k, from + k);
-  } else if (bytes % 4 == 0) {
+  } else if (whole % 4 == 0) {
 #pragma unroll 1
     for (int k = one * 4; k < bytes; k += lanes * 4) copy<4>(to + k, from + k);
   } else {
@@ -145,10 +156,11 @@ DEVICE void fetch(unsigned char* to, const unsigned char* from, int bytes, int o
 // And out of it.
 template <int SIZE>
 DEVICE void put(unsigned char* to, const unsigned char* from, int bytes, int one, int lanes) {
-  if (bytes % 16 == 0) {
+  const int whole = grain(to, bytes);
+  if (whole % 16 == 0) {
 #pragma unroll 2
     for (int k = one * 16; k < bytes; k += lanes * 16) store(to + k, load<Words4>(from + k));
-  } else if (bytes % 4 == 0) {
+  } else if (whole % 4 == 0) {
 #pragma unroll 1
     for (int k = one * 4; k < bytes; k += lanes * 4) store(to + k, load<uint32_t>(from + k));
   } else {

@@ -56,7 +56,7 @@ struct Kernel {
 };
 
 Kernel kernels[] = {
-#define FASTSEQ_KERNEL(unit, name, threads, ctas, function) {#name, UNIT_##unit},
+#define FASTSEQ_KERNEL(way, cell, Cell, type, HC) {#way "_" #cell "_" #type "_" #HC, UNIT_##cell},
 #define FASTSEQ_UNIT(unit) FASTSEQ_KERNELS_##unit(FASTSEQ_KERNEL)
     FASTSEQ_UNITS(FASTSEQ_UNIT)
 #undef FASTSEQ_UNIT

@@ -29,7 +29,17 @@ from torch.nn.functional import pad
 
 from ..cells import CELLS
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
-from .cuda_kernels import KERNELS, POINTWISE_UNITS, ROWS, Device, Kernel, Way, classes
+from .cuda_kernels import (
+    KERNELS,
+    POINTWISE_UNITS,
+    PREVIOUS_THREADS,
+    ROWS,
+    Device,
+    Kernel,
+    Way,
+    classes,
+    device_of,
+)
 from .cuda_plan import Precision, decline, plan
 from .gpu_layer import Layer
 from .layout import declined_anywhere
@@ -59,7 +69,6 @@ DRIVER = 580
 DEVICES = ("cuda", "meta")
 #: Steps' directions are bits of one number.
 _DIRECTIONS = 32
-_PREVIOUS_THREADS = 256
 _pack = struct.Struct(f"<{len(FIELDS)}q").pack
 
 
@@ -102,19 +111,7 @@ def _precision(tf32: bool) -> Precision:
 
 @lru_cache(maxsize=64)
 def _device(index: int) -> Device:
-    """As torch tells it."""
-    p = torch.cuda.get_device_properties(index)
-    return Device(
-        name=p.name,
-        multiprocessors=p.multi_processor_count,
-        shared_memory=p.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-        shared_memory_total=p.shared_memory_per_multiprocessor,
-        registers=getattr(p, "regs_per_multiprocessor", 65536),
-        clock=getattr(p, "clock_rate", 1_500_000) / 1e6,
-        capability=(p.major, p.minor),
-        bandwidth=2 * getattr(p, "memory_clock_rate", 0) * getattr(p, "memory_bus_width", 0) / 8e6,
-        threads=p.max_threads_per_multi_processor,
-    )
+    return device_of(torch.cuda.get_device_properties(index))
 
 
 def device_at_hand(device: str) -> Device:
@@ -223,10 +220,11 @@ class _Task(Layer):
     def previous_h(self, y: Tensor) -> Tensor:
         """What w_hh multiplied at every row, (N, R, H)."""
         out = torch.empty((self.N, self.R, self.H), dtype=self.dtype, device=self.device)
-        pieces = min(64, -(-self.B * self.H // _PREVIOUS_THREADS))
+        pieces = min(64, -(-self.B * self.H // PREVIOUS_THREADS))
         values = self.values | {"y": y, "dproduct": out}
-        name = f"previous_{str(self.dtype).removeprefix('torch.')}"
-        launch(name, self.device, (self.T, self.R, pieces), _PREVIOUS_THREADS, 0, values)
+        type = str(self.dtype).removeprefix("torch.")
+        name = f"previous_rows_{type}_{PREVIOUS_THREADS}"
+        launch(name, self.device, (self.T, self.R, pieces), PREVIOUS_THREADS, 0, values)
         return out
 
 

@@ -77,16 +77,21 @@ def device_of(properties: Any) -> Device:
     capability = (properties.major, properties.minor)
     # NVIDIA's CUDA programming guide, technical specifications by compute capability
     ctas = {(8, 0): 32, (8, 9): 24, (9, 0): 32, (10, 0): 32, (10, 3): 32, (12, 0): 24}
+    # which torch has what varies with its version and with CUDA's
+    clock = getattr(properties, "clock_rate", 0) or 1_500_000  # kHz
+    memory = getattr(properties, "memory_clock_rate", 0) * getattr(
+        properties, "memory_bus_width", 0
+    )
     data_centre = capability in ((8, 0), (9, 0)) or capability[0] == 10
     return Device(
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,
         shared_memory_total=properties.shared_memory_per_multiprocessor,
-        registers=properties.regs_per_multiprocessor,
-        clock=properties.clock_rate / 1e6,  # kHz
+        registers=getattr(properties, "regs_per_multiprocessor", 65536),
+        clock=clock / 1e6,
         capability=capability,
-        bandwidth=2 * properties.memory_clock_rate * properties.memory_bus_width / 8e6,
+        bandwidth=2 * memory / 8e6 or 1000,
         threads=properties.max_threads_per_multi_processor,
         ctas=ctas.get(capability, 16),
         # GeForce's tensor cores sum in float32 at half of their rate
@@ -277,6 +282,12 @@ def _all() -> list[Kernel]:
 
 #: Every kernel that is built, by name.
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
+
+#: Beside these: what w_hh multiplied at every row, by so many threads, which is no cell's.
+PREVIOUS_THREADS = 256
+PREVIOUS = tuple(
+    ("previous", "rows", type, PREVIOUS_THREADS) for type in ("bfloat16", "float16", "float32")
+)
 
 
 @lru_cache(maxsize=256)

@@ -21,8 +21,6 @@ from .cuda_kernels import FRAGMENT, ITEMSIZE, PARTS, ROWS, Device, Kernel, backw
 
 #: From one mma to one that adds to its sum. Table, mma-registers-1: 16.9 ns.
 MMA_LATENCY = 33
-#: Sums that a warp has on their way at once; latency.cu's products over shared memory have as many.
-SUMS = 4
 #: __syncthreads: this and that for each thread. Table, block-barrier: 13.4 ns of 128 threads, 17.4
 #: of 256, 25.6 of 512, 42.1 of 1024.
 BARRIER, BARRIER_THREAD = 18.4, 0.0635
@@ -108,7 +106,8 @@ class Busy(NamedTuple):
 class Cost:
     """What a step of one CTA is made of, and what it should take.
 
-    mmas: by all warps. shared_read, shared_written: bytes. words: sigmoids, tanhs and the like.
+    mmas: by all warps. shared_read, shared_written: bytes, as in training. words: sigmoids, tanhs
+    and the like.
     """
 
     mmas: int
@@ -124,6 +123,14 @@ class Cost:
         return sum(self.times)
 
 
+def sums(kernel: Kernel) -> int:
+    """How many sums a warp has on their way at once; csrc/cuda/tile.h, Weights::CHAINS."""
+    tiles = kernel.definition.G_hh if kernel.way == "forward" else 1
+    if tiles == 1:
+        return min(4, kernel.fragments)
+    return tiles * (2 if tiles == 2 else 1)
+
+
 @lru_cache(maxsize=4096)
 def cost(kernel: Kernel, device: Device) -> Cost:
     cell, itemsize = kernel.definition, ITEMSIZE[kernel.type]
@@ -132,14 +139,18 @@ def cost(kernel: Kernel, device: Device) -> Cost:
     each = kernel.fragments * products if has_product else 0  # of a warp
     mmas = each * kernel.warps
     h = kernel.HC * itemsize
+    gates = cell.G * h
     if kernel.way == "forward":
-        operand, row = h, cell.G * h
+        operand, row, back = h, gates, gates * cell.keeps_gates(False)
     else:
-        operand, row = cell.G_hh * h, sum(backward_row(cell, itemsize, kernel.HC))
+        operand, row, back = cell.G_hh * h, sum(backward_row(cell, itemsize, kernel.HC)), gates
     operand *= has_product
-    rest = kernel.rest * PARTS[kernel.type] * FRAGMENT * kernel.warps
-    read = rest + ROWS * (operand * kernel.warps + row)  # every warp reads all of the operand
-    written = ROWS * (operand + row)
+    rest = kernel.rest * FRAGMENT * kernel.warps
+    multiplied = rest + ROWS * operand * kernel.warps  # every warp reads all of the operand
+    by_text = ROWS * (row + operand + back)
+    # a row comes into the ring; what the GEMMs or backward want is put out of it
+    read = multiplied + ROWS * (row + back)
+    written = ROWS * (operand + row + back)
     each_unit, depth = words(cell, kernel.way)
     called = each_unit * ROWS * kernel.HC
     clock = device.clock
@@ -148,10 +159,14 @@ def cost(kernel: Kernel, device: Device) -> Cost:
         (read + written) / SHARED_RATE / clock,
         called * WORD_CLOCKS[itemsize] / clock,
     )
-    chain = -(-each // SUMS) * MMA_LATENCY / clock
+    chain = -(-each // sums(kernel)) * MMA_LATENCY / clock if each else 0.0
     times = Times(
-        max(chain, busy.tensor_cores, busy.shared_memory),
-        max((TEXT + depth * WORD_LATENCY[itemsize]) / clock, busy.text),
+        max(chain, busy.tensor_cores, multiplied / SHARED_RATE / clock),
+        max(
+            (TEXT + depth * WORD_LATENCY[itemsize]) / clock,
+            busy.text,
+            by_text / SHARED_RATE / clock,
+        ),
         EXCHANGE / clock if has_product else 0.0,
         (BARRIER + BARRIER_THREAD * kernel.threads) / clock,
     )
@@ -171,5 +186,5 @@ def limits(kernel: Kernel, device: Device, resident: int, moved: int) -> dict[st
         "shared memory": resident * found.busy.shared_memory,
         "the text": resident * found.busy.text,
         "the GPU's memory": moved / device.bandwidth,
-        "reading ahead": MEMORY_LATENCY / (kernel.stages - 1),
+        "reading ahead": MEMORY_LATENCY / (kernel.stages - 2),
     }
