@@ -363,10 +363,7 @@ def test_registers_and_shared_memory_are_those_that_the_planner_counts_with(bina
 
 
 #: Those that put registers aside, and into how many bytes of their stack frame, at most.
-SPILLED = {
-    **dict.fromkeys(("forward_gru_bfloat16_192", "forward_gru_float16_192"), 16),
-    "backward_gru_tf32_128": 8,  # on sm_80
-}
+SPILLED = dict.fromkeys(("forward_gru_bfloat16_192", "forward_gru_float16_192"), 16)
 
 
 def test_no_register_is_spilled_and_no_stack_is_used(binaries):
