@@ -601,7 +601,7 @@ import ctypes
 mode = ctypes.c_int(1)
 exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
 exchange(ctypes.byref(mode))  # thread-local, from now on
-for way in (launch, lambda name: _cuda.attributes(name, 0)):
+for way in (lambda name: _cuda.attributes(name, 0), launch):
     for name in (A, B, OTHER):
         way(name)
 launch(_cuda.kernels()[-1])
@@ -621,19 +621,34 @@ from threading import Barrier, Thread
 barrier = Barrier(8)
 def work():
     barrier.wait()
-    for name in _cuda.kernels():
+    for name in (A, B, OTHER):
         launch(name)
 threads = [Thread(target=work) for _ in range(8)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-print(len(_cuda.units()), len(_cuda.kernels()))
 """
-    (said,), calls = play(code)
-    units, kernels = map(int, said.split())
+    said, calls = play(code, FAKE_SLOW="2000")
     counted = [line.partition(" ")[0] for line in calls]
-    assert counted.count("cuLibraryLoadData") == units
-    assert counted.count("cuFuncLoad") == counted.count("cuLibraryGetKernel") == kernels
-    assert counted.count("cuLaunchKernelEx") == 8 * kernels
+    assert not said and counted.count("cuLibraryLoadData") == 2
+    assert counted.count("cuFuncLoad") == counted.count("cuLibraryGetKernel") == 3
+    assert counted.count("cuLaunchKernelEx") == 8 * 3
+
+
+def test_threads_that_want_more_and_less_shared_memory_leave_the_most(play):
+    code = """
+from threading import Barrier, Thread
+barrier = Barrier(8)
+def work(k):
+    barrier.wait()
+    launch(A, shared=1000 * (k + 1))
+threads = [Thread(target=work, args=(k,)) for k in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    for _ in range(3):
+        said, calls = play(code, FAKE_SLOW="2000")
+        allowed = [int(line.split()[3]) for line in calls if "cuKernelSetAttribute" in line]
+        assert not said and allowed == sorted(set(allowed)) and allowed[-1] == 8000
 
 
 @pytest.mark.parametrize(
