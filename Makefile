@@ -41,7 +41,7 @@ help:
 	@echo "make cells     write docs/cells.md from the cells' declarations and the backends' word"
 	@echo "make build     the C++ and CUDA kernels, which every target builds where they are old"
 	@echo "make wheel     one wheel for every Python from 3.10 and every torch from 2.10, in dist"
-	@echo "make sanitize  the C++ kernels under the address, undefined and thread sanitizers"
+	@echo "make sanitize  the C++ and CUDA kernels under the address, undefined and thread sanitizers"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter and its fixes"
 	@echo "make clean     remove what the others made, .venv too"

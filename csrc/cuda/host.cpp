@@ -1,25 +1,7 @@
 // Kernels on the host, as a library that tests load in place of a GPU. FASTSEQ_HOST_KERNELS names the
-// file that defines them, a test's own; or FASTSEQ_HOST_CHOICE(X) lists some of the library's, as
-// X(forward, lstm, Lstm, bfloat16, 32).
-#ifdef FASTSEQ_HOST_KERNELS
+// file that defines them: kernels.cu with FASTSEQ_UNIT=host and a list FASTSEQ_KERNELS_host(X) of some
+// of its own, or a test's.
 #include FASTSEQ_HOST_KERNELS
-#else
-#include "backward.h"
-#include "forward.h"
-#include "previous.h"
-
-using namespace fastseq::FASTSEQ_ISA;
-
-#define FASTSEQ_CHOSEN(way, cell, Cell, type, HC)                                        \
-  KERNEL(way##_##cell##_##type##_##HC, (Tile<Cell, type, HC>::THREADS), 1) {             \
-    way<Cell, type, HC>(a);                                                              \
-  }
-FASTSEQ_HOST_CHOICE(FASTSEQ_CHOSEN)
-
-KERNEL(previous_bfloat16, PREVIOUS_THREADS, 1) { previous<Bf16>(a); }
-KERNEL(previous_float16, PREVIOUS_THREADS, 1) { previous<F16>(a); }
-KERNEL(previous_float32, PREVIOUS_THREADS, 1) { previous<float>(a); }
-#endif
 
 namespace {
 

@@ -3,7 +3,7 @@ machine (csrc/cuda/words_host.h).
 
 ``OnHost`` takes the place of the extension module ``fastseq._cuda``, and ``use`` puts it there: the
 whole backend then runs on tensors of the CPU, planned for ``DEVICE``, which is made up. A kernel is
-compiled when it is first launched, with the one of the other way, and kept in build/host/.
+compiled when it is first launched, with those of the same cell and size, and kept in build/host/.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 
 import fastseq
 from fastseq.backends import choice, imported, load
-from fastseq.backends.cuda_kernels import KERNELS, Device
+from fastseq.backends.cuda_kernels import Device
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
@@ -34,7 +35,6 @@ FLAGS = "-std=c++20 -O1 -fPIC -shared -pthread -ffp-contract=off -fno-strict-ali
 FLAGS += ["-Wno-unknown-pragmas", f"-I{CUDA}"]
 #: Made up: no more than the planner and the kernels need.
 DEVICE = Device("a made-up GPU", 4, 227 << 10, 228 << 10, 65536, 1.0, (9, 0), 100, threads=256)
-NUMBERS = ("bfloat16", "float16", "float32")
 
 
 def compiler() -> list[str]:
@@ -52,11 +52,13 @@ def sources() -> bytes:
     return digest.digest()
 
 
-def build(name: str, define: str, more: bytes = b"") -> Path:
-    """The library of kernels that ``define`` chooses; ``more``: another source of it."""
-    command = [*compiler(), *FLAGS, f"-D{define}", str(CUDA / "host.cpp"), "-o"]
-    digest = hashlib.sha256(repr(command).encode() + sources() + more).hexdigest()
-    library = BUILT / f"{name}-{digest[:16]}.so"
+def build(name: str, source: Path, *defines: str) -> Path:
+    """The library of the kernels that a source defines; made where there is none of its text."""
+    defines = (f'FASTSEQ_HOST_KERNELS="{source}"', *defines)
+    command = [*compiler(), *FLAGS, *(f"-D{define}" for define in defines)]
+    command += [str(CUDA / "host.cpp"), "-o"]
+    digest = hashlib.sha256(repr(command).encode() + sources() + source.read_bytes())
+    library = BUILT / f"{name}-{digest.hexdigest()[:16]}.so"
     BUILT.mkdir(parents=True, exist_ok=True)
     with (BUILT / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests in other processes wait for this one's
@@ -108,23 +110,29 @@ class Library:
 
 def library_of_words() -> Library:
     """Of kernels that try the words alone."""
-    return Library(build("words", f'FASTSEQ_HOST_KERNELS="{WORDS}"', WORDS.read_bytes()))
+    return Library(build("words", WORDS))
 
 
 @cache
-def library_of(cell: str, type: str, HC: str) -> Library:
-    """Forward and backward of a cell. And whatever else is launched, of which there is little."""
-    struct = "".join(word.capitalize() for word in cell.split("_"))
-    ways = (f"X({way}, {cell}, {struct}, {type}, {HC})" for way in ("forward", "backward"))
-    return Library(build(f"{cell}_{type}_{HC}", f"FASTSEQ_HOST_CHOICE(X)={' '.join(ways)}"))
+def listed() -> dict[str, tuple[str, str, str, str, str]]:
+    """Of each kernel of list.h: way, cell, struct of the cell, type, size."""
+    found = re.findall(r"X\((\w+), (\w+), (\w+), (\w+), (\d+)\)", (CUDA / "list.h").read_text())
+    return {
+        f"{way}_{cell}_{type}_{HC}": (way, cell, s, type, HC) for way, cell, s, type, HC in found
+    }
+
+
+@cache
+def library_of(cell: str, HC: str) -> Library:
+    """All types and ways: most of the time goes into what kernels share."""
+    chosen = (f"X({', '.join(k)})" for k in listed().values() if (k[1], k[4]) == (cell, HC))
+    defines = "FASTSEQ_UNIT=host", f"FASTSEQ_KERNELS_host(X)={' '.join(chosen)}"
+    return Library(build(f"{cell}_{HC}", CUDA / "kernels.cu", *defines))
 
 
 def library_that_has(kernel: str) -> Library:
-    way, _, rest = kernel.partition("_")
-    if way == "previous":
-        return library_of("rnn_tanh", "float32", "32")
-    cell, type, HC = rest.rsplit("_", 2)
-    return library_of(cell, type, HC)
+    _, cell, _, _, HC = listed()[kernel]
+    return library_of(cell, HC)
 
 
 class OnHost:
@@ -145,10 +153,10 @@ class OnHost:
         return "host"
 
     def fields(self) -> str:
-        return library_that_has("previous_float32").fields()
+        return library_that_has("previous_rows_float32_256").fields()
 
     def kernels(self) -> tuple[str, ...]:
-        return (*KERNELS, *(f"previous_{number}" for number in NUMBERS))
+        return tuple(listed())
 
     def launch(
         self,
