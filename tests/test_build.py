@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trees import BROKEN, FAKE, INPLACE, NO_NVCC, ROOT, copy_to, run, script, tool
+from trees import BROKEN, FAKE, INPLACE, NO_NVCC, ROOT, copy_to, pythons, run, script, tool
 
 import fastseq
 
@@ -279,23 +279,6 @@ def test_instruction_sets_share_no_inline_function(built):
         symbols = subprocess.check_output(["nm", "-C", "--defined-only", path], text=True)
         weak = re.findall(r"^\S+ [WVuw] (.*)$", symbols, re.MULTILINE)
         assert not [name for name in weak if own not in name], path.name
-
-
-def pythons():
-    """Other Pythons from 3.10 that run here."""
-    found = {}
-    names = [f"python3.{minor}" for minor in range(10, 16)]
-    for path in [*names, *sorted(Path.home().glob(".pyenv/versions/3.1?.*/bin/python"))]:
-        code = "import sys; print('%d.%d' % sys.version_info[:2])"
-        try:
-            version = subprocess.check_output(
-                [path, "-c", code], text=True, stderr=subprocess.DEVNULL
-            ).strip()
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        found[version] = path
-    found.pop("{}.{}".format(*sys.version_info), None)
-    return found
 
 
 @pytest.mark.full

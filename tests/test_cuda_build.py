@@ -7,14 +7,18 @@ NVIDIA's in processes of their own.
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+import setuptools
 from cuda_binary import Binary, cuobjdump, read, understood
-from trees import FAKE, INPLACE, ROOT, copy_to, run, script, tool
+from trees import FAKE, INPLACE, ROOT, copy_to, pythons, run, script, tool
+
+from fastseq.backends.cuda_kernels import KERNELS
 
 NOTE = ROOT / "fastseq" / "_cuda.txt"
 LIBRARY = ROOT / "fastseq" / "_cuda.abi3.so"
@@ -237,9 +241,15 @@ def cuda():
     return module
 
 
-def test_nvcc_of_this_machine_compiled_the_kernels():
+def test_nvcc_of_this_machine_compiled_the_kernels(monkeypatch):
     """make goes on without them, so that what is broken in them would pass unseen."""
-    assert not NOTE.exists() or not re.search("could not (compile|link)", NOTE.read_text())
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    found = runpy.run_path(str(ROOT / "setup.py"))
+    try:
+        found["compiler"](), found["cuda_compiler"](), found["include_flags"]()
+    except found["CannotBuild"] as why:
+        pytest.skip(str(why))
+    assert LIBRARY.exists(), NOTE.read_text() if NOTE.exists() else "make build"
 
 
 def listed():
@@ -251,7 +261,7 @@ def listed():
 
 def test_its_kernels_are_those_of_the_list(cuda):
     assert list(cuda.kernels()) == listed()
-    assert 0 < len(set(listed())) == len(listed()) <= 200
+    assert set(KERNELS) < set(listed()) and len(set(listed())) == len(listed()) <= 200
     assert list(cuda.units()) == units_of_the_list()
     assert cuda.toolkit() >= 12080
     assert set(cuda.architectures().split()) <= set(GENERATED)
@@ -317,30 +327,52 @@ def test_it_is_bound_to_nothing_of_cuda_or_torch(cuda):
     assert [line.split()[-1] for line in defined.splitlines()] == ["PyInit__cuda"]
 
 
+def is_coded(name, full):
+    """Whether the instructions of a kernel are read, which takes seconds for all of them."""
+    chosen = "ward_(lstm_(b?float16_128|tf32_64|float32_32)|indrnn_b?float16)|previous"
+    return full or re.search(chosen, name)
+
+
 @pytest.fixture(scope="module")
-def binaries(cuda):
+def binaries(cuda, request):
     """(kernel, architecture) -> its machine code."""
     if cuobjdump() is None:
         pytest.skip("there is no cuobjdump, neither CUDA's nor Triton's")
+    full = request.config.getoption("--full")
+    coded = [name for name in cuda.kernels() if is_coded(name, full)]
     return {
         (name, architecture): binary
         for unit in cuda.units()
         for architecture in cuda.architectures().split()
-        for name, binary in read(cuda.image(unit), architecture).items()
+        for name, binary in read(
+            cuda.image(unit), architecture, *(n for n in coded if f"_{unit}_" in f"_{n}")
+        ).items()
     }
 
 
 def test_every_kernel_is_there_for_every_architecture(cuda, binaries):
-    every = {(n, a) for n in cuda.kernels() for a in cuda.architectures().split()}
-    assert set(binaries) == every
-    assert all(binary.code.total() > 10 for binary in binaries.values())
+    assert set(binaries) == {(n, a) for n in cuda.kernels() for a in cuda.architectures().split()}
+    assert all(binary.registers > 0 for binary in binaries.values())
+
+
+def test_registers_and_shared_memory_are_those_that_the_planner_counts_with(binaries):
+    for (name, architecture), binary in binaries.items():
+        if name in KERNELS:
+            assert binary.registers <= KERNELS[name].registers, (name, architecture)
+        assert binary.shared <= 1024, (name, architecture)  # the planner's is asked at the launch
+
+
+#: Those that put registers aside, and into how many bytes of their stack frame, at most.
+SPILLED = dict.fromkeys(("forward_gru_bfloat16_192", "forward_gru_float16_192"), 16)
 
 
 def test_no_register_is_spilled_and_no_stack_is_used(binaries):
+    """A register that is spilled has its place in the stack frame."""
     spilled = {
-        key: binary
-        for key, binary in binaries.items()
-        if binary.stack or binary.local or binary.spilled
+        (name, architecture): binary
+        for (name, architecture), binary in binaries.items()
+        if binary.stack + binary.local > SPILLED.get(name, 0)
+        or (binary.spilled and name not in SPILLED)
     }
     assert not spilled, "\n".join(
         f"{name} sm_{architecture}: stack {b.stack}, local {b.local}, {b.spilled} accesses"
@@ -348,24 +380,38 @@ def test_no_register_is_spilled_and_no_stack_is_used(binaries):
     )
 
 
-#: The matrix instructions of a type, and what it has none of.
+#: The matrix instructions of a type. Those of float32 multiply parts of TF32.
 PRODUCTS = {
-    "bfloat16": r"HMMA\.16816\.F32\.BF16",
+    "bfloat16": r"HMMA\.16816\.F32\.BF16$",
     "float16": r"HMMA\.16816\.F32$",
-    "tf32": r"HMMA\.1688\.F32\.TF32",
-    "float32": r"HMMA\.1688\.F32\.TF32",
+    "tf32": r"HMMA\.1688\.F32\.TF32$",
+    "float32": r"HMMA\.1688\.F32\.TF32$",
 }
 
 
-def test_the_products_are_those_of_the_type(binaries):
-    from fastseq.cells import CELLS
+def products_that_are_meant(kernel):
+    """Of one step: each fragment of the weights once, or three times where it is of two parts.
+    Those in shared memory may be gone through in a loop."""
+    return kernel.fragments * (3 if kernel.type == "float32" else 1)
 
+
+def test_the_products_are_those_of_the_type(cuda, binaries, request):
+    full, seen = request.config.getoption("--full"), set()
     for (name, architecture), binary in binaries.items():
-        _, _, rest = name.partition("_")
-        cell, kind, _ = rest.rsplit("_", 2)
-        meant, all_of_them = binary.count(PRODUCTS[kind]), binary.count(".*MMA")
-        multiplies = bool(CELLS[cell].recurrent_gates)
-        assert meant == all_of_them and bool(meant) is multiplies, (name, architecture)
+        if not is_coded(name, full):
+            continue
+        kernel = KERNELS.get(name)  # none where it walks nowhere
+        of_matrices = binary.count("[A-Z]{1,2}MMA")
+        assert binary.code.total() > 100, name
+        if kernel is None or not kernel.fragments:
+            assert of_matrices == 0, (name, architecture)
+            continue
+        seen.add(kernel.type)
+        meant = binary.count(PRODUCTS[kernel.type])
+        assert meant == of_matrices, (name, architecture)
+        expected = products_that_are_meant(kernel)
+        assert meant == expected or (kernel.rest and 0 < meant < expected), (name, architecture)
+    assert seen == set(PRODUCTS)
 
 
 def test_what_cuobjdump_prints_is_understood():
@@ -404,6 +450,17 @@ def launch(name, device=0, shared=0, grid=(1, 2, 3), arguments=ARGUMENTS):
     except RuntimeError as error:
         print(error)
 """
+
+
+@pytest.mark.full
+def test_it_loads_in_every_python(cuda):
+    others = pythons()
+    if not others:
+        pytest.skip("there is no other Python here")
+    code = ALONE.format(library=str(LIBRARY), names=names(cuda)) + "print(_cuda.kernels())"
+    for path in others.values():
+        said = subprocess.check_output([path, "-I", "-c", code], text=True)
+        assert said == f"{cuda.kernels()}\n"
 
 
 @pytest.fixture(scope="module")
@@ -461,23 +518,19 @@ def readied(name):
 IMAGE = ["cuInit 0", "cuLibraryLoadData magic ba55ed50, preserved 1, mode 2"]
 
 
-def test_without_a_driver_it_says_which_is_needed(play, tmp_path):
+def test_without_a_driver_it_says_so_and_what_it_holds(play, tmp_path):
     if "libcuda.so.1" in subprocess.getoutput("ldconfig -p"):
         pytest.skip("there is a driver")
     code = "print(_cuda.driver()); launch(A); print(len(_cuda.kernels()) > 0)"
     (said, again, there), _ = play(code, folder=tmp_path)
     assert said == again and there == "True"
-    assert re.fullmatch(
-        r"there is no NVIDIA driver \(libcuda\.so\.1: cannot open .*\); "
-        r"the kernels need driver 5\d0 or newer",
-        said,
-    )
+    assert re.fullmatch(r"there is no NVIDIA driver \(libcuda\.so\.1: cannot open .*\)", said)
 
 
 def test_a_driver_that_is_too_old_is_named(play):
     (said, again), _ = play("print(_cuda.driver()); launch(A)", "-DOLD")
     assert said == again
-    assert said.startswith("the NVIDIA driver is too old, it has no cuLibraryLoadData; the kernels")
+    assert said == "the NVIDIA driver is too old, it has no cuLibraryLoadData"
 
 
 def test_the_drivers_version(play):
@@ -548,7 +601,7 @@ import ctypes
 mode = ctypes.c_int(1)
 exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
 exchange(ctypes.byref(mode))  # thread-local, from now on
-for way in (launch, lambda name: _cuda.attributes(name, 0)):
+for way in (lambda name: _cuda.attributes(name, 0), launch):
     for name in (A, B, OTHER):
         way(name)
 launch(_cuda.kernels()[-1])
@@ -568,19 +621,34 @@ from threading import Barrier, Thread
 barrier = Barrier(8)
 def work():
     barrier.wait()
-    for name in _cuda.kernels():
+    for name in (A, B, OTHER):
         launch(name)
 threads = [Thread(target=work) for _ in range(8)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-print(len(_cuda.units()), len(_cuda.kernels()))
 """
-    (said,), calls = play(code)
-    units, kernels = map(int, said.split())
+    said, calls = play(code, FAKE_SLOW="2000")
     counted = [line.partition(" ")[0] for line in calls]
-    assert counted.count("cuLibraryLoadData") == units
-    assert counted.count("cuFuncLoad") == counted.count("cuLibraryGetKernel") == kernels
-    assert counted.count("cuLaunchKernelEx") == 8 * kernels
+    assert not said and counted.count("cuLibraryLoadData") == 2
+    assert counted.count("cuFuncLoad") == counted.count("cuLibraryGetKernel") == 3
+    assert counted.count("cuLaunchKernelEx") == 8 * 3
+
+
+def test_threads_that_want_more_and_less_shared_memory_leave_the_most(play):
+    code = """
+from threading import Barrier, Thread
+barrier = Barrier(8)
+def work(k):
+    barrier.wait()
+    launch(A, shared=1000 * (k + 1))
+threads = [Thread(target=work, args=(k,)) for k in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    for _ in range(3):
+        said, calls = play(code, FAKE_SLOW="2000")
+        allowed = [int(line.split()[3]) for line in calls if "cuKernelSetAttribute" in line]
+        assert not said and allowed == sorted(set(allowed)) and allowed[-1] == 8000
 
 
 @pytest.mark.parametrize(

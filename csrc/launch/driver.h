@@ -40,11 +40,6 @@ __asm__(".symver dlerror,dlerror@GLIBC_2.17");
 
 namespace {
 
-// The driver that CUDA of the nvcc asks for which compiled the kernels.
-constexpr const char* NEEDED_DRIVER = CUDA_VERSION >= 14000   ? "of CUDA 14 or newer"
-                                      : CUDA_VERSION >= 13000 ? "580 or newer"
-                                                              : "570 or newer";
-
 struct Driver {
 #define FASTSEQ_FUNCTION(name) decltype(&::name) name;
   FASTSEQ_DRIVER(FASTSEQ_FUNCTION)
@@ -55,18 +50,13 @@ struct Driver {
     reason[0] = '\0';
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-      std::snprintf(reason, sizeof reason,
-                    "there is no NVIDIA driver (%.300s); the kernels need driver %s", dlerror(),
-                    NEEDED_DRIVER);
+      std::snprintf(reason, sizeof reason, "there is no NVIDIA driver (%.300s)", dlerror());
       return;
     }
 #define FASTSEQ_FUNCTION(function)                                            \
   function = reinterpret_cast<decltype(function)>(dlsym(library, #function)); \
   if (!function && !reason[0])                                                \
-    std::snprintf(reason, sizeof reason,                                      \
-                  "the NVIDIA driver is too old, it has no " #function        \
-                  "; the kernels need driver %s",                             \
-                  NEEDED_DRIVER);
+    std::snprintf(reason, sizeof reason, "the NVIDIA driver is too old, it has no " #function);
     FASTSEQ_DRIVER(FASTSEQ_FUNCTION)
 #undef FASTSEQ_FUNCTION
   }

@@ -99,29 +99,29 @@ Outcome load(Kernel& kernel) {
   return {};
 }
 
+bool is_ready(const Kernel& kernel, int device, int shared) {
+  return kernel.ready[device].load(std::memory_order_acquire) > shared;
+}
+
 // So that the kernel can be launched on the device, whose context is current. The driver would
 // otherwise load it at the first launch, which takes memory.
 Outcome make_ready(Kernel& kernel, int device, int shared) {
   const std::lock_guard<std::mutex> lock(loading);
+  if (is_ready(kernel, device, shared)) return {};  // another thread was quicker
   const Relaxed relaxed;
   const Outcome loaded = load(kernel);
   if (!loaded) return loaded;
   const CUkernel handle = kernel.handle.load();
-  const int before = kernel.ready[device].load();
-  if (!before) {
+  if (!is_ready(kernel, device, 0)) {
     CUfunction function;
     FASTSEQ_TRY(cuKernelGetFunction, &function, handle);
     FASTSEQ_TRY(cuFuncLoad, function);
   }
-  if (shared > std::max(before - 1, 0))
+  if (shared)
     FASTSEQ_TRY(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared,
                 handle, device);
-  if (shared + 1 > before) kernel.ready[device].store(shared + 1);
+  kernel.ready[device].store(shared + 1);
   return {};
-}
-
-bool is_ready(const Kernel& kernel, int device, int shared) {
-  return kernel.ready[device].load(std::memory_order_acquire) > shared;
 }
 
 struct Launch {

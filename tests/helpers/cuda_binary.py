@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+
 
 @dataclass
 class Binary:
@@ -48,14 +50,20 @@ def cuobjdump() -> str | None:
     return found
 
 
-def read(image: bytes, architecture: str) -> dict[str, Binary]:
-    """Name -> machine code of each kernel in a fat binary, for one of its architectures."""
+def read(image: bytes, architecture: str, *coded: str) -> dict[str, Binary]:
+    """Each kernel in a fat binary, for one of its architectures. coded: whose code is read too."""
     with tempfile.NamedTemporaryFile(suffix=".fatbin") as file:
         file.write(image)
         file.flush()
-        command = [cuobjdump(), "-sass", "-res-usage", "-arch", f"sm_{architecture}", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return understood(done.stdout)
+        command = [cuobjdump(), "-arch", f"sm_{architecture}", file.name]
+        asked = [["-res-usage"]]
+        if coded:  # looking for many by name takes it longer than printing all
+            asked.append(["-sass"] if len(coded) > 6 else ["-sass", "-fun", ",".join(coded)])
+        done = [
+            subprocess.run([*command, *words], capture_output=True, text=True, check=True)
+            for words in asked
+        ]
+    return understood("".join(one.stdout for one in done))
 
 
 def understood(text: str) -> dict[str, Binary]:
@@ -63,27 +71,31 @@ def understood(text: str) -> dict[str, Binary]:
     found: dict[str, Binary] = {}
     kernel = ""
     for line in text.splitlines():
-        named = re.match(r"\s*Function\s*:?\s*(\w+):?\s*$", line)
-        if named:
-            kernel = named[1]
-        used = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line))
-        if used:
-            numbers = (int(used[name]) for name in ("REG", "STACK", "SHARED", "LOCAL"))
-            found[kernel] = Binary(*numbers)
-        word = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+        word = INSTRUCTION.match(line)
         if word:
             found[kernel].code[word[1]] += 1
+        elif "Function" in line:
+            kernel = re.match(r"\s*Function\s*:?\s*(\w+)", line)[1]
+        elif "REG:" in line:
+            used = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line))
+            numbers = (int(used[name]) for name in ("REG", "STACK", "SHARED", "LOCAL"))
+            found[kernel] = Binary(*numbers)
     return found
 
 
 def main(patterns: list[str]) -> None:
     from fastseq import _cuda
 
+    chosen = [
+        name
+        for name in _cuda.kernels()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*"])
+    ]
     print("kernel architecture registers shared stack spilled instructions products")
     for unit in _cuda.units():
         for architecture in _cuda.architectures().split():
-            for name, b in read(_cuda.image(unit), architecture).items():
-                if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*"]):
+            for name, b in read(_cuda.image(unit), architecture, *chosen).items():
+                if name in chosen:
                     numbers = (b.registers, b.shared, b.stack + b.local, b.spilled)
                     print(name, f"sm_{architecture}", *numbers, b.code.total(), b.count("HMMA"))
 

@@ -5,6 +5,7 @@
    FAKE_FAIL     name=code: what that function returns
    FAKE_CONTEXT  the device whose context is current, or "none", or "primary" where device 0 has one
                  that is not current
+   FAKE_SLOW     how many microseconds it takes to load
    FAKE_VERSION  of CUDA, 13000 if not given
 
    -DOLD leaves out what drivers of CUDA 11 lack. */
@@ -14,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef int CUresult;
 enum { INVALID_CONTEXT = 201 };
@@ -44,6 +46,11 @@ static CUresult said(const char* function, const char* format, ...) {
   const size_t length = strlen(function);
   if (fail && !strncmp(fail, function, length) && fail[length] == '=') return atoi(fail + length + 1);
   return 0;
+}
+
+static void load(void) {
+  const char* given = getenv("FAKE_SLOW");
+  if (given) usleep(atoi(given));
 }
 
 static const char* context(void) {
@@ -95,6 +102,7 @@ CUresult cuLibraryLoadData(void** library, const void* code, void* a, void** b, 
                            int* options, void** values, unsigned count) {
   (void)a, (void)b, (void)c;
   *library = (void*)code;
+  load();
   return said("cuLibraryLoadData", "magic %x, preserved %d, mode %d", *(const uint32_t*)code,
               count == 1 && *options == 1 && values[0] != 0, mode);
 }
@@ -102,6 +110,7 @@ CUresult cuLibraryLoadData(void** library, const void* code, void* a, void** b, 
 CUresult cuLibraryGetKernel(void** kernel, void* library, const char* name) {
   (void)library;
   *kernel = strdup(name);
+  load();
   return said("cuLibraryGetKernel", "%s", name);
 }
 CUresult cuKernelGetFunction(void** function, void* kernel) {
@@ -116,6 +125,7 @@ CUresult cuKernelGetAttribute(int* value, int attribute, void* kernel, int devic
   return said("cuKernelGetAttribute", "%d of %s", attribute, (char*)kernel);
 }
 CUresult cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
+  load();
   return said("cuKernelSetAttribute", "%d = %d of %s on %d", attribute, value, (char*)kernel, device);
 }
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void* kernel, int threads,

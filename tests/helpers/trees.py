@@ -62,3 +62,20 @@ def run(*command, cwd, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def pythons():
+    """Other Pythons from 3.10 that run here."""
+    found = {}
+    names = [f"python3.{minor}" for minor in range(10, 16)]
+    for path in [*names, *sorted(Path.home().glob(".pyenv/versions/3.1?.*/bin/python"))]:
+        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        try:
+            version = subprocess.check_output(
+                [path, "-c", code], text=True, stderr=subprocess.DEVNULL
+            ).strip()
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        found[version] = path
+    found.pop("{}.{}".format(*sys.version_info), None)
+    return found
