@@ -495,10 +495,39 @@ def test_a_step_by_hand():
     product, text, exchange, barrier = walk.cost.times
     assert walk.cost.mmas == 4 * 128 * 128 // (16 * 16) == 256
     assert product == pytest.approx(256 * 2 / 1.98)  # longer than 8 in a chain: 33 * 8 / 1.98
-    assert text == pytest.approx(5 * 128 * 8 / 8 / 1.98)
+    # 5 words for 4 elements of a thread, and what is beside; 8 warps, of which 4 start one a clock
+    assert text == pytest.approx((20 * 13 + 210 + 4 * 55) * 8 / 4 / 1.98)
+    assert walk.cost.busy.exponentials == pytest.approx(5 * 128 * 8 * 2 / 16 / 1.98)
     assert walk.step == walk.alone == pytest.approx((product + text + exchange + barrier) / 1000)
     assert walk.total == pytest.approx(3.7 + 1000 * walk.step)
     assert walk.bound == "the chain of a step"
+
+
+@pytest.mark.parametrize(
+    "name, counted",
+    [
+        ("forward_lstm_bfloat16_128", 718),
+        ("forward_coupled_lstm_bfloat16_128", 646),
+        ("forward_gru_bfloat16_128", 561),
+        ("forward_rnn_tanh_bfloat16_128", 315),
+        ("forward_rnn_tanh_tf32_64", 343),
+        ("forward_lstm_tf32_64", 936),
+        ("forward_lstm_float32_64", 1566),
+        ("backward_lstm_bfloat16_128", 1050),
+        ("backward_coupled_lstm_bfloat16_128", 979),
+        ("backward_gru_bfloat16_128", 742),
+        ("backward_rnn_tanh_bfloat16_128", 540),
+        ("backward_indrnn_bfloat16_64", 508),
+        ("backward_lstm_tf32_64", 1099),
+        ("backward_rnn_tanh_tf32_64", 531),
+    ],
+)
+def test_instructions_are_near_those_of_the_compiler(name, counted):
+    """Of the loop over time on sm_90a: nvcc 13.0, one way of copying a row, no resets."""
+    kernel = KERNELS[name]
+    assert cuda_time.cost(kernel, H100).instructions / kernel.warps == pytest.approx(
+        counted, rel=0.08
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ template <class Cell, class Type, int HC>
 DEVICE void forward_walk(const Arguments& a) {
   using T = Tile<Cell, Type, HC, false>;
   using Number = typename T::Number;
-  constexpr int STAGES = T::STAGES;
+  constexpr int STAGES = T::STAGES, EACH = T::EACH, SIZE = T::SIZE;
   const Seat<T> seat(a);
   unsigned char* const memory = shared();
   unsigned char* const operands = memory + T::WEIGHTS;
@@ -53,79 +53,101 @@ DEVICE void forward_walk(const Arguments& a) {
   Weights<T> weights;
   if constexpr (T::MULTIPLIES) {
     const auto* w_hh = static_cast<const unsigned char*>(a.w_hh) +
-                       int64_t(seat.recurrence) * T::G_HH * HC * HC * T::SIZE;
+                       int64_t(seat.recurrence) * T::G_HH * HC * HC * SIZE;
     weights.fill(
-        memory, [&](int m) { return w_hh + int64_t(m * HC + seat.warp * UNITS) * HC * T::SIZE; },
-        HC * T::SIZE, seat.warp, seat.lane);
+        memory,
+        [&](int m, bool lower) -> const unsigned char* {
+          const int gate = EACH == 2 ? m : 2 * m + lower;
+          const int unit = EACH == 2 ? seat.local + lower : seat.local;
+          return gate < T::G_HH ? w_hh + int64_t(gate * HC + unit) * HC * SIZE : nullptr;
+        },
+        0, seat.q);
   }
 
-  // this thread's elements
-  float h[4], c[4], mask[4], unit[T::U ? T::U : 1][2], bias[T::G_HH ? T::G_HH : 1][2];
-  bool is_unit[2];
+  // this thread's elements: columns by units
+  float h[2][EACH], c[2][EACH], unit[T::U ? T::U : 1][EACH], bias[T::G_HH ? T::G_HH : 1][EACH];
   int lengths[2];
+  const int64_t beside = seat.beside(0);
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    is_unit[k] = seat.is_unit(2 * k);
-    lengths[k] = seat.length(seat.column_of(k));
+  for (int j = 0; j < EACH; ++j) {
+    const int64_t place = seat.origin + seat.local + j;
 #pragma unroll
     for (int u = 0; u < T::U; ++u)
-      unit[u][k] = is_unit[k] ? number_at<Number>(a.unit, (int64_t(seat.recurrence) * T::U + u) * H +
-                                                              seat.unit_of(2 * k))
-                              : 0.0f;
+      unit[u][j] = seat.is_unit(j) ? number_at<Number>(
+                                         a.unit, (int64_t(seat.recurrence) * T::U + u) * H + place)
+                                   : 0.0f;
 #pragma unroll
     for (int g = T::G_HH - Cell::APART; g < T::G_HH; ++g)
-      bias[g][k] = is_unit[k] && a.b_hh
-                       ? number_at<Number>(a.b_hh, (int64_t(seat.recurrence) * T::G_HH + g) * H +
-                                                       seat.unit_of(2 * k))
+      bias[g][j] = seat.is_unit(j) && a.b_hh
+                       ? number_at<Number>(
+                             a.b_hh, (int64_t(seat.recurrence) * T::G_HH + g) * H + place)
                        : 0.0f;
   }
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const bool there = is_unit[e / 2] && seat.sequence(seat.column_of(e)) < a.B;
-    h[e] = there && a.h_0 ? number_at<Number>(a.h_0, seat.state(e)) : 0.0f;
-    c[e] = T::C && there && a.c_0 ? number_at<Number>(a.c_0, seat.state(e)) : 0.0f;
-    mask[e] = there && a.h_mask ? number_at<Number>(a.h_mask, seat.state(e)) : 1.0f;
+  for (int k = 0; k < 2; ++k) {
+    lengths[k] = seat.length(seat.one(k));
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      const bool there = seat.is_unit(j) && seat.is_sequence(k);
+      h[k][j] = there && a.h_0 ? number_at<Number>(a.h_0, seat.state(k) + j) : 0.0f;
+      c[k][j] = T::C && there && a.c_0 ? number_at<Number>(a.c_0, seat.state(k) + j) : 0.0f;
+    }
   }
   const auto hand_on = [&](unsigned char* operand) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      put_operand<T>(operand + T::place(seat.column_of(e)) + seat.local_unit(e) * T::SIZE,
-                     is_unit[e / 2] ? h[e] * mask[e] : 0.0f);
+    for (int k = 0; k < 2; ++k) {
+      float v[EACH];
+#pragma unroll
+      for (int j = 0; j < EACH; ++j) {
+        v[j] = seat.is_unit(j) ? h[k][j] : 0.0f;
+        if (a.h_mask && seat.is_unit(j) && seat.is_sequence(k))
+          v[j] *= number_at<Number>(a.h_mask, seat.state(k) + j);
+      }
+      put_operand<T>(operand + T::place(2 * seat.q + k) + seat.local * SIZE, v);
+    }
   };
-  if constexpr (T::MULTIPLIES) hand_on(operands);
+  if constexpr (T::MULTIPLIES) {
+    hand_on(operands);
+    hand_on(operands + T::OPERAND);  // the columns that have no sequence stay as they are
+  }
 
-  // this thread's part of a row that is fetched
-  constexpr int ROW_LANES = T::THREADS / EIGHT;
-  const int my_row = thread() / ROW_LANES, my_part = thread() % ROW_LANES;
+  // this thread's part of the rows that are fetched
+  const int my_row = thread() / T::ROW_LANES, my_part = thread() % T::ROW_LANES;
   const int my_length = seat.length(my_row);
-  const int row_bytes = T::G * seat.width * T::SIZE;
-  const int64_t pitch = a.R * T::G * H * T::SIZE;
-  auto* const gates = static_cast<unsigned char*>(a.gates) +
-                      (int64_t(seat.recurrence) * T::G * H + seat.origin) * T::SIZE;
+  const int64_t pitch = a.R * T::G * H * SIZE;
+  auto* const gates = static_cast<unsigned char*>(a.gates) + my_row * pitch +
+                      (int64_t(seat.recurrence) * T::G * H + seat.origin) * SIZE;
+  unsigned char* const my_stages = stages + my_row * T::ROW;
+  const bool together = H == HC && is_aligned(a.gates);  // a row is one piece
   const int steps = seat.length(0);
   const auto time_of = [&](int step) { return seat.reverse ? steps - 1 - step : step; };
   const auto on_its_way = [&](int step, int slot, int64_t row) {
-    if (step < steps && time_of(step) < my_length)
-      fetch<T::SIZE>(stages + slot * T::STAGE + my_row * T::ROW,
-                     gates + (row + my_row) * pitch, row_bytes, my_part, ROW_LANES);
+    if (step < steps && time_of(step) < my_length) {
+      unsigned char* const to = my_stages + slot * T::STAGE;
+      const unsigned char* const from = gates + row * pitch;
+      if (together)
+        fetch_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
+      else
+        fetch<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
+    }
     close();
   };
   const auto row_of = [&](int step) {
     return step < steps ? seat.row(time_of(step)) : int64_t(0);
   };
-  const uint8_t* const reset = a.reset ? a.reset + int64_t(seat.recurrence) * a.rows : nullptr;
   const auto is_reset = [&](int64_t row, int time, int k) {
-    return reset && time < lengths[k] && reset[row + seat.column_of(k)] != 0;
+    return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
   };
 
 #pragma unroll 1
   for (int step = 0; step < STAGES - 1; ++step) on_its_way(step, step, row_of(step));
   int64_t row = row_of(0), row_ahead = row_of(STAGES - 1);
   bool resets[2] = {};
-  if (steps > 0) {
+  if (a.reset && steps > 0) {
     resets[0] = is_reset(row, time_of(0), 0);
     resets[1] = is_reset(row, time_of(0), 1);
   }
+  const bool paired = H % 2 == 0;
   arrived<STAGES - 2>();
   meet();
 
@@ -135,65 +157,90 @@ DEVICE void forward_walk(const Arguments& a) {
     const int time = time_of(step);
     const int64_t next_row = row_of(step + 1), next_ahead = row_of(step + STAGES);
     bool next_resets[2] = {};
-    if (reset && step + 1 < steps) {
+    if (a.reset && step + 1 < steps) {
       next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
       next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
     }
-    float products[T::MULTIPLIES ? T::G_HH : 1][4];
+    float products[T::TILES][4];
     if constexpr (T::MULTIPLIES)
-      weights.multiply(products, operands + (step & 1) * T::OPERAND +
-                                     T::place(seat.g) + 16 * seat.q);
+      weights.multiply(products,
+                       operands + (step & 1) * T::OPERAND + T::place(seat.g) + 16 * seat.q, 0);
 
     unsigned char* const stage = stages + slot * T::STAGE;
+    unsigned char* const next = operands + ((step + 1) & 1) * T::OPERAND;
+    const int64_t out = row * seat.stride;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool live = time < lengths[e % 2] && is_unit[e / 2];
-      unsigned char* const mine =
-          stage + seat.column_of(e) * T::ROW + seat.local_unit(e) * T::SIZE;
-      const int gate = seat.width * T::SIZE;  // from a gate to the next
-      ForwardAt<T> at;
+    for (int k = 0; k < 2; ++k) {
+      if (k == 1 && seat.few) break;
+      const bool live = time < lengths[k];
+      unsigned char* const mine = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
+      float in[T::G][EACH], saves[T::G][EACH], extras[T::E ? T::E : 1][EACH], handed[EACH];
 #pragma unroll
-      for (int g = 0; g < T::G; ++g)
-        at.in[g] = live ? widen(load<Number>(mine + g * gate)) : 0.0f;
-      const bool kept = !resets[e % 2];
+      for (int g = 0; g < T::G; ++g) load_each<Number>(in[g], mine + g * T::UNIT);
 #pragma unroll
-      for (int g = 0; g < T::G_HH; ++g) {
-        at.product[g] = kept ? products[g][e] : 0.0f;
-        if (g >= T::G_HH - Cell::APART) at.product[g] += bias[g][e / 2];
-      }
-      at.h_before = kept ? h[e] : 0.0f;
-      at.c_before[0] = kept ? c[e] : 0.0f;
+      for (int j = 0; j < EACH; ++j) {
+        ForwardAt<T> at;
 #pragma unroll
-      for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][e / 2];
-      Cell::template forward<0>(at);
-      if (!live) continue;
-      const Number rounded = narrow<Number>(at.h_after);
-      h[e] = widen(rounded);
-      const int64_t out = ((row + seat.column_of(e)) * a.R + seat.recurrence) * H + seat.unit_of(e);
-      static_cast<Number*>(a.y)[out] = rounded;
-      if constexpr (T::C > 0) {
-        c[e] = at.c_after[0];
-        if (a.c_all) a.c_all[out] = c[e];
-      }
-      if (a.save) {
-        if constexpr (Cell::KEEPS_GATES) {
+        for (int g = 0; g < T::G; ++g) at.in[g] = in[g][j];
 #pragma unroll
-          for (int g = 0; g < T::G; ++g) store(mine + g * gate, narrow<Number>(at.saves[g]));
+        for (int g = 0; g < T::G_HH; ++g) {
+          const float s = EACH == 2 ? products[EACH == 2 ? g : 0][2 * j + k]
+                                    : products[EACH == 2 ? 0 : g / 2][2 * (g % 2) + k];
+          at.product[g] = resets[k] ? 0.0f : s;
+          if (g >= T::G_HH - Cell::APART) at.product[g] += bias[g][j];
         }
+        at.h_before = resets[k] ? 0.0f : h[k][j];
+        at.c_before[0] = resets[k] ? 0.0f : c[k][j];
 #pragma unroll
-        for (int k = 0; k < T::E; ++k)
-          put_at<Number>(a.extra,
-                         (((row + seat.column_of(e)) * a.R + seat.recurrence) * T::E + k) * H +
-                             seat.unit_of(e),
-                         at.extras[k]);
+        for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][j];
+        Cell::template forward<0>(at);
+        const bool lives = live && seat.is_unit(j);
+        h[k][j] = lives ? widen(narrow<Number>(at.h_after)) : h[k][j];
+        if constexpr (T::C > 0) c[k][j] = lives ? at.c_after[0] : c[k][j];
+        handed[j] = seat.is_unit(j) ? h[k][j] : 0.0f;
+#pragma unroll
+        for (int g = 0; g < T::G; ++g) saves[g][j] = at.saves[g];
+#pragma unroll
+        for (int e = 0; e < T::E; ++e) extras[e][j] = at.extras[e];
+      }
+      if constexpr (T::MULTIPLIES) {
+        if (a.h_mask && seat.is_sequence(k)) {
+#pragma unroll
+          for (int j = 0; j < EACH; ++j)
+            if (seat.is_unit(j)) handed[j] *= number_at<Number>(a.h_mask, seat.state(k) + j);
+        }
+        put_operand<T>(next + T::place(2 * seat.q + k) + seat.local * SIZE, handed);
+      }
+      if (live && seat.is_unit(0)) {
+        const int64_t place = out + beside + k * seat.stride;
+        const bool second = seat.is_unit(EACH - 1);
+        put_each<Number>(a.y, place, h[k], second, paired);
+        if constexpr (T::C > 0)
+          if (a.c_all) put_each<float>(a.c_all, place, c[k], second, paired);
+        if (a.save) {
+          if constexpr (Cell::KEEPS_GATES) {
+#pragma unroll
+            for (int g = 0; g < T::G; ++g) store_each<Number>(mine + g * T::UNIT, saves[g]);
+          }
+#pragma unroll
+          for (int e = 0; e < T::E; ++e)
+            put_each<Number>(a.extra,
+                             (out + seat.one(k) * seat.stride + seat.recurrence * H) * T::E +
+                                 int64_t(e) * H + seat.origin + seat.local,
+                             extras[e], second, paired);
+        }
       }
     }
-    if constexpr (T::MULTIPLIES) hand_on(operands + ((step + 1) & 1) * T::OPERAND);
     arrived<STAGES - 3>();
     meet();
-    if (Cell::KEEPS_GATES && a.save && time < my_length)
-      put<T::SIZE>(gates + (row + my_row) * pitch, stage + my_row * T::ROW, row_bytes,
-                   my_part, ROW_LANES);
+    if (Cell::KEEPS_GATES && a.save && time < my_length) {
+      unsigned char* const to = gates + row * pitch;
+      const unsigned char* const from = my_stages + slot * T::STAGE;
+      if (together)
+        put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
+      else
+        put<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
+    }
     on_its_way(step + STAGES - 1, last_slot, row_ahead);
     last_slot = slot;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -204,11 +251,13 @@ DEVICE void forward_walk(const Arguments& a) {
   }
 
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if (!is_unit[e / 2] || seat.sequence(seat.column_of(e)) >= a.B) continue;
-    put_at<Number>(a.h_n, seat.state(e), h[e]);
-    if constexpr (T::C > 0) a.c_n[seat.state(e)] = c[e];
-  }
+  for (int k = 0; k < 2; ++k)
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      if (!seat.is_unit(j) || !seat.is_sequence(k)) continue;
+      put_at<Number>(a.h_n, seat.state(k) + j, h[k][j]);
+      if constexpr (T::C > 0) a.c_n[seat.state(k) + j] = c[k][j];
+    }
 }
 
 }  // namespace FASTSEQ_ISA

@@ -163,16 +163,12 @@
   X(backward, gru, Gru, bfloat16, 64) \
   X(forward, gru, Gru, bfloat16, 128) \
   X(backward, gru, Gru, bfloat16, 128) \
-  X(forward, gru, Gru, bfloat16, 192) \
-  X(backward, gru, Gru, bfloat16, 192) \
   X(forward, gru, Gru, float16, 32) \
   X(backward, gru, Gru, float16, 32) \
   X(forward, gru, Gru, float16, 64) \
   X(backward, gru, Gru, float16, 64) \
   X(forward, gru, Gru, float16, 128) \
   X(backward, gru, Gru, float16, 128) \
-  X(forward, gru, Gru, float16, 192) \
-  X(backward, gru, Gru, float16, 192) \
   X(forward, gru, Gru, tf32, 32) \
   X(backward, gru, Gru, tf32, 32) \
   X(forward, gru, Gru, tf32, 64) \

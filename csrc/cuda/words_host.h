@@ -184,6 +184,8 @@ struct Cta {
     std::memset(memory, POISON, size);
     forbid(block, GUARDED), forbid(memory + size, behind);
     for (int k = 0; k < threads / LANES; ++k) warps.push_back(std::make_unique<Warp>());
+    for (int k = 0; k < threads / LANES / 2; ++k)
+      pairs.push_back(std::make_unique<Barrier>(2 * LANES));
   }
   ~Cta() {
     allow(block, GUARDED), allow(memory + size, behind);
@@ -210,6 +212,7 @@ struct Cta {
   Barrier barrier;
   std::atomic<int> remain;
   std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::unique_ptr<Barrier>> pairs;
 };
 
 struct Thread {
@@ -456,6 +459,7 @@ DEVICE int tile_z() { return host::current->cta.z; }
 DEVICE int tiles_z() { return host::current->cta.launch.tiles_z; }
 DEVICE unsigned char* shared() { return host::current->cta.memory; }
 DEVICE void meet() { host::current->cta.barrier.meet(host::current->cta.launch); }
+DEVICE void meet_pair(int n) { host::current->cta.pairs[n]->meet(host::current->cta.launch); }
 
 template <int N>
 DEVICE void copy(void* to, const void* from) {
@@ -528,11 +532,9 @@ DEVICE float round_tf32(float v) {  // a half away from zero
 
 DEVICE float exact_exp(float x) { return std::exp(x); }
 // As on a GPU: x log2(e) is rounded, and a denominator above 2^126 gives 0.
-DEVICE float quick_exp(float x) { return std::exp2(x * 1.44269504f); }
+DEVICE float quick_exp2(float x) { return std::exp2(x); }
+DEVICE float quick_reciprocal(float x) { return 1.0f / x; }
 DEVICE float exact_ratio(float a, float b) { return a / b; }
-DEVICE float quick_ratio(float a, float b) {
-  return std::fabs(b) > 0x1p126f && std::isfinite(b) ? a * 0.0f : a / b;
-}
 DEVICE float exact_tanh(float x) { return std::tanh(x); }
 DEVICE float exact_log1p(float x) { return std::log1p(x); }
 DEVICE float exact_expm1(float x) { return std::expm1(x); }

@@ -40,10 +40,8 @@ from .cuda_kernels import (
     Kernel,
     Type,
     Way,
-    backward_shared,
     classes,
     device_of,
-    forward_shared,
     reads_y,
 )
 
@@ -57,12 +55,10 @@ __all__ = [
     "Kernel",
     "Plan",
     "Walk",
-    "backward_shared",
     "binary",
     "classes",
     "decline",
     "device_of",
-    "forward_shared",
     "largest",
     "plan",
     "type_of",
@@ -175,7 +171,8 @@ def _walk_lines(plan: Plan, walk: Walk) -> Iterator[str]:
     rows, each = (1, " and sequence") if plan.B is None else (plan.B * plan.R, "")
     yield (
         f"  a step{each}: {walk.row_read * rows:,} bytes read, {walk.row_written * rows:,} "
-        f"written, {walk.row_flops * rows:,} FLOP; a step of a CTA: {cost.mmas:,} mma, "
+        f"written, {walk.row_flops * rows:,} FLOP; a step of a CTA: {cost.mmas:,} mma of "
+        f"{cost.instructions:,} instructions, "
         f"{cost.shared_read:,} bytes read from shared memory"
     )
     parts = ", ".join(f"{k} {v / 1000:.2f}" for k, v in cost.times._asdict().items())
