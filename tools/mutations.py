@@ -628,8 +628,8 @@ MUTATIONS = (
     Mutation(
         "cuda: forward writes h over the h that others still read",
         FORWARD_CUDA,
-        "hand_on(operands + ((step + 1) & 1) * T::OPERAND)",
-        "hand_on(operands + (step & 1) * T::OPERAND)",
+        "next = operands + ((step + 1) & 1) * T::OPERAND",
+        "next = operands + (step & 1) * T::OPERAND",
         RACES,
     ),
     Mutation(
@@ -637,6 +637,13 @@ MUTATIONS = (
         BACKWARD_CUDA,
         "operand = operands + (step & 1) * T::OPERAND",
         "operand = operands",
+        RACES,
+    ),
+    Mutation(
+        "cuda: two warps of backward do not meet before they read each other's sums",
+        BACKWARD_CUDA,
+        "        meet_pair(seat.warp / 2);\n",
+        "",
         RACES,
     ),
     Mutation(
@@ -677,22 +684,29 @@ MUTATIONS = (
     Mutation(
         "cuda: two words of a fragment of h trade places",
         TILE,
-        "mma(d, w, b0, b1, Number());",
-        "mma(d, w, b1, b0, Number());",
+        "mma(first, w.w[0], b.w[0], b.w[1], Number());",
+        "mma(first, w.w[0], b.w[1], b.w[0], Number());",
         LOOPS,
     ),
     Mutation(
         "cuda: a lane hands h on as another sequence's",
         FORWARD_CUDA,
-        "put_operand<T>(operand + T::place(seat.column_of(e))",
-        "put_operand<T>(operand + T::place(seat.column_of(e) ^ 1)",
+        "put_operand<T>(next + T::place(2 * seat.q + k)",
+        "put_operand<T>(next + T::place(2 * seat.q + 1 - k)",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: of four sequences a lane takes another's",
+        TILE,
+        "few ? (k ? EIGHT : q)",
+        "few ? (k ? EIGHT : q ^ 1)",
         LOOPS,
     ),
     Mutation(
         "cuda: vectors of a place that is not aligned to them",
         TILE,
-        "return bytes | (int(reinterpret_cast<uintptr_t>(place)) & 15);",
-        "return bytes;",
+        "grain = bytes | (int(reinterpret_cast<uintptr_t>(from)) & 15);",
+        "grain = bytes;",
         LOOPS,
     ),
     Mutation(

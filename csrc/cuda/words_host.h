@@ -325,6 +325,24 @@ struct Operand<float> {
 };
 constexpr int NEIGHBOUR = 16;  // words of neighbour: this plus its mask
 
+// As tensor cores add: all terms are cut to multiples of 2^-24 of the largest one's power of two, and
+// so is their sum to a float32. (So does an A100, by Fasi, Higham, Mikaitis and Pranesh, "Numerical
+// behavior of NVIDIA tensor cores", 2021; later ones keep more.)
+inline float cut_sum(const float* terms, int count) {
+  float largest = 0, plain = 0;
+  for (int k = 0; k < count; ++k) {
+    largest = std::max(largest, std::fabs(terms[k]));
+    plain += terms[k];
+  }
+  if (!std::isfinite(plain) || largest == 0) return plain;
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 24), inverse = 1 / unit;
+  int64_t sum = 0;
+  for (int k = 0; k < count; ++k) sum += int64_t(terms[k] * inverse);  // towards zero
+  const double exact = double(sum) * unit;
+  const float v = float(exact);
+  return std::fabs(v) > std::fabs(exact) ? std::nextafter(v, 0.0f) : v;
+}
+
 // d (16, 8) += a (16, K) b (K, 8), K = 8 EACH; lane 4 g + q holds rows g and g + 8 of columns 2 q
 // and 2 q + 1 of d; words 0 and 1 of a are numbers EACH q ... of rows g and g + 8, words 2 and 3
 // those 4 EACH further on; b0 and b1 likewise of column g.
@@ -340,14 +358,20 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     }
   });
   const int g = me.lane / 4 * 4, n = me.lane % 4 * 2 * 4;  // first lanes of the row and the column
+  float terms[4][9 * EACH];
+  int count = 0;
   for (int w = 0; w < 2; ++w)  // in increasing order of the inner index
     for (int q = 0; q < 4; ++q)
-      for (int k = 0; k < EACH; ++k) {
+      for (int k = 0; k < EACH; ++k, ++count) {
         const float* row = all.a[g + q] + 2 * w * EACH + k;
         const float left = all.b[n + q][w * EACH + k], right = all.b[n + 4 + q][w * EACH + k];
-        d[0] += row[0] * left, d[1] += row[0] * right;
-        d[2] += row[EACH] * left, d[3] += row[EACH] * right;
+        terms[0][count] = row[0] * left, terms[1][count] = row[0] * right;
+        terms[2][count] = row[EACH] * left, terms[3][count] = row[EACH] * right;
       }
+  for (int k = 0; k < 4; ++k) {
+    terms[k][count] = d[k];
+    d[k] = cut_sum(terms[k], count + 1);
+  }
 }
 
 // Threads that wait for work: to make one takes 10 to 40 us, under ThreadSanitizer ten times that.
@@ -432,6 +456,7 @@ inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz,
       try {
         kernel.function(arguments);
         thread.warp.barrier.leave(launch), cta.barrier.leave(launch);
+        if (size_t(id / LANES / 2) < cta.pairs.size()) cta.pairs[id / LANES / 2]->leave(launch);
       } catch (const Stopped&) {
       }
       if (--cta.remain == 0) cta.end();
@@ -459,7 +484,11 @@ DEVICE int tile_z() { return host::current->cta.z; }
 DEVICE int tiles_z() { return host::current->cta.launch.tiles_z; }
 DEVICE unsigned char* shared() { return host::current->cta.memory; }
 DEVICE void meet() { host::current->cta.barrier.meet(host::current->cta.launch); }
-DEVICE void meet_pair(int n) { host::current->cta.pairs[n]->meet(host::current->cta.launch); }
+DEVICE void meet_pair(int n) {
+  host::Thread& me = *host::current;
+  if (me.id / (2 * host::LANES) != n) me.cta.launch.fail("meet_pair: of another pair of warps");
+  me.cta.pairs[n]->meet(me.cta.launch);
+}
 
 template <int N>
 DEVICE void copy(void* to, const void* from) {
@@ -531,9 +560,10 @@ DEVICE float round_tf32(float v) {  // a half away from zero
 }
 
 DEVICE float exact_exp(float x) { return std::exp(x); }
-// As on a GPU: x log2(e) is rounded, and a denominator above 2^126 gives 0.
-DEVICE float quick_exp2(float x) { return std::exp2(x); }
-DEVICE float quick_reciprocal(float x) { return 1.0f / x; }
+// As on a GPU, what is denormal is 0, given or made.
+DEVICE float without_denormals(float x) { return std::fabs(x) < 0x1p-126f ? x * 0.0f : x; }
+DEVICE float quick_exp2(float x) { return without_denormals(std::exp2(without_denormals(x))); }
+DEVICE float quick_reciprocal(float x) { return without_denormals(1.0f / without_denormals(x)); }
 DEVICE float exact_ratio(float a, float b) { return a / b; }
 DEVICE float exact_tanh(float x) { return std::tanh(x); }
 DEVICE float exact_log1p(float x) { return std::log1p(x); }
