@@ -828,9 +828,7 @@ def test_a_rehearsal_of_everything(tmp_path):
     assert bad == {("gru", "walk", "bfloat16"), ("lstm", "step", "float16")}
     assert {r["tested"] for r in rows if (r["cell"], r["type"]) == ("gru", "float16")} == {"yes"}
     cuda = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "cuda"]
-    assert {(r["cell"], r["type"], r["way"]) for r in cuda if r["tested"] == "no"} == {
-        ("gru", "float16", "training")
-    }
+    assert {(r["cell"], r["type"]) for r in cuda if r["tested"] == "no"} == {("gru", "float16")}
     assert {r["form"] for r in cuda} == {"cta"}
     wrong = [r for r in cuda if r["error"]]
     assert wrong and all(r["error"].startswith("numbers: ") for r in wrong)
