@@ -1,7 +1,7 @@
 """What ``make gpu`` measured: bench/results/<device>/gpu.csv, read into points.
 
 A row is one time of one contender, or why there is none. A point is what the rows of one workload,
-type and way on one device say together: cuDNN beside triton, in plain calls and in graphs.
+type and way on one device say together: cuDNN beside one of ours, in plain calls and in graphs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ _ALLOWED = {
     "cell": ("lstm", "gru", "rnn"),
     "type": ("tf32", "float32", "float16", "bfloat16"),
     "way": ("forward", "training"),
-    "contender": ("cudnn", "triton"),
+    "contender": ("cudnn", "triton", "cuda"),
     "how": ("graph", "calls"),
     "tested": ("yes", "no", ""),
 }
 Key = tuple[str | int, ...]
 _YES, _NO = ("yes", "true", "1"), ("no", "false", "0", "")
-#: Those that triton takes when nobody asks for another come first (triton_tiling.tiling).
-FORMS = ("walk", "grid-resident", "grid", "step")
+#: Of each backend of ours; those that it takes when nobody asks for another come first
+#: (triton_tiling.tiling).
+FORMS = {"triton": ("walk", "grid-resident", "grid", "step"), "cuda": ("cta",)}
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def _row(values: dict[str, str], place: str) -> Row:
         if values[name] not in allowed:
             found = f"{place}: {name}: expected one of {', '.join(allowed)}, got {values[name]!r}"
             raise ValueError(found)
-    if values["contender"] == "triton" and values["form"] not in FORMS:
+    forms = FORMS.get(values["contender"])
+    if forms is not None and values["form"] not in forms:
         raise ValueError(
-            f"{place}: form: expected one of {', '.join(FORMS)}, got {values['form']!r}"
+            f"{place}: form: expected one of {', '.join(forms)}, got {values['form']!r}"
         )
     if values["ragged"].lower() not in _YES + _NO:
         raise ValueError(f"{place}: ragged: expected yes or no, got {values['ragged']!r}")
@@ -161,19 +163,19 @@ def _time(text: str, place: str) -> float:
 
 @dataclass(frozen=True)
 class Point:
-    """cuDNN beside the form of triton that runs where nobody asks for another.
+    """cuDNN beside one of ours, in the form that runs where nobody asks for another.
 
     how -> the row of each; green: whether the tests of that form were.
     """
 
     cudnn: dict[str, Row]
-    triton: dict[str, Row]
+    ours: dict[str, Row]
     green: bool
 
     @property
     def row(self) -> Row:
-        """The workload and where it ran; the contender's columns are triton's."""
-        return next(iter(self.triton.values()))
+        """The workload and where it ran; the contender's columns are ours."""
+        return next(iter(self.ours.values()))
 
     @property
     def T(self) -> int:
@@ -183,14 +185,14 @@ class Point:
     def is_complete(self) -> bool:
         """Whether each side has a time or an error, in both ways to call that the rule asks for."""
         hows = ("calls",) if self.row.ragged else ("calls", "graph")
-        return all(how in rows for rows in (self.cudnn, self.triton) for how in hows)
+        return all(how in rows for rows in (self.cudnn, self.ours) for how in hows)
 
     def ratio(self, how: str) -> float | None:
-        """cuDNN's time over triton's: inf where cuDNN alone has an error, 0 where triton alone has,
-        None where neither has a time, or one was not measured."""
-        if how not in self.cudnn or how not in self.triton:
+        """cuDNN's time over ours: inf where cuDNN alone has an error, 0 where ours alone has, None
+        where neither has a time, or one was not measured."""
+        if how not in self.cudnn or how not in self.ours:
             return None
-        theirs, ours = self.cudnn[how].ms, self.triton[how].ms
+        theirs, ours = self.cudnn[how].ms, self.ours[how].ms
         if ours is None:
             return None if theirs is None else 0.0
         return inf if theirs is None else theirs / ours
@@ -210,22 +212,22 @@ def _workload(row: Row) -> Key:
     return row.device, row.capability, row.name, row.shape, row.cell, *sizes, row.type, row.way
 
 
-def points(rows: Iterable[Row]) -> list[Point]:
-    """One for each workload, type, way and device that triton has rows of."""
+def points(rows: Iterable[Row], contender: str) -> list[Point]:
+    """One for each workload, type, way and device that a contender of ours has rows of."""
     rows = list(rows)
     tested = Tested(rows)
     cudnn: dict[Key, dict[str, Row]] = {}
-    triton: dict[Key, dict[str, dict[str, Row]]] = {}
+    ours: dict[Key, dict[str, dict[str, Row]]] = {}
     for row in latest(rows):
         if row.contender == "cudnn":
             cudnn.setdefault(_workload(row), {})[row.how] = row
-        else:
-            triton.setdefault(_workload(row), {}).setdefault(row.form, {})[row.how] = row
+        elif row.contender == contender:
+            ours.setdefault(_workload(row), {}).setdefault(row.form, {})[row.how] = row
     found = []
-    for workload, forms in triton.items():
-        ours = forms[min(forms, key=FORMS.index)]
-        green = all(map(tested.is_green, ours.values()))
-        found.append(Point(cudnn.get(workload, {}), ours, green))
+    for workload, forms in ours.items():
+        chosen = forms[min(forms, key=FORMS[contender].index)]
+        green = all(map(tested.is_green, chosen.values()))
+        found.append(Point(cudnn.get(workload, {}), chosen, green))
     return found
 
 
@@ -239,7 +241,7 @@ class Tested:
     def __init__(self, rows: Iterable[Row]) -> None:
         self._words: dict[tuple[str, ...], set[str]] = {}
         for row in rows:
-            if row.contender == "triton":
+            if row.contender in FORMS:
                 self._words.setdefault(self._key(row), set()).add(row.tested)
 
     @staticmethod

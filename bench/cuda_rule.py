@@ -2,11 +2,12 @@
 
 Reads bench/results/<device>/gpu.csv of every device (or the files that are named) and writes what
 follows from them: the measurements in fastseq/backends/measured_cuda.py, by which
-``fastseq.backends.cuda_rule`` chooses; the GPU's section of docs/performance.md; and a picture of
-each device. ``--check`` writes nothing, and fails where a file is not what it would write.
+``fastseq.backends.cuda_rule`` chooses between cuda, triton and torch; the GPU's section of
+docs/performance.md; and a picture of each device. ``--check`` writes nothing, and fails where a
+file is not what it would write.
 
-Devices of one compute capability are one rule: a class counts for triton only where none of those
-that measured it says otherwise.
+Devices of one compute capability are one rule: a class counts for a backend of ours only where none
+of those that measured it says otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ from fastseq.backends import measured_cuda
 from fastseq.backends.cuda_rule import Entry, kind_of, size_of, width_of
 
 from . import table
-from .cuda_results import ROOT, Device, Tested, committed, devices, latest, points, shown
+from .cuda_results import (
+    FORMS,
+    ROOT,
+    Device,
+    Point,
+    Tested,
+    committed,
+    devices,
+    latest,
+    points,
+    shown,
+)
 from .workloads import TEXTS
 
 RULE = Path(measured_cuda.__file__)
@@ -32,7 +44,7 @@ DOCS = ROOT / "docs"
 Classes = dict[tuple[str, str, str], dict[str, dict[str, Entry]]]
 
 _TEXT = '''\
-"""triton beside cuDNN on a GPU. ``python -m bench.rule --gpu`` writes this file; edit nothing here.
+"""Ours beside cuDNN on a GPU. ``python -m bench.rule --gpu`` writes this file; edit nothing here.
 
 It was written from {origin}. :mod:`.cuda_rule` reads it.
 """
@@ -43,15 +55,19 @@ Kinds = dict[str, dict[str, tuple[float, float | None, int, bool]]]
 #: compute capability -> device -> (results, versions, commits and dates)
 SOURCES: dict[str, dict[str, tuple[str, str, str]]] = {sources}
 
-#: compute capability -> device -> (cell, type, way)
-MEASURED: dict[str, dict[str, dict[tuple[str, str, str], Kinds]]] = {measured}
+#: Of triton: compute capability -> device -> (cell, type, way)
+MEASURED: dict[str, dict[str, dict[tuple[str, str, str], Kinds]]] = {triton}
 
-#: compute capability -> (cell, type) -> the widths at which every form passed its tests
-GREEN: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {green}
+#: Of triton: compute capability -> (cell, type) -> the widths at which every form passed its tests
+GREEN: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {triton_green}
+
+#: The same of cuda.
+MEASURED_CUDA: dict[str, dict[str, dict[tuple[str, str, str], Kinds]]] = {cuda}
+GREEN_CUDA: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {cuda_green}
 '''
 
 
-def classes(device: Device) -> Classes:
+def classes(device: Device, contender: str) -> Classes:
     """What the points of each class show at the least.
 
     A point that lacks a row is not measured yet. One at which neither side has a time says nothing
@@ -59,7 +75,7 @@ def classes(device: Device) -> Classes:
     sequences count for nothing: torch runs what is recorded of those.
     """
     measured: Classes = {}
-    for point in points(device.rows):
+    for point in points(device.rows, contender):
         row, calls = point.row, point.ratio("calls")
         if row.mode == "cell" or not point.is_complete() or calls is None:
             continue
@@ -100,7 +116,7 @@ def _place(size: str) -> tuple[list[int], str]:
     return [int(digits) for digits in re.findall(r"\d+", size)], size
 
 
-def green(given: Sequence[Device]) -> dict[tuple[str, str], tuple[str, ...]]:
+def green(given: Sequence[Device], contender: str) -> dict[tuple[str, str], tuple[str, ...]]:
     """The widths that ran of each cell and type, where all of its forms passed their tests and no
     point failed."""
     widths: dict[tuple[str, str], set[int]] = {}
@@ -108,7 +124,7 @@ def green(given: Sequence[Device]) -> dict[tuple[str, str], tuple[str, ...]]:
     for device in given:
         tested = Tested(device.rows)
         for row in latest(device.rows):
-            if row.contender == "triton":
+            if row.contender == contender:
                 key = _cell(row.cell), row.type
                 widths.setdefault(key, set()).add(row.H)
                 if row.failed or not tested.is_green(row):
@@ -130,20 +146,23 @@ def by_capability(given: Iterable[Device]) -> dict[str, list[Device]]:
 def text(given: Sequence[Device]) -> str:
     """fastseq/backends/measured_cuda.py, as it follows from these devices' results."""
     groups = by_capability(given)
-    measured = _literal(
-        {number: {d.name: classes(d) for d in some} for number, some in groups.items()}
-    )
+    tables = {}
+    for name in FORMS:
+        tables[name] = _literal(
+            {number: {d.name: classes(d, name) for d in some} for number, some in groups.items()}
+        )
+        greens = {number: green(some, name) for number, some in groups.items()}
+        tables[f"{name}_green"] = _literal(greens)
     return _TEXT.format(
         origin="what SOURCES names" if given else "no results: none are under bench/results",
-        imports="from math import inf\n\n" if "inf" in measured else "",
+        imports="from math import inf\n\n" if "inf" in "".join(tables.values()) else "",
         sources=_literal(
             {
                 number: {d.name: (d.files, d.versions, d.when) for d in some}
                 for number, some in groups.items()
             }
         ),
-        measured=measured,
-        green=_literal({number: green(some) for number, some in groups.items()}),
+        **tables,
     )
 
 
@@ -165,7 +184,7 @@ def _literal(value: object, indent: str = "") -> str:
 
 
 def section(given: Sequence[Device]) -> str:
-    """The GPU's part of docs/performance.md: what each device measured, and where triton runs."""
+    """The GPU's part of docs/performance.md: what each device measured, and where ours run."""
     if not given:
         return "Not yet measured on a GPU: there are no results, and torch's own kernels run there."
     parts = []
@@ -173,23 +192,35 @@ def section(given: Sequence[Device]) -> str:
         parts += [
             f"### {device.name}",
             f"![Times faster than cuDNN, by workload]({picture(device).name})",
-            table.gpu(points(device.rows)),
+            *(table.gpu(some, name) for name, some in _measured(device).items()),
             f"Medians. Compute capability {device.capability}, {device.versions}, {device.when}. "
             f"From `{device.files}`.",
         ]
-    return "\n\n".join([*parts, "### Where triton runs", *_where(given)])
+    for name in FORMS:
+        if name == "triton" or any(name in _measured(device) for device in given):
+            parts += [f"### Where {name} runs", *_where(given, name)]
+    return "\n\n".join(parts)
 
 
-def _where(given: Sequence[Device]) -> Iterator[str]:
+def _measured(device: Device) -> dict[str, list[Point]]:
+    """The points of each backend of ours; triton's though there be none."""
+    found = {name: points(device.rows, name) for name in FORMS}
+    return {name: some for name, some in found.items() if some or name == "triton"}
+
+
+def _where(given: Sequence[Device], contender: str) -> Iterator[str]:
+    others = "torch runs all others"
+    if contender != "triton":
+        others = "where triton is too, the one whose least ratio there is the greater runs"
     yield (
-        "Where no backend is named, triton runs the classes in which it is ahead on every device "
-        "of a compute capability that has measured them; torch runs all others."
+        f"Where no backend is named, {contender} runs the classes in which it is ahead on every "
+        f"device of a compute capability that has measured them; {others}."
     )
     lines = []
     for number, some in by_capability(given).items():
         ahead: dict[tuple[str, str, str], dict[str, bool]] = {}
         for device in some:
-            for key, kinds in classes(device).items():
+            for key, kinds in classes(device, contender).items():
                 names = ahead.setdefault(key, {})
                 for kind, sizes in kinds.items():
                     for size, entry in sizes.items():
@@ -241,6 +272,6 @@ def main(argv: list[str] | None = None) -> int:
             parser.exit(1, f"{parser.prog}: no picture: {error}; pip install matplotlib\n")
         for device in given:
             caption = f"{device.name}, {device.versions}, {device.when}"
-            plot.draw_gpu(points(device.rows), picture(device), caption)
+            plot.draw_gpu(_measured(device), picture(device), caption)
             print(shown(picture(device)))
     return 0

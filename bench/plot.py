@@ -43,16 +43,18 @@ def draw(results: Results, path: Path, everything: bool = False) -> None:
     save(figure, path, provenance(results).replace("**", ""))
 
 
-def draw_gpu(points: Iterable[Point], path: Path, caption: str) -> None:
-    """Bars of the speed-up over cuDNN in plain calls, a panel for each type.
+def draw_gpu(measured: dict[str, list[Point]], path: Path, caption: str) -> None:
+    """Bars of the speed-up over cuDNN in plain calls, a panel for each type and backend of ours.
 
     Points whose tests were not green are left out.
     """
     panels: dict[str, Factors] = {}
-    for point in points:
-        row, factor = point.row, point.ratio("calls")
-        if point.green and factor and isfinite(factor):
-            panels.setdefault(row.type, {}).setdefault(row.name, {})[row.way] = factor
+    for contender, points in measured.items():
+        for point in points:
+            row, factor = point.row, point.ratio("calls")
+            if point.green and factor and isfinite(factor):
+                panel = f"{contender}, {row.type}" if len(measured) > 1 else row.type
+                panels.setdefault(panel, {}).setdefault(row.name, {})[row.way] = factor
     names = named(dict.fromkeys(name for factors in panels.values() for name in factors))
     columns = max(1, len(panels))
     size = (3 + 4 * columns, 1.6 + 0.3 * max(2, len(names)))
@@ -63,7 +65,8 @@ def draw_gpu(points: Iterable[Point], path: Path, caption: str) -> None:
         bars(axes, names, factors)
         axes.set_title(kind, fontsize=9, loc="left")
         axes.legend(frameon=False, fontsize=8, loc="upper right")
-    figure.suptitle("fastseq's triton against cuDNN: times faster, plain calls", fontsize=11)
+    ours = " and ".join(measured)
+    figure.suptitle(f"fastseq's {ours} against cuDNN: times faster, plain calls", fontsize=11)
     save(figure, path, caption)
 
 

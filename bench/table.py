@@ -269,8 +269,8 @@ def short(results: Results, names: Iterable[str] = HEADLINES) -> str:
     )
 
 
-def gpu(points: Iterable[Point]) -> str:
-    """The headlines of a device, cuDNN beside triton, and what all of its points say together.
+def gpu(points: Iterable[Point], contender: str) -> str:
+    """The headlines of a device, cuDNN beside one of ours, and what all of its points say together.
 
     No ratio stands beside a form of the kernels whose tests were not green.
     """
@@ -285,19 +285,20 @@ def gpu(points: Iterable[Point]) -> str:
             point.row.way,
             point.row.form,
             _gpu_time(point.cudnn),
-            _gpu_time(point.triton),
+            _gpu_time(point.ours),
             *(_gpu_ratio(point, how) for how in ("calls", "graph")),
         ]
         for point in headlines
     ]
-    header = ["workload", "type", "way", "form", "cuDNN ms", "triton ms", "faster", "in a graph"]
+    ours = f"{contender} ms"
+    header = ["workload", "type", "way", "form", "cuDNN ms", ours, "faster", "in a graph"]
     parts = [markdown(header, rows)] if rows else ["None of the headlines is among the results."]
     if points:
         parts.append(_gpu_summary(points))
     errors = [
         f"- {point.row.name}, {row.type}, {row.way}, {row.contender}, {how}: {row.error}"
         for point in headlines
-        for rows_of in (point.cudnn, point.triton)
+        for rows_of in (point.cudnn, point.ours)
         for how, row in rows_of.items()
         if row.error
     ]

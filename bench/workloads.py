@@ -438,13 +438,17 @@ def by_name(name: str) -> Workload:
     )
 
 
-def matching(patterns: str | None) -> list[Workload]:
-    """Those whose name matches one of the patterns ('small* ptb-medium'); all but tiny if None."""
+def matching(patterns: str | None, more: Iterable[Workload] = ()) -> list[Workload]:
+    """Those whose name matches one of the patterns ('small* ptb-medium'); all but tiny if None.
+
+    more: what a pattern may match beside those of the list.
+    """
     if patterns is None:
         return [w for w in WORKLOADS if not w.name.startswith("tiny-")]
+    among = [*WORKLOADS, *more]
     found = []
     for pattern in patterns.replace(",", " ").split():
-        hits = [w for w in WORKLOADS if fnmatchcase(w.name, pattern)]
+        hits = [w for w in among if fnmatchcase(w.name, pattern)]
         if not hits:
             names = ", ".join(w.name for w in WORKLOADS)
             raise ValueError(f"no workload matches {pattern!r}; names: {names}")

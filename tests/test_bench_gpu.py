@@ -41,10 +41,13 @@ from bench.gpu.budget import Clock
 from bench.gpu.junit import Case
 from bench.gpu.points import FIELDS, Point, Unit
 from bench.gpu.suspects import Suspects
+from fastseq.backends import cuda_plan
 from fastseq.backends.triton_tiling import Device
 
 ROOT = Path(__file__).parents[1]
-KINDS = forms.Kinds(Device(232448, processors=132, hopper=True), "tf32x3")
+KINDS = forms.Kinds(Device(232448, processors=132, hopper=True), "tf32x3", cuda_plan.H100)
+#: Where cuda is not available.
+TRITON = KINDS._replace(cuda=None)
 COLUMNS = {"device": "A GPU", "capability": "9.0", "torch": "2", "triton": "3"}
 COLUMNS |= {"cudnn": "9", "fastseq": "0", "commit": "abc1234"}
 
@@ -84,9 +87,19 @@ def test_the_order_of_the_points():
     assert [kind for _, kind, way in first if way == "forward"][:3] == list(points.FIRST_TYPES)
     headline = {w.name for w in matching(points.HEADLINE)}
     assert set(names[: 6 * len(headline)]) == headline
-    assert names[6 * len(headline)].startswith("peers-")
-    listed = [p for p in found if not p.workload.name.startswith("grid-")]
-    assert found[: len(listed)] == listed
+    of_cta = [p for p in found if p.workload.name.startswith("cta-")]
+    early = [p for p in found[6 * len(headline) :] if p.workload.name.startswith("cta-")][:68]
+    assert found[6 * len(headline) : 6 * len(headline) + 68] == early == of_cta[:68]
+    assert {(p.workload.T, p.workload.H) for p in early} == {(512, 128)}
+    assert [p.workload.B for p in early[:10]] == [B for B in (1, 8, 32, 128, 512) for _ in "ab"]
+    assert names[6 * len(headline) + 68].startswith("peers-")
+    sizes = [p for p in found if p.workload.name.startswith("grid-")]
+    later = [p for p in of_cta if p not in early]
+    end = len(found) - len(sizes)
+    assert found[end - len(later) : end] == later, "the rest of cuda's just before the grid"
+    found = [p for p in found if p not in of_cta]
+    listed = found[: len(found) - len(sizes)]
+    assert found[len(listed) :] == sizes
     assert {p.workload for p in listed} == {w for w in matching(None) if w.dtype is torch.float32}
     wide = [k for k, p in enumerate(listed) if p.type == "float32"]
     long = [k for k, p in enumerate(listed) if p.workload.T == 65536]
@@ -104,6 +117,37 @@ def test_the_order_of_the_points():
     ]
 
 
+def test_the_points_of_cuda():
+    """Every size of its target that a CTA holds, in three types, forward and training."""
+    found = list(points.points("cta-*"))
+    assert len({p.key for p in found}) == len(found) == 788
+    assert all(forms.forms(p.typed, p.type, KINDS)[0] == "cta" for p in found)
+    lstm = {(p.workload.H, p.type) for p in found if p.workload.cell == "lstm"}
+    assert lstm == {(H, kind) for H in (32, 64, 128) for kind in points.FIRST_TYPES} - {
+        (128, "tf32")
+    }
+    gru = {(w.H, w.B, w.T) for p in found if (w := p.workload).cell == "gru" and p.type == "tf32"}
+    assert len(gru) == 3 * 5 * 4
+    assert [p.workload.name for p in points.points("cta-gru-h64-b8-t32", "tf32")] == [
+        "cta-gru-h64-b8-t32"
+    ] * 2
+
+
+def test_cudnns_persistent_window():
+    def inside(cell, H, kind, way, **more):
+        given = {"cell": cell, "H": str(H), "type": kind, "way": way, "ragged": "no", "shape": ""}
+        return points.is_persistent(given | more)
+
+    assert inside("lstm", 192, "float16", "forward") and inside("gru", 128, "tf32", "training")
+    assert not inside("lstm", 193, "float16", "forward")
+    assert not inside("gru", 129, "tf32", "training")
+    assert inside("rnn", 384, "float16", "forward") and inside("rnn", 256, "float16", "training")
+    assert not inside("rnn", 257, "float16", "training")
+    assert not inside("lstm", 64, "bfloat16", "forward")
+    assert not inside("lstm", 64, "float16", "forward", ragged="yes")
+    assert not inside("lstm", 64, "float16", "forward", shape="LSTM T1 B1 I1 H64 P32")
+
+
 def test_the_units_of_a_point_and_what_is_left_out():
     point = Point(by_name("small-b4-h256-lstm"), "bfloat16", "forward")
     forms_of = forms.forms(point.typed, point.type, KINDS)
@@ -112,8 +156,15 @@ def test_the_units_of_a_point_and_what_is_left_out():
     assert units[0] == Unit("cudnn", "", "graph") and len(units) == 6
     assert not any(points.left_out(point, unit) for unit in units)
     ragged = Point(by_name("tagger-lstm"), "bfloat16", "forward")
-    assert forms.forms(ragged.typed, "bfloat16", KINDS) == ["walk"]
-    assert "different lengths" in points.left_out(ragged, Unit("triton", "walk", "graph"))
+    assert forms.forms(ragged.typed, "bfloat16", TRITON) == ["walk"]
+    one = Point(by_name("small-b1-h128-lstm"), "bfloat16", "forward")
+    assert points.units(one, forms.forms(one.typed, one.type, KINDS)) == [
+        Unit(*who, how)
+        for who in (("cudnn", ""), ("cuda", "cta"), ("triton", "walk"))
+        for how in points.HOWS
+    ]
+    for unit in (Unit("triton", "walk", "graph"), Unit("cuda", "cta", "graph")):
+        assert "different lengths" in points.left_out(ragged, unit)
     assert not points.left_out(ragged, Unit("triton", "walk", "calls"))
     assert not points.left_out(ragged, Unit("cudnn", "", "graph"))
     long = Point(replace(point.workload, T=5000), "bfloat16", "forward")
@@ -126,14 +177,37 @@ def test_the_units_of_a_point_and_what_is_left_out():
     [
         ("flashrnn-point", "float16", ["grid-resident", "step"]),
         ("ptb-large", "bfloat16", ["grid", "step"]),
-        ("small-b1-h128-gru", "bfloat16", ["walk"]),
-        ("small-b1-h128-gru", "tf32", ["grid-resident", "step"]),
-        ("small-b1-h64-gru", "float32", ["grid", "step"]),
+        ("small-b1-h128-gru", "bfloat16", ["cta", "walk"]),
+        ("small-b1-h128-gru", "tf32", ["cta", "grid-resident", "step"]),
+        ("small-b1-h128-lstm", "tf32", ["grid-resident", "step"]),
+        ("small-b1-h64-gru", "float32", ["cta", "grid", "step"]),
+        ("types-proj-b1-h64-lstm", "float16", ["walk"]),
     ],
 )
 def test_the_forms_that_a_point_takes(name, kind, expected):
     point = Point(by_name(name), kind, "forward")
     assert forms.forms(point.typed, kind, KINDS) == expected
+    assert forms.forms(point.typed, kind, TRITON) == [f for f in expected if f != "cta"]
+    one = KINDS._replace(contenders=("cuda",))
+    assert forms.forms(point.typed, kind, one) == [f for f in expected if f == "cta"]
+
+
+def test_a_point_that_none_of_ours_runs_is_not_measured():
+    point = Point(by_name("flashrnn-point"), "float16", "forward")
+    assert timings._open(point, {}, KINDS._replace(contenders=("cuda",))) is None
+    assert timings._open(point, {}, KINDS) is not None
+
+
+@pytest.mark.parametrize(
+    "kernel, expected",
+    [
+        ("forward_lstm_bfloat16_128", "lstm / forward / cta / bfloat16"),
+        ("backward_rnn_tanh_tf32_64", "rnn_tanh / backward / cta / tf32"),
+        ("previous_float16", "None"),
+    ],
+)
+def test_what_a_kernel_of_cuda_is_called(kernel, expected):
+    assert str(forms._launch_of_cuda(kernel)) == expected
 
 
 def test_kernels_are_compiled_once_for_a_class():
@@ -332,6 +406,38 @@ def test_no_speed_is_said_without_a_green_test(folders):
     assert summary.faults(found.rows) == ["tiny-layer bfloat16 forward walk calls: numbers: off"]
     found.rows[0]["error"], found.rows[1]["error"] = "out of memory", "left out: no memory"
     assert not summary.faults(found.rows)
+
+
+def test_the_summary_of_cuda(folders):
+    """The geometric mean of green times alone, in and out of cuDNN's window."""
+    found = results_in(folders / "out")
+    ways = [f"{cell} / forward / cta / {kind}" for cell, kind in (("lstm", "float16"),)]
+    ways += ["lstm / forward / cta / bfloat16"]
+    found.set_cases([Case("a::b", "passed", launched=ways)])
+    every = {p.key: p for p in points.points("cta-lstm-h128-* cta-gru-h128-*")}
+
+    def add(name, kind, theirs, ours, **more):
+        point = every[name, kind, "forward"]
+        for unit, ms in ((("cudnn", "", "graph"), theirs), (("cuda", "cta", "graph"), ours)):
+            fields = dict.fromkeys(FIELDS, "") | point.fields() | Unit(*unit)._asdict() | COLUMNS
+            fields |= {"ms": ms} | (more if unit[0] == "cuda" else {})
+            found.add({k: str(v) for k, v in fields.items()})
+
+    add("cta-lstm-h128-b1-t512", "bfloat16", 2.048, 0.256)
+    add("cta-lstm-h128-b8-t512", "bfloat16", 1.0, 0.5)
+    add("cta-lstm-h128-b1-t512", "float16", 0.9, 1.0)
+    add("cta-lstm-h128-b1-t2048", "bfloat16", 9.0, 0.8, error="numbers: off")
+    add("cta-gru-h128-b1-t512", "bfloat16", 9.0, 0.512)
+    text = summary.of_cta(found.rows, found)
+    head, _, outside, inside, *_ = text.splitlines()
+    assert "geometric mean" in head
+    expected = "| forward | graph | outside | 4.00x | 2.00x | lstm-h128-b8-t512 bfloat16 | 2 of 2 |"
+    assert outside == expected
+    assert "| inside | 0.90x | 0.90x | lstm-h128-b1-t512 float16 | 0 of 1 |" in inside
+    assert "lstm bfloat16 0.500 us (T = 512); lstm float16 1.953 us" in text
+    assert "2 times are not counted" in text
+    assert "cta" in summary.page(summary.Run(found, {}))
+    assert summary.of_cta(found.rows[:1], found) == ""
 
 
 def test_which_code_is_named(monkeypatch, tmp_path):
@@ -656,7 +762,7 @@ def test_a_rehearsal(tmp_path):
     speeds = [line for line in page.splitlines() if line.startswith("| fake-wide")]
     assert len(speeds) == 16
     said = [line for line in speeds if "x |" in line]
-    assert len(said) == 1 and "| bfloat16 | forward | step |" in said[0]
+    assert len(said) == 1 and "| bfloat16 | forward | triton step |" in said[0]
     assert "hang: no sign" in page and "sys.path" not in page
 
 
@@ -678,11 +784,15 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
     passed, text = answers("exit 3")
     assert passed and "a probe ended with status 3" in text
     passed, text = answers('case "$*" in *racecheck*step*|*racecheck*walk*) exit 9;; esac')
-    assert not passed and text == "7 clean; found something: racecheck walk"
+    assert not passed and text == "11 clean; found something: racecheck walk"
     assert "sanitize: racecheck walk: FOUND something" in said
     assert "--exercise grid-resident --preload tests.helpers.fake_gpu" in log.read_text()
     passed, text = answers('case "$*" in *initcheck*) sleep 60;; *synccheck*) exit 5;; esac')
-    assert passed and "6 clean; without a verdict: synccheck grid-resident, initcheck walk" in text
+    names = "synccheck cta, initcheck cta, synccheck grid-resident, initcheck walk"
+    assert passed and text == f"8 clean; without a verdict: {names}"
+    said.clear()
+    sanitize.run(Clock(20), log, 2, "tests.helpers.fake_gpu", said.append, ["cuda"])
+    assert len(said) == 4 and all(" cta: " in line for line in said)
 
 
 @pytest.mark.full
@@ -693,31 +803,40 @@ def test_a_rehearsal_of_everything(tmp_path):
         "lstm forward step float16": "sticky",
         "rnn_tanh backward grid tf32": "lost",
         "rnn_tanh forward walk float32": "wrong",
+        "gru backward cta float16": "wrong",
     }
     tool = tmp_path / "bin/compute-sanitizer"
     tool.parent.mkdir()
     tool.write_text('#!/bin/sh\nwhile [ "${1##*/}" != "${PY##*/}" ]; do shift; done\nexec "$@"\n')
     tool.chmod(0o755)
     path = os.pathsep.join([str(tool.parent), os.environ["PATH"]])
-    arguments = ["--stages", "smoke core bench sanitize", "--workloads", "fake-wide tiny-layer"]
+    workloads = "fake-wide tiny-layer cta-*-h128-b1-t32"
+    arguments = ["--stages", "smoke core bench sanitize", "--workloads", workloads]
     arguments += ["--minutes", "14", "--hang", "6", "--test-limit", "40"]
     done, text = rehearse(
         tmp_path, *arguments, faults=faults, timeout=900, PATH=path, PY=sys.executable
     )
     assert done.returncode == 1, text
     cases = {c.nodeid.partition("[")[2][:-1]: c for c in junit.read(tmp_path / "tests.xml")[0]}
-    assert len(cases) == 45, text
+    assert len(cases) == 98, text
     red = {name for name, case in cases.items() if case.red}
     expected = {"GRU-walk-64-bfloat16", "LSTM-step-200-float16", "RNN-walk-32-ieee"}
+    expected |= {"GRU-cta-64-float16", "GRU-cta-128-float16", "gru-float16"}
     assert red == expected | {"RNN-grid-200-tf32"}, text
     rows = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "triton"]
     bad = {(r["cell"], r["form"], r["type"]) for r in rows if r["tested"] == "no"}
     assert bad == {("gru", "walk", "bfloat16"), ("lstm", "step", "float16")}
     assert {r["tested"] for r in rows if (r["cell"], r["type"]) == ("gru", "float16")} == {"yes"}
+    cuda = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "cuda"]
+    assert {(r["cell"], r["type"]) for r in cuda if r["tested"] == "no"} == {("gru", "float16")}
+    assert {r["form"] for r in cuda} == {"cta"}
+    wrong = [r for r in cuda if r["error"]]
+    assert wrong and all(r["error"].startswith("numbers: ") for r in wrong)
+    assert "cuda beside cuDNN, where one CTA holds a layer" in text and "| outside | " in text
     smoke = read(tmp_path / "smoke.csv")
     assert {r["form"] for r in smoke} == {"", *forms.FORMS}
     assert sum(r["name"].startswith("barrier-") for r in smoke) == 8
-    words = "sanitize: 5 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
+    words = "sanitize: 9 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
     assert words in text, "which launch what hangs"
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     expected = "gpu.csv smoke.csv tests.xml log.txt summary.md sanitize.log"
@@ -761,6 +880,7 @@ def test_make_gpu_says_that_there_is_none(tmp_path):
         (["--minutes", "0"], "--minutes: expected more than 0, got 0"),
         (["--workloads", "nothing"], "no workload matches 'nothing'"),
         (["--types", "tf16"], "got 'tf16'"),
+        (["--contenders", "cudnn"], "--contenders: expected some of cuda triton, got 'cudnn'"),
         (["--processes", "0"], "--processes: expected 1 or more"),
     ],
 )

@@ -1,8 +1,13 @@
-"""The triton backend on a GPU: numbers against float64 and against cuDNN, and what only a device
-shows. `make gpu` runs these; without a CUDA device they are skipped."""
+"""The backends cuda and triton on a GPU: numbers against float64 and against cuDNN, and what only a
+device shows. `make gpu` runs these; without a CUDA device they are skipped.
+
+cuda's form is named cta, in which one CTA owns some sequences for all of time: `-k cta` selects its
+tests. They fail where the backend is not available, and skip only what it declines.
+"""
 
 import copy
 import gc
+import struct
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,8 +19,11 @@ from problems import KINKED, draw
 from rules import check_alike, check_all, poisoned, same_bits
 
 import fastseq
-from fastseq.backends import load
+from fastseq.backends import choice, load
+from fastseq.backends.contract import Problem
+from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS
 from fastseq.cells import CELLS
+from fastseq.ops.stack import problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,14 +60,31 @@ SPECIAL = {
     "H256 in steps": {"H": 256, "T": 5, "B": 40},
     "all at once H200 in steps": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "H": 200},
 }
-#: One size for each form: a walk, a grid that reads its weights and one that holds them, and steps.
-FORMS = [("walk", 64), ("grid", 200), ("grid", 256), ("step", 200)]
-each_form = pytest.mark.parametrize("form, H", FORMS)
+#: One size for each form of triton: a walk, a grid that reads its weights and one that holds them,
+#: and steps.
+OF_TRITON = [("walk", 64), ("grid", 200), ("grid", 256), ("step", 200)]
+#: Of cuda with all weights in registers, and with some of an LSTM's in shared memory.
+OF_CUDA = [("cta", 64), ("cta", 128)]
+each_form = pytest.mark.parametrize("form, H", OF_TRITON + OF_CUDA)
+CUDA_CELLS = (*PRODUCT_CELLS, *POINTWISE_CELLS)
+
+
+def backend_of(form):
+    return "cuda" if form == "cta" else "triton"
 
 
 def as_form(form):
-    """Sizes that no single program holds take this one."""
-    return nullcontext() if form == "walk" else load("triton").larger_as(form)
+    """Sizes that no single program of triton's holds take this one."""
+    return nullcontext() if form in ("walk", "cta") else load("triton").larger_as(form)
+
+
+def skip_if_declined(task):
+    """Of a problem that cuda does not run; where it is not available this fails."""
+    module = load("cuda")
+    assert not isinstance(module, str), module
+    reason = choice.declines(module, task._replace(device="cuda"))
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +137,7 @@ def _random(seed=1):
     return torch.Generator().manual_seed(seed)
 
 
-def check(case, what, **options):
+def check(case, what, backend="triton", **options):
     """Values and gradients by the rule; err(torch) is the independent writing's, on the CPU.
 
     In 16 bits of ReLU's cells values alone: on which side of its kink a gradient is, the rounding
@@ -124,7 +149,9 @@ def check(case, what, **options):
     exact |= gradients_of(exact, wide.leaves())
     theirs |= gradients_of(theirs, same.leaves())
     here = on_gpu(case)
-    ours = here.run("triton", **options)
+    if backend == "cuda":
+        skip_if_declined(problem(here.stack("cuda", **options)))
+    ours = here.run(backend, **options)
     ours |= gradients_of(ours, here.leaves())
     if case.cell in KINKED and case.x.dtype.itemsize == 2:
         exact = {name: value for name, value in exact.items() if not name.startswith("d")}
@@ -132,19 +159,19 @@ def check(case, what, **options):
 
 
 class Layers(NamedTuple):
-    """One layer by triton, by cuDNN, and by torch in float64 on the CPU."""
+    """One layer by ours, by cuDNN, and by torch in float64 on the CPU."""
 
     ours: torch.nn.Module
     theirs: torch.nn.Module
     truth: torch.nn.Module
 
 
-def layers(kind, sizes, mode, **options):
+def layers(kind, sizes, mode, backend="triton", **options):
     """mode: a type of 16 bits, or how float32's products are made."""
     given = {"device": "cuda", "dtype": DTYPES.get(mode, torch.float32), **options}
     torch.manual_seed(0)
     theirs = getattr(torch.nn, kind)(*sizes, **given)
-    ours = getattr(fastseq, kind)(*sizes, backend="triton", **given)
+    ours = getattr(fastseq, kind)(*sizes, backend=backend, **given)
     truth = getattr(torch.nn, kind)(*sizes, **options).double()
     ours.load_state_dict(theirs.state_dict())
     truth.load_state_dict(theirs.state_dict())
@@ -168,12 +195,13 @@ def measure(layer, cudnn, exact, x, mode):
     return tf32.worse(cudnn, values(layer.truth, x.double(), tf32.layer), exact)
 
 
-#: A size for each form and precision; of the products of float32 parts no grid holds its weights.
+#: A size for each form and precision; of the products of float32 parts no grid holds its weights,
+#: and of float32 no CTA those of 128 units of an LSTM.
 CORE = [
     (form, H, mode)
     for mode in ("bfloat16", "float16", "tf32", "ieee")
-    for form, H in (("walk", 32 if mode == "ieee" else 64), *FORMS[1:])
-    if (mode, H) != ("ieee", 256)
+    for form, H in (*OF_CUDA, ("walk", 32 if mode == "ieee" else 64), *OF_TRITON[1:])
+    if (mode, H) != ("ieee", 256) and (form, H, mode[-2:] == "16") != ("cta", 128, False)
 ]
 
 
@@ -183,7 +211,7 @@ CORE = [
 def test_each_form_in_short(kind, form, H, mode):
     """Numbers no further from float64 than twice cuDNN, the same bits again, and under a graph."""
     T, B, I = 9, 20, 32  # noqa: E741
-    layer = layers(kind, (I, H), mode)
+    layer = layers(kind, (I, H), mode, backend_of(form))
     x = torch.randn(T, B, I, generator=_random()).to(layer.ours.weight_hh_l0.dtype)
     with precision(mode if mode in ("tf32", "ieee") else "ieee"), as_form(form):
         cudnn, mine = values(layer.theirs, x.cuda()), values(layer.ours, x.cuda())
@@ -209,7 +237,145 @@ def test_against_float64(cell, special, dtype):
         check(draw(cell, dtype=DTYPES[dtype], **options), f"{cell} {special}")
 
 
-@each_form
+#: Of one CTA: the sizes around a warp's units and a CTA's classes and sequences, and one step.
+SIZES = {
+    "H1": {"T": 1, "B": 1, "H": 1, "I": 1, "seed": 1},
+    "H17": {"H": 17, "B": 7},
+    "H32": {"H": 32, "B": 8, "directions": 2, "layers": 2},
+    "H63": {"H": 63, "B": 9, "T": 7},
+    "H64": {"H": 64, "B": 33, "T": 40, "directions": 2},
+    "H65": {"H": 65, "B": 1, "T": 17},
+    "H100": {"H": 100, "B": 9, "T": 7, "directions": 2},
+    "H127": {"H": 127, "B": 8, "T": 3},
+    "H128": {"H": 128, "B": 33, "T": 7, "directions": 2},
+    "H192": {"H": 192, "B": 9, "T": 5, "directions": 2},
+    "H256": {"H": 256, "B": 7, "T": 5},
+    "one step": {"H": 64, "B": 20, "T": 1},
+    "no state": {"H": 48, "B": 3, "bias": False, "state": False},
+    "saturated": {"scale": 50.0, "H": 20},
+    "reset": {"H": 40, "B": 9, "reset": True, "directions": 2},
+    "h_mask": {"H": 128, "B": 9, "h_mask": True, "directions": 2},
+    "ragged": {"H": 64, "T": 6, "B": 9, "lengths": [2, 6, 3, 1, 1, 5, 4, 6, 1], "directions": 2},
+    "all at once": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "directions": 2},
+    "all at once H128": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "H": 128},
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("cell", CUDA_CELLS)
+def test_cta_against_float64(cell, size, dtype):
+    options = dict(SIZES[size])
+    if size == "saturated" and DTYPES[dtype].itemsize == 2 and CELLS[cell].unit_parameters:
+        options["scale"] = 10.0  # as above
+    check(draw(cell, dtype=DTYPES[dtype], **options), f"{cell} {size}", "cuda")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("cell", CUDA_CELLS)
+def test_cta_each_cell_in_short(cell, dtype):
+    """Ragged, in both directions, with resets; in 16 bits some weights stand in shared memory."""
+    H = 32 if dtype == "float32" else 120
+    case = draw(cell, T=5, B=10, H=H, I=8, lengths=[2, 0, 5, 1, 3] * 2, reset=True, directions=2)
+    assert reason_against(cell, dtype, H) is None
+    check(case.to(DTYPES[dtype]), f"{cell} in short", "cuda")
+
+
+def reason_against(cell, mode, H, training=True):
+    """Why cuda does not run a layer."""
+    module = load("cuda")
+    assert not isinstance(module, str), module
+    dtype = DTYPES.get(mode, torch.float32)
+    sizes = 5, 9, 16, H, H
+    task = Problem(cell, dtype, "cuda", *sizes, training=training, tf32=mode == "tf32")
+    return choice.declines(module, task)
+
+
+@pytest.mark.core
+def test_cta_is_available_and_takes_what_it_was_built_for():
+    """On devices with the shared memory of an A100 or more, which those with less decline."""
+    assert fastseq.backends()["cuda"] == "available"
+    if torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 163 * 1024:
+        pytest.skip("a device with less shared memory than an A100")
+    largest = {"bfloat16": 128, "float16": 128, "tf32": 64, "ieee": 64}
+    wider = dict.fromkeys(("gru", "rnn_tanh", "rnn_relu", "rnn_sigmoid"), 128)
+    for cell in CUDA_CELLS:
+        for mode, H in largest.items():
+            most = max(H, wider.get(cell, 0)) if mode == "tf32" else H
+            for size in {1, 17, 32, 63, 64, most - 1, most}:
+                assert reason_against(cell, mode, size) is None, (cell, mode, size)
+    for mode in ("bfloat16", "float16"):
+        assert reason_against("gru", mode, 192) is None
+        assert reason_against("rnn_tanh", mode, 256) is None
+    for cell in POINTWISE_CELLS:
+        assert reason_against(cell, "bfloat16", 5000) is None
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("part", range(4))
+def test_cta_no_kernel_spills(part):
+    """As the device's driver has loaded them: registers, local memory, threads, and for what."""
+    from fastseq.backends.cuda import _cuda
+
+    torch.zeros(1, device="cuda")
+    major = torch.cuda.get_device_capability()[0]
+    assert set(KERNELS) <= set(_cuda.kernels())
+    wrong = {}
+    for name in sorted(_cuda.kernels())[part::4]:
+        found = _cuda.attributes(name, 0)
+        kernel = KERNELS.get(name)
+        most, threads = (255, 256) if kernel is None else (kernel.registers, kernel.threads)
+        fits = found["registers"] <= most and found["threads"] >= threads
+        if found["local"] or not fits or found["binary"] // 10 > major:
+            wrong[name] = found
+    assert not wrong
+
+
+@pytest.mark.core
+def test_cta_a_launch_that_fails_names_its_kernel():
+    """A CTA gets no 8 MB of shared memory; and the next launch runs."""
+    from fastseq.backends import cuda
+
+    name = "forward_lstm_bfloat16_64"
+    x = torch.randn(3, 2, 8, device="cuda", dtype=torch.bfloat16)
+    module = fastseq.LSTM(8, 64, device="cuda", dtype=torch.bfloat16, backend="cuda")
+    with torch.no_grad():
+        before = module(x)[0]
+        queue = 0, torch.cuda.current_stream().cuda_stream
+        arguments = struct.pack(f"<{len(cuda.FIELDS)}q", *[0] * len(cuda.FIELDS))
+        sizes = (1, 1, 1), KERNELS[name].threads, 1 << 23
+        with pytest.raises(RuntimeError, match=name):
+            cuda._cuda.launch(name, *queue, *sizes, arguments)
+        torch.cuda.synchronize()
+        assert same_bits(before, module(x)[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_cta_is_one_launch_of_both_directions(training, monkeypatch):
+    from fastseq.backends import cuda
+
+    launches = []
+    launch = cuda.launch
+
+    def record(name, device, grid, *rest):
+        launches.append((name, grid))
+        launch(name, device, grid, *rest)
+
+    monkeypatch.setattr(cuda, "launch", record)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.LSTM(8, 64, bidirectional=True, backend="cuda", **options)
+    with torch.set_grad_enabled(training):
+        y = module(torch.randn(6, 9, 8, **options))[0]
+    expected = [("forward_lstm_bfloat16_64", (2, 2, 1))]
+    if training:
+        y.sum().backward()
+        expected.append(("backward_lstm_bfloat16_64", (2, 2, 1)))
+    walks = [given for given in launches if not given[0].startswith("previous_")]
+    assert walks == expected and len(launches) == len(expected) + training
+
+
+@pytest.mark.parametrize("form, H", OF_TRITON)
 def test_the_form_is_the_one_that_was_asked_for(form, H, monkeypatch):
     """One launch forward, where it is not a step's."""
     from fastseq.backends.triton_kernels import Kernel
@@ -237,6 +403,15 @@ def test_memory_and_trajectory(cell, memory, dtype):
     check(case, memory, memory=memory, trajectory=cell == "lstm")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("memory", ["full", "lean"])
+@pytest.mark.parametrize("cell", CUDA_CELLS)
+def test_cta_memory_and_trajectory(cell, memory, dtype):
+    case = draw(cell, H=40, dtype=DTYPES[dtype], lengths=[3, 0, 5], directions=2, reset=True)
+    trajectory = bool(CELLS[cell].other_states)
+    check(case, memory, "cuda", memory=memory, trajectory=trajectory)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H, P", [(20, 3), (64, 64), (300, 100)])
 def test_projection(H, P, dtype):
@@ -250,10 +425,28 @@ SHAPES = [(64, 16, 40, 64), (33, 5, 20, 100), (20, 64, 128, 128), (16, 48, 100, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_against_cudnn(kind, shape, mode):
+    beside_cudnn(kind, shape, mode, "triton")
+
+
+OF_A_CTA = [(64, 16, 40, 64), (33, 5, 20, 100), (20, 64, 128, 128), (9, 1, 7, 17), (1, 9, 16, 63)]
+OF_A_CTA += [(12, 300, 64, 64), (7, 9, 64, 192), (7, 9, 64, 256), (300, 8, 32, 48)]
+
+
+@pytest.mark.parametrize("mode", ["tf32", "ieee", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", OF_A_CTA, ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_cta_against_cudnn(kind, shape, mode):
+    cell = {"RNN": "rnn_tanh"}.get(kind, kind.lower())
+    if reason := reason_against(cell, mode, shape[3]):
+        pytest.skip(reason)
+    beside_cudnn(kind, shape, mode, "cuda")
+
+
+def beside_cudnn(kind, shape, mode, backend):
     """No further from float64 than twice cuDNN, in the same precision on both sides; in TF32 than
     twice the rounding of all operands, where cuDNN does not round."""
     T, B, I, H = shape  # noqa: E741
-    layer = layers(kind, (I, H, 2), mode, bidirectional=True)
+    layer = layers(kind, (I, H, 2), mode, backend, bidirectional=True)
     x = torch.randn(T, B, I, generator=_random()).to(layer.ours.weight_hh_l0.dtype)
     with precision(mode if mode in ("tf32", "ieee") else "ieee"):
         mine, cudnn = values(layer.ours, x.cuda()), values(layer.theirs, x.cuda())
@@ -262,9 +455,11 @@ def test_against_cudnn(kind, shape, mode):
     check_all(mine, theirs, exact, x.dtype, f"{kind} {shape} {mode}")
 
 
-def flat(case, **options):
+def flat(case, backend):
     """Outputs and gradients, in one list."""
-    outputs = case.run("triton", **options)
+    if backend == "cuda":
+        skip_if_declined(problem(case.stack(backend)))
+    outputs = case.run(backend)
     return [*outputs.values(), *gradients_of(outputs, case.leaves()).values()]
 
 
@@ -273,11 +468,11 @@ def flat(case, **options):
 def test_a_hundred_runs_give_the_same_bits(cell, form, H):
     lengths = [1 + b % 20 for b in range(37)]
     case = draw(cell, T=20, B=37, H=H, directions=2, lengths=lengths, dtype=torch.bfloat16)
-    case = on_gpu(case)
+    case, backend = on_gpu(case), backend_of(form)
     with as_form(form):
-        first = flat(case)
+        first = flat(case, backend)
         for _ in range(100):
-            assert all(same_bits(a, b) for a, b in zip(first, flat(case), strict=True))
+            assert all(same_bits(a, b) for a, b in zip(first, flat(case, backend), strict=True))
 
 
 @each_form
@@ -288,13 +483,13 @@ def test_streams_do_not_disturb_each_other(form, H):
     ]
     streams = [torch.cuda.Stream() for _ in cases]
     with as_form(form):
-        alone = [flat(case) for case in cases]
+        alone = [flat(case, backend_of(form)) for case in cases]
         torch.cuda.synchronize()
         for _ in range(5):
             together = []
             for stream, case in zip(streams, cases, strict=True):
                 with torch.cuda.stream(stream):
-                    together.append(flat(case))
+                    together.append(flat(case, backend_of(form)))
             torch.cuda.synchronize()
             for one, other in zip(alone, together, strict=True):
                 assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
@@ -307,13 +502,13 @@ def test_a_busy_gpu_changes_nothing(form, H):
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     side = torch.cuda.Stream()
     with as_form(form):
-        alone = flat(case)
+        alone = flat(case, backend_of(form))
         torch.cuda.synchronize()
         for _ in range(5):
             with torch.cuda.stream(side):
                 for _ in range(40):
                     a @ a
-            busy = flat(case)
+            busy = flat(case, backend_of(form))
             torch.cuda.synchronize()
             assert all(same_bits(x, y) for x, y in zip(alone, busy, strict=True))
 
@@ -322,7 +517,7 @@ def test_a_busy_gpu_changes_nothing(form, H):
 @each_form
 def test_a_cuda_graph_records_it(form, H, training):
     options = {"device": "cuda", "dtype": torch.bfloat16}
-    module = fastseq.GRU(32, H, 2, bidirectional=True, backend="triton", **options)
+    module = fastseq.GRU(32, H, 2, bidirectional=True, backend=backend_of(form), **options)
     with as_form(form):
         records(module, torch.randn(12, 5, 32, **options), training)
 
@@ -380,7 +575,9 @@ def test_another_device(form, H):
         pytest.skip("one device alone")
     case = draw("lstm", T=5, H=H, directions=2, dtype=torch.bfloat16)
     with as_form(form):
-        one, other = flat(on_gpu(case, "cuda:0")), flat(on_gpu(case, "cuda:1"))
+        one, other = (
+            flat(on_gpu(case, device), backend_of(form)) for device in ("cuda:0", "cuda:1")
+        )
     assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
     assert all(t.device == torch.device("cuda:1") for t in other)
 
@@ -389,20 +586,21 @@ def test_another_device(form, H):
 def test_memory_at_the_end_is_memory_at_the_start(form, H):
     case = on_gpu(draw("lstm", T=10, B=9, H=H, directions=2, dtype=torch.bfloat16))
     with as_form(form):
-        flat(case)
+        flat(case, backend_of(form))
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         for _ in range(10):
-            flat(case)
+            flat(case, backend_of(form))
     gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
 
 
-def test_more_steps_than_cudnn_takes():
+@pytest.mark.parametrize("form", ["walk", "cta"])
+def test_more_steps_than_cudnn_takes(form):
     """70,000, in one call and in two with the state carried."""
-    module = fastseq.GRU(8, 16, device="cuda", backend="triton")
+    module = fastseq.GRU(8, 16, device="cuda", backend=backend_of(form))
     x = torch.randn(70_000, 2, 8, device="cuda")
     with torch.no_grad():
         whole, last = module(x)
@@ -413,7 +611,7 @@ def test_more_steps_than_cudnn_takes():
     check_alike(final, last)
 
 
-@each_form
+@pytest.mark.parametrize("form, H", OF_TRITON)
 def test_nothing_compiles_again_for_another_length_or_batch(form, H, monkeypatch):
     from fastseq.backends.triton_kernels import Kernel
 
@@ -451,7 +649,7 @@ def test_nothing_is_read_before_it_is_written(cell, form, H):
     options = {"directions": 2, "lengths": [0, 5, 3], "reset": True}
     case = draw(cell, T=5, B=3, H=H, dtype=torch.bfloat16, **options)
     with poisoned(), as_form(form):
-        check(case, "poisoned")
+        check(case, "poisoned", backend_of(form))
 
 
 def test_none_stays_with_torch():

@@ -2,6 +2,7 @@
 torch.nn calls it, and how many operators and graphs there are. Without a CUDA device they are
 skipped; what can be shown without one is in test_cudnn.py and test_elsewhere.py."""
 
+import copy
 import io
 import warnings
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import torch
 from graphs import FromParts
 from layers_of_torch import CASES, CELLS, check_repeats, operators, ragged_call
 from problems import cotangents, draw
-from rules import check_alike, check_all
+from rules import check_alike, check_all, check_close
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -37,7 +38,9 @@ pytestmark = [
 I, H = 20, 40  # noqa: E741
 SIZES = ((7, 5), (12, 9), (3, 2))
 FORMS = ("dense", "packed", "lengths")
-PLACES = (None, "triton")
+PLACES = (None, "triton", "cuda")
+#: cuda's form names its tests, as in test_gpu.py.
+each_place = pytest.mark.parametrize("place", PLACES, ids=["None", "triton", "cta"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -125,26 +128,31 @@ def agree(kind, form, place, compiler, dtype=torch.float32, training=True, sizes
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("place", PLACES)
+@each_place
 @pytest.mark.parametrize("kind", LAYERS)
 def test_training(kind, place, form):
     agree(kind, form, place, "aot_eager", num_layers=2, bidirectional=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("place", PLACES)
+@each_place
 def test_types(place, dtype):
+    if (place, dtype) == ("cuda", torch.float64):
+        module = fastseq.LSTM(I, H, dtype=dtype, device="cuda", backend="cuda")
+        with pytest.raises(NotImplementedError, match="not float64; choose triton"):
+            module(torch.zeros(3, 2, I, dtype=dtype, device="cuda"))
+        return
     agree("LSTM", "lengths", place, "aot_eager", dtype)
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("place", PLACES)
+@each_place
 def test_inductor(place, form):
     agree("GRU", form, place, "inductor", torch.bfloat16, sizes=SIZES[:2])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@each_place
 def test_inference(place):
     """Nothing is kept for a backward."""
     counter = agree("LSTM", "dense", place, "eager", training=False)
@@ -154,7 +162,7 @@ def test_inference(place):
 
 
 def test_projection():
-    for place in PLACES:
+    for place in (None, "triton"):
         ours, theirs, truth = trio("LSTM", place=place, proj_size=10, bidirectional=True)
         compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
         x, (h, c), lengths = inputs("LSTM", 7, 5, torch.float32, 2)
@@ -165,7 +173,7 @@ def test_projection():
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("place", PLACES)
+@each_place
 def test_reduce_overhead(place, training):
     """A CUDA graph records what is compiled, but for training on cuDNN, whose reserve has a size
     that only cuDNN knows."""
@@ -180,12 +188,12 @@ def test_reduce_overhead(place, training):
             mine, other = run(ours, compiled, *given), run(theirs, theirs, *given)
             exact = run(truth, truth, "dense", x.double(), [s.double() for s in states], *given[3:])
         check_all(mine, other, exact, torch.float32, f"reduce-overhead {place} {seed}")
-    if place == "triton" or not training:
+    if place is not None or not training:
         assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("place", PLACES)
+@each_place
 def test_export(place, form):
     """Exported with any T, B and lengths, saved, loaded, and run at other sizes."""
     ours, theirs, truth = trio("GRU", place=place, num_layers=2, bidirectional=True)
@@ -344,7 +352,7 @@ def test_more_steps_than_cudnn_takes():
     assert torch.backends.cudnn.enabled
 
 
-@pytest.mark.parametrize("place", PLACES)
+@each_place
 def test_autocast(place):
     module = fastseq.LSTM(I, H, device="cuda", backend=place)
 
@@ -362,12 +370,15 @@ def test_autocast(place):
     assert all(p.grad.isfinite().all() and p.grad.dtype is p.dtype for p in module.parameters())
 
 
+@pytest.mark.parametrize("place", ["triton", "cuda"], ids=["triton", "cta"])
 @pytest.mark.parametrize("feature", ["reset", "all_states", "memory"])
-def test_what_torch_does_not_run(feature):
-    """Triton's kernels, where they are named, are one operator too."""
+def test_what_torch_does_not_run(feature, place):
+    """Kernels of ours, where they are named, are one operator too."""
     memory = "lean" if feature == "memory" else "full"
-    double = {"device": "cuda", "dtype": torch.float64}
-    module = fastseq.LSTM(I, H, memory=memory, backend="triton", **double)
+    double = {"device": "cuda", "dtype": torch.float64 if place == "triton" else torch.float32}
+    module = fastseq.LSTM(I, H, memory=memory, backend=place, **double)
+    wide = copy.deepcopy(module).double()
+    wide.fastseq.backend = "eager"
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for T, B in SIZES:
@@ -379,7 +390,8 @@ def test_what_torch_does_not_run(feature):
         x = torch.randn(T, B, I, **double)
         y = compiled(x, **keywords)[0]
         module.fastseq.backend = "eager"
-        check_alike(y, module(x, **keywords)[0])
-        module.fastseq.backend = "triton"
+        theirs, exact = module(x, **keywords)[0], wide(x.double(), **keywords)[0]
+        check_close(y.cpu(), theirs.cpu(), exact.cpu(), x.dtype, f"{feature} {place}")
+        module.fastseq.backend = place
         y.sum().backward()
     assert {operators(graph) for graph in counter.graphs} == {1}

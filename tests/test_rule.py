@@ -25,6 +25,7 @@ from fastseq.nn.recurrent import call_stack
 from fastseq.ops import stack as ops_stack
 from fastseq.ops.geometry import Padded
 
+FORMS = {"triton": "walk", "cuda": "cta"}
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 TRITON, TORCH = ("triton", "torch", "eager"), ("torch", "eager")
 AFTER_TORCH = ("torch", "triton", "eager")
@@ -59,8 +60,8 @@ LSTM = Problem("lstm", torch.bfloat16, "cuda", T=100, B=16, I=128, H=128, P=128,
 def timed(contender, how, ms, **more):
     """A row: ms, or the words of an error."""
     found = {"error": ms} if isinstance(ms, str) else {"ms": ms, "best_ms": ms}
-    if contender == "triton":
-        found |= {"form": "walk", "tested": "yes"}
+    if contender in FORMS:
+        found |= {"form": FORMS[contender], "tested": "yes"}
     return POINT | {"contender": contender, "how": how} | found | more
 
 
@@ -78,6 +79,14 @@ def point(cudnn=2.0, triton=1.0, cudnn_graph=2.0, triton_graph=1.0, **more):
 
 def behind(**more):
     return point(cudnn=1.0, triton=2.0, **more)
+
+
+def of_cuda(calls, graph=None, **more):
+    """The two rows of cuda at that point."""
+    return [
+        timed("cuda", "graph", calls if graph is None else graph, **more),
+        timed("cuda", "calls", calls, **more),
+    ]
 
 
 def write(path, rows, columns=cuda_results.COLUMNS):
@@ -113,7 +122,7 @@ def ruled(here, monkeypatch):
         source = cuda_rule.text(cuda_results.devices(paths))
         found = {}
         exec(compile(source, "measured_cuda.py", "exec"), found)
-        for name in ("SOURCES", "MEASURED", "GREEN"):
+        for name in ("SOURCES", "MEASURED", "GREEN", "MEASURED_CUDA", "GREEN_CUDA"):
             monkeypatch.setattr(measured_cuda, name, found[name])
         choice.judge.cache_clear()
         return source
@@ -531,6 +540,72 @@ def test_ahead_is_no_word_for_what_torch_cannot_run(ruled):
     assert order() == TRITON and order(reset=True) == TORCH
 
 
+# cuda beside triton
+
+
+def test_the_backend_with_the_greater_least_ratio_comes_first(ruled):
+    ruled(point() + of_cuda(0.5))
+    assert order() == ("cuda", "triton", "torch", "eager")
+    assert choice.measured(LSTM).startswith("cuda: 4.00 times as fast as torch here, or more (NV")
+    ruled(point() + of_cuda(1.2))
+    assert order() == ("triton", "cuda", "torch", "eager")
+    assert choice.measured(LSTM).startswith("triton: 2.00 times")
+    ruled(point() + of_cuda(0.5, 1.5))
+    assert order()[0] == "triton", "the ratio in a graph counts too"
+    both = point(name="other", B=10) + of_cuda(1.9, name="other", B=10)
+    ruled(point() + of_cuda(0.5) + both)
+    assert order()[:2] == ("triton", "cuda"), "one slow point is enough"
+    ruled(point() + of_cuda(0.5), point(device=H200) + of_cuda(1.5, device=H200))
+    assert order()[:2] == ("triton", "cuda"), "or one slow device"
+
+
+@pytest.mark.parametrize("name", ["behind", "in a graph", "red", "not tested", "failed"])
+def test_cuda_that_is_not_ahead(name, ruled):
+    rows = {
+        "behind": of_cuda(1.95),
+        "in a graph": of_cuda(0.5, 2.1),
+        "red": of_cuda(0.5, tested="no"),
+        "not tested": of_cuda(0.5, tested=""),
+        "failed": of_cuda("CUDA error: made up"),
+    }[name]
+    ruled(point() + rows)
+    assert order() == TRITON
+
+
+def test_cuda_alone_is_ahead(ruled):
+    ruled(behind() + of_cuda(0.5))
+    assert order() == ("cuda", "torch", "eager")
+    ruled([row for row in point() if row["contender"] == "cudnn"] + of_cuda(0.5))
+    assert order() == ("cuda", "torch", "eager") and order(B=1)[0] == "torch"
+
+
+def test_results_of_triton_alone_say_nothing_of_cuda(ruled):
+    ruled(point())
+    assert order() == TRITON
+    assert measured_cuda.MEASURED_CUDA == {"9.0": {H100: {}}}
+    assert measured_cuda.GREEN_CUDA == {"9.0": {}}
+
+
+def test_what_torch_cannot_run_takes_both(ruled):
+    ruled(point() + of_cuda(0.5))
+    assert order(reset=True) == ("torch", "cuda", "triton", "eager")
+    reason = choice.measured(LSTM._replace(reset=True))
+    assert reason.startswith("cuda's and triton's tests were green here for lstm in bfloat16; they")
+    ruled(point() + of_cuda(1.5))
+    assert order(reset=True) == ("torch", "triton", "cuda", "eager")
+    ruled(point() + of_cuda(0.5, tested="no"))
+    assert order(reset=True) == AFTER_TORCH
+
+
+def test_a_graph_for_all_sizes_holds_no_cuda(ruled):
+    """It runs up to some H alone, which is not known while a graph is traced."""
+    ruled(point() + of_cuda(0.5))
+    assert order(**UNKNOWN, mode="compile") == TRITON
+    assert order(**UNKNOWN, mode="compile", reset=True) == AFTER_TORCH
+    ruled(behind() + of_cuda(0.5))
+    assert order(**UNKNOWN, mode="compile") == AFTER_TORCH
+
+
 # Sizes that are not known
 
 
@@ -634,6 +709,18 @@ def test_the_page_says_where_triton_runs(here):
     assert said.endswith("- 9.0, lstm in bfloat16, forward: 0 of 1 classes")
 
 
+def test_the_page_says_where_cuda_runs(here):
+    rows = point(name="small-b1-h128-lstm") + of_cuda(0.25, name="small-b1-h128-lstm")
+    given = cuda_results.devices([write(here / "gpu.csv", rows)])
+    page = cuda_rule.section(given)
+    head, of_triton, of_ours = re.split("### Where triton runs|### Where cuda runs", page)
+    assert "triton ms" in head and "cuda ms" in head and "| cta |" in re.sub(" +", " ", head)
+    for said in (of_triton, of_ours):
+        assert "1 of 1 classes: dense H65-128 B9-32 T2+" in said
+    assert "cuda runs the classes in which it is ahead" in of_ours and "8x" in head
+    assert cuda_rule.main([str(here / "gpu.csv")]) == 0
+
+
 def test_rows_of_the_table_are_workloads():
     from bench.workloads import by_name
 
@@ -648,7 +735,7 @@ def spoilt(**changes):
 
 
 BROKEN = {
-    "contender: expected one of cudnn, triton, got 'ours'": spoilt(contender="ours"),
+    "contender: expected one of cudnn, triton, cuda, got 'ours'": spoilt(contender="ours"),
     "form: expected one of walk, grid-resident, grid, step, got ''": spoilt(form=""),
     "type: expected one of tf32, float32, .*got 'float64'": spoilt(type="float64"),
     "tested: expected one of yes, no, .*got 'maybe'": spoilt(tested="maybe"),

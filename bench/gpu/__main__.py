@@ -59,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--workloads", help="patterns of names, such as 'rl-* long-*', or headline; no grid then"
     )
+    found.add_argument(
+        "--contenders",
+        default=" ".join(points.CONTENDERS),
+        help=f"of ours, beside cuDNN, in all but the tests: {' '.join(points.CONTENDERS)}",
+    )
     found.add_argument("--types", help=f"of numbers, some of: {' '.join(points.TYPES)}")
     found.add_argument("--out", type=Path, help="where the files go: $OUT, else out/gpu")
     found.add_argument(
@@ -107,18 +112,21 @@ class Session:
             importlib.import_module("torch._dynamo")  # else each child's first call imports it
             gc.freeze()  # children collect what is theirs alone
             told = self.ask()  # the import must not have touched the device
+        if "missing" not in told and not self.contenders(told):
+            told = {"missing": f"cuda is {told['backend']}"}
         if "missing" in told:
             self.say(f"make gpu: {told['missing']}")
             return 1
         columns = told["columns"] | {"commit": self.given.commit or state()}
         self.results = results.Results(self.folder, columns, self.given.keep, self.given.again)
         self.results.begin()
-        self.kinds = told["kinds"]
+        self.kinds = told["kinds"]._replace(contenders=self.contenders(told))
         self.built = build.Built(
             self.kinds, self.given.processes, self.given.hang, str(self.log), Suspects()
         )
         self.options = timings.Options(self.given.hang, str(self.log), self.given.seconds)
         about = machine.tools() | {"CUDA": told["cuda"], "memory": told["memory"]}
+        about["backend cuda"] = told["backend"]
         self.page = Run(self.results, about)
         self.say("\n".join(f"{k}: {v or 'none'}" for k, v in (columns | about).items()))
         rows, cases = self.results.carried
@@ -136,6 +144,11 @@ class Session:
         gc.unfreeze()  # else extension modules complain of leaks, below the page
         print("\n" + summary.printed(self.page), flush=True)
         return int(not self.page.passed)
+
+    def contenders(self, told: dict[str, Any]) -> tuple[str, ...]:
+        """Those that are asked for and available."""
+        wanted = self.given.contenders.replace(",", " ").split()
+        return tuple(n for n in wanted if n != "cuda" or told["kinds"].cuda is not None)
 
     def stage(self, name: str, seconds: float) -> None:
         self.say(f"--- {name}: up to {seconds:.0f} s, {self.clock.left:.0f} s left in all")
@@ -201,7 +214,12 @@ class Session:
     def sanitize(self, clock: Clock) -> tuple[bool | None, str]:
         log = self.folder / "sanitize.log"
         passed, text = sanitize.run(
-            clock, log, CHECK * self.given.hang, self.given.preload, self.say
+            clock,
+            log,
+            CHECK * self.given.hang,
+            self.given.preload,
+            self.say,
+            self.kinds.contenders,
         )
         if not passed:
             self.page.failures.append(f"sanitize: {text}; sanitize.log has the reports")
@@ -260,6 +278,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked.error(f"--stages: expected some of {DEFAULT_STAGES}, got {stage!r}")
     if given.minutes <= 0:
         asked.error(f"--minutes: expected more than 0, got {given.minutes:g}")
+    for name in given.contenders.replace(",", " ").split():
+        if name not in points.CONTENDERS:
+            expected = " ".join(points.CONTENDERS)
+            asked.error(f"--contenders: expected some of {expected}, got {name!r}")
     if given.processes < 1:
         asked.error(f"--processes: expected 1 or more, got {given.processes}")
     try:

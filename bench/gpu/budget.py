@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 #: Each stage's part of the time, in seconds of a run of some 13 minutes.
-SHARES = {"smoke": 90, "build": 50, "core": 80, "test": 240, "bench": 280, "sanitize": 60}
+SHARES = {"smoke": 90, "build": 50, "core": 80, "test": 240, "bench": 280, "sanitize": 110}
 #: What a stage may take at most: what it has to do ends.
 MOST = {"smoke": 120.0, "core": 180.0, "sanitize": 180.0}
 #: Kept for the summary, and for processes that have to be ended.

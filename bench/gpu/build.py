@@ -1,4 +1,5 @@
-"""Compile what will be called: a task is one class of kernels, two steps forward and backward.
+"""Compile what will be called of triton: a task is one class of kernels, two steps forward and
+backward. cuda's kernels are binaries.
 
 Triton keeps what it compiled on disk, so that the process that measures finds it there.
 """
@@ -16,7 +17,7 @@ import fastseq
 from . import forms
 from .budget import Clock
 from .crew import Leave, as_line, crew, doing, tick
-from .points import Point
+from .points import Point, contender
 from .suspects import Suspects
 
 
@@ -80,8 +81,9 @@ class Built:
         waiting: dict[Any, Task] = {}
         for point in points:
             every = forms.forms(point.typed, point.type, self.kinds)
+            every = [form for form in every if contender(form) == "triton"]
             found = tuple(f for f in every if not self.suspects.reason(point, f))
-            if point not in self:
+            if found and point not in self:
                 waiting.setdefault(self._class(point), Task(point, found, self.silence))
         classes = {task: name for name, task in waiting.items()}
         queue = iter(classes)

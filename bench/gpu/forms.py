@@ -1,49 +1,100 @@
-"""What is asked of the triton backend beside its layers: its forms, and what it launches.
+"""What is asked of the backends cuda and triton beside their layers: their forms, and what they
+launch.
 
-All that is known here of that backend's insides stands in this file.
+All that is known here of those backends' insides stands in this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
+from fastseq.backends import cuda_kernels, cuda_plan, imported, load
 from fastseq.backends import triton as backend
+from fastseq.backends.contract import Problem
+from fastseq.backends.layout import declined_anywhere
 from fastseq.backends.triton_tiling import Device, Form, Precision, Tiling, pieces_of, tiling
 from fastseq.cells import CELLS
 
 from ..workloads import TEXTS, Workload
+from .points import CONTENDERS, CTA
 
 #: How often a program of a grid looks for the others: about a second, where its default is ten.
 PATIENCE = 1 << 20
 #: What form the sizes that no single program holds are asked to take.
 ASKED: dict[str, Form] = {"walk": "grid", "grid": "grid", "grid-resident": "grid", "step": "step"}
-FORMS = tuple(ASKED)
+FORMS = (CTA, *ASKED)
 
 
 class Kinds(NamedTuple):
-    """Of a device, what decides on forms. float32: how its products are made."""
+    """Of a device, what decides on forms.
+
+    float32: how triton's products of it are made. cuda: what the backend cuda plans for; None where
+    it is not available. contenders: the backends that are asked for.
+    """
 
     device: Device
     float32: Precision
+    cuda: cuda_kernels.Device | None = None
+    contenders: tuple[str, ...] = CONTENDERS
 
 
 def kinds() -> Kinds:
     """Of the current device, which this touches."""
     device = torch.device("cuda", torch.cuda.current_device())
+    found = load("cuda")
+    cuda = None if isinstance(found, str) else found.device_at_hand("cuda")
     with precision("float32"):
-        return Kinds(backend._properties(device), backend._precision(torch.float32, device))
+        return Kinds(backend._properties(device), backend._precision(torch.float32, device), cuda)
 
 
 def name(plan: Tiling) -> str:
     return "grid-resident" if plan.form == "grid" and plan.resident else plan.form
 
 
+def problem(workload: Workload, kind: str, training: bool) -> Problem:
+    """As the choice of a backend sees a workload's layer on a GPU."""
+    w = workload
+    return Problem(
+        TEXTS.get(w.cell, w.cell),
+        w.dtype,
+        "cuda",
+        w.T if w.mode == "layer" else 1,
+        w.B,
+        w.I,
+        w.H,
+        w.proj or w.H,
+        R=w.D,
+        layers=w.layers,
+        projected=bool(w.proj),
+        ragged=w.lengths != "equal",
+        single=w.mode == "cell",
+        training=training,
+        tf32=kind == "tf32",
+    )
+
+
+def declined(workload: Workload, kind: str, device: cuda_kernels.Device) -> str | None:
+    """Why cuda does not run a workload, forward and backward; no device is touched."""
+    given = problem(workload, kind, True)
+    return declined_anywhere("cuda", given) or cuda_plan.decline(
+        given, device, "tf32" if kind == "tf32" else "ieee"
+    )
+
+
 def forms(workload: Workload, kind: str, kinds: Kinds) -> list[str]:
-    """The forms that triton can take: two where no single program holds a recurrence."""
+    """In which ours run: cuda's, where it supports the workload, and those that triton can take,
+    two where no single program holds a recurrence."""
+    found = []
+    if "cuda" in kinds.contenders and kinds.cuda is not None:
+        found += [CTA] * (declined(workload, kind, kinds.cuda) is None)
+    return found + (_of_triton(workload, kind, kinds) if "triton" in kinds.contenders else [])
+
+
+def _of_triton(workload: Workload, kind: str, kinds: Kinds) -> list[str]:
     products: Precision = {"tf32": "tf32", "float32": kinds.float32}.get(kind, "ieee")  # type: ignore[assignment]
     cell = CELLS[TEXTS.get(workload.cell, workload.cell)]
     sizes = (workload.H, workload.proj or None, workload.dtype, products, workload.B, workload.D)
@@ -52,7 +103,8 @@ def forms(workload: Workload, kind: str, kinds: Kinds) -> list[str]:
 
 
 def kernels(workload: Workload, kind: str, kinds: Kinds) -> tuple[Any, ...]:
-    """Workloads for which this is the same share their compiled kernels, as far as is known."""
+    """Workloads for which this is the same share their compiled kernels of triton, as far as is
+    known."""
     products: Precision = {"tf32": "tf32", "float32": kinds.float32}.get(kind, "ieee")  # type: ignore[assignment]
     cell = CELLS[TEXTS.get(workload.cell, workload.cell)]
     H, P = workload.H, workload.proj or None
@@ -70,6 +122,8 @@ def kernels(workload: Workload, kind: str, kinds: Kinds) -> tuple[Any, ...]:
 
 
 def as_form(form: str) -> AbstractContextManager[None]:
+    if form == CTA:
+        return nullcontext()
     return backend.larger_as(ASKED[form])
 
 
@@ -113,6 +167,15 @@ def _launch(task: Any, kind: str) -> Launch:
     return Launch(task.cell.name + (" projected" if task.projected else ""), way, form, name)
 
 
+def _launch_of_cuda(name: str) -> Launch | None:
+    """Of a kernel's name, 'forward_lstm_bfloat16_128'; None where it is no loop over time."""
+    way, _, rest = name.partition("_")
+    if way == "previous":
+        return None
+    cell, kind, _ = rest.rsplit("_", 2)
+    return Launch(cell, way, CTA, kind)
+
+
 Listener = Callable[[Launch, bool], None]
 
 
@@ -121,6 +184,7 @@ def heard(listener: Listener) -> Iterator[None]:
     """Each launch is told to the listener before it is made: (launch, False). (launch, True) says
     that the driver refused so many programs after all; any other error is what it did."""
     launch = backend._Task.launch
+    cuda = imported("cuda")
 
     def told(task: Any, kind: str, grid: tuple[int, int, int], *rest: Any, **values: Any) -> None:
         described = _launch(task, kind)
@@ -133,10 +197,22 @@ def heard(listener: Listener) -> Iterator[None]:
             raise
 
     backend._Task.launch = told  # type: ignore[method-assign]
+    of_cuda = None if isinstance(cuda, str) else cuda.launch
+
+    def told_of_cuda(name: str, *rest: Any, **values: Any) -> None:
+        described = _launch_of_cuda(name)
+        if described is not None:
+            listener(described, False)
+        of_cuda(name, *rest, **values)  # type: ignore[misc]
+
+    if of_cuda is not None:
+        cuda.launch = told_of_cuda
     try:
         yield
     finally:
         backend._Task.launch = launch  # type: ignore[method-assign]
+        if of_cuda is not None:
+            cuda.launch = of_cuda
 
 
 def needed(row: dict[str, Any]) -> list[Launch]:

@@ -49,6 +49,7 @@ def probe(task: Any) -> Iterator[dict[str, Any]]:
     yield {
         "columns": columns,
         "kinds": forms.kinds(),
+        "backend": fastseq.backends()["cuda"],
         "memory": f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free",
         "cuda": torch.version.cuda or torch.version.hip or "none",
     }

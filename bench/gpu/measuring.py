@@ -16,7 +16,7 @@ import fastseq
 
 from . import forms, numbers, timing
 from .crew import Leave, as_line, doing, tick
-from .points import HOWS, Point, Unit
+from .points import HOWS, Point, Unit, contender
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Task:
 #: were found too far off in what a form computes.
 Message = tuple[str, Unit, dict[str, Any]]
 
-#: Of the memory that a workload is said to take: what both contenders and their gradients do.
-HOLDERS = 3
+#: Of the memory that a workload is said to take: what all contenders and their gradients do.
+HOLDERS = 4
 #: The truth, in float64, beside them.
-WITH_TRUTH = 6
+WITH_TRUTH = 7
 
 
 def measure(task: Task) -> Iterator[Message]:
@@ -79,16 +79,18 @@ class _Measured:
             self.say(unit, "alone")  # what stays if ours ends this process
             samples = timing.in_turn({unit: self.calls[unit]}, 0.02, lambda unit: tick())
             yield "provisional", unit, timing.figures(samples[unit])
-        ours = self.ours()
-        for form in dict.fromkeys(u.form for u in self.todo if u.contender == "triton"):
+        modules: dict[str, torch.nn.Module] = {}
+        for form in dict.fromkeys(u.form for u in self.todo if u.form):
+            name = contender(form)
+            ours = modules[name] = modules.get(name) or self.ours(name)
             yield from self.checked(form, ours)
             for unit in [u for u in self.todo if u.form == form]:
                 yield from self.prepared(unit, ours)
         for how in HOWS:
             yield from self.timed({u: call for u, call in self.calls.items() if u.how == how})
 
-    def ours(self) -> torch.nn.Module:
-        module = self.workload.module(fastseq, backend="triton").cuda()
+    def ours(self, backend: str) -> torch.nn.Module:
+        module = self.workload.module(fastseq, backend=backend).cuda()
         module.load_state_dict(self.theirs.state_dict())
         return module.train(self.training)
 
@@ -113,7 +115,7 @@ class _Measured:
 
     def checked(self, form: str, ours: torch.nn.Module) -> Iterator[Message]:
         """Its first call, and its numbers."""
-        unit = Unit("triton", form, "")
+        unit = Unit(contender(form), form, "")
         try:
             bad, far = self.judged(unit, ours)
         except Exception as error:
@@ -133,7 +135,8 @@ class _Measured:
                 launched.add(launch.form)
 
         # what is not compiled yet is compiled now: a launch is a sign
-        self.say(unit, "first call", (1 if self.task.built else 4) * self.task.silence)
+        compiled = self.task.built or unit.contender == "cuda"
+        self.say(unit, "first call", (1 if compiled else 4) * self.task.silence)
         with self.form_of(unit), forms.heard(listener):
             found = outputs(self.workload, self.training, ours, self.x)
         self.say(unit, "first call's end")  # launches come back before they end

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..workloads import Workload, matching
+from fastseq.backends.cuda_plan import H100, largest
+
+from ..workloads import TEXTS, Workload, matching
 
 #: The most informative first. Two are float32's products: TF32, and as right as float32 is.
 TYPES = {
@@ -23,8 +25,13 @@ FIRST_TYPES = ("bfloat16", "float16", "tf32")
 HEADLINE = "flashrnn-point char-rnn-h512* small-b1-h128* speaker-encoder ptb-medium"
 NEXT = "peers-* tagger* rl-* deepspeech2*"
 LAST = "long-*"
+#: The sizes for which cuda has a target, those that say most first; patterns name them as cta-*.
+CTA_SIZES = {"T": (512, 2048, 128, 32), "H": (128, 64, 32), "B": (1, 8, 32, 128, 512)}
 SAMPLE = 80
 HOWS = ("graph", "calls")
+#: Our backends, and the form in which cuda runs: one CTA owns some sequences for all of time.
+CONTENDERS = ("cuda", "triton")
+CTA = "cta"
 
 FIELDS = (
     "name shape cell T B I H layers directions ragged type way contender form how ms best_ms "
@@ -32,8 +39,13 @@ FIELDS = (
 ).split()
 
 
+def contender(form: str) -> str:
+    """The backend that a form belongs to."""
+    return "cuda" if form == CTA else "triton"
+
+
 class Unit(NamedTuple):
-    """One time of a point. form: of triton alone. how: replays of a graph, or calls."""
+    """One time of a point. form: of ours alone. how: replays of a graph, or calls."""
 
     contender: str
     form: str
@@ -99,6 +111,37 @@ def grid() -> list[Workload]:
     ]
 
 
+def cta() -> list[Workload]:
+    """Where one CTA holds the weights of one layer in one direction: LSTM and GRU at every size,
+    Elman's cell at some of them."""
+    found = []
+    for T, H in itertools.product(CTA_SIZES["T"], CTA_SIZES["H"]):
+        for cell, B in itertools.product(("lstm", "gru", "rnn"), CTA_SIZES["B"]):
+            if cell != "rnn" or (T in (512, 2048) and B in (1, 32, 512)):
+                name, source = f"cta-{cell}-h{H}-b{B}-t{T}", "fastseq: what one CTA holds"
+                found.append(Workload(name, cell, T=T, B=B, I=H, H=H, source=source))  # type: ignore[arg-type]
+    return found
+
+
+def _of_cta(wanted: list[Workload]) -> Iterator[Point]:
+    """By size and type, of those that cuda runs: all batches of a cell beside each other."""
+    for T, H in itertools.product(CTA_SIZES["T"], CTA_SIZES["H"]):
+        some = [w for w in wanted if (w.T, w.H) == (T, H)]
+        for kind, cell in itertools.product(FIRST_TYPES, ("lstm", "gru", "rnn")):
+            if H <= largest(TEXTS.get(cell, cell), kind, True, H100):
+                for workload in [w for w in some if w.cell == cell]:
+                    yield from _both_ways(workload, kind)
+
+
+def is_persistent(row: dict[str, Any]) -> bool:
+    """Whether torch 2.11 asks cuDNN to keep the weights on the chip, as those of small layers."""
+    if row["ragged"] == "yes" or " P" in row["shape"] or row["type"] == "bfloat16":
+        return False
+    training, elman = row["way"] == "training", row["cell"] == "rnn"
+    most = (256 if training else 384) if elman else (128 if training else 192)
+    return int(row["H"]) <= most
+
+
 def _both_ways(workload: Workload, kind: str) -> Iterator[Point]:
     for way in ("forward", "training") if workload.training else ("forward",):
         yield Point(workload, kind, way)
@@ -131,28 +174,37 @@ def points(patterns: str | None, types: str | None = None) -> Iterator[Point]:
 
 def _every(patterns: str | None) -> Iterator[Point]:
     named = HEADLINE if patterns == "headline" else patterns
-    *early, last = tiers([w for w in matching(named) if w.dtype is torch.float32])
-    for tier in early:
-        for workload in tier:
-            for kind in FIRST_TYPES:
-                yield from _both_ways(workload, kind)
+    own = cta()
+    wanted = [*matching(None), *own] if named is None else matching(named, own)
+    listed = [w for w in wanted if w not in own]
+    of_cta = list(_of_cta([w for w in wanted if w in own]))
+    *early, last = tiers([w for w in listed if w.dtype is torch.float32])
+    for workload in early[0]:
+        for kind in FIRST_TYPES:
+            yield from _both_ways(workload, kind)
+    first = [p for p in of_cta if p.workload.T == CTA_SIZES["T"][0] and p.workload.H == 128]
+    yield from first
+    for workload in itertools.chain(*early[1:]):
+        for kind in FIRST_TYPES:
+            yield from _both_ways(workload, kind)
     for workload in itertools.chain(*early):
         yield from _both_ways(workload, "float32")
     for workload in last:
         for kind in TYPES:
             yield from _both_ways(workload, kind)
+    yield from (p for p in of_cta if p not in first)
     if patterns is None:
-        every = [(w, kind) for w in grid() for kind in FIRST_TYPES]
-        sample = random.Random(0).sample(every, SAMPLE)
+        every_size = [(w, kind) for w in grid() for kind in FIRST_TYPES]
+        sample = random.Random(0).sample(every_size, SAMPLE)
         taken = set(sample)
-        for workload, kind in (*sample, *(p for p in every if p not in taken)):
+        for workload, kind in (*sample, *(p for p in every_size if p not in taken)):
             yield from _both_ways(workload, kind)
 
 
 def units(point: Point, forms: list[str]) -> list[Unit]:
     """cuDNN first: its time stands whatever becomes of ours."""
     found = [Unit("cudnn", "", how) for how in HOWS]
-    return found + [Unit("triton", form, how) for form in forms for how in HOWS]
+    return found + [Unit(contender(form), form, how) for form in forms for how in HOWS]
 
 
 #: Launches from Python cost some 0.1 ms each, so a call of more of them says nothing new.
@@ -162,7 +214,7 @@ MOST_LAUNCHES = 4096
 def left_out(point: Point, unit: Unit) -> str:
     """Why a unit is not tried; '' where it is."""
     w = point.workload
-    if unit.contender != "triton":
+    if unit.contender == "cudnn":
         return ""
     if unit.how == "graph" and w.lengths != "equal":
         return "left out: a CUDA graph cannot record sequences of different lengths"

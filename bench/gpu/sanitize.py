@@ -8,12 +8,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .budget import Clock
 from .machine import tool
+from .points import CONTENDERS, contender
 from .testing import ROOT, _apart, _end, environment
 
 #: How compute-sanitizer ends where it found something.
@@ -28,13 +29,14 @@ class Check(NamedTuple):
 
 
 CHECKS = [
+    *(Check(name, "cta") for name in ("memcheck", "racecheck", "synccheck", "initcheck")),
     *(Check("memcheck", form) for form in ("walk", "grid-resident", "grid", "step")),
     *(Check("racecheck", form) for form in ("walk", "grid-resident")),
     Check("synccheck", "grid-resident"),
     Check("initcheck", "walk"),
 ]
 #: The hidden size that takes a form.
-SIZES = {"walk": 64, "grid-resident": 256, "grid": 200, "step": 200}
+SIZES = {"cta": 64, "walk": 64, "grid-resident": 256, "grid": 200, "step": 200}
 
 
 def exercise(form: str) -> None:
@@ -51,7 +53,8 @@ def exercise(form: str) -> None:
     for name, dtype in cases:
         with forms.precision("tf32"), forms.as_form(form), forms.short_patience():
             torch.manual_seed(0)
-            layer = getattr(fastseq, name)(24, H, device="cuda", dtype=dtype, backend="triton")
+            given = {"device": "cuda", "dtype": dtype, "backend": contender(form)}
+            layer = getattr(fastseq, name)(24, H, **given)
             x = torch.randn(4, 5, 24, device="cuda", dtype=dtype, requires_grad=True)
             for lengths in (None, torch.tensor([4, 1, 3, 2, 4])):
                 y = layer(x, lengths=lengths)[0]
@@ -67,7 +70,12 @@ def command(sanitizer: str, check: Check, preload: str | None) -> list[str]:
 
 
 def run(
-    clock: Clock, log: Path, limit: float, preload: str | None, say: Callable[[str], None]
+    clock: Clock,
+    log: Path,
+    limit: float,
+    preload: str | None,
+    say: Callable[[str], None],
+    contenders: Sequence[str] = CONTENDERS,
 ) -> tuple[bool, str]:
     """Whether nothing was found, and what to say of it. limit: seconds for each check."""
     sanitizer = tool("compute-sanitizer")
@@ -82,7 +90,8 @@ def run(
     if works != 0:
         reason = f"ended with status {works}"
         return True, f"left out: compute-sanitizer does not work here; a probe {reason}"
-    commands = [(" ".join(check), command(sanitizer, check, preload)) for check in CHECKS]
+    checks = [check for check in CHECKS if contender(check.form) in contenders]
+    commands = [(" ".join(check), command(sanitizer, check, preload)) for check in checks]
     codes = _all(commands, Clock(min(clock.left, limit)), log)
     for name, code in codes.items():
         say(f"sanitize: {name}: {_said(code)}")

@@ -15,9 +15,10 @@ from .crew import crew
 from .points import FIRST_TYPES, Point, Unit
 
 T, B = 128, 16
-#: Sizes tried for a form, the most telling first: multiples of 128 and 16 rows, where cuDNN keeps
-#: the weights of an LSTM in float16 on the chip.
+#: Sizes tried for a form, the most telling first; of triton's multiples of 128, and 16 rows, where
+#: cuDNN keeps the weights of an LSTM in float16 on the chip.
 SIZES = {
+    "cta": (128, 64),
     "walk": (128, 64, 32),
     "grid-resident": (512, 256, 128),
     "grid": (1024, 1280, 512, 256),
@@ -57,7 +58,8 @@ def run(
     every = listed(kinds)
     half = len(every) // 2
     quick = timings.Options(options.silence, options.log, seconds=0.04)
-    _meetings(kinds, Clock(clock.left / 3), options, keep)
+    if "triton" in kinds.contenders:
+        _meetings(kinds, Clock(clock.left / 3), options, keep)
     left = timings.run(every[:half], {}, kinds, built, clock, quick, keep, say)
     return left + timings.run(every[half:], {}, kinds, built, clock, quick, keep, say)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import forms
-from .points import FIRST_TYPES, is_fault
+from .points import CTA, FIRST_TYPES, HOWS, contender, is_fault, is_persistent
 from .results import Results
 
 #: What is printed fits where only the end of an output is kept.
 MOST_ROWS, MOST_FAILURES, MOST_LETTERS = 60, 15, 11_000
 WAYS = ("forward", "backward")
+WINDOW = ("outside", "inside")
 
 
 @dataclass
@@ -63,6 +67,9 @@ def page(run: Run) -> str:
         more = len(run.failures) - len(shown)
         lines = [f"- {_cell(text)[:200]}" for text in shown]
         parts.append("## Failures\n\n" + "\n".join(lines + [f"- and {more} more"] * (more > 0)))
+    cta = of_cta(run.results.rows, run.results)
+    if cta:
+        parts.append("## cuda beside cuDNN, where one CTA holds a layer\n\n" + cta)
     speeds = speed_ups(run.results.rows, run.results)
     if speeds:
         parts.append("## Speed beside cuDNN\n\n" + speeds)
@@ -103,7 +110,7 @@ def _forms(results: Results) -> str:
                 both = [found.get(f"{cell} / {way} / {form} / {name}") for way in WAYS]
                 states.append("RED" if "no" in both else "green" if "yes" in both else "")
             if any(states):
-                rows.append((cell, form, *states))
+                rows.append((cell, f"{contender(form)} {form}", *states))
     return "## Tests, by what they launched\n\n" + table(("cell", "form", *names), rows)
 
 
@@ -122,23 +129,74 @@ def speed_ups(rows: list[dict[str, Any]], results: Results) -> str:
     for row in rows:
         if not row["name"].startswith("barrier-"):
             key = (row["name"], row["shape"], row["type"], row["way"])
-            times.setdefault(key, {})[row["contender"] + row["form"], row["how"]] = row
+            who = f"{row['contender']} {row['form']}".strip()
+            times.setdefault(key, {})[who, row["how"]] = row
     lines = []
     for key, found in times.items():
         named = dict.fromkeys(who for who, _ in found if who != "cudnn")
         for who in named or [""]:
-            cells = [key[0], key[2], key[3], who.removeprefix("triton")]
+            cells = [key[0], key[2], key[3], who]
             for how in ("graph", "calls"):
                 theirs, ours = found.get(("cudnn", how)), found.get((who, how))
                 cells += [_ms(theirs), _ms(ours), _times(theirs, ours, verdicts)]
             lines.append(cells)
     if not lines:
         return ""
-    header = ["", "type", "way", "form", "graph: cuDNN ms", "ours ms", "times"]
+    header = ["", "type", "way", "ours", "graph: cuDNN ms", "ours ms", "times"]
     header += ["calls: cuDNN ms", "ours ms", "times"]
     more = len(lines) - MOST_ROWS
     end = f"\n\n{more} more rows are in the CSV." if more > 0 else ""
     return table(header, lines[:MOST_ROWS]) + end
+
+
+def of_cta(rows: list[dict[str, Any]], results: Results) -> str:
+    """cuDNN's time over cuda's at the points of cuda's target: the geometric mean and the least, in
+    and out of cuDNN's persistent window; and the least time of a step of one sequence, H = 128."""
+    verdicts = results.verdicts()
+    some = [row for row in rows if row["name"].startswith("cta-") and row["ms"]]
+    keys = ("name", "type", "way", "how")
+    theirs = {tuple(r[k] for k in keys): r for r in some if r["contender"] == "cudnn"}
+    ours = [r for r in some if r["form"] == CTA]
+    found: dict[tuple[str, ...], list[tuple[float, str]]] = {}
+    unseen = 0
+    for row in ours:
+        other = theirs.get(tuple(row[k] for k in keys))
+        if other is None:
+            continue
+        if row["error"] or Results.tested(row, verdicts) != "yes":
+            unseen += 1
+            continue
+        window = "inside" if is_persistent(row) else "outside"
+        point = f"{row['name'].removeprefix('cta-')} {row['type']}"
+        key = (row["way"], row["how"], window)
+        found.setdefault(key, []).append((float(other["ms"]) / float(row["ms"]), point))
+    lines = []
+    for way, how, window in itertools.product(("forward", "training"), HOWS, WINDOW):
+        if ratios := found.get((way, how, window)):
+            mean = math.exp(statistics.fmean(math.log(ratio) for ratio, _ in ratios))
+            ahead = sum(ratio >= 1 for ratio, _ in ratios)
+            worst, where = min(ratios)
+            count = f"{ahead} of {len(ratios)}"
+            lines.append((way, how, window, f"{mean:.2f}x", f"{worst:.2f}x", where, count))
+    header = ("way", "how", "cuDNN's window", "geometric mean", "least", "at", "1x or more")
+    parts = [table(header, lines)] if lines else []
+    if steps := _steps(ours):
+        parts.append("Least time of a step, B = 1, H = 128, forward in a graph: " + steps)
+    if unseen:
+        parts.append(f"{unseen} times are not counted: their tests are not green, or did not run.")
+    return "\n\n".join(parts)
+
+
+def _steps(ours: list[dict[str, Any]]) -> str:
+    """By cell and type."""
+    least: dict[str, tuple[float, str]] = {}
+    for row in ours:
+        told = row["way"], row["how"], row["B"], row["H"], row["error"]
+        if told == ("forward", "graph", "1", "128", ""):
+            us = float(row["ms"]) * 1e3 / int(row["T"])
+            key = f"{row['cell']} {row['type']}"
+            least[key] = min(least.get(key, (math.inf, "")), (us, f"T = {row['T']}"))
+    return "; ".join(f"{key} {us:.3f} us ({where})" for key, (us, where) in least.items())
 
 
 def _ms(row: dict[str, Any] | None) -> str:

@@ -94,8 +94,9 @@ def run(
 def _open(
     point: Point, known: dict[tuple[str, str, str], set[Unit]], kinds: forms.Kinds
 ) -> Open | None:
-    """What is to be measured of a point; None where nothing is."""
-    every = points.units(point, forms.forms(point.typed, point.type, kinds))
+    """What is to be measured of a point; None where nothing is, or none of ours runs it."""
+    ours = forms.forms(point.typed, point.type, kinds)
+    every = points.units(point, ours) if ours else []
     todo = [unit for unit in every if unit not in known.get(point.key, ())]
     return Open(point, todo) if todo else None
 

@@ -1,14 +1,15 @@
-"""Where triton runs on a CUDA device when no backend is named: where it was measured to be faster
-than cuDNN on a device of the same compute capability, and nowhere else.
+"""Where cuda and triton run on a CUDA device when no backend is named: where they were measured to
+be faster than cuDNN on a device of the same compute capability, and nowhere else.
 
 ``python -m bench.rule --gpu`` writes the measurements into :mod:`.measured_cuda`, in classes of
 problems that both sides' kernels treat alike; this module reads them. A class is a :func:`kind_of`
-and a :func:`size_of`. Its entry holds the least ratios of cuDNN's time to triton's among its
-points on a device, so one slow point is enough to leave the class to torch, and one slow device.
+and a :func:`size_of`. Its entry holds the least ratios of cuDNN's time to ours among its points on
+a device, so one slow point is enough to leave the class to torch, and one slow device. Where both
+of ours are ahead, the one whose least ratio is the greater comes first.
 
 There are two ratios, because a layer is called in two ways: from Python, where a call costs what
 the host takes to start it, and by replays of a CUDA graph, where the device's time alone counts.
-Most code makes plain calls, so triton has to be ahead in those. In graphs it must not be behind, or
+Most code makes plain calls, so ours has to be ahead in those. In graphs it must not be behind, or
 whoever records one would lose by the choice. The second ratio also carries the rule to longer
 sequences: a time is a fixed cost and a cost a step, so as T grows the ratio of two times moves
 towards that of the device's times a step. Hence a class counts from its shortest measured sequence
@@ -20,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from functools import lru_cache
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +30,7 @@ from .contract import Problem
 from .torch import supports as torch_supports
 from .triton_tiling import LEAST, power_of_two
 
-#: cuDNN's time over triton's, at least: in plain calls, and in replays of a graph.
+#: cuDNN's time over ours, at least: in plain calls, and in replays of a graph.
 AHEAD, NOT_BEHIND = 1.05, 1.0
 #: The last batch of each class but the last class.
 BATCHES = (1, 8, 32, 128)
@@ -40,9 +41,9 @@ LONGEST = 65535
 class Entry(NamedTuple):
     """What a device measured of a class.
 
-    calls, graph: the least ratio of cuDNN's time to triton's; inf where cuDNN cannot run, 0 where
-        triton cannot; graph is None where neither can be recorded, and of ragged sequences.
-    T: the shortest sequence. green: whether triton's tests passed, in every form that ran.
+    calls, graph: the least ratio of cuDNN's time to ours; inf where cuDNN cannot run, 0 where ours
+        cannot; graph is None where neither can be recorded, and of ragged sequences.
+    T: the shortest sequence. green: whether our tests passed, in every form that ran.
     """
 
     calls: float
@@ -54,6 +55,10 @@ class Entry(NamedTuple):
     def ahead(self) -> bool:
         level = self.graph is None or self.graph >= NOT_BEHIND
         return self.green and self.calls >= AHEAD and level
+
+    @property
+    def least(self) -> float:
+        return self.calls if self.graph is None else min(self.calls, self.graph)
 
 
 def width_of(H: int) -> str:
@@ -119,39 +124,70 @@ class Ruling(NamedTuple):
     reason: str
 
 
+class Finding(NamedTuple):
+    """What was measured of a backend for a problem. measured: whether anything was; least: the
+    lowest ratio, of the device on which it is the lowest."""
+
+    backend: str
+    ahead: bool
+    measured: bool
+    least: float
+    reason: str
+
+
+def _tables() -> dict[str, tuple[Any, Any]]:
+    """Of each backend of ours what MEASURED and GREEN are of triton."""
+    return {
+        "cuda": (measured_cuda.MEASURED_CUDA, measured_cuda.GREEN_CUDA),
+        "triton": (measured_cuda.MEASURED, measured_cuda.GREEN),
+    }
+
+
 def ruling(problem: Problem) -> Ruling:
     """Of a problem on CUDA that no tracer or transform runs."""
     if problem.recording:
         reason = "triton's call cannot be recorded, as it reads batch_sizes on the CPU; torch stays"
         return Ruling(("torch", "eager"), reason)
-    ahead, reason = _ahead(problem)
+    found = sorted((_finding(name, problem) for name in _tables()), key=lambda f: -f.least)
+    ahead = [finding for finding in found if finding.ahead]
+    green = tuple(f.backend for f in found if _is_green(f.backend, problem))
     refused = torch_supports(problem._replace(mode="plain"))
-    green = _is_green(problem)
     if refused is None and ahead:
-        return Ruling(("triton", "torch", "eager"), reason)
+        return Ruling((*(f.backend for f in ahead), "torch", "eager"), ahead[0].reason)
     if refused is not None:
         where = f"{problem.cell} in {type_of(problem)}"
-        reason = f"triton's tests were green here for {where}; it goes before eager"
-        if not green:
+        if green:
+            goes = "they go" if len(green) > 1 else "it goes"
+            tests = " and ".join(f"{name}'s" for name in green)
+            reason = f"{tests} tests were green here for {where}; {goes} before eager"
+        else:
             reason = f"triton's tests were not seen green on this device for {where}; eager stays"
-    return Ruling(("torch", "triton", "eager") if green else ("torch", "eager"), reason)
+    else:
+        seen = [finding for finding in found if finding.measured]
+        reason = (seen or [f for f in found if f.backend == "triton"])[0].reason
+    return Ruling(("torch", *green, "eager"), reason)
 
 
-def _is_green(problem: Problem) -> bool:
+def _is_green(backend: str, problem: Problem) -> bool:
     """Whether every form of the kernels passed its tests, for this cell and type and, where H is
     known, on a point with kernels of the same width. No test has T = 0 on a GPU."""
-    greens = measured_cuda.GREEN.get(problem.capability or "", {})
+    greens = _tables()[backend][1].get(problem.capability or "", {})
     widths = greens.get((problem.cell, type_of(problem)), ())
     if problem.H is None:
-        return bool(widths)
+        return bool(widths) and not _needs_h(backend)
     return width_of(problem.H) in widths and problem.T != 0 and problem.B != 0
 
 
-def _ahead(problem: Problem) -> tuple[bool, str]:
-    """Whether triton was measured to be faster, in words that also say where."""
-    devices = measured_cuda.MEASURED.get(problem.capability or "")
+def _needs_h(backend: str) -> bool:
+    """Whether a graph for all sizes cannot hold a backend: cuda runs up to some H alone."""
+    return backend == "cuda"
+
+
+def _finding(backend: str, problem: Problem) -> Finding:
+    """Whether a backend was measured to be faster, in words that also say where."""
+    devices = _tables()[backend][0].get(problem.capability or "")
     if devices is None:
-        return False, "not measured on this device; torch stays"
+        return Finding(backend, False, False, 0.0, "not measured on this device; torch stays")
     way = "training" if problem.training else "forward"
     key = problem.cell, type_of(problem), way
     what = f"{problem.cell} in {type_of(problem)}, {way}"
@@ -159,7 +195,7 @@ def _ahead(problem: Problem) -> tuple[bool, str]:
     kind = kind_of(problem.layers * problem.R, problem.ragged, problem.projected)
     T, B, H = problem.T, problem.B, problem.H
     if T is None or B is None or H is None:
-        return _ahead_in_all(kind, found, what)
+        return _ahead_in_all(backend, kind, found, what)
     size = size_of(H, B, T)
     entries = {
         name: Entry(*kinds[kind][size])
@@ -167,50 +203,60 @@ def _ahead(problem: Problem) -> tuple[bool, str]:
         if size in kinds.get(kind, {})
     }
     if not entries or B == 0:
-        return False, f"not measured on this device: {what}, {kind} {size}; torch stays"
+        reason = f"not measured on this device: {what}, {kind} {size}; torch stays"
+        return Finding(backend, False, False, 0.0, reason)
     shortest = min(entry.T for entry in entries.values())
     if T < shortest:
         what = f"{what}, {kind} {size} of fewer than {shortest} steps"
-        return False, f"not measured on this device: {what}; torch stays"
+        reason = f"not measured on this device: {what}; torch stays"
+        return Finding(backend, False, False, 0.0, reason)
     name = min(entries, key=lambda name: (entries[name].ahead, entries[name].calls))
-    ahead, words = _compared(entries[name])
-    return ahead, f"{words} ({name}, {what}, {kind} {size})"
+    ahead, words = _compared(backend, entries[name])
+    least = min(entry.least for entry in entries.values())
+    return Finding(backend, ahead, True, least, f"{words} ({name}, {what}, {kind} {size})")
 
 
-def _compared(entry: Entry) -> tuple[bool, str]:
+def _compared(backend: str, entry: Entry) -> tuple[bool, str]:
     if not entry.green:
-        return False, "torch: triton's tests were not green here"
+        return False, f"torch: {backend}'s tests were not green here"
     if entry.ahead:
         if entry.calls == inf:
-            return True, "triton: torch has no time here"
-        return True, f"triton: {entry.calls:.2f} times as fast as torch here, or more"
+            return True, f"{backend}: torch has no time here"
+        return True, f"{backend}: {entry.calls:.2f} times as fast as torch here, or more"
     if entry.calls < AHEAD:
-        return False, f"torch: {_behind(entry.calls)}"
-    return False, f"torch: {_behind(entry.graph or 0)} in a CUDA graph"
+        return False, f"torch: {_behind(backend, entry.calls)}"
+    return False, f"torch: {_behind(backend, entry.graph or 0)} in a CUDA graph"
 
 
-def _behind(ratio: float) -> str:
+def _behind(backend: str, ratio: float) -> str:
     if ratio == 0:
-        return "triton has no time here"
+        return f"{backend} has no time here"
     if ratio > 1:
-        return f"triton is only {ratio:.2f} times as fast here"
-    return f"{1 / ratio:.2f} times as fast as triton here"
+        return f"{backend} is only {ratio:.2f} times as fast here"
+    return f"{1 / ratio:.2f} times as fast as {backend} here"
 
 
-def _ahead_in_all(kind: str, found: dict[str, measured_cuda.Kinds], what: str) -> tuple[bool, str]:
-    """A graph is made for all sizes, so triton has to be ahead at every one that was measured."""
-    if not any(kind in kinds for kinds in found.values()):
-        return False, f"not measured on this device: {what}, {kind}, of any size; torch stays"
+def _ahead_in_all(
+    backend: str, kind: str, found: dict[str, measured_cuda.Kinds], what: str
+) -> Finding:
+    """A graph is made for all sizes, so a backend has to run, and be ahead, at every one that was
+    measured."""
+    if _needs_h(backend) or not any(kind in kinds for kinds in found.values()):
+        reason = f"not measured on this device: {what}, {kind}, of any size; torch stays"
+        return Finding(backend, False, False, 0.0, reason)
     every = {
         f"{k} {size}, {name}": Entry(*numbers)
         for name, kinds in found.items()
         for k, sizes in kinds.items()
         for size, numbers in sizes.items()
     }
+    least = min(entry.least for entry in every.values())
     behind = [name for name, entry in every.items() if not entry.ahead]
     if behind:
-        return False, (
-            f"torch: sizes are not known in a graph, and triton is not ahead in {len(behind)} of "
-            f"{len(every)} classes measured here, such as {behind[0]} ({what})"
+        reason = (
+            f"torch: sizes are not known in a graph, and {backend} is not ahead in {len(behind)} "
+            f"of {len(every)} classes measured here, such as {behind[0]} ({what})"
         )
-    return True, f"triton: ahead in all {len(every)} classes measured here ({what})"
+        return Finding(backend, False, True, least, reason)
+    reason = f"{backend}: ahead in all {len(every)} classes measured here ({what})"
+    return Finding(backend, True, True, least, reason)

@@ -1,4 +1,4 @@
-"""triton beside cuDNN on a GPU. ``python -m bench.rule --gpu`` writes this file; edit nothing here.
+"""Ours beside cuDNN on a GPU. ``python -m bench.rule --gpu`` writes this file; edit nothing here.
 
 It was written from what SOURCES names. :mod:`.cuda_rule` reads it.
 """
@@ -14,10 +14,15 @@ SOURCES: dict[str, dict[str, tuple[str, str, str]]] = {
             "torch 2.11.0+cu130, Triton 3.6.0, cuDNN 91900",
             "2 commits, the last 4e39176, 2026-11-26",
         ),
+        "NVIDIA H200": (
+            "bench/results/nvidia-h200/gpu.csv",
+            "torch 2.11.0+cu130, Triton 3.6.0, cuDNN 91900",
+            "commit f410c50, 2026-11-26",
+        ),
     },
 }
 
-#: compute capability -> device -> (cell, type, way)
+#: Of triton: compute capability -> device -> (cell, type, way)
 MEASURED: dict[str, dict[str, dict[tuple[str, str, str], Kinds]]] = {
     "9.0": {
         "NVIDIA H100 80GB HBM3": {
@@ -197,10 +202,200 @@ MEASURED: dict[str, dict[str, dict[tuple[str, str, str], Kinds]]] = {
                 },
             },
         },
+        "NVIDIA H200": {
+            ("gru", "bfloat16", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (4.426, 2.392, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (1.023, 1.233, 50, True),
+                },
+            },
+            ("gru", "bfloat16", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (5.175, 1.839, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.93, 0.846, 50, True),
+                },
+            },
+            ("gru", "float16", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.372, 0.396, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.779, 1.206, 50, True),
+                },
+            },
+            ("gru", "float16", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.398, 0.334, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.853, 0.849, 50, True),
+                },
+            },
+            ("gru", "float32", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.207, 0.12, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.828, 0.53, 50, True),
+                },
+            },
+            ("gru", "float32", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.188, 0.09, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.842, 0.39, 50, True),
+                },
+            },
+            ("gru", "tf32", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.232, 0.287, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.67, 1.119, 50, True),
+                },
+            },
+            ("gru", "tf32", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.294, 0.266, 512, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.729, 1.035, 50, True),
+                },
+            },
+            ("lstm", "bfloat16", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (3.805, 1.902, 512, True),
+                    "H513-1024 B9-32 T2+": (2.488, 1.237, 1024, True),
+                },
+                "dense stack": {
+                    "H129-256 B9-32 T2+": (2.09, 0.873, 160, True),
+                    "H257-512 B33-128 T2+": (1.055, 0.966, 50, True),
+                    "H513-1024 unaligned B9-32 T2+": (1.055, 0.375, 35, True),
+                },
+            },
+            ("lstm", "bfloat16", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (4.051, 1.466, 512, True),
+                    "H513-1024 B9-32 T2+": (2.231, 0.994, 1024, True),
+                },
+                "dense stack": {
+                    "H129-256 B9-32 T2+": (1.973, 0.721, 160, True),
+                    "H257-512 B33-128 T2+": (1.031, 0.77, 50, True),
+                    "H513-1024 unaligned B9-32 T2+": (0.855, 0.259, 35, True),
+                },
+            },
+            ("lstm", "float16", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.592, 0.802, 512, True),
+                    "H513-1024 B9-32 T2+": (0.36, 0.381, 1024, True),
+                },
+                "dense stack": {
+                    "H129-256 B9-32 T2+": (2.062, 0.857, 160, True),
+                    "H257-512 B33-128 T2+": (0.854, 0.921, 50, True),
+                    "H513-1024 unaligned B9-32 T2+": (0.697, 0.357, 35, True),
+                },
+            },
+            ("lstm", "float16", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.604, 0.695, 512, True),
+                    "H513-1024 B9-32 T2+": (0.395, 0.393, 1024, True),
+                },
+                "dense stack": {
+                    "H129-256 B9-32 T2+": (1.985, 0.709, 160, True),
+                    "H257-512 B33-128 T2+": (0.858, 0.753, 50, True),
+                    "H513-1024 unaligned B9-32 T2+": (0.819, 0.228, 35, True),
+                },
+            },
+            ("lstm", "float32", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.322, 0.263, 512, True),
+                    "H513-1024 B9-32 T2+": (0.61, 0.552, 1024, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.634, 0.521, 50, True),
+                },
+            },
+            ("lstm", "float32", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.197, 0.166, 512, True),
+                    "H513-1024 B9-32 T2+": (0.417, 0.37, 1024, True),
+                },
+                "dense stack": {
+                    "H257-512 B33-128 T2+": (0.644, 0.368, 50, True),
+                },
+            },
+            ("lstm", "tf32", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.496, 0.779, 512, True),
+                    "H513-1024 B9-32 T2+": (2.27, 1.334, 1024, True),
+                },
+                "dense stack": {
+                    "H129-256 B9-32 T2+": (1.422, 0.899, 160, True),
+                    "H257-512 B33-128 T2+": (0.89, 1.042, 50, True),
+                    "H513-1024 unaligned B9-32 T2+": (0.791, 0.652, 35, True),
+                },
+            },
+            ("lstm", "tf32", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.471, 0.765, 512, True),
+                    "H513-1024 B9-32 T2+": (1.841, 1.453, 1024, True),
+                },
+                "dense stack": {
+                    "H129-256 B9-32 T2+": (1.834, 1.165, 160, True),
+                    "H257-512 B33-128 T2+": (0.926, 1.202, 50, True),
+                    "H513-1024 unaligned B9-32 T2+": (0.908, 0.525, 35, True),
+                },
+            },
+            ("rnn_tanh", "bfloat16", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (6.588, 4.291, 512, True),
+                },
+            },
+            ("rnn_tanh", "bfloat16", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (6.405, 4.848, 512, True),
+                },
+            },
+            ("rnn_tanh", "float16", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.453, 0.571, 512, True),
+                },
+            },
+            ("rnn_tanh", "float16", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.492, 0.677, 512, True),
+                },
+            },
+            ("rnn_tanh", "float32", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.185, 0.093, 512, True),
+                },
+            },
+            ("rnn_tanh", "float32", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.285, 0.114, 512, True),
+                },
+            },
+            ("rnn_tanh", "tf32", "forward"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.247, 0.247, 512, True),
+                },
+            },
+            ("rnn_tanh", "tf32", "training"): {
+                "dense": {
+                    "H65-128 B1 T2+": (0.342, 0.307, 512, True),
+                },
+            },
+        },
     },
 }
 
-#: compute capability -> (cell, type) -> the widths at which every form passed its tests
+#: Of triton: compute capability -> (cell, type) -> the widths at which every form passed its tests
 GREEN: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "9.0": {
         ("gru", "bfloat16"): (
@@ -214,6 +409,10 @@ GREEN: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
             "H257-512",
         ),
         ("gru", "float32"): (
+            "H65-128",
+            "H257-512",
+        ),
+        ("gru", "tf32"): (
             "H65-128",
             "H257-512",
         ),
@@ -241,5 +440,17 @@ GREEN: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("rnn_tanh", "bfloat16"): ("H65-128",),
         ("rnn_tanh", "float16"): ("H65-128",),
         ("rnn_tanh", "float32"): ("H65-128",),
+        ("rnn_tanh", "tf32"): ("H65-128",),
     },
+}
+
+#: The same of cuda.
+MEASURED_CUDA: dict[str, dict[str, dict[tuple[str, str, str], Kinds]]] = {
+    "9.0": {
+        "NVIDIA H100 80GB HBM3": {},
+        "NVIDIA H200": {},
+    },
+}
+GREEN_CUDA: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
+    "9.0": {},
 }

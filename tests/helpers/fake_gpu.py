@@ -1,9 +1,10 @@
 """A device that is not there, for rehearsals: python3 -m bench.gpu --preload tests.helpers.fake_gpu
 
 Imported first in every process of a run, it makes the CPU answer to 'cuda'. Launches are heard and
-not made: the backend's host code runs as it is, up to the launch, and the numbers it would have got
-are those of the CPU's kernels. Events read the host's clock, a graph replays what torch dispatched.
-So numbers and the way through the program are real; times, and whether a kernel works, are not.
+not made: the backends' host code runs as it is, up to the launch, and the numbers it would have got
+are those of the CPU's kernels. A module stands in for fastseq._cuda, built or not. Events read the
+host's clock, a graph replays what torch dispatched. So numbers and the way through the program are
+real; times, and whether a kernel works, are not.
 
 FAKE_GPU in the environment plants faults, as JSON: a pattern of launches, 'cell way form type' (and
 ' build' behind them while kernels are only compiled), to what happens there. 'hang' sleeps in C
@@ -20,19 +21,22 @@ import os
 import signal
 import sys
 import time
+import types
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from multiprocessing import parent_process
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fastseq
 from bench import workloads
-from bench.gpu import barrier, crew, forms, smoke
-from fastseq.backends import native, triton_kernels
+from bench.gpu import barrier, crew, smoke
+from fastseq.backends import cuda_kernels, imported, native, triton_kernels
 from fastseq.backends import triton as backend
 from fastseq.backends.triton_tiling import Device
 
@@ -51,7 +55,13 @@ workloads.WORKLOADS += (
 smoke.T, smoke.B = 3, 2
 _meet = barrier.meet
 barrier.meet = lambda programs, meetings: _meet(programs, meetings).fill_(1)  # all came
-smoke.SIZES = {"walk": (32,), "grid-resident": (256,), "grid": (200,), "step": (200,)}
+smoke.SIZES = {
+    "cta": (128, 64),
+    "walk": (32,),
+    "grid-resident": (256,),
+    "grid": (200,),
+    "step": (200,),
+}
 
 
 #: The process of a run that others are forked from must not touch the device.
@@ -81,6 +91,8 @@ class OnTheCPU(TorchFunctionMode):
         if function is torch.Tensor.cuda:
             alive()
             return args[0]
+        if str(function).startswith("fastseq"):  # a backend has that name too
+            return function(*args, **kwargs)
         if "device" in kwargs or any(_here(a) is not a for a in args):
             alive()
         args = [_here(a) for a in args]
@@ -103,6 +115,8 @@ class Event:
 
 
 class Stream:
+    cuda_stream = 0
+
     def wait_stream(self, other):
         alive()
 
@@ -171,6 +185,7 @@ cuda.is_available, cuda.device_count = _says(True), _says(1)
 cuda.is_initialized = lambda: True
 cuda.current_device, cuda.get_device_name = _says(0), _says(NAME)
 cuda.get_device_capability = _says((9, 0))
+cuda.get_device_properties = _says(types.SimpleNamespace(shared_memory_per_block_optin=232448))
 cuda.mem_get_info = _says((80 * 2**30, 80 * 2**30))
 cuda.memory_allocated = _says(0)
 cuda.empty_cache = cuda.synchronize = _says(None)
@@ -185,6 +200,61 @@ def _kinds(dtype, device):
         return "ieee"
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
 
+
+# The extension module of cuda
+
+#: What a CTA of the device may have of shared memory.
+SHARED = 232448
+
+
+class Extension(types.ModuleType):
+    """What fastseq._cuda offers."""
+
+    def __init__(self):
+        super().__init__("fastseq._cuda")
+        self.__file__ = str(Path(fastseq.__file__).with_name("_cuda.abi3.so"))
+
+    def driver(self):
+        return 13000
+
+    toolkit = driver
+
+    def architectures(self):
+        return "90a"
+
+    def fields(self):
+        return " ".join(compiled.FIELDS)
+
+    def kernels(self):
+        previous = ("previous_bfloat16", "previous_float16", "previous_float32")
+        return (*cuda_kernels.KERNELS, *previous)
+
+    def launch(self, name, device, stream, grid, threads, shared, arguments):
+        alive()
+        if name not in self.kernels():
+            raise ValueError(f"name: no kernel {name!r} was built")
+        if shared > SHARED:
+            raise RuntimeError(f"{name} on device {device}: CUDA_ERROR_INVALID_VALUE (1)")
+        assert min(grid) > 0 and len(arguments) == 8 * len(compiled.FIELDS)
+        LAUNCHES.append((name, grid))
+
+    def attributes(self, name, device):
+        kernel = cuda_kernels.KERNELS.get(name)
+        sizes = (64, 256) if kernel is None else (kernel.registers, kernel.threads)
+        return dict(registers=sizes[0], local=0, shared=0, threads=sizes[1], binary=90)
+
+
+fastseq._cuda = sys.modules["fastseq._cuda"] = Extension()
+compiled = imported("cuda")
+compiled.DEVICES = ("cuda", "cpu", "meta")
+compiled.device_at_hand = lambda device: cuda_kernels.H100
+compiled._queue = lambda device: (0, 0)
+_supports = compiled.supports
+compiled.supports = lambda problem: _supports(
+    problem._replace(tf32=problem.tf32 or _kinds(problem.dtype, None) == "tf32")
+)
+
+from bench.gpu import forms  # noqa: E402  (it hears what stands above)
 
 backend.INTERPRETED = True  # then it takes tensors of the CPU
 backend._properties = lambda device: Device(232448, processors=132, hopper=True)
@@ -232,37 +302,40 @@ def _heard(launch, refused):
     _wrong = _fault(launch) or _wrong
 
 
-_host_forward, _host_backward = backend.forward, backend.backward
+def _with_numbers(module):
+    """The host's code for the launches and the layout of what it gives; the CPU's kernels for the
+    numbers."""
+    host_forward, host_backward = module.forward, module.backward
+
+    def forward(call, save, trajectory):
+        global _wrong
+        _wrong = False
+        result = host_forward(call, save, trajectory)
+        right = native.forward(replace(call, memory="full"), False, trajectory)
+        for ours, theirs in zip(
+            (result.y, *result.states, *result.trajectory),
+            (right.y, *right.states, *right.trajectory),
+            strict=True,
+        ):
+            ours.copy_(theirs + 1 if _wrong else theirs)
+        return result
+
+    def backward(call, result, grads, wanted):
+        global _wrong
+        _wrong = False
+        host_backward(call, result, grads, wanted)
+        call = replace(call, memory="full")
+        trajectory = bool(grads.trajectory)
+        found = native.backward(call, native.forward(call, True, trajectory), grads, wanted)
+        if _wrong and found.x is not None:
+            found.x += 1
+        return found
+
+    module.forward, module.backward = forward, backward
 
 
-def _forward(call, save, trajectory):
-    """The host's code for the layout of what it gives; the CPU's kernels for the numbers."""
-    global _wrong
-    _wrong = False
-    result = _host_forward(call, save, trajectory)
-    right = native.forward(replace(call, memory="full"), False, trajectory)
-    for ours, theirs in zip(
-        (result.y, *result.states, *result.trajectory),
-        (right.y, *right.states, *right.trajectory),
-        strict=True,
-    ):
-        ours.copy_(theirs + 1 if _wrong else theirs)
-    return result
-
-
-def _backward(call, result, grads, wanted):
-    global _wrong
-    _wrong = False
-    _host_backward(call, result, grads, wanted)
-    call = replace(call, memory="full")
-    trajectory = bool(grads.trajectory)
-    found = native.backward(call, native.forward(call, True, trajectory), grads, wanted)
-    if _wrong and found.x is not None:
-        found.x += 1
-    return found
-
-
-backend.forward, backend.backward = _forward, _backward
+_with_numbers(backend)
+_with_numbers(compiled)
 OnTheCPU().__enter__()
 # the first listener of launches: whoever listens as well has heard of them before a fault comes
 _listening = forms.heard(_heard)
