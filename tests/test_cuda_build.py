@@ -362,17 +362,12 @@ def test_registers_and_shared_memory_are_those_that_the_planner_counts_with(bina
         assert binary.shared <= 1024, (name, architecture)  # the planner's is asked at the launch
 
 
-#: Those that put registers aside, and into how many bytes of their stack frame, at most.
-SPILLED = dict.fromkeys(("forward_gru_bfloat16_192", "forward_gru_float16_192"), 16)
-
-
 def test_no_register_is_spilled_and_no_stack_is_used(binaries):
     """A register that is spilled has its place in the stack frame."""
     spilled = {
         (name, architecture): binary
         for (name, architecture), binary in binaries.items()
-        if binary.stack + binary.local > SPILLED.get(name, 0)
-        or (binary.spilled and name not in SPILLED)
+        if binary.stack or binary.local or binary.spilled
     }
     assert not spilled, "\n".join(
         f"{name} sm_{architecture}: stack {b.stack}, local {b.local}, {b.spilled} accesses"
@@ -390,8 +385,7 @@ PRODUCTS = {
 
 
 def products_that_are_meant(kernel):
-    """Of one step: each fragment of the weights once, or three times where it is of two parts.
-    Those in shared memory may be gone through in a loop."""
+    """Of one step: each fragment of the weights once, or three times where it is of two parts."""
     return kernel.fragments * (3 if kernel.type == "float32" else 1)
 
 
@@ -409,8 +403,10 @@ def test_the_products_are_those_of_the_type(cuda, binaries, request):
         seen.add(kernel.type)
         meant = binary.count(PRODUCTS[kernel.type])
         assert meant == of_matrices, (name, architecture)
-        expected = products_that_are_meant(kernel)
-        assert meant == expected or (kernel.rest and 0 < meant < expected), (name, architecture)
+        # a kernel may have several loops over time; in one of them, what is left in shared memory
+        # may be gone through in a loop of its own
+        loops, left = divmod(meant, products_that_are_meant(kernel))
+        assert meant > 0 and (kernel.rest or (loops <= 3 and left == 0)), (name, architecture)
     assert seen == set(PRODUCTS)
 
 
