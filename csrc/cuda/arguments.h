@@ -13,7 +13,7 @@
 //   y              (N, R, H) Number: h at every step
 //   c_all          (N, R, H) float32: the other state at every step, or 0
 //   h_0, c_0       (R, B, H) Number: initial states, or 0 for zeros
-//   h_n            (R, B, H) Number: final state; c_n likewise, float32
+//   h_n, c_n       (R, B, H) Number: final states
 //   w_hh           forward  (R, G_hh, HC, HC) Number: rows of gates, inner units of h_{t-1}
 //                  backward (R, HC, G_hh, HC) Number: rows of h_{t-1}, inner gates
 //                  HC: H as the kernel has it, zeros beyond H
@@ -22,10 +22,12 @@
 //   reset          (R, N) bytes, or 0: where not 0, the states that enter the row are zeroed
 //   h_mask         (R, B, H) Number, or 0: multiplies h_{t-1} before its product
 //   dy             (N, R, H) Number, or 0: gradient of y;  dc_all likewise of c_all, float32
-//   dh, dc         (R, B, H) float32: of the final states; backward leaves those of the initial ones
+//   dh_n, dc_n     (R, B, H) Number, or 0: of the final states;  dh_0, dc_0: of the initial ones
 //   dgates         (N, R, G, H) Number: gradients of the input products
 //   dproduct       (N, R, G_hh, H) Number: of the recurrent ones, where they are not the same; else 0
-//   dunit          (tiles, R, U, H) float32: of unit parameters, a sum for each tile of the batch
+//   dbias          (tiles, R, G + apart, H) float32, or 0: dgates summed over time and the sequences
+//                  of a tile of the batch, and dproduct of the gates that take x and s apart
+//   dunit          (tiles, R, U, H) float32: of unit parameters, likewise
 #pragma once
 #include <stdint.h>
 
@@ -46,7 +48,7 @@
   X(const void*, h_0) \
   X(const void*, c_0) \
   X(void*, h_n) \
-  X(float*, c_n) \
+  X(void*, c_n) \
   X(const void*, w_hh) \
   X(const void*, b_hh) \
   X(const void*, unit) \
@@ -54,10 +56,13 @@
   X(const void*, h_mask) \
   X(const void*, dy) \
   X(const float*, dc_all) \
-  X(float*, dh) \
-  X(float*, dc) \
+  X(const void*, dh_n) \
+  X(const void*, dc_n) \
+  X(void*, dh_0) \
+  X(void*, dc_0) \
   X(void*, dgates) \
   X(void*, dproduct) \
+  X(float*, dbias) \
   X(float*, dunit)
 
 namespace fastseq {

@@ -78,6 +78,8 @@ DEVICE void backward_walk(const Arguments& a) {
   float dh[2][EACH], dc[2][EACH], unit[T::U ? T::U : 1][EACH];
   float h[2][EACH] = {}, c[2][EACH] = {};  // after the step
   Sum dunit[T::U ? T::U : 1][EACH];
+  constexpr int BIASES = T::G + Cell::APART;
+  Total<T::PARTS != 0> dbias[BIASES][EACH];
   int lengths[2];
   const int64_t beside = seat.beside(0);
 #pragma unroll
@@ -95,8 +97,8 @@ DEVICE void backward_walk(const Arguments& a) {
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
       const bool there = seat.is_unit(j) && seat.is_sequence(k);
-      dh[k][j] = there ? a.dh[seat.state(k) + j] : 0.0f;
-      dc[k][j] = T::C && there ? a.dc[seat.state(k) + j] : 0.0f;
+      dh[k][j] = there && a.dh_n ? number_at<Number>(a.dh_n, seat.state(k) + j) : 0.0f;
+      dc[k][j] = T::C && there && a.dc_n ? number_at<Number>(a.dc_n, seat.state(k) + j) : 0.0f;
     }
     if constexpr (T::MULTIPLIES)  // the columns that have no sequence stay so
 #pragma unroll
@@ -222,6 +224,7 @@ int row = row_of(0), next_row = row_of(1);
         constexpr int COLUMNS = columns.value;
         unsigned char* mine[COLUMNS];
         BackwardAt<T> at[COLUMNS][EACH];
+        float biases[BIASES][EACH] = {};
         float h_before[COLUMNS][EACH], c_before[COLUMNS][EACH];
 #pragma unroll
         for (int k = 0; k < COLUMNS; ++k) {
@@ -313,6 +316,13 @@ int row = row_of(0), next_row = row_of(1);
               din[j] = narrow<Number>(at[k][j].din[g]);
               dproduct[j] = narrow<Number>(lives ? at[k][j].dproduct[g] : 0.0f);
             }
+            if (live) {
+#pragma unroll
+              for (int j = 0; j < EACH; ++j) {
+                biases[g][j] += widen(din[j]);
+                if (g >= T::G - Cell::APART) biases[g + Cell::APART][j] += widen(dproduct[j]);
+              }
+            }
             if (PLAIN || live) store_each(mine[k] + g * T::UNIT, din);
             if (g >= T::G_HH) continue;
             put_operand<T>(operand + T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE,
@@ -322,6 +332,10 @@ int row = row_of(0), next_row = row_of(1);
                        PLAIN || H % 2 == 0);
           }
         }
+#pragma unroll
+        for (int g = 0; g < BIASES; ++g)
+#pragma unroll
+          for (int j = 0; j < EACH; ++j) dbias[g][j].add(biases[g][j], step);
       };
       if (seat.few)
         text(Count<1>());
@@ -329,6 +343,10 @@ int row = row_of(0), next_row = row_of(1);
         text(Count<2>());
       arrived<STAGES - 3>();
       meet();
+      float products[1][4] = {};
+      if constexpr (T::MULTIPLIES)
+        weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q, part);
+      // while the products are made
       if (PLAIN ? my_length > 0 : time < my_length) {
         auto* const to = static_cast<unsigned char*>(a.dgates) +
                          ((out + mine_of_rows) * T::G + seat.origin) * SIZE;
@@ -341,8 +359,6 @@ int row = row_of(0), next_row = row_of(1);
       on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
       float sums[2][EACH] = {};  // columns by units
       if constexpr (T::MULTIPLIES) {
-        float products[1][4];
-        weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q, part);
         if constexpr (T::SPLIT == 2) {
           auto* const exchange = reinterpret_cast<Two<float>*>(memory + T::AT_SUMS);
           const int other = thread() ^ LANES;
@@ -389,20 +405,24 @@ int row = row_of(0), next_row = row_of(1);
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
       if (!seat.is_unit(j) || !seat.is_sequence(k)) continue;
-      a.dh[seat.state(k) + j] = dh[k][j];
-      if constexpr (T::C > 0) a.dc[seat.state(k) + j] = dc[k][j];
+      if (a.dh_0) put_at<Number>(a.dh_0, seat.state(k) + j, dh[k][j]);
+      if (T::C > 0 && a.dc_0) put_at<Number>(a.dc_0, seat.state(k) + j, dc[k][j]);
     }
+  // over the sequences of four neighbours
+  const auto leave = [&](float* to, int count, int which, int j, float total) {
+    total += neighbour(total, 1);
+    total += neighbour(total, 2);
+    if (seat.q == 0 && seat.is_unit(j) && to)
+      to[((int64_t(tile_x()) * a.R + seat.recurrence) * count + which) * H + seat.origin +
+         seat.local + j] = total;
+  };
 #pragma unroll
-  for (int u = 0; u < T::U; ++u)
+  for (int j = 0; j < EACH; ++j) {
 #pragma unroll
-    for (int j = 0; j < EACH; ++j) {
-      float total = dunit[u][j].total();  // over the sequences of four neighbours
-      total += neighbour(total, 1);
-      total += neighbour(total, 2);
-      if (seat.q == 0 && seat.is_unit(j))
-        a.dunit[((int64_t(tile_x()) * a.R + seat.recurrence) * T::U + u) * H + seat.origin +
-                seat.local + j] = total;
-    }
+    for (int g = 0; g < BIASES; ++g) leave(a.dbias, BIASES, g, j, dbias[g][j].total());
+#pragma unroll
+    for (int u = 0; u < T::U; ++u) leave(a.dunit, T::U, u, j, dunit[u][j].total());
+  }
 }
 
 }  // namespace FASTSEQ_ISA

@@ -135,6 +135,16 @@ DEVICE void forward_walk(const Arguments& a) {
       }
       close();
     };
+    const auto put_saved = [&](int step, int slot, int row) {
+      if (!Cell::KEEPS_GATES || !a.save || !(PLAIN ? my_length > 0 : time_of(step) < my_length))
+        return;
+      unsigned char* const to = gates + row * pitch;
+      const unsigned char* const from = my_stages + slot * T::STAGE;
+      if constexpr (PLAIN)
+        put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
+      else
+        put<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
+    };
     const auto is_reset = [&](int row, int time, int k) {
       return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
     };
@@ -151,22 +161,27 @@ DEVICE void forward_walk(const Arguments& a) {
     arrived<STAGES - 2>();
     meet();
 
-    int slot = 0, last_slot = STAGES - 1;
+    // of this step, the last, and the one before that, which nobody reads any more
+    int slot = 0, last_slot = STAGES - 1, free_slot = STAGES - 2, last_row = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int time = PLAIN ? 0 : time_of(step);
       const int next_row = PLAIN ? row + by : row_of(step + 1);
-      const int next_ahead = PLAIN ? row_ahead + by : row_of(step + STAGES);
       bool next_resets[2] = {};
       if (!PLAIN && a.reset && step + 1 < steps) {
         next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
         next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
       }
+      const int next_ahead = PLAIN ? row_ahead + by : row_of(step + STAGES - 1);
       float products[T::TILES][4];
       if constexpr (T::MULTIPLIES)
         weights.multiply(products,
                          operands + (step & 1) * T::OPERAND + T::place(seat.g) + 16 * seat.q, 0);
 
+      if (step > 0) {  // while the products are made
+        put_saved(step - 1, last_slot, last_row);
+        on_its_way(step + STAGES - 2, free_slot, row_ahead);
+      }
       unsigned char* const stage = stages + slot * T::STAGE;
       unsigned char* const next = operands + ((step + 1) & 1) * T::OPERAND;
       const int64_t out = int64_t(row) * seat.stride + beside;
@@ -258,22 +273,16 @@ DEVICE void forward_walk(const Arguments& a) {
         text(Count<2>());
       arrived<STAGES - 3>();
       meet();
-      if (Cell::KEEPS_GATES && a.save && (PLAIN ? my_length > 0 : time < my_length)) {
-        unsigned char* const to = gates + row * pitch;
-        const unsigned char* const from = my_stages + slot * T::STAGE;
-        if constexpr (PLAIN)
-          put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
-        else
-          put<T::G, T::UNIT, SIZE>(to, from, seat.width * SIZE, H * SIZE, my_part, T::ROW_LANES);
-      }
-      on_its_way(step + STAGES - 1, last_slot, row_ahead);
+      free_slot = last_slot;
       last_slot = slot;
       slot = slot + 1 == STAGES ? 0 : slot + 1;
+      last_row = row;
       row = next_row;
-      row_ahead = next_ahead;
+      if (step > 0) row_ahead = next_ahead;
       resets[0] = next_resets[0];
       resets[1] = next_resets[1];
     }
+    if (steps > 0) put_saved(steps - 1, last_slot, last_row);
   };
   if (seat.is_plain() && is_aligned(a.gates))
     walk(Count<1>());
@@ -286,7 +295,7 @@ DEVICE void forward_walk(const Arguments& a) {
     for (int j = 0; j < EACH; ++j) {
       if (!seat.is_unit(j) || !seat.is_sequence(k)) continue;
       put_at<Number>(a.h_n, seat.state(k) + j, h[k][j]);
-      if constexpr (T::C > 0) a.c_n[seat.state(k) + j] = c[k][j];
+      if constexpr (T::C > 0) put_at<Number>(a.c_n, seat.state(k) + j, c[k][j]);
     }
 }
 

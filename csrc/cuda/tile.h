@@ -56,7 +56,7 @@ struct Tile {
   // How many of them stay in registers, eight of a thread for each tile and part; the rest stands in
   // shared memory, as each lane will load it, and is made parts of then.
   static constexpr int COPIES = PARTS == 2 ? 2 : 1;
-  static constexpr int ROOM = THREADS > 384 ? 32 : THREADS > 256 ? 64 : PARTS == 2 ? 96 : 128;
+  static constexpr int ROOM = THREADS > 384 ? 24 : THREADS > 256 ? 64 : PARTS == 2 ? 96 : 128;
   static constexpr int HELD = least(PAIRS, ROOM / (8 * COPIES * TILES)), REST = PAIRS - HELD;
   static constexpr int WEIGHTS = MULTIPLIES ? THREADS * REST * TILES * 32 : 0;
 
