@@ -325,9 +325,9 @@ struct Operand<float> {
 };
 constexpr int NEIGHBOUR = 16;  // words of neighbour: this plus its mask
 
-// As tensor cores add: all terms are cut to multiples of 2^-24 of the largest one's power of two, and
-// so is their sum to a float32. (So does an A100, by Fasi, Higham, Mikaitis and Pranesh, "Numerical
-// behavior of NVIDIA tensor cores", 2021; later ones keep more.)
+// About as tensor cores add: all terms are cut towards zero to multiples of 2^-24 of the largest
+// one's power of two, and their sum to a float32. (Fasi, Higham, Mikaitis and Pranesh, "Numerical
+// behavior of NVIDIA tensor cores", 2021. Where they cut differs by generation.)
 inline float cut_sum(const float* terms, int count) {
   float largest = 0, plain = 0;
   for (int k = 0; k < count; ++k) {
