@@ -696,13 +696,6 @@ MUTATIONS = (
         LOOPS,
     ),
     Mutation(
-        "cuda: of four sequences a lane takes another's",
-        TILE,
-        "few ? (k ? EIGHT : q)",
-        "few ? (k ? EIGHT : q ^ 1)",
-        LOOPS,
-    ),
-    Mutation(
         "cuda: vectors of a place that is not aligned to them",
         TILE,
         "grain = bytes | (int(reinterpret_cast<uintptr_t>(from)) & 15);",
