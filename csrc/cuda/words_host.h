@@ -8,7 +8,8 @@
 //                 bytes that changed meanwhile, at either place, are an error, and so is an address
 //                 that is not aligned
 //   mma(), neighbour()    are an error where not all lanes of the warp are at the same word
-//   meet()        is an error where a thread has left the kernel, or comes in no time
+//   meet(), meet_pair()   are an error where one of their threads has left the kernel, or does not
+//                 come for half a minute
 //
 // An error ends the launch: the threads leave at the next barrier, and run() gives its message.
 //
