@@ -60,6 +60,19 @@ def test_product(host, name):
     assert (ours - (d.double() + 2 * a.double() @ b.double().T)).abs().max() > 0.1
 
 
+def test_sums_are_cut(host):
+    """Terms of an instruction to 2^-24 of the largest, towards zero; so is the sum."""
+    a, b = torch.full((16, 16), 1.5 * 2**-12).bfloat16(), torch.full((8, 16), 2**-12).bfloat16()
+    for start in (1.0, -1.0):
+        d = torch.full((32, 4), start)
+        launch(host, "product_bf16", w_hh=fragments(a, 2), b_hh=fragments(b, 2), y=d, T=1)
+        # of 16 terms of 1.5 * 2^-24 each leaves 2^-24
+        assert torch.equal(d, torch.full((32, 4), start + 2**-20))
+        d = torch.full((32, 4), start * 2**5)
+        launch(host, "product_bf16", w_hh=fragments(a, 2), b_hh=fragments(b, 2), y=d, T=1)
+        assert torch.equal(d, torch.full((32, 4), start * 2**5))
+
+
 def bits_of(t):
     return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
 

@@ -399,10 +399,11 @@ void run(const char* name, Shape s) {
 }
 
 // {T, B, R, H, ragged, state, reset, h_mask, save}; H 0: as many as the kernel has room for
-const Shape PLAIN{4, 3, 1, 0, false, true, false, false, true};
+// PLAIN, LONG: more steps than are on their way at once
+const Shape PLAIN{11, 9, 2, 0, false, true, false, false, true};
 const Shape SMALLEST{1, 1, 1, 1, false, false, false, false, true};
 const Shape RAGGED{4, 9, 2, 19, true, true, true, true, true};  // the ninth sequence is empty
-const Shape LONG{11, 9, 2, 0, false, true, true, false, true};  // more steps than are on their way
+const Shape LONG{11, 3, 2, 30, false, true, true, false, true};
 const Shape LEAN{3, 2, 2, 17, true, false, false, true, false};
 const Shape PARTS{4, 3, 1, 70, true, true, true, false, true};  // of a cell without a product
 

@@ -8,7 +8,8 @@
 //                 bytes that changed meanwhile, at either place, are an error, and so is an address
 //                 that is not aligned
 //   mma(), neighbour()    are an error where not all lanes of the warp are at the same word
-//   meet()        is an error where a thread has left the kernel, or comes in no time
+//   meet(), meet_pair()   are an error where one of their threads has left the kernel, or does not
+//                 come for half a minute
 //
 // An error ends the launch: the threads leave at the next barrier, and run() gives its message.
 //
@@ -325,9 +326,9 @@ struct Operand<float> {
 };
 constexpr int NEIGHBOUR = 16;  // words of neighbour: this plus its mask
 
-// As tensor cores add: all terms are cut to multiples of 2^-24 of the largest one's power of two, and
-// so is their sum to a float32. (So does an A100, by Fasi, Higham, Mikaitis and Pranesh, "Numerical
-// behavior of NVIDIA tensor cores", 2021; later ones keep more.)
+// About as tensor cores add: all terms are cut towards zero to multiples of 2^-24 of the largest
+// one's power of two, and their sum to a float32. (Fasi, Higham, Mikaitis and Pranesh, "Numerical
+// behavior of NVIDIA tensor cores", 2021. Where they cut differs by generation.)
 inline float cut_sum(const float* terms, int count) {
   float largest = 0, plain = 0;
   for (int k = 0; k < count; ++k) {

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 WORDS = ROOT / "tests" / "helpers" / "cuda_words.cpp"
 BUILT = ROOT / "build" / "host"
-FLAGS = "-std=c++20 -O1 -fPIC -shared -pthread -ffp-contract=off -fno-strict-aliasing".split()
+FLAGS = "-std=c++20 -O0 -fPIC -shared -pthread -ffp-contract=off -fno-strict-aliasing".split()
 FLAGS += ["-Wno-unknown-pragmas", f"-I{CUDA}"]
 #: Made up: no more than the planner and the kernels need.
 DEVICE = Device("a made-up GPU", 4, 227 << 10, 228 << 10, 65536, 1.0, (9, 0), 100, threads=256)
