@@ -19,6 +19,7 @@ value and each state other than h; with ``memory="lean"`` y alone, and backward 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..cells import CELLS
+from ..cells import CELLS, Cell
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .cuda_kernels import (
     KERNELS,
@@ -62,7 +63,7 @@ ABILITIES = Abilities()
 #: What a kernel is given, in this order: csrc/cuda/arguments.h.
 FIELDS = (
     "T B R H rows reverse save lengths offsets gates extra y c_all h_0 c_0 h_n c_n w_hh b_hh unit "
-    "reset h_mask dy dc_all dh dc dgates dproduct dunit"
+    "reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit"
 ).split()
 #: The driver that runs what nvcc 13 makes.
 DRIVER = 580
@@ -238,7 +239,7 @@ def _walk_forward(
     along = [task.rows(R * H, task.wide) for _ in cell.other_states if full or trajectory]
     for rows in along:
         task.padded(rows)
-    finals = [task.state(H, task.dtype), *[task.state(H, task.wide) for _ in cell.other_states]]
+    finals = [task.state(H, task.dtype) for _ in cell.states]
     values: dict[str, Any] = {"save": int(full), "gates": gates, "extra": extra, "y": y}
     values |= {f"{state}_n": final for state, final in zip(cell.states, finals, strict=True)}
     values |= {f"{s}_all": rows for s, rows in zip(cell.other_states, along, strict=bool(along))}
@@ -254,7 +255,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     with task.on_device():
         y = task.padded(task.rows(task.R * task.H))
         finals, saved, along = _walk_forward(task, y, full, trajectory)
-    result = Result(y, [final.to(task.dtype) for final in finals], [], [])
+    result = Result(y, finals, [], [])
     if full:
         result.saved = [*saved, *along]
     if trajectory:
@@ -292,8 +293,11 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
     dgates = new(N, R, cell.G * H, dtype=task.dtype)
     apart = cell.parts_differ and bool(cell.recurrent_gates)
     dproduct = new(N, R, cell.G_hh * H, dtype=task.dtype) if apart else dgates
-    U, tiles = len(cell.unit_parameters), -(-task.B // ROWS)
+    tiles, w = -(-task.B // ROWS), task.call.weights[0]
+    biased = w.b_ih is not None or w.b_hh is not None
+    U, apart_gates = len(cell.unit_parameters), len(cell.apart_gates)
     dunit = new(tiles, R, U, H, dtype=task.wide) if U else None
+    dbias = new(tiles, R, cell.G + apart_gates, H, dtype=task.wide) if biased else None
     values: dict[str, Any] = {
         "gates": gates,
         "extra": extra,
@@ -301,14 +305,15 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         "dy": _aligned(grads.y),
         "dgates": dgates,
         "dproduct": dproduct if apart else None,
+        "dbias": dbias,
         "dunit": dunit,
     }
     dstates = []
     for k, (state, given) in enumerate(zip(cell.states, grads.states, strict=True)):
-        # what the kernel carries: the gradient of the final state first, that of the initial last
-        carried = new(R, task.B, H, dtype=task.wide)
-        dstates.append(carried.copy_(given) if given is not None else carried.zero_())
-        values[f"d{state}"] = carried
+        values[f"d{state}_n"] = _aligned(given)
+        if wanted.states:
+            dstates.append(task.state(H, task.dtype))
+            values[f"d{state}_0"] = dstates[-1]
         if k:
             values[f"{state}_all"] = _aligned(along[k - 1])
             d = grads.trajectory[k - 1] if grads.trajectory else None
@@ -317,9 +322,27 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
 
     dunits = None if dunit is None else dunit.sum(0).to(task.dtype)
     recurrent = _recurrent_gradient(task, y, dproduct) if wanted.weights else _none
-    dx, dweights = task.gradients(wanted, dgates, dproduct, recurrent, _none, dunits)
-    states = [d.to(task.dtype) for d in dstates] if wanted.states else None
-    return Gradients(dx, states, dweights)
+    biases = None
+    if dbias is not None and wanted.weights:
+        sums = dbias.sum(0) if tiles != 1 else dbias[0]
+        biases = _biases(cell, sums.to(task.dtype).view(R, -1))
+    dx, dweights = task.gradients(wanted, dgates, biases, recurrent, _none, dunits)
+    return Gradients(dx, dstates if wanted.states else None, dweights)
+
+
+def _biases(cell: Cell, sums: Tensor) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+    """What makes those of b_ih and b_hh of a recurrence. sums: (R, (G + apart) * H)."""
+    H = sums.shape[1] // (cell.G + len(cell.apart_gates))
+    G, joint = cell.G, cell.G_hh - len(cell.apart_gates)
+
+    def of(r: int) -> tuple[Tensor, Tensor | None]:
+        db_ih = sums[r, : G * H].clone()
+        if not cell.recurrent_gates:
+            return db_ih, None
+        db_hh = torch.cat([sums[r, : joint * H], sums[r, G * H :]])
+        return db_ih, db_hh
+
+    return of
 
 
 def _none(r: int) -> None:
@@ -330,5 +353,20 @@ def _recurrent_gradient(task: _Task, y: Tensor, dproduct: Tensor) -> Any:
     """What makes dw_hh of a recurrence: its products' gradients times what they multiplied."""
     if not task.cell.recurrent_gates:
         return _none
+    call, B = task.call, task.B
+    if task.lengths is None and call.reset is None and call.h_mask is None and task.T > 1:
+        h = y.view(task.N, task.R, task.H)
+
+        def beside(r: int) -> Tensor:
+            """Of the steps but the first, h of the step before; the first has h_0."""
+            first, rest, before = slice(0, B), slice(B, None), slice(None, -B)
+            if call.reverse[r]:
+                first, rest, before = slice(-B, None), slice(None, -B), slice(B, None)
+            found = torch.mm(dproduct[rest, r].t(), h[before, r])
+            if call.states:
+                found.addmm_(dproduct[first, r].t(), call.states[0][r])
+            return found
+
+        return beside if B else lambda r: dproduct.new_zeros((dproduct.shape[2], task.H))
     h = task.previous_h(y)
     return lambda r: torch.mm(dproduct[:, r].t(), h[:, r])

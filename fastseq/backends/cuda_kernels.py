@@ -180,7 +180,7 @@ class Kernel:
     def room(self) -> int:
         """How many registers of a thread may hold weights: as many as leave the compiler enough."""
         if self.threads > 256:
-            return 32 if self.threads > 384 else 64
+            return 24 if self.threads > 384 else 64
         return 96 if PARTS[self.type] == 2 else 128
 
     @cached_property

@@ -146,15 +146,15 @@ class Layer:
         self,
         wanted: Wanted,
         dgates: Tensor,
-        dproduct: Tensor,
+        biases: Callable[[int], tuple[Tensor | None, Tensor | None]] | None,
         recurrent: Callable[[int], Tensor | None],
         projection: Callable[[int], Tensor | None],
         dunits: Tensor | None,
     ) -> tuple[Tensor | None, list[Weights] | None]:
         """Those of x and of the weights that are wanted.
 
-        dgates: (N, R, G*H), of the input products. dproduct: (N, R, G_hh*H), of the recurrent ones.
-        recurrent, projection: make dw_hh and dw_hr of a recurrence. dunits: (R, U, H).
+        dgates: (N, R, G*H), of the input products. biases, recurrent, projection: make those of
+        b_ih and b_hh, of w_hh and of w_hr of a recurrence. dunits: (R, U, H).
         """
         dx = dweights = None
         with products_as(self.precision, self.device):
@@ -164,15 +164,17 @@ class Layer:
                 flat = dx.view(self.capacity, x.shape[-1])[: self.N]
                 torch.mm(dgates.view(self.N, self.R * self.cell.G * self.H), self.w_ih(), out=flat)
             if wanted.weights:
-                dweights = [
-                    Weights(
-                        torch.mm(dgates[:, r].t(), self.x),
-                        None if w.w_hh is None else recurrent(r),
-                        None if w.b_ih is None else dgates[:, r].sum(0),
-                        None if w.b_hh is None else dproduct[:, r].sum(0),
-                        projection(r),
-                        () if dunits is None else tuple(u.clone() for u in dunits[r]),
+                dweights = []
+                for r, w in enumerate(self.call.weights):
+                    db_ih, db_hh = (None, None) if biases is None else biases(r)
+                    dweights.append(
+                        Weights(
+                            torch.mm(dgates[:, r].t(), self.x),
+                            None if w.w_hh is None else recurrent(r),
+                            None if w.b_ih is None else db_ih,
+                            None if w.b_hh is None else db_hh,
+                            projection(r),
+                            () if dunits is None else tuple(u.clone() for u in dunits[r]),
+                        )
                     )
-                    for r, w in enumerate(self.call.weights)
-                ]
         return dx, dweights

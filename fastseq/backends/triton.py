@@ -476,6 +476,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
             task.values[f"d{state}_all_ptr"] = None if d is None else d.contiguous()
     task.walk_backward()
 
+    biased = any(w.b_ih is not None or w.b_hh is not None for w in call.weights)
     operands: dict[str, Tensor] = {}
     if wanted.weights:
         operands = _operands(task, task.previous_h(y) if cell.masks_h else None, gates, extra)
@@ -494,8 +495,15 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         rows = m.view(task.capacity, R, H)[:N, r]
         return torch.mm(dh_all.view(N, R, task.P)[:, r].t(), rows)
 
+    def biases(r: int) -> tuple[Tensor, Tensor]:
+        db_ih = dgates[:, r].sum(0)
+        # a gradient is nobody else's memory
+        return db_ih, db_ih.clone() if dproduct is dgates else dproduct[:, r].sum(0)
+
     dunits = None if dunit is None else dunit.sum(0).to(task.dtype)
-    dx, dweights = task.gradients(wanted, dgates, dproduct, recurrent, projection, dunits)
+    dx, dweights = task.gradients(
+        wanted, dgates, biases if biased else None, recurrent, projection, dunits
+    )
     states = [d.to(task.dtype) for d in dstates] if wanted.states else None
     return Gradients(dx, states, dweights)
 
