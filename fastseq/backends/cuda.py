@@ -31,6 +31,7 @@ from torch.nn.functional import pad
 from ..cells import CELLS, Cell
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .cuda_kernels import (
+    H100,
     KERNELS,
     POINTWISE_UNITS,
     PREVIOUS_THREADS,
@@ -116,8 +117,8 @@ def _device(index: int) -> Device:
 
 
 def device_at_hand(device: str) -> Device:
-    """What a problem is planned for."""
-    return _device(torch.cuda.current_device())
+    """What a problem is planned for: the current device, or what is traced without one an H100."""
+    return _device(torch.cuda.current_device()) if torch.cuda.is_available() else H100
 
 
 @lru_cache(maxsize=256)
