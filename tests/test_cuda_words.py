@@ -7,17 +7,17 @@ import struct
 import pytest
 import torch
 
-from tests.helpers.cuda_on_host import WORDS, OnHost, build
+from tests.helpers.cuda_on_host import library_of_words
 
 
 @pytest.fixture(scope="module")
 def host():
-    return OnHost(build(WORDS))
+    return library_of_words()
 
 
 def launch(host, name, threads=32, ctas=1, shared=0, **values):
     """Fields that are left out are 0."""
-    fields = [values.pop(field, 0) for field in host.fields()]
+    fields = [values.pop(field, 0) for field in host.fields().split()]
     assert not values
     words = [f.data_ptr() if isinstance(f, torch.Tensor) else f for f in fields]
     arguments = struct.pack(f"{len(words)}q", *words)

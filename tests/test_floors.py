@@ -16,7 +16,8 @@ from fastseq.backends.contract import fault
 ROOT = Path(fastseq.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 BENCHMARKS = sorted((ROOT.parent / "bench").rglob("*.py"))  # none beside an installed package
-FLOORS = {"cells": 0, "_cpu": 0, "reference": 1, "backends": 2, "ops": 3, "nn": 4}  # _cpu: compiled
+COMPILED = ("_cpu", "_cuda")
+FLOORS = {"cells": 0, "reference": 1, "backends": 2, "ops": 3, "nn": 4} | dict.fromkeys(COMPILED, 0)
 TOP = 5
 #: What a floor may import from outside, where it is kept plain.
 PLAIN = {0: set(), 1: {"numpy"}}
@@ -52,7 +53,9 @@ def exists(name):
     if parts[0] != "fastseq":
         return False
     path = ROOT.joinpath(*parts[1:])
-    return path.is_dir() or path.with_suffix(".py").is_file() or name == "fastseq._cpu"
+    if len(parts) == 2 and parts[1] in COMPILED:
+        return True
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def climbs(source, module, is_package):
@@ -147,6 +150,10 @@ def test_a_circle_is_found():
     assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
+#: A backend's name that is also a device's, which the floors above may well ask for.
+A_DEVICE_TOO = "cuda"
+
+
 def backends_named(source, module):
     """Where a file above the backends names one: as a word, or by importing its room."""
     package = module.rpartition(".")[0] or module
@@ -156,7 +163,8 @@ def backends_named(source, module):
         if name in rooms:
             yield f"line {line}: imports {name}"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and node.value in BACKENDS:
+        word = node.value if isinstance(node, ast.Constant) else None
+        if word in BACKENDS and word != A_DEVICE_TOO:
             yield f"line {node.lineno}: {node.value!r}"
 
 
@@ -173,6 +181,7 @@ def test_no_backend_is_named_above_the_backends(path):
     [
         'f = name == "native"',
         "from ..backends import eager",
+        "from ..backends import cuda",
         "from ..backends.torch import stacks",
         "def f():\n    import fastseq.backends.numba",
     ],

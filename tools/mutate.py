@@ -48,7 +48,8 @@ def copy(root, to):
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.check_output(listed, cwd=root, text=True).split("\0")
     found = {root / name for name in names if name}
-    for pattern in ("fastseq/_cpu*", "build/objects/*", "fastseq/backends/__pycache__/*.nb?"):
+    built = ("fastseq/_cpu*", "fastseq/_cuda*", "build/objects/*", "build/objects/cuda-*/*")
+    for pattern in (*built, "fastseq/backends/__pycache__/*.nb?"):
         found.update(root.glob(pattern))
     for path in found:
         if path.is_file():
@@ -99,7 +100,7 @@ def rebuild(tree, changed):
     if not stale.exists():
         raise CannotTry("the C++ kernels' objects are not there: make build")
     stale.unlink()
-    for made in objects.glob("*.o"):  # the others count as new
+    for made in (*objects.glob("*.o"), *objects.glob("cuda-*/*.fatbin")):  # the others count as new
         made.touch()
     done = python(tree, "setup.py", "-q", "build_ext", "--inplace")
     if done.returncode or "without its C++ kernels" in done.stdout:
@@ -128,7 +129,8 @@ def mutated(tree, mutation):
 
 
 def is_compiled(mutation):
-    return mutation.file.startswith("csrc/")
+    """Into the library that tests load; they compile the CUDA kernels for the host themselves."""
+    return mutation.file.startswith("csrc/") and not mutation.file.startswith("csrc/cuda/")
 
 
 def verdict(tree, mutation):

@@ -32,6 +32,9 @@ BACKWARD, GRADIENTS = "csrc/cpu/backward.h", "csrc/cpu/gradients.h"
 NUMBA, NUMBA_LOOPS = "fastseq/backends/numba.py", "fastseq/backends/numba_loops.py"
 CHOICE, STACKED = "fastseq/backends/choice.py", "fastseq/backends/stacked.py"
 GEOMETRY, RUN, WHOLE = "fastseq/ops/geometry.py", "fastseq/ops/run.py", "fastseq/ops/whole.py"
+FORWARD_CUDA, BACKWARD_CUDA, TILE = (f"csrc/cuda/{n}.h" for n in ("forward", "backward", "tile"))
+RACES = ("tests/test_cuda_on_host.py::test_a_few_under[thread]",)
+LOOPS = ("tests/test_cuda_on_host.py::test_a_few_under[address]",)
 CHECKS, SHORT = "fastseq/ops/checks.py", "fastseq/nn/short.py"
 AUTOGRAD, EAGER = "fastseq/ops/autograd.py", "fastseq/backends/eager.py"
 
@@ -599,6 +602,126 @@ MUTATIONS = (
         "return kind | direction << 3 | layer << 4",
         "return kind | layer << 4",
         ("tests/test_masks.py::test_no_two_places_share_a_mask",),
+    ),
+    # The CUDA kernels, on the host
+    Mutation(
+        "cuda: forward's steps do not meet",
+        FORWARD_CUDA,
+        "    arrived<STAGES - 3>();\n    meet();\n",
+        "    arrived<STAGES - 3>();\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda: backward's steps do not meet",
+        BACKWARD_CUDA,
+        "    arrived<STAGES - 3>();\n    meet();\n",
+        "    arrived<STAGES - 3>();\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda: forward's threads do not meet before the first step",
+        FORWARD_CUDA,
+        "  arrived<STAGES - 2>();\n  meet();\n",
+        "  arrived<STAGES - 2>();\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda: forward writes h over the h that others still read",
+        FORWARD_CUDA,
+        "next = operands + ((step + 1) & 1) * T::OPERAND",
+        "next = operands + (step & 1) * T::OPERAND",
+        RACES,
+    ),
+    Mutation(
+        "cuda: one buffer of backward's gradients instead of two",
+        BACKWARD_CUDA,
+        "operand = operands + (step & 1) * T::OPERAND",
+        "operand = operands",
+        RACES,
+    ),
+    Mutation(
+        "cuda: two warps of backward do not meet before they read each other's sums",
+        BACKWARD_CUDA,
+        "        meet_pair(seat.warp / 2);\n",
+        "",
+        RACES,
+    ),
+    Mutation(
+        "cuda: forward does not wait for its input",
+        FORWARD_CUDA,
+        "    arrived<STAGES - 3>();\n",
+        "",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: forward waits for the step that it has read, not for the next",
+        FORWARD_CUDA,
+        "    arrived<STAGES - 3>();\n",
+        "    arrived<STAGES - 2>();\n",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: backward waits for the step that it has read, not for the next",
+        BACKWARD_CUDA,
+        "    arrived<STAGES - 3>();\n",
+        "    arrived<STAGES - 2>();\n",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: forward fetches into what it still needs",
+        FORWARD_CUDA,
+        "on_its_way(step + STAGES - 1, last_slot",
+        "on_its_way(step + STAGES - 1, slot",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: two words of a fragment of weights trade places",
+        TILE,
+        "{upper.w[2 * k], lower.w[2 * k],",
+        "{lower.w[2 * k], upper.w[2 * k],",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: two words of a fragment of h trade places",
+        TILE,
+        "mma(first, w.w[0], b.w[0], b.w[1], Number());",
+        "mma(first, w.w[0], b.w[1], b.w[0], Number());",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: a lane hands h on as another sequence's",
+        FORWARD_CUDA,
+        "put_operand<T>(next + T::place(2 * seat.q + k)",
+        "put_operand<T>(next + T::place(2 * seat.q + 1 - k)",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: of four sequences a lane takes another's",
+        TILE,
+        "few ? (k ? EIGHT : q)",
+        "few ? (k ? EIGHT : q ^ 1)",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: vectors of a place that is not aligned to them",
+        TILE,
+        "grain = bytes | (int(reinterpret_cast<uintptr_t>(from)) & 15);",
+        "grain = bytes;",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda: gradients of unit parameters of half the sequences",
+        BACKWARD_CUDA,
+        "      total += neighbour(total, 2);\n",
+        "",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda on the host: copies arrive when they are asked for",
+        "csrc/cuda/words_host.h",
+        "copy.to[k] = POISON;",
+        "copy.to[k] = copy.from[k];",
+        ("tests/test_cuda_words.py::test_a_forgotten_wait_shows",),
     ),
     # Autograd and the choice
     Mutation(

@@ -2,9 +2,10 @@
 
     python tools/one_binary.py dist/*.whl [PYTHON ...] [--torch 2.10.0]
 
-Looks into the wheel: its tag, and what its library asks of the system, which is no symbol of torch.
-Then native's tests of parity run on the wheel, away from the sources, in each Python that is named.
-One that has torch and pytest lends them; for another they are installed beside it.
+Looks into the wheel: its tag, its size, and what its libraries ask of the system, which is no
+symbol of torch or CUDA. Then native's tests of parity run on the wheel, away from the sources, in
+each Python that is named. One that has torch and pytest lends them; for another they are installed
+beside it.
 """
 
 import argparse
@@ -19,12 +20,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "fastseq/_cpu.abi3.so"
-TORCH = re.compile(r"torch|c10|at::|aoti_")
+CUDA_LIBRARY = "fastseq/_cuda.abi3.so"
+OTHERS = {"torch": re.compile(r"torch|c10|at::|aoti_"), "CUDA": re.compile(r"^(cu|cuda|nv)[A-Z]")}
+MOST_MB = 20
 WHERE = """
 import sys, torch, fastseq
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {fastseq.__file__}")
 assert fastseq.backends()["native"] == "available", fastseq.backends()["native"]
 """
+
+
+def numbers(version: str) -> list[int]:
+    return [int(n) for n in version.split(".")]
 
 
 def needs(library: Path) -> tuple[list[str], dict[str, str]]:
@@ -33,9 +40,7 @@ def needs(library: Path) -> tuple[list[str], dict[str, str]]:
     undefined = re.findall(r"^\s+[Uw] (.+)$", out.stdout, re.MULTILINE)
     newest: dict[str, str] = {}
     for name, version in re.findall(r"@([A-Z]+)_([\d.]+)$", "\n".join(undefined), re.MULTILINE):
-        numbers = [int(n) for n in version.split(".")]
-        if name not in newest or numbers > [int(n) for n in newest[name].split(".")]:
-            newest[name] = version
+        newest[name] = max(version, newest.get(name, version), key=numbers)
     return undefined, newest
 
 
@@ -43,18 +48,28 @@ def look(wheel: Path) -> str:
     """One line on the wheel. Raises ValueError where it is not one binary."""
     if "-cp310-abi3-" not in wheel.name:
         raise ValueError(f"{wheel.name}: expected the tag cp310-abi3")
+    megabytes = wheel.stat().st_size / 1e6
+    if megabytes > MOST_MB:
+        raise ValueError(f"{wheel.name} has {megabytes:.1f} MB, and {MOST_MB} are the most")
+    newest: dict[str, str] = {}
+    said = f"{wheel.name}: {megabytes:.1f} MB, no symbol of torch"
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
-        if LIBRARY not in archive.namelist():
-            note = LIBRARY.replace(".abi3.so", ".txt")
-            raise ValueError(
-                f"{wheel.name} has no C++ kernels: {archive.read(note).decode().strip()}"
-            )
-        undefined, newest = needs(Path(archive.extract(LIBRARY, folder)))
-    of_torch = [name for name in undefined if TORCH.search(name)]
-    if of_torch:
-        raise ValueError(f"{LIBRARY} is bound to torch: {', '.join(of_torch)}")
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(newest.items()))
-    return f"{wheel.name}: no symbol of torch; needs {versions}"
+        for library in (LIBRARY, CUDA_LIBRARY):
+            if library not in archive.namelist():
+                note = library.replace(".abi3.so", ".txt")
+                why = archive.read(note).decode().strip()
+                if library == LIBRARY:
+                    raise ValueError(f"{wheel.name} has no C++ kernels: {why}")
+                said += f"; no CUDA kernels: {why}"
+                continue
+            undefined, versions = needs(Path(archive.extract(library, folder)))
+            for name, pattern in OTHERS.items():
+                found = [symbol for symbol in undefined if pattern.search(symbol)]
+                if found:
+                    raise ValueError(f"{library} is bound to {name}: {', '.join(found)}")
+            for name, version in versions.items():
+                newest[name] = max(version, newest.get(name, version), key=numbers)
+    return f"{said}; needs {', '.join(f'{n} {version}' for n, version in sorted(newest.items()))}"
 
 
 def prove(wheel: Path, python: str, torch: str) -> None:

@@ -5,8 +5,8 @@
 An active virtual environment is used (VIRTUAL_ENV, or a conda environment other than base), else
 .venv is made. A torch that is there is kept, else constraints.txt says which one is installed; then
 fastseq itself, editable, with its extras; an editable install of this tree under another name is
-removed. A stamp in the environment remembers what was done. The C++ kernels are built where they
-are missing or older than their sources.
+removed. A stamp in the environment remembers what was done. The C++ kernels, and the CUDA kernels
+where there is nvcc, are built where they are missing or older than their sources.
 ``--python`` prints the interpreter that is used and does nothing else.
 
 This file parses on every Python, so that one that is too old is told so.
@@ -15,6 +15,7 @@ This file parses on every Python, so that one that is too old is told so.
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,8 @@ OLDEST = (3, 10)
 OLDEST_TORCH = (2, 10)
 LIBRARY = os.path.join(ROOT, "fastseq", "_cpu.abi3.so")
 NOTE = os.path.join(ROOT, "fastseq", "_cpu.txt")  # setup.py's: why there is no library
+CUDA_LIBRARY = os.path.join(ROOT, "fastseq", "_cuda.abi3.so")
+CUDA_NOTE = os.path.join(ROOT, "fastseq", "_cuda.txt")
 NEEDED = ("torch", "numpy", "numba", "pytest", "pytest_benchmark", "xdist", "matplotlib", "tqdm")
 
 # Runs in the environment's own interpreter: version, prefix, whether it has pip, its torch, and
@@ -131,28 +134,63 @@ def run(command):
         stop("this command failed with status %d: %s" % (code, " ".join(command)))
 
 
-def sources():
-    """Of the C++ kernels, and how they are built."""
-    yield os.path.join(ROOT, "setup.py")
-    for folder, _, names in os.walk(os.path.join(ROOT, "csrc")):
+def newest(of_cuda):
+    """When a source of the CUDA kernels, or of the C++ kernels, changed; setup.py is of both."""
+    csrc = os.path.join(ROOT, "csrc")
+    times = [os.path.getmtime(os.path.join(ROOT, "setup.py"))]
+    for folder, _, names in os.walk(csrc):
+        first = os.path.relpath(folder, csrc).split(os.sep)[0]
         for name in names:
-            yield os.path.join(folder, name)
+            cuda = first in ("cuda", "launch") or name == "cuda_module.cpp"
+            if name == "words_host.h" or name.startswith("host"):  # for tests
+                continue
+            if first == "cells" or cuda == of_cuda:
+                times.append(os.path.getmtime(os.path.join(folder, name)))
+    return max(times)
+
+
+def is_newer(path, time):
+    return os.path.exists(path) and os.path.getmtime(path) >= time
+
+
+def nvcc_is_there():
+    """By the names that setup.py tries."""
+    named = os.environ.get("NVCC", "").split()[:1]
+    return any(map(shutil.which, named or ["nvcc", "/usr/local/cuda/bin/nvcc"]))
+
+
+def text_of(note):
+    """What setup.py left there, or nothing."""
+    if not os.path.exists(note):
+        return ""
+    with open(note) as file:
+        return file.read().strip()
 
 
 def build_kernels(python):
-    """Again where a source is newer. Where that cannot be, fastseq works without and says so."""
-    newest = max(os.path.getmtime(path) for path in sources())
-    if os.path.exists(LIBRARY) and os.path.getmtime(LIBRARY) >= newest:
-        return
-    say("building the C++ kernels, which takes up to a minute")
-    command = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
-    with open(os.devnull, "w") as nowhere:
-        code = subprocess.call(command, cwd=ROOT, stdout=nowhere)
-    if code:
-        stop("this command failed with status %d: %s" % (code, " ".join(command)))
-    if os.path.exists(NOTE):
-        with open(NOTE) as file:
-            say("going on without the C++ kernels: " + file.read().strip())
+    """Again where a source is newer. Where that cannot be, fastseq works without and says so; where
+    there is no nvcc it says nothing, since most machines have none."""
+    old = not is_newer(LIBRARY, newest(False))
+    changed = newest(True)
+    had_none = re.match("no nvcc|NVCC names", text_of(CUDA_NOTE)) is not None
+    cuda = nvcc_is_there()
+    cuda_is_old = not is_newer(CUDA_LIBRARY, changed) and (
+        not is_newer(CUDA_NOTE, changed) or (cuda and had_none)
+    )
+    if old:
+        say("building the C++ kernels, which takes up to a minute")
+    if cuda_is_old and cuda:
+        say("building the CUDA kernels, for sm_90a alone, which takes some minutes")
+    if old or cuda_is_old:
+        command = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+        with open(os.devnull, "w") as nowhere:
+            code = subprocess.call(command, cwd=ROOT, stdout=nowhere)
+        if code:
+            stop("this command failed with status %d: %s" % (code, " ".join(command)))
+    if cuda and text_of(CUDA_NOTE) and not text_of(NOTE):
+        say("going on without the CUDA kernels: " + text_of(CUDA_NOTE))
+    if text_of(NOTE):
+        say("going on without the C++ kernels: " + text_of(NOTE))
 
 
 def distribution():

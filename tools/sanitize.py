@@ -1,8 +1,11 @@
-"""Build csrc/driver.cpp with a sanitizer and run it: the C++ kernels without Python and torch.
+"""Build csrc/driver.cpp with a sanitizer and run it: the C++ kernels without Python and torch. And
+csrc/cuda/host_driver.cpp: the CUDA kernels, whose threads are threads of the CPU there.
 
-    python tools/sanitize.py [address | thread] ... [base | avx2 | avx512 | avx512_bf16] ...
+    python tools/sanitize.py [address | thread] ... [base | avx2 | avx512 | avx512_bf16] ... \\
+                             [cuda | cuda-few]
 
-By default each of the two sanitizers, on every instruction set that this processor knows.
+By default each of the two sanitizers, on every instruction set that this processor knows, and on
+the CUDA kernels; ``cuda-few`` is a choice of these that is soon done.
 ``address`` comes with the checks of undefined behaviour, and with a write behind a piece of a
 scratch block, which it has to report. What is built is kept in out/sanitize/. ``CXX`` names the
 compiler.
@@ -35,17 +38,40 @@ if platform.machine() in ("x86_64", "AMD64"):
 FLAGS = (
     "-std=c++17 -DFASTSEQ_TRIAL -g1 -pthread -ffp-contract=off -fno-math-errno -Wno-psabi".split()
 )
+STOP_AT_A_RACE = {"TSAN_OPTIONS": "halt_on_error=1"}
+CUDA_FLAGS = (
+    "-std=c++20 -g1 -pthread -ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas".split()
+)
+CUDA = {"cuda": [], "cuda-few": ["-DFASTSEQ_FEW"]}
+TARGETS = [*INSTRUCTION_SETS, *CUDA]
+ALL = [*INSTRUCTION_SETS, "cuda"]
 
 
-def build(sanitizer, instruction_set):
+def newest(*folders):
+    """When a source changed last."""
+    sources = [p for folder in folders for p in folder.glob("*.*")]
+    return max(p.stat().st_mtime for p in sources)
+
+
+def build(sanitizer, target):
     """The driver's path; it is made again where any source is newer."""
-    folder = ROOT / "out" / "sanitize" / f"{sanitizer}-{instruction_set}"
+    folder = ROOT / "out" / "sanitize" / f"{sanitizer}-{target}"
     driver = folder / "driver"
-    newest = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")])
-    if driver.exists() and driver.stat().st_mtime > newest:
+    own = CSRC / "cuda" if target in CUDA else CSRC
+    changed = newest(CSRC / "cells", CSRC / "cpu", own)
+    if driver.exists() and driver.stat().st_mtime > changed:
         return driver
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *SANITIZERS[sanitizer]]
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *SANITIZERS[sanitizer]]
+    if target in CUDA:
+        words = [*CUDA_FLAGS, *CUDA[target], CSRC / "cuda" / "host_driver.cpp", "-o", driver]
+        subprocess.run([*command, *words], check=True)
+    else:
+        compile_instruction_set([*command, *FLAGS], target, folder, driver)
+    return driver
+
+
+def compile_instruction_set(command, instruction_set, folder, driver):
     objects = []
     for source in SOURCES:
         flags = [f"-DFASTSEQ_ISA={instruction_set}", *INSTRUCTION_SETS[instruction_set]]
@@ -53,7 +79,6 @@ def build(sanitizer, instruction_set):
         own = flags if source == "cpu/kernels.cpp" else []
         subprocess.run([*command, *own, "-c", CSRC / source, "-o", objects[-1]], check=True)
     subprocess.run([*command, *objects, "-o", driver], check=True)
-    return driver
 
 
 def check_overrun(command, size):
@@ -64,19 +89,20 @@ def check_overrun(command, size):
 
 
 def main(names):
-    unknown = [name for name in names if name not in {**SANITIZERS, **INSTRUCTION_SETS}]
+    unknown = [name for name in names if name not in (*SANITIZERS, *TARGETS)]
     if unknown:
-        sys.exit(f"sanitize: expected {[*SANITIZERS, *INSTRUCTION_SETS]}, got {unknown}")
+        sys.exit(f"sanitize: expected {[*SANITIZERS, *TARGETS]}, got {unknown}")
     for sanitizer in [n for n in SANITIZERS if n in names] or SANITIZERS:
-        for instruction_set in [n for n in INSTRUCTION_SETS if n in names] or INSTRUCTION_SETS:
-            driver = build(sanitizer, instruction_set)
-            print(f"{sanitizer}, {instruction_set}: ", end="", flush=True)
-            done = subprocess.run([driver, instruction_set])
+        for target in [n for n in TARGETS if n in names] or ALL:
+            driver = build(sanitizer, target)
+            print(f"{sanitizer}, {target}: ", end="", flush=True)
+            words = [] if target in CUDA else [target]
+            done = subprocess.run([driver, *words], env=os.environ | STOP_AT_A_RACE)
             if done.returncode not in (0, CANNOT_RUN):
                 sys.exit(f"sanitize: {driver} ended with status {done.returncode}")
-            if sanitizer == "address" and done.returncode == 0:
+            if sanitizer == "address" and done.returncode == 0 and target not in CUDA:
                 for size in (15, 16):  # into what it is rounded up to, and beyond that
-                    check_overrun([driver, instruction_set], size)
+                    check_overrun([driver, target], size)
 
 
 if __name__ == "__main__":

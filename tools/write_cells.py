@@ -2,9 +2,10 @@
 
     python tools/write_cells.py
 
-It writes csrc/cells/generated.h and csrc/cells/list.h. Both are committed, and a test writes them
-again and compares. Run it after a change of a cell, and build the extension again. A cell that the
-loops of csrc/cpu cannot walk is left out, with the reason, and ``native`` declines it.
+It writes csrc/cells/generated.h and csrc/cells/list.h, and csrc/cuda/list.h, the kernels that are
+compiled for GPUs. All are committed, and a test writes them again and compares. Run it after a
+change of a cell or of that list, and build the extensions again. A cell that the loops of csrc/cpu
+cannot walk is left out, with the reason, and ``native`` declines it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from fastseq.backends.cuda_kernels import KERNELS, PREVIOUS  # noqa: E402
 from fastseq.cells import CELLS, Cell, Phase, arguments  # noqa: E402
 from fastseq.cells.text import Text  # noqa: E402
 
 FOLDER = ROOT / "csrc" / "cells"
 NOTE = "// Written by tools/write_cells.py from fastseq/cells; change the cells there."
+CUDA_LIST = ROOT / "csrc" / "cuda" / "list.h"
+CUDA_NOTE = (
+    "// Written by tools/write_cells.py from fastseq/backends/cuda_kernels.py; change the list "
+    "there."
+)
 MOST_EACH = 4  # of csrc/cpu/call.h: other states, extras and unit parameters, of each
 WIDTH = 100
 #: Words of C++ that are names in Python; the gradient of an LSTM's o is called do.
@@ -287,10 +294,35 @@ def listed(cells: Iterable[Cell]) -> str:
     return f"{NOTE}\n#pragma once\n\n#define FASTSEQ_CELLS(X){rows}\n"
 
 
+def kernel_list(kernels: Iterable[tuple[str, str, str, int]]) -> str:
+    """csrc/cuda/list.h: the units, which are compiled each on its own, and the kernels of each.
+
+    ``kernels``: (way, name of the cell, type, hidden units) of each, in their order.
+    """
+    units: dict[str, list[str]] = {}
+    for way, name, kind, width in kernels:
+        struct = struct_name(CELLS[name]) if name in CELLS else name.capitalize()
+        entry = f"X({way}, {name}, {struct}, {kind}, {width})"
+        units.setdefault(name, []).append(entry)
+    macros = {"FASTSEQ_UNITS": [f"X({name})" for name in units]}
+    macros |= {f"FASTSEQ_KERNELS_{name}": entries for name, entries in units.items()}
+    blocks = [
+        f"#define {macro}(X)" + "".join(f" \\\n  {entry}" for entry in entries) + "\n"
+        for macro, entries in macros.items()
+    ]
+    return "\n".join([f"{CUDA_NOTE}\n#pragma once\n", *blocks])
+
+
 def written(cells: Iterable[Cell] = tuple(CELLS.values())) -> dict[Path, str]:
     """File -> what stands in it, of the cells that the kernels can walk."""
     walked = [cell for cell in cells if why_not(cell) is None]
-    return {FOLDER / "generated.h": generated(walked), FOLDER / "list.h": listed(walked)}
+    return {
+        FOLDER / "generated.h": generated(walked),
+        FOLDER / "list.h": listed(walked),
+        CUDA_LIST: kernel_list(
+            [*((k.way, k.cell, k.type, k.HC) for k in KERNELS.values()), *PREVIOUS]
+        ),
+    }
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ struct BackwardAt {
   float dh_now, dc_now[T::C ? T::C : 1], saves[T::G], extras[T::E ? T::E : 1];
   float h_before, h_after, c_before[T::C ? T::C : 1], c_after[T::C ? T::C : 1];
   float units[T::U ? T::U : 1];
-  float din[T::G], dproduct[T::G], dh_before, dc_before[T::C ? T::C : 1];
+  float din[T::G], dproduct[T::G], dh_before = 0, dc_before[T::C ? T::C : 1] = {};
   float dunits[T::U ? T::U : 1];
 
   DEVICE Value dvalue() const { return {dh_now}; }
@@ -40,242 +40,368 @@ struct BackwardAt {
 };
 
 template <class Cell, class Type, int HC>
-DEVICE void backward(const Arguments& a) {
+CONSTANT int backward_threads() {
+  return Tile<Cell, Type, HC, true>::THREADS;
+}
+template <class Cell, class Type, int HC>
+CONSTANT int backward_ctas() {
+  return Tile<Cell, Type, HC, true>::CTAS;
+}
+
+template <class Cell, class Type, int HC>
+DEVICE void backward_walk(const Arguments& a) {
   using T = Tile<Cell, Type, HC, true>;
   using Number = typename T::Number;
-  constexpr int STAGES = T::STAGES;
+  constexpr int STAGES = T::STAGES, EACH = T::EACH, SIZE = T::SIZE;
   const Seat<T> seat(a);
   unsigned char* const memory = shared();
   unsigned char* const operands = memory + T::WEIGHTS;
   unsigned char* const stages = memory + T::AT_STAGES;
-  const int H = int(a.H), R = int(a.R);
+  const int H = int(a.H);
+  const int part = T::SPLIT == 2 ? seat.warp % 2 : 0;  // of the inner length
 
   Weights<T> weights;
   if constexpr (T::MULTIPLIES) {
     const auto* w_hh = static_cast<const unsigned char*>(a.w_hh) +
-                       (int64_t(seat.recurrence) * HC + seat.warp * UNITS) * T::INNER;
-    weights.fill(memory, [&](int) { return w_hh; }, T::INNER, seat.warp, seat.lane);
+                       int64_t(seat.recurrence) * HC * T::INNER;
+    const int tile = seat.warp / T::SPLIT * 16;
+    weights.fill(
+        memory,
+        [&](int, bool lower) {
+          const int unit = EACH == 2 ? 2 * seat.g + lower : seat.g + 8 * lower;
+          return w_hh + int64_t(tile + unit) * T::INNER;
+        },
+        part, seat.q);
   }
 
-  // this thread's elements
-  float dh[4], dc[4], mask[4], unit[T::U ? T::U : 1][2];
-  float h[4], c[4];  // after the step
-  Sum dunit[T::U ? T::U : 1][2];
-  bool is_unit[2];
+  // this thread's elements: columns by units
+  float dh[2][EACH], dc[2][EACH], unit[T::U ? T::U : 1][EACH];
+  float h[2][EACH] = {}, c[2][EACH] = {};  // after the step
+  Sum dunit[T::U ? T::U : 1][EACH];
   int lengths[2];
+  const int64_t beside = seat.beside(0);
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    is_unit[k] = seat.is_unit(2 * k);
-    lengths[k] = seat.length(seat.column_of(k));
+  for (int j = 0; j < EACH; ++j)
 #pragma unroll
     for (int u = 0; u < T::U; ++u)
-      unit[u][k] = is_unit[k] ? number_at<Number>(a.unit, (int64_t(seat.recurrence) * T::U + u) * H +
-                                                              seat.unit_of(2 * k))
-                              : 0.0f;
-  }
+      unit[u][j] =
+          seat.is_unit(j)
+              ? number_at<Number>(a.unit, (int64_t(seat.recurrence) * T::U + u) * H +
+                                              seat.origin + seat.local + j)
+              : 0.0f;
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const bool there = is_unit[e / 2] && seat.sequence(seat.column_of(e)) < a.B;
-    dh[e] = there ? a.dh[seat.state(e)] : 0.0f;
-    dc[e] = T::C && there ? a.dc[seat.state(e)] : 0.0f;
-    mask[e] = there && a.h_mask ? number_at<Number>(a.h_mask, seat.state(e)) : 1.0f;
-    h[e] = c[e] = 0.0f;
+  for (int k = 0; k < 2; ++k) {
+    lengths[k] = seat.length(seat.one(k));
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      const bool there = seat.is_unit(j) && seat.is_sequence(k);
+      dh[k][j] = there ? a.dh[seat.state(k) + j] : 0.0f;
+      dc[k][j] = T::C && there ? a.dc[seat.state(k) + j] : 0.0f;
+    }
+    if constexpr (T::MULTIPLIES)  // the columns that have no sequence stay so
+#pragma unroll
+      for (int g = 0; g < T::G_HH; ++g) {
+        const Number zeros[EACH] = {};
+        const int at = T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE;
+        store_each(operands + at, zeros);
+        store_each(operands + T::OPERAND + at, zeros);
+      }
   }
 
   // this thread's part of the rows that are fetched
-  constexpr int ROW_LANES = T::THREADS / EIGHT;
-  const int my_row = thread() / ROW_LANES, my_part = thread() % ROW_LANES;
+  const int my_row = thread() / T::ROW_LANES, my_part = thread() % T::ROW_LANES;
   const int my_length = seat.length(my_row);
-  const int narrow_bytes = seat.width * T::SIZE;
+  const int bytes = seat.width * SIZE, from_unit = H * SIZE;
+  unsigned char* const my_stages = stages + my_row * T::ROW;
+  const bool together = is_aligned(a.gates) && is_aligned(a.extra) && is_aligned(a.dy) &&
+                        is_aligned(a.y) && is_aligned(a.c_all) && is_aligned(a.dc_all) &&
+                        is_aligned(a.dgates);
   const int steps = seat.length(0);
-  // Time goes against forward's; `before` is forward's step before.
-  const auto time_of = [&](int step) { return seat.reverse ? step : steps - 1 - step; };
-  const auto before = [&](int time) { return seat.reverse ? time + 1 : time - 1; };
-  const auto has_before = [&](int time, int length) {
-    return seat.reverse ? time + 1 < length : time > 0;
-  };
-  const auto row_of = [&](int step) {
-    return step < steps ? seat.row(time_of(step)) : int64_t(0);
-  };
-  const auto piece = [&](const void* base, int64_t row, int numbers, int size) {
-    return static_cast<const unsigned char*>(base) +
-           ((row + my_row) * R + seat.recurrence) * numbers * H * size + seat.origin * size;
-  };
-  // row: of the step; row_before: of the step after it in this walk, forward's before
-  const auto on_its_way = [&](int step, int slot, int64_t row, int64_t row_before) {
-    const int time = time_of(step);
-    if (step < steps && time < my_length) {
-      unsigned char* const to = stages + slot * T::STAGE + my_row * T::ROW;
-      if constexpr (Cell::KEEPS_GATES)
-        fetch<T::SIZE>(to, piece(a.gates, row, T::G, T::SIZE), T::G * narrow_bytes, my_part,
-                       ROW_LANES);
-      if constexpr (T::E > 0)
-        fetch<T::SIZE>(to + T::AT_EXTRA, piece(a.extra, row, T::E, T::SIZE), T::E * narrow_bytes,
-                       my_part, ROW_LANES);
-      if (a.dy)
-        fetch<T::SIZE>(to + T::AT_DY, piece(a.dy, row, 1, T::SIZE), narrow_bytes, my_part,
-                       ROW_LANES);
-      if (has_before(time, my_length)) {
-        if constexpr (T::WALKS_BY_H)
-          fetch<T::SIZE>(to + T::AT_H, piece(a.y, row_before, 1, T::SIZE), narrow_bytes, my_part,
-                         ROW_LANES);
-        if constexpr (T::C > 0)
-          fetch<4>(to + T::AT_C, piece(a.c_all, row_before, 1, 4), seat.width * 4, my_part,
-                   ROW_LANES);
-      }
-      if (T::C > 0 && a.dc_all)
-        fetch<4>(to + T::AT_DC, piece(a.dc_all, row, 1, 4), seat.width * 4, my_part, ROW_LANES);
-    }
-    close();
-  };
-  const uint8_t* const reset = a.reset ? a.reset + int64_t(seat.recurrence) * a.rows : nullptr;
-  const auto is_reset = [&](int64_t row, int time, int k) {
-    return reset && time < lengths[k] && reset[row + seat.column_of(k)] != 0;
-  };
+  const int64_t mine_of_rows = int64_t(my_row) * seat.stride + seat.recurrence * H;
 
-  int64_t row = row_of(0), next_row = row_of(1);
-  {
-    int64_t at = row, then = next_row;
-#pragma unroll 1
-    for (int step = 0; step < STAGES - 1; ++step) {
-      on_its_way(step, step, at, then);
-      at = then;
-      then = row_of(step + 2);
-    }
-  }
-  int64_t row_ahead = row_of(STAGES - 1), next_ahead = row_of(STAGES);
-  bool resets[2] = {};
-  if (steps > 0) {
-    resets[0] = is_reset(row, time_of(0), 0);
-    resets[1] = is_reset(row, time_of(0), 1);
-  }
-  arrived<STAGES - 2>();
-  meet();
-
-  int slot = 0, last_slot = STAGES - 1;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int time = time_of(step);
-    const int64_t row_after = row_of(step + 2), ahead_after = row_of(step + STAGES + 1);
-    bool next_resets[2] = {};
-    if (reset && step + 1 < steps) {
-      next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
-      next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
-    }
-    unsigned char* const stage = stages + slot * T::STAGE;
-    unsigned char* const operand = operands + (step & 1) * T::OPERAND;
-    float direct[4];  // what of dh_{t-1} comes past the product
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int column = seat.column_of(e), local = seat.local_unit(e);
-      const bool live = time < lengths[e % 2] && is_unit[e / 2];
-      unsigned char* const mine = stage + column * T::ROW;
-      const int gate = seat.width * T::SIZE;
-      BackwardAt<T> at;
-#pragma unroll
-      for (int g = 0; g < T::G; ++g) at.din[g] = at.dproduct[g] = 0.0f;
-      direct[e] = 0.0f;
-      if (live) {
-        if (step == 0 || (seat.reverse ? false : time == lengths[e % 2] - 1)) {
-          // its last step: what forward left there
-          const int64_t last = ((row + column) * R + seat.recurrence) * H + seat.unit_of(e);
-          if constexpr (T::WALKS_BY_H) h[e] = number_at<Number>(a.y, last);
-          if constexpr (T::C > 0) c[e] = a.c_all[last];
-        }
-        const bool kept = !resets[e % 2];
-        float h_before = 0.0f, c_before = 0.0f;
-        if (has_before(time, lengths[e % 2])) {
-          if constexpr (T::WALKS_BY_H)
-            h_before = widen(load<Number>(mine + T::AT_H + local * T::SIZE));
-          if constexpr (T::C > 0) c_before = load<float>(mine + T::AT_C + local * 4);
-        } else {
-          if (T::WALKS_BY_H && a.h_0) h_before = number_at<Number>(a.h_0, seat.state(e));
-          if (T::C > 0 && a.c_0) c_before = number_at<Number>(a.c_0, seat.state(e));
-        }
-        at.dh_now = dh[e];
-        if (a.dy) at.dh_now += widen(load<Number>(mine + T::AT_DY + local * T::SIZE));
-        at.dc_now[0] = dc[e];
-        if (T::C > 0 && a.dc_all) at.dc_now[0] += load<float>(mine + T::AT_DC + local * 4);
-#pragma unroll
-        for (int g = 0; g < T::G; ++g)
-          at.saves[g] =
-              Cell::KEEPS_GATES ? widen(load<Number>(mine + g * gate + local * T::SIZE)) : 0.0f;
-#pragma unroll
-        for (int k = 0; k < T::E; ++k)
-          at.extras[k] = widen(load<Number>(mine + T::AT_EXTRA + k * gate + local * T::SIZE));
-        at.h_after = h[e];
-        at.c_after[0] = c[e];
-        at.h_before = kept ? h_before : 0.0f;
-        at.c_before[0] = kept ? c_before : 0.0f;
-#pragma unroll
-        for (int u = 0; u < T::U; ++u) at.units[u] = unit[u][e / 2];
-        at.dh_before = 0.0f;
-        at.dc_before[0] = 0.0f;
-        Cell::template backward<0>(at);
-        h[e] = h_before;
-        c[e] = c_before;
-        direct[e] = at.dh_before;
-        dc[e] = kept ? at.dc_before[0] : 0.0f;
-#pragma unroll
-        for (int u = 0; u < T::U; ++u) dunit[u][e / 2].add(at.dunits[u]);
-#pragma unroll
-        for (int g = 0; g < T::G; ++g)
-          store(mine + g * gate + local * T::SIZE, narrow<Number>(at.din[g]));
-        if (a.dproduct) {
-#pragma unroll
-          for (int g = 0; g < T::G_HH; ++g)
-            put_at<Number>(a.dproduct,
-                           (((row + column) * R + seat.recurrence) * T::G_HH + g) * H +
-                               seat.unit_of(e),
-                           at.dproduct[g]);
+  const auto walk = [&](auto is_plain) {
+    constexpr bool PLAIN = is_plain.value != 0;
+    const auto is_unit = [&](int j) { return PLAIN || seat.is_unit(j); };
+    // Time goes against forward's; `before` is forward's step before.
+    const auto time_of = [&](int step) { return seat.reverse ? step : steps - 1 - step; };
+    const auto has_before = [&](int step, int length) {
+      if (PLAIN) return step + 1 < steps;
+      return seat.reverse ? step + 1 < length : time_of(step) > 0;
+    };
+    const auto row_of = [&](int step) { return step < steps ? seat.row(time_of(step)) : 0; };
+    const auto piece = [&](const void* base, int row, int numbers, int size) {
+      return static_cast<const unsigned char*>(base) +
+             ((int64_t(row) * seat.stride + mine_of_rows) * numbers + seat.origin) * size;
+    };
+    // row: of the step; row_before: of the step after it in this walk, forward's before
+    const auto on_its_way = [&](int step, int slot, int row, int row_before) {
+      if (step < steps && (PLAIN ? my_length > 0 : time_of(step) < my_length)) {
+        unsigned char* const to = my_stages + slot * T::STAGE;
+        const bool has = has_before(step, my_length);
+        const auto pieces = [&](auto count, int at, const void* base, int row) {
+          const unsigned char* const from = piece(base, row, count.value, SIZE);
+          if constexpr (PLAIN)
+            fetch_whole<count.value * T::UNIT, T::ROW_LANES>(to + at, from, my_part);
+          else
+            fetch<count.value, T::UNIT, SIZE>(to + at, from, bytes, from_unit, my_part,
+                                              T::ROW_LANES);
+        };
+        const auto wide_piece = [&](int at, const void* base, int row) {
+          const unsigned char* const from = piece(base, row, 1, 4);
+          if constexpr (PLAIN)
+            fetch_whole<HC * 4, T::ROW_LANES>(to + at, from, my_part);
+          else
+            fetch<1, 0, 4>(to + at, from, seat.width * 4, 0, my_part, T::ROW_LANES);
+        };
+        if constexpr (Cell::KEEPS_GATES) pieces(Count<T::G>(), 0, a.gates, row);
+        if constexpr (T::E > 0) pieces(Count<T::E>(), T::AT_EXTRA, a.extra, row);
+        if (a.dy) pieces(Count<1>(), T::AT_DY, a.dy, row);
+        if constexpr (T::READS_Y)
+          if (has) pieces(Count<1>(), T::AT_H, a.y, row_before);
+        if constexpr (T::C > 0) {
+          if (has) wide_piece(T::AT_C, a.c_all, row_before);
+          if (a.dc_all) wide_piece(T::AT_DC, a.dc_all, row);
         }
       }
-#pragma unroll
-      for (int g = 0; g < T::G_HH; ++g)
-        put_operand<T>(operand + T::place(column) + (g * HC + local) * T::SIZE,
-                       at.dproduct[g]);
+      close();
+    };
+    const auto is_reset = [&](int row, int time, int k) {
+      return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
+    };
+
+int row = row_of(0), next_row = row_of(1);
+    {
+      int at = row, then = next_row;
+#pragma unroll 1
+      for (int step = 0; step < STAGES - 1; ++step) {
+        on_its_way(step, step, at, then);
+        at = then;
+        then = row_of(step + 2);
+      }
     }
-    arrived<STAGES - 3>();
+    int row_ahead = row_of(STAGES - 1), next_ahead = row_of(STAGES);
+    bool resets[2] = {};
+    if (!PLAIN && a.reset && steps > 0) {
+      resets[0] = is_reset(row, time_of(0), 0);
+      resets[1] = is_reset(row, time_of(0), 1);
+    }
+    const int by = seat.reverse ? int(a.B) : -int(a.B);  // where sequences have one length
+    // A sequence's last step: what forward left there.
+    const auto enter = [&](int k, int64_t place) {
+#pragma unroll
+      for (int j = 0; j < EACH; ++j) {
+        if (!is_unit(j)) continue;
+        if constexpr (T::READS_Y) h[k][j] = number_at<Number>(a.y, place + j);
+        if constexpr (T::C > 0) c[k][j] = a.c_all[place + j];
+      }
+    };
+    if (PLAIN && steps > 0) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (lengths[k] > 0) enter(k, int64_t(row) * seat.stride + beside + k * seat.stride);
+    }
+    arrived<STAGES - 2>();
     meet();
-    if (time < my_length)
-      put<T::SIZE>(static_cast<unsigned char*>(a.dgates) +
-                       (((row + my_row) * R + seat.recurrence) * T::G * H + seat.origin) * T::SIZE,
-                   stage + my_row * T::ROW, T::G * narrow_bytes, my_part, ROW_LANES);
-    on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
-    float products[1][4] = {};
-    if constexpr (T::MULTIPLIES)
-      weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q);
+
+    int slot = 0, last_slot = STAGES - 1;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int time = PLAIN ? 0 : time_of(step);
+      const int row_after = PLAIN ? next_row + by : row_of(step + 2);
+      const int ahead_after = PLAIN ? next_ahead + by : row_of(step + STAGES + 1);
+      bool next_resets[2] = {};
+      if (!PLAIN && a.reset && step + 1 < steps) {
+        next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
+        next_resets[1] = is_reset(next_row, time_of(step + 1), 1);
+      }
+      unsigned char* const stage = stages + slot * T::STAGE;
+      unsigned char* const operand = operands + (step & 1) * T::OPERAND;
+      const int64_t out = int64_t(row) * seat.stride;
+      float direct[2][EACH] = {};  // what of dh_{t-1} comes past the product
+      const auto text = [&](auto columns) {
+        constexpr int COLUMNS = columns.value;
+        unsigned char* mine[COLUMNS];
+        BackwardAt<T> at[COLUMNS][EACH];
+        float h_before[COLUMNS][EACH], c_before[COLUMNS][EACH];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (time >= lengths[e % 2]) continue;
-      dh[e] = resets[e % 2] ? 0.0f : products[0][e] * mask[e] + direct[e];
+        for (int k = 0; k < COLUMNS; ++k) {
+          mine[k] = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
+          const unsigned char* const wide = mine[k] + seat.local * (4 - SIZE);  // of float32
+          const bool live = PLAIN || (time < lengths[k] && is_unit(0));
+          const auto given = [&](bool there, int at, float(&v)[EACH]) {
+            float zeros[EACH] = {};
+            if (there && live)
+              load_each<Number>(v, mine[k] + at);
+            else
+              for (int j = 0; j < EACH; ++j) v[j] = zeros[j];
+          };
+          const auto given_wide = [&](bool there, int at, float(&v)[EACH]) {
+            if (there && live)
+              load_each<float>(v, wide + at);
+            else
+              for (int j = 0; j < EACH; ++j) v[j] = 0.0f;
+          };
+          if (!PLAIN && live && time == (seat.reverse ? 0 : lengths[k] - 1))
+            enter(k, out + beside + k * seat.stride);
+          const bool has = has_before(step, lengths[k]);
+          float v[EACH];
+          given(T::READS_Y && has, T::AT_H, h_before[k]);
+          given_wide(T::C > 0 && has, T::AT_C, c_before[k]);
+          if (!has && seat.is_sequence(k)) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+              if (!is_unit(j)) continue;
+              if (T::READS_Y && a.h_0)
+                h_before[k][j] = number_at<Number>(a.h_0, seat.state(k) + j);
+              if (T::C > 0 && a.c_0)
+                c_before[k][j] = number_at<Number>(a.c_0, seat.state(k) + j);
+            }
+          }
+          given(a.dy, T::AT_DY, v);
+#pragma unroll
+          for (int j = 0; j < EACH; ++j) at[k][j].dh_now = dh[k][j] + v[j];
+          given_wide(T::C > 0 && a.dc_all, T::AT_DC, v);
+#pragma unroll
+          for (int j = 0; j < EACH; ++j) at[k][j].dc_now[0] = dc[k][j] + v[j];
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) {
+            given(Cell::KEEPS_GATES, g * T::UNIT, v);
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) at[k][j].saves[g] = v[j];
+          }
+#pragma unroll
+          for (int e = 0; e < T::E; ++e) {
+            given(true, T::AT_EXTRA + e * T::UNIT, v);
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) at[k][j].extras[e] = v[j];
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < COLUMNS; ++k)
+#pragma unroll
+          for (int j = 0; j < EACH; ++j) {
+            BackwardAt<T>& here = at[k][j];
+            here.h_after = h[k][j];
+            here.c_after[0] = c[k][j];
+            here.h_before = resets[k] ? 0.0f : h_before[k][j];
+            here.c_before[0] = resets[k] ? 0.0f : c_before[k][j];
+#pragma unroll
+            for (int u = 0; u < T::U; ++u) here.units[u] = unit[u][j];
+            here.dh_before = here.dc_before[0] = 0.0f;
+            Cell::template backward<0>(here);
+            const bool lives = PLAIN || (time < lengths[k] && is_unit(j));
+            h[k][j] = h_before[k][j];
+            c[k][j] = c_before[k][j];
+            direct[k][j] = here.dh_before;
+            dc[k][j] = !lives ? dc[k][j] : resets[k] ? 0.0f : here.dc_before[0];
+            if (lives && seat.is_sequence(k)) {
+#pragma unroll
+              for (int u = 0; u < T::U; ++u) dunit[u][j].add(here.dunits[u]);
+            }
+          }
+#pragma unroll
+        for (int k = 0; k < COLUMNS; ++k) {
+          const bool live = PLAIN ? lengths[k] > 0 : time < lengths[k] && is_unit(0);
+          const int64_t place = (out + int64_t(seat.one(k)) * seat.stride + seat.recurrence * H) *
+                                    T::G_HH + seat.origin + seat.local;
+#pragma unroll
+          for (int g = 0; g < T::G; ++g) {
+            Number din[EACH], dproduct[EACH];
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+              const bool lives = PLAIN || (time < lengths[k] && is_unit(j));
+              din[j] = narrow<Number>(at[k][j].din[g]);
+              dproduct[j] = narrow<Number>(lives ? at[k][j].dproduct[g] : 0.0f);
+            }
+            if (PLAIN || live) store_each(mine[k] + g * T::UNIT, din);
+            if (g >= T::G_HH) continue;
+            put_operand<T>(operand + T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE,
+                           dproduct);
+            if (a.dproduct && live)
+              put_each(a.dproduct, place + int64_t(g) * H, dproduct, is_unit(EACH - 1),
+                       PLAIN || H % 2 == 0);
+          }
+        }
+      };
+      if (seat.few)
+        text(Count<1>());
+      else
+        text(Count<2>());
+      arrived<STAGES - 3>();
+      meet();
+      if (PLAIN ? my_length > 0 : time < my_length) {
+        auto* const to = static_cast<unsigned char*>(a.dgates) +
+                         ((out + mine_of_rows) * T::G + seat.origin) * SIZE;
+        const unsigned char* const from = my_stages + slot * T::STAGE;
+        if constexpr (PLAIN)
+          put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
+        else
+          put<T::G, T::UNIT, SIZE>(to, from, bytes, from_unit, my_part, T::ROW_LANES);
+      }
+      on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
+      float sums[2][EACH] = {};  // columns by units
+      if constexpr (T::MULTIPLIES) {
+        float products[1][4];
+        weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q, part);
+        if constexpr (T::SPLIT == 2) {
+          auto* const exchange = reinterpret_cast<Two<float>*>(memory + T::AT_SUMS);
+          const int other = thread() ^ LANES;
+          store(exchange + thread(), part ? Two<float>{products[0][0], products[0][1]}
+                                          : Two<float>{products[0][2], products[0][3]});
+          meet_pair(seat.warp / 2);
+          const auto given = load<Two<float>>(exchange + other);
+          sums[0][0] = (part ? products[0][2] : products[0][0]) + given.first;
+          sums[1][0] = (part ? products[0][3] : products[0][1]) + given.second;
+        } else {
+#pragma unroll
+          for (int k = 0; k < 2; ++k)
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) sums[k][j] = products[0][2 * j + k];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (!PLAIN && time >= lengths[k]) continue;
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+          float s = sums[k][j];
+          if (!PLAIN && a.h_mask && is_unit(j)) s *= number_at<Number>(a.h_mask, seat.state(k) + j);
+          dh[k][j] = resets[k] ? 0.0f : s + direct[k][j];
+        }
+      }
+      last_slot = slot;
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
+      row = next_row;
+      next_row = row_after;
+      row_ahead = next_ahead;
+      next_ahead = ahead_after;
+      resets[0] = next_resets[0];
+      resets[1] = next_resets[1];
     }
-    last_slot = slot;
-    slot = slot + 1 == STAGES ? 0 : slot + 1;
-    row = next_row;
-    next_row = row_after;
-    row_ahead = next_ahead;
-    next_ahead = ahead_after;
-    resets[0] = next_resets[0];
-    resets[1] = next_resets[1];
-  }
+  };
+  if (seat.is_plain() && together)
+    walk(Count<1>());
+  else
+    walk(Count<0>());
 
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if (!is_unit[e / 2] || seat.sequence(seat.column_of(e)) >= a.B) continue;
-    a.dh[seat.state(e)] = dh[e];
-    if constexpr (T::C > 0) a.dc[seat.state(e)] = dc[e];
-  }
+  for (int k = 0; k < 2; ++k)
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      if (!seat.is_unit(j) || !seat.is_sequence(k)) continue;
+      a.dh[seat.state(k) + j] = dh[k][j];
+      if constexpr (T::C > 0) a.dc[seat.state(k) + j] = dc[k][j];
+    }
 #pragma unroll
   for (int u = 0; u < T::U; ++u)
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      float total = dunit[u][k].total();  // over the sequences of four neighbours
+    for (int j = 0; j < EACH; ++j) {
+      float total = dunit[u][j].total();  // over the sequences of four neighbours
       total += neighbour(total, 1);
       total += neighbour(total, 2);
-      if (seat.q == 0 && is_unit[k])
-        a.dunit[((int64_t(tile_x()) * R + seat.recurrence) * T::U + u) * H + seat.unit_of(2 * k)] =
-            total;
+      if (seat.q == 0 && seat.is_unit(j))
+        a.dunit[((int64_t(tile_x()) * a.R + seat.recurrence) * T::U + u) * H + seat.origin +
+                seat.local + j] = total;
     }
 }
 

@@ -1,5 +1,6 @@
-// The kernels on the host, as a library that tests load in place of a GPU. FASTSEQ_HOST_KERNELS
-// names the file that defines them: kernels.cu, or a test's own.
+// Kernels on the host, as a library that tests load in place of a GPU. FASTSEQ_HOST_KERNELS names the
+// file that defines them: kernels.cu with FASTSEQ_UNIT=host and a list FASTSEQ_KERNELS_host(X) of some
+// of its own, or a test's.
 #include FASTSEQ_HOST_KERNELS
 
 namespace {

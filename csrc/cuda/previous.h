@@ -6,18 +6,28 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
-constexpr int PREVIOUS_THREADS = 256;
+struct Rows;  // in the place of a cell
+
+template <class, class, int THREADS>
+CONSTANT int previous_threads() {
+  return THREADS;
+}
+template <class, class, int>
+CONSTANT int previous_ctas() {
+  return 1;
+}
 
 // a.dproduct: (N, R, H), what is written. Rows of padding are not.
-template <class Number>
-DEVICE void previous(const Arguments& a) {
+template <class, class Type, int THREADS>
+DEVICE void previous_walk(const Arguments& a) {
+  using Number = typename Type::Number;
   const int time = tile_x(), r = tile_y(), H = int(a.H);
   const bool reverse = (a.reverse >> (r % 32)) & 1;
   const int before = reverse ? time + 1 : time - 1;
   const auto row_of = [&](int t) { return a.offsets ? a.offsets[t] : int64_t(t) * a.B; };
   const int64_t row = row_of(time), row_before = before < 0 || before >= a.T ? 0 : row_of(before);
-  for (int64_t k = int64_t(tile_z()) * PREVIOUS_THREADS + thread(); k < a.B * H;
-       k += int64_t(tiles_z()) * PREVIOUS_THREADS) {
+  for (int64_t k = int64_t(tile_z()) * THREADS + thread(); k < a.B * H;
+       k += int64_t(tiles_z()) * THREADS) {
     const int b = int(k / H), unit = int(k % H);
     const int length = a.lengths ? int(a.lengths[b]) : int(a.T);
     if (time >= length) return;  // those behind are no longer

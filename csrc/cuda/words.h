@@ -8,6 +8,7 @@
 //   tiles_z()                             how many CTAs the grid has that way
 //   shared()                              the CTA's memory, aligned to 128 bytes
 //   meet()                                a barrier of all threads of the CTA
+//   meet_pair(n)                          of the two warps 2 n and 2 n + 1, n < 15
 //   copy<N>(to, from)                     N = 4, 8, 16 aligned bytes into shared memory, some time
 //   close()                               what was copied since is one group of this thread's
 //   arrived<N>()                          all of this thread's groups but the last N are there; for
@@ -43,6 +44,11 @@ struct Bf16 {
 struct F16 {
   uint16_t bits;
 };
+// Two neighbours, which are loaded and stored as one.
+template <class Number>
+struct alignas(2 * sizeof(Number)) Two {
+  Number first, second;
+};
 
 }  // namespace FASTSEQ_ISA
 }  // namespace fastseq
@@ -72,6 +78,7 @@ extern __shared__ __align__(128) unsigned char cta_memory[];
 DEVICE unsigned char* shared() { return cta_memory; }
 
 DEVICE void meet() { __syncthreads(); }
+DEVICE void meet_pair(int n) { asm volatile("bar.sync %0, 64;" ::"r"(n + 1) : "memory"); }
 
 template <int N>
 DEVICE void copy(void* to, const void* from) {
@@ -133,11 +140,11 @@ DEVICE float narrow<float>(float v) {
 }
 template <>
 DEVICE Bf16 narrow<Bf16>(float v) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+  return {__bfloat16_as_ushort(__floats2bfloat162_rn(v, 0.0f).x)};  // of two: a faster instruction
 }
 template <>
 DEVICE F16 narrow<F16>(float v) {
-  return {__half_as_ushort(__float2half_rn(v))};
+  return {__half_as_ushort(__floats2half2_rn(v, 0.0f).x)};
 }
 
 // To the nearest number of TF32, which is a float32 whose last 13 bits are 0.
@@ -147,11 +154,19 @@ DEVICE float round_tf32(float v) {
   return __uint_as_float(w);
 }
 
-// Of float32: right to 2 ULP. The quick ones are off by 2^-21 of exp(x) and as much a unit of x.
+// The quick ones: 2^x and 1 / x to 2 ULP, what is denormal as 0. The exact ones are right to 2 ULP.
+DEVICE float quick_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float quick_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 DEVICE float exact_exp(float x) { return expf(x); }
-DEVICE float quick_exp(float x) { return __expf(x); }
 DEVICE float exact_ratio(float a, float b) { return __fdiv_rn(a, b); }
-DEVICE float quick_ratio(float a, float b) { return __fdividef(a, b); }
 DEVICE float exact_tanh(float x) { return tanhf(x); }
 DEVICE float exact_log1p(float x) { return log1pf(x); }
 DEVICE float exact_expm1(float x) { return expm1f(x); }

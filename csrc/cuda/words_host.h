@@ -18,16 +18,18 @@
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
 #include <cmath>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -39,8 +41,8 @@
 
 #define DEVICE inline
 #define FASTSEQ_INLINE inline
-#define KERNEL(name, threads, ctas) FASTSEQ_KERNEL(name, threads)  // name may be a macro's
-#define FASTSEQ_KERNEL(name, threads)                                         \
+#define KERNEL(name, threads, ctas) FASTSEQ_HOST_KERNEL(name, threads)  // name may be a macro's
+#define FASTSEQ_HOST_KERNEL(name, threads)                                    \
   extern "C" void name(const fastseq::Arguments& a);                          \
   static const fastseq::host::Listed listed_##name(#name, name, threads);     \
   extern "C" void name([[maybe_unused]] const fastseq::Arguments& a)
@@ -51,6 +53,7 @@ namespace host {
 constexpr int LANES = 32, MOST_SHARED = 232448, SIDE_BY_SIDE = 256;
 constexpr unsigned char POISON = 0xff, GUARD = 0xa5;  // a NaN of every type; not a NaN
 constexpr size_t GUARDED = 256;                       // bytes on each side of a CTA's memory
+constexpr int YIELDS = 2;
 constexpr auto PATIENCE = std::chrono::seconds(30);
 
 using Function = void (*)(const Arguments&);
@@ -95,8 +98,9 @@ class Launch {
   std::atomic<bool> failed_{false};
 };
 
-// With 32 threads on two processors a meeting costs 25 to 45 us where those who wait yield, 37 to 46
-// in std::barrier, 70 to 90 where they sleep at once. So they yield first, and sleep after.
+// Those who wait yield YIELDS times, and sleep then. On two processors a meeting of 32 threads costs
+// 25 to 45 us where they only yield, 37 to 46 in std::barrier, 70 to 90 where they sleep at once; of a
+// kernel with eight warps, the processors' time is least with two.
 class Barrier {
  public:
   explicit Barrier(int members) : members_(members), missing_(members) {}
@@ -104,7 +108,6 @@ class Barrier {
   void meet(Launch& launch) {
     const uint32_t round = round_.load(std::memory_order_relaxed);
     const int missing = missing_.fetch_sub(1) - 1;
-    if (gone_.load()) launch.fail("threads wait for one that has left the kernel");
     if (missing == 0) {
       missing_.store(members_, std::memory_order_relaxed);
       round_.store(round + 1);
@@ -123,7 +126,8 @@ class Barrier {
  private:
   void wait(Launch& launch, uint32_t round) {
     const auto passed = [&] { return round_.load(std::memory_order_acquire) != round; };
-    for (int k = 0; k < 256; ++k) {
+    if (gone_.load() && !passed()) launch.fail("threads wait for one that has left the kernel");
+    for (int k = 0; k < YIELDS; ++k) {
       if (passed()) return;
       std::this_thread::yield();
     }
@@ -180,6 +184,8 @@ struct Cta {
     std::memset(memory, POISON, size);
     forbid(block, GUARDED), forbid(memory + size, behind);
     for (int k = 0; k < threads / LANES; ++k) warps.push_back(std::make_unique<Warp>());
+    for (int k = 0; k < threads / LANES / 2; ++k)
+      pairs.push_back(std::make_unique<Barrier>(2 * LANES));
   }
   ~Cta() {
     allow(block, GUARDED), allow(memory + size, behind);
@@ -206,6 +212,7 @@ struct Cta {
   Barrier barrier;
   std::atomic<int> remain;
   std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::unique_ptr<Barrier>> pairs;
 };
 
 struct Thread {
@@ -318,6 +325,24 @@ struct Operand<float> {
 };
 constexpr int NEIGHBOUR = 16;  // words of neighbour: this plus its mask
 
+// As tensor cores add: all terms are cut to multiples of 2^-24 of the largest one's power of two, and
+// so is their sum to a float32. (So does an A100, by Fasi, Higham, Mikaitis and Pranesh, "Numerical
+// behavior of NVIDIA tensor cores", 2021; later ones keep more.)
+inline float cut_sum(const float* terms, int count) {
+  float largest = 0, plain = 0;
+  for (int k = 0; k < count; ++k) {
+    largest = std::max(largest, std::fabs(terms[k]));
+    plain += terms[k];
+  }
+  if (!std::isfinite(plain) || largest == 0) return plain;
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 24), inverse = 1 / unit;
+  int64_t sum = 0;
+  for (int k = 0; k < count; ++k) sum += int64_t(terms[k] * inverse);  // towards zero
+  const double exact = double(sum) * unit;
+  const float v = float(exact);
+  return std::fabs(v) > std::fabs(exact) ? std::nextafter(v, 0.0f) : v;
+}
+
 // d (16, 8) += a (16, K) b (K, 8), K = 8 EACH; lane 4 g + q holds rows g and g + 8 of columns 2 q
 // and 2 q + 1 of d; words 0 and 1 of a are numbers EACH q ... of rows g and g + 8, words 2 and 3
 // those 4 EACH further on; b0 and b1 likewise of column g.
@@ -333,14 +358,79 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     }
   });
   const int g = me.lane / 4 * 4, n = me.lane % 4 * 2 * 4;  // first lanes of the row and the column
+  float terms[4][9 * EACH];
+  int count = 0;
   for (int w = 0; w < 2; ++w)  // in increasing order of the inner index
     for (int q = 0; q < 4; ++q)
-      for (int k = 0; k < EACH; ++k) {
+      for (int k = 0; k < EACH; ++k, ++count) {
         const float* row = all.a[g + q] + 2 * w * EACH + k;
         const float left = all.b[n + q][w * EACH + k], right = all.b[n + 4 + q][w * EACH + k];
-        d[0] += row[0] * left, d[1] += row[0] * right;
-        d[2] += row[EACH] * left, d[3] += row[EACH] * right;
+        terms[0][count] = row[0] * left, terms[1][count] = row[0] * right;
+        terms[2][count] = row[EACH] * left, terms[3][count] = row[EACH] * right;
       }
+  for (int k = 0; k < 4; ++k) {
+    terms[k][count] = d[k];
+    d[k] = cut_sum(terms[k], count + 1);
+  }
+}
+
+// Threads that wait for work: to make one takes 10 to 40 us, under ThreadSanitizer ten times that.
+class Crew {
+ public:
+  // work(0) to work(count - 1), each on a thread of its own.
+  void run(int count, const std::function<void(int)>& work) {
+    while (int(members_.size()) < count) {
+      auto member = std::make_unique<Member>();
+      std::thread([this, one = member.get()] { serve(*one); }).detach();
+      members_.push_back(std::move(member));
+    }
+    left_ = count;
+    for (int id = 0; id < count; ++id) {
+      Member& one = *members_[id];
+      const std::lock_guard<std::mutex> hold(one.mutex);
+      one.id = id, one.work = &work;
+      one.called.notify_one();
+    }
+    std::unique_lock<std::mutex> hold(mutex_);
+    done_.wait(hold, [&] { return left_ == 0; });
+  }
+
+ private:
+  struct Member {
+    std::mutex mutex;
+    std::condition_variable called;
+    const std::function<void(int)>* work = nullptr;
+    int id = 0;
+  };
+
+  void serve(Member& me) {
+    for (;;) {
+      std::unique_lock<std::mutex> hold(me.mutex);
+      me.called.wait(hold, [&] { return me.work; });
+      (*me.work)(me.id);
+      me.work = nullptr;
+      hold.unlock();
+      if (--left_ == 0) {
+        const std::lock_guard<std::mutex> hold(mutex_);
+        done_.notify_one();
+      }
+    }
+  }
+
+  std::vector<std::unique_ptr<Member>> members_;
+  std::mutex mutex_;
+  std::condition_variable done_;
+  std::atomic<int> left_{0};
+};
+
+// One launch after another. The threads are not ended: a process may end while they wait.
+inline void run_together(int count, const std::function<void(int)>& work) {
+  static std::mutex mutex;
+  static Crew* crew = nullptr;
+  static pid_t process = 0;
+  const std::lock_guard<std::mutex> hold(mutex);
+  if (process != getpid()) crew = new Crew, process = getpid();  // threads do not follow a fork
+  crew->run(count, work);
 }
 
 // Runs a kernel over its grid, as many CTAs side by side as have SIDE_BY_SIDE threads, or all of
@@ -358,13 +448,15 @@ inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz,
   for (int64_t first = 0, count; first < all && !launch.failed(); first += count) {
     count = together ? all : std::min(beside, all - first);
     std::vector<std::unique_ptr<Cta>> ctas;
-    std::vector<std::thread> running;
-    const auto work = [&](Cta& cta, int id) {
+    const auto work = [&](int member) {
+      Cta& cta = *ctas[member / threads];
+      const int id = member % threads;
       Thread thread(cta, id);
       current = &thread;
       try {
         kernel.function(arguments);
         thread.warp.barrier.leave(launch), cta.barrier.leave(launch);
+        if (size_t(id / LANES / 2) < cta.pairs.size()) cta.pairs[id / LANES / 2]->leave(launch);
       } catch (const Stopped&) {
       }
       if (--cta.remain == 0) cta.end();
@@ -373,12 +465,10 @@ inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz,
       ctas.push_back(std::make_unique<Cta>(launch, int(k % gx), int(k / gx % gy), int(k / gx / gy),
                                            threads, size_t(shared)));
     try {
-      for (const auto& cta : ctas)
-        for (int id = 0; id < threads; ++id) running.emplace_back(work, std::ref(*cta), id);
+      run_together(int(count) * threads, work);
     } catch (const std::system_error& why) {
       launch.blame(std::string("no thread: ") + why.what());
     }
-    for (std::thread& one : running) one.join();
   }
   return launch.message();
 }
@@ -394,6 +484,11 @@ DEVICE int tile_z() { return host::current->cta.z; }
 DEVICE int tiles_z() { return host::current->cta.launch.tiles_z; }
 DEVICE unsigned char* shared() { return host::current->cta.memory; }
 DEVICE void meet() { host::current->cta.barrier.meet(host::current->cta.launch); }
+DEVICE void meet_pair(int n) {
+  host::Thread& me = *host::current;
+  if (me.id / (2 * host::LANES) != n) me.cta.launch.fail("meet_pair: of another pair of warps");
+  me.cta.pairs[n]->meet(me.cta.launch);
+}
 
 template <int N>
 DEVICE void copy(void* to, const void* from) {
@@ -465,12 +560,11 @@ DEVICE float round_tf32(float v) {  // a half away from zero
 }
 
 DEVICE float exact_exp(float x) { return std::exp(x); }
-// As on a GPU: x log2(e) is rounded, and a denominator above 2^126 gives 0.
-DEVICE float quick_exp(float x) { return std::exp2(x * 1.44269504f); }
+// As on a GPU, what is denormal is 0, given or made.
+DEVICE float without_denormals(float x) { return std::fabs(x) < 0x1p-126f ? x * 0.0f : x; }
+DEVICE float quick_exp2(float x) { return without_denormals(std::exp2(without_denormals(x))); }
+DEVICE float quick_reciprocal(float x) { return without_denormals(1.0f / without_denormals(x)); }
 DEVICE float exact_ratio(float a, float b) { return a / b; }
-DEVICE float quick_ratio(float a, float b) {
-  return std::fabs(b) > 0x1p126f && std::isfinite(b) ? a * 0.0f : a / b;
-}
 DEVICE float exact_tanh(float x) { return std::tanh(x); }
 DEVICE float exact_log1p(float x) { return std::log1p(x); }
 DEVICE float exact_expm1(float x) { return std::expm1(x); }

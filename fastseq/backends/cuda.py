@@ -29,7 +29,17 @@ from torch.nn.functional import pad
 
 from ..cells import CELLS
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
-from .cuda_kernels import KERNELS, POINTWISE_UNITS, ROWS, Device, Kernel, Way, classes, device_of
+from .cuda_kernels import (
+    KERNELS,
+    POINTWISE_UNITS,
+    PREVIOUS_THREADS,
+    ROWS,
+    Device,
+    Kernel,
+    Way,
+    classes,
+    device_of,
+)
 from .cuda_plan import Precision, decline, plan
 from .gpu_layer import Layer
 from .layout import declined_anywhere
@@ -59,7 +69,6 @@ DRIVER = 580
 DEVICES = ("cuda", "meta")
 #: Steps' directions are bits of one number.
 _DIRECTIONS = 32
-_PREVIOUS_THREADS = 256
 _pack = struct.Struct(f"<{len(FIELDS)}q").pack
 
 
@@ -211,10 +220,11 @@ class _Task(Layer):
     def previous_h(self, y: Tensor) -> Tensor:
         """What w_hh multiplied at every row, (N, R, H)."""
         out = torch.empty((self.N, self.R, self.H), dtype=self.dtype, device=self.device)
-        pieces = min(64, -(-self.B * self.H // _PREVIOUS_THREADS))
+        pieces = min(64, -(-self.B * self.H // PREVIOUS_THREADS))
         values = self.values | {"y": y, "dproduct": out}
-        name = f"previous_{str(self.dtype).removeprefix('torch.')}"
-        launch(name, self.device, (self.T, self.R, pieces), _PREVIOUS_THREADS, 0, values)
+        type = str(self.dtype).removeprefix("torch.")
+        name = f"previous_rows_{type}_{PREVIOUS_THREADS}"
+        launch(name, self.device, (self.T, self.R, pieces), PREVIOUS_THREADS, 0, values)
         return out
 
 

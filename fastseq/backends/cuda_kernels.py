@@ -1,16 +1,16 @@
 """The kernels of ``cuda``, and what each takes of a multiprocessor: pure functions of sizes.
 
 One CTA owns 8 sequences of a recurrence for all of time: the N of ``mma``, whose operand A are the
-weights and whose B is h. A warp owns 16 hidden units, so a CTA of the class HC (H padded) has HC/16
-warps. The weights stand in fragments, 16 rows x 32 bytes of the inner length, 4 registers of each
-lane:
+weights and whose B is h. A warp owns 16 hidden units, or 8 where there would be few warps. The
+weights stand in fragments, 16 rows x 32 bytes of the inner length, 4 registers of each lane:
 
-- forward: a warp multiplies G_hh row tiles, 16 units of one gate each; the inner length is HC
-- backward: one row tile, 16 units of h_{t-1}; the inner length is G_hh * HC
+- forward: a warp multiplies row tiles, 16 units of one gate each or 8 of two; the inner length is
+  HC
+- backward: one row tile, 16 units of h_{t-1}; the inner length is G_hh * HC, which two warps share
+  where each owns 8
 
-so both have G_hh * HC * itemsize / 32 fragments a warp. As many as the budget of registers allows
-stay there, the rest stands in shared memory. ``float32`` is three products of TF32 parts, and a
-fragment of it two: its high and its low part.
+As many as the budget of registers allows stay there, the rest stands in shared memory. ``float32``
+is three products of TF32 parts, and a fragment of it two: its high and its low part.
 
 A cell without a product has no weights; its CTA owns 64 of the units, which see nobody.
 
@@ -35,14 +35,12 @@ PARTS: dict[str, int] = {"bfloat16": 1, "float16": 1, "tf32": 1, "float32": 2}
 
 #: Sequences of a CTA: N of mma.
 ROWS = 8
-#: Hidden units of a warp: M of mma.
-UNITS = 16
 #: Of a fragment in shared memory: 16 bytes a lane.
 FRAGMENT = 512
 #: Units of a CTA where there is no product.
 POINTWISE_UNITS = 64
 #: Registers of a thread beside the weights: sums, gates, states, addresses.
-WORKING_REGISTERS = 120
+WORKING_REGISTERS = 100
 #: What a thread can address.
 MOST_REGISTERS = 255
 #: Apart from other rows in shared memory, so that neighbours use other banks.
@@ -77,16 +75,21 @@ def device_of(properties: Any) -> Device:
     capability = (properties.major, properties.minor)
     # NVIDIA's CUDA programming guide, technical specifications by compute capability
     ctas = {(8, 0): 32, (8, 9): 24, (9, 0): 32, (10, 0): 32, (10, 3): 32, (12, 0): 24}
+    # which torch has what varies with its version and with CUDA's
+    clock = getattr(properties, "clock_rate", 0) or 1_500_000  # kHz
+    memory = getattr(properties, "memory_clock_rate", 0) * getattr(
+        properties, "memory_bus_width", 0
+    )
     data_centre = capability in ((8, 0), (9, 0)) or capability[0] == 10
     return Device(
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,
         shared_memory_total=properties.shared_memory_per_multiprocessor,
-        registers=properties.regs_per_multiprocessor,
-        clock=properties.clock_rate / 1e6,  # kHz
+        registers=getattr(properties, "regs_per_multiprocessor", 65536),
+        clock=clock / 1e6,
         capability=capability,
-        bandwidth=2 * properties.memory_clock_rate * properties.memory_bus_width / 8e6,
+        bandwidth=2 * memory / 8e6 or 1000,
         threads=properties.max_threads_per_multi_processor,
         ctas=ctas.get(capability, 16),
         # GeForce's tensor cores sum in float32 at half of their rate
@@ -105,60 +108,6 @@ LAPTOP = Device(
 )
 #: The shared memory of a CTA on the devices that have least and most of it.
 LEAST_SHARED_MEMORY, MOST_SHARED_MEMORY = LAPTOP.shared_memory, H100.shared_memory
-
-
-def weight_registers(threads: int) -> int:
-    """How many registers of a thread may hold weights: as many as leave the compiler enough."""
-    return 48 if threads > 384 else 64 if threads > 256 else 128
-
-
-def fragments(cell: Cell, type: str, HC: int) -> int:
-    """Of the weights of a warp; a number that is two operands counts once."""
-    return cell.G_hh * HC * ITEMSIZE[type] // 32
-
-
-def forward_shared(cell: Cell, type: str, HC: int, rest: int, stages: int) -> int:
-    """Bytes of shared memory that a CTA of the forward kernel takes.
-
-    rest: fragments of a warp that stand there; stages: steps of the ring of input products.
-    """
-    itemsize = ITEMSIZE[type]
-    weights = rest * FRAGMENT * (HC // UNITS)
-    operands = 2 * operand(HC * itemsize, itemsize) if cell.recurrent_gates else 0
-    ring = stages * ROWS * (cell.G * HC * itemsize + _ROW_PAD)
-    return weights + operands + ring
-
-
-def operand(inner: int, itemsize: int) -> int:
-    """Bytes of what a product multiplies, 8 rows of the inner length: pairs of rows start half the
-    banks apart, and are shifted by the eight numbers of them that a warp stores."""
-    pitch = inner if inner % 128 else inner + _OPERAND_PAD
-    return ROWS * pitch + ROWS // 2 * 8 * itemsize
-
-
-def backward_shared(cell: Cell, type: str, HC: int, rest: int, stages: int) -> int:
-    """Bytes of shared memory that a CTA of the backward kernel takes."""
-    itemsize = ITEMSIZE[type]
-    weights = rest * FRAGMENT * (HC // UNITS)
-    inner = cell.G_hh * HC * itemsize
-    operands = 2 * operand(inner, itemsize) if cell.recurrent_gates else 0
-    ring = stages * ROWS * sum(width + _ROW_PAD for width in backward_row(cell, itemsize, HC))
-    return weights + operands + ring
-
-
-def backward_row(cell: Cell, itemsize: int, HC: int) -> list[int]:
-    """Bytes of each piece of a row: the gates, where their gradients are put; extras, dy, h, the
-    other states and the gradients of their trajectory."""
-    others = len(cell.other_states)
-    pieces = [
-        cell.G * HC * itemsize,
-        len(cell.extras) * HC * itemsize,
-        HC * itemsize,
-        HC * itemsize * reads_y(cell),
-        others * HC * 4,
-        others * HC * 4,
-    ]
-    return [width for width in pieces if width]
 
 
 def reads_y(cell: Cell) -> bool:
@@ -184,34 +133,91 @@ class Kernel:
         return CELLS[self.cell]
 
     @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.type]
+
+    @property
+    def each(self) -> int:
+        """Hidden units of a thread: one where there are few warps, else two."""
+        return 1 if self.HC <= 64 else 2
+
+    @property
     def warps(self) -> int:
-        return self.HC // UNITS
+        return self.HC // (8 * self.each)
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
+    @property
+    def inner(self) -> int:
+        """Bytes of a product's inner length."""
+        gates = self.definition.G_hh if self.way == "backward" else 1
+        return gates * self.HC * self.itemsize
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles of a warp, of 16 rows each: gates, or pairs of gates where a thread has one
+        unit. Backward it is one."""
+        gates = self.definition.G_hh
+        if self.way == "backward" or not gates:
+            return 1
+        return gates if self.each == 2 else (gates + 1) // 2
+
+    @property
+    def split(self) -> int:
+        """How many warps share the inner length of a row tile."""
+        return 2 if self.way == "backward" and self.each == 1 else 1
+
     @cached_property
     def fragments(self) -> int:
-        """Of the weights of a warp; each has PARTS parts of 4 registers a lane."""
-        return fragments(self.definition, self.type, self.HC)
+        """Of the weights of a warp; they come in pairs, 64 bytes of the inner length."""
+        if not self.definition.recurrent_gates:
+            return 0
+        return 2 * self.tiles * -(-(self.inner // 64) // self.split)
+
+    @property
+    def room(self) -> int:
+        """How many registers of a thread may hold weights: as many as leave the compiler enough."""
+        if self.threads > 256:
+            return 32 if self.threads > 384 else 64
+        return 96 if PARTS[self.type] == 2 else 128
 
     @cached_property
     def held(self) -> int:
-        """The fragments of a warp that stay in registers; the others stand in shared memory."""
-        room = weight_registers(self.threads) // (4 * PARTS[self.type])
-        pairs = 2 * (self.definition.G_hh if self.way == "forward" else 1)  # of each row tile
-        return min(self.fragments, room // max(pairs, 1) * pairs)
+        """The fragments of a warp that stay in registers, pairs of all its row tiles."""
+        pair = 2 * self.tiles
+        return min(self.fragments, self.room // (4 * PARTS[self.type] * pair) * pair)
 
     @property
     def rest(self) -> int:
-        """The fragments of a warp that stand in shared memory."""
+        """The fragments of a warp that stand in shared memory, as memory has them."""
         return self.fragments - self.held
 
     @property
     def weight_registers(self) -> int:
         """Of a thread, for weights."""
         return 4 * PARTS[self.type] * self.held
+
+    @property
+    def operand(self) -> int:
+        """Bytes of what a product multiplies, 8 rows of the inner length: pairs of rows start half
+        the banks apart, and are shifted by the eight numbers of them that a warp stores."""
+        if not self.definition.recurrent_gates:
+            return 0
+        pitch = self.inner + (_OPERAND_PAD if self.inner % 128 == 0 else 0)
+        return ROWS * (pitch + 4 * self.itemsize)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a step of a sequence in the ring: the gates, and backward extras, dy, h, the
+        other states and the gradients of their trajectory."""
+        cell, unit = self.definition, self.HC * self.itemsize
+        pieces = cell.G
+        if self.way == "forward":
+            return pieces * unit + _ROW_PAD
+        pieces += len(cell.extras) + 1 + reads_y(cell)
+        return pieces * unit + 2 * len(cell.other_states) * self.HC * 4 + _ROW_PAD
 
     @cached_property
     def stages(self) -> int:
@@ -228,8 +234,10 @@ class Kernel:
         return self._shared(self.stages)
 
     def _shared(self, stages: int) -> int:
-        sizes = (self.definition, self.type, self.HC, self.rest, stages)
-        return forward_shared(*sizes) if self.way == "forward" else backward_shared(*sizes)
+        """The weights' rest, two operands, the sums that warps exchange, and the ring."""
+        sums = 8 * self.threads if self.split == 2 and self.fragments else 0
+        weights = self.rest * FRAGMENT * self.warps
+        return weights + 2 * self.operand + sums + stages * ROWS * self.row
 
     @cached_property
     def ctas(self) -> int:
@@ -259,7 +267,6 @@ CLASSES: dict[Type, tuple[int, ...]] = {
 #: With part of the weights in shared memory. An LSTM of more would spill, or find no room.
 WIDER: dict[tuple[str, str], tuple[int, ...]] = {
     **{(cell, "tf32"): (128,) for cell in ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "gru")},
-    **{("gru", type): (192,) for type in ("bfloat16", "float16")},
     **{("rnn_tanh", type): (256,) for type in ("bfloat16", "float16")},
 }
 
@@ -277,6 +284,12 @@ def _all() -> list[Kernel]:
 
 #: Every kernel that is built, by name.
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
+
+#: Beside these: what w_hh multiplied at every row, by so many threads, which is no cell's.
+PREVIOUS_THREADS = 256
+PREVIOUS = tuple(
+    ("previous", "rows", type, PREVIOUS_THREADS) for type in ("bfloat16", "float16", "float32")
+)
 
 
 @lru_cache(maxsize=256)

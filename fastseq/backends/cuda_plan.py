@@ -40,10 +40,8 @@ from .cuda_kernels import (
     Kernel,
     Type,
     Way,
-    backward_shared,
     classes,
     device_of,
-    forward_shared,
     reads_y,
 )
 
@@ -57,12 +55,10 @@ __all__ = [
     "Kernel",
     "Plan",
     "Walk",
-    "backward_shared",
     "binary",
     "classes",
     "decline",
     "device_of",
-    "forward_shared",
     "largest",
     "plan",
     "type_of",
@@ -92,7 +88,8 @@ class Walk:
     """One kernel of a plan, which walks all of time.
 
     shared: bytes of a CTA. registers: of a thread. per_multiprocessor: CTAs on one at once.
-    weights_in_registers, weights_in_shared: bytes of a CTA's weights, zeros beyond H included.
+    weights_in_registers, weights_in_shared: bytes of a CTA's weights, zeros beyond H included; in
+    registers both parts of a number that has two.
     row_read, row_written: bytes that a step moves for each sequence and recurrence. row_flops: of
     its recurrent product, two for each weight.
     alone: modelled us of a step where a CTA has a multiprocessor to itself. step: of all sequences,
@@ -174,7 +171,8 @@ def _walk_lines(plan: Plan, walk: Walk) -> Iterator[str]:
     rows, each = (1, " and sequence") if plan.B is None else (plan.B * plan.R, "")
     yield (
         f"  a step{each}: {walk.row_read * rows:,} bytes read, {walk.row_written * rows:,} "
-        f"written, {walk.row_flops * rows:,} FLOP; a step of a CTA: {cost.mmas:,} mma, "
+        f"written, {walk.row_flops * rows:,} FLOP; a step of a CTA: {cost.mmas:,} mma of "
+        f"{cost.instructions:,} instructions, "
         f"{cost.shared_read:,} bytes read from shared memory"
     )
     parts = ", ".join(f"{k} {v / 1000:.2f}" for k, v in cost.times._asdict().items())
@@ -243,7 +241,7 @@ def _walk(
     counted = registers.get(kernel.name, kernel.registers)
     fit = per_multiprocessor(kernel.threads, counted, shared, device)
     read, written = _row_bytes(kernel.way, cell, ITEMSIZE[kernel.type], H, problem)
-    fragment = PARTS[kernel.type] * FRAGMENT * kernel.warps
+    fragment = FRAGMENT * kernel.warps
     tiles = _tiles(cell, H)
     moved = -(-(read + written) // tiles)  # of one CTA's units
 
@@ -271,7 +269,7 @@ def _walk(
         shared=shared,
         registers=counted,
         per_multiprocessor=fit,
-        weights_in_registers=kernel.held * fragment,
+        weights_in_registers=kernel.held * PARTS[kernel.type] * fragment,
         weights_in_shared=kernel.rest * fragment,
         row_read=read,
         row_written=written,

@@ -1,0 +1,444 @@
+// The kernels on the host without Python and torch, for the sanitizers: forward, and backward of what
+// it left, of a choice of cells, types and shapes. Each runs twice and has to give the same bits; all
+// that it has to write is finite, nothing beside it is touched, and what it only reads stays as it
+// was. It is compared with plain loops over the same text, one sequence after another.
+//
+//   host_driver [NAME ...]     of the cases; all by default
+//
+// FASTSEQ_FEW leaves out most of them, so that the compiler has done soon.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "backward.h"
+#include "forward.h"
+
+using namespace fastseq;
+using namespace fastseq::FASTSEQ_ISA;
+
+namespace {
+
+int failures = 0;
+std::string at_hand;  // the case and the shape
+
+void fail(const std::string& what) {
+  if (++failures <= 20) std::printf("%s: %s\n", at_hand.c_str(), what.c_str());
+}
+
+struct Random {
+  uint64_t state = 1;
+  float operator()() {  // in [-1, 1)
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return float(int64_t(state) >> 40) / float(1 << 23);
+  }
+};
+
+// `size` numbers, NaN at first, between guards.
+template <class Number>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0) : size_(size), bytes_(2 * MARGIN + size * sizeof(Number)) {
+    std::fill(bytes_.begin(), bytes_.end(), host::GUARD);
+    std::memset(data(), host::POISON, size * sizeof(Number));
+    guard(true);
+  }
+  Buffer(const Buffer& other) : Buffer(other.size_) {
+    if (size_) std::memcpy(data(), other.data(), size_ * sizeof(Number));
+  }
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { guard(false); }
+
+  Number* data() const { return reinterpret_cast<Number*>(aligned()); }
+  Number* or_null() const { return size_ ? data() : nullptr; }
+  Number& operator[](int64_t k) const { return data()[k]; }
+  int64_t size() const { return size_; }
+
+  void fill(Random& random, float scale) const {
+    for (int64_t k = 0; k < size_; ++k) (*this)[k] = narrow<Number>(scale * random());
+  }
+  void zero() const { std::memset(static_cast<void*>(data()), 0, size_ * sizeof(Number)); }
+  bool same(const Buffer& other) const {
+    return size_ == other.size_ && !std::memcmp(data(), other.data(), size_ * sizeof(Number));
+  }
+  bool is_guarded() {
+    guard(false);
+    const unsigned char *begin = bytes_.data(), *first = aligned(), *end = begin + bytes_.size();
+    const auto is_guard = [](unsigned char byte) { return byte == host::GUARD; };
+    const bool whole = std::all_of(begin, first, is_guard) &&
+                       std::all_of(first + size_ * sizeof(Number), end, is_guard);
+    guard(true);
+    return whole;
+  }
+
+ private:
+  static constexpr size_t MARGIN = 256;
+
+  unsigned char* aligned() const {
+    const auto begin = reinterpret_cast<uintptr_t>(bytes_.data());
+    return const_cast<unsigned char*>(bytes_.data()) + ((begin + 127) / 128 * 128 + 128 - begin);
+  }
+  void guard(bool on) {
+    unsigned char *begin = bytes_.data(), *first = aligned(), *end = begin + bytes_.size();
+    unsigned char* last = first + size_ * sizeof(Number);
+    (on ? forbid : allow)(begin, first - begin);
+    (on ? forbid : allow)(last, end - last);
+  }
+
+  int64_t size_;
+  std::vector<unsigned char> bytes_;
+};
+
+struct Shape {
+  int T, B, R, H;
+  bool ragged, state, reset, h_mask, save;  // state: initial ones are given
+};
+
+enum Role { READ, FORWARD, BACKWARD };  // by what it is written
+
+// All that a call of the two kernels is given.
+template <class Cell, class Type, int HC>
+struct Memory {
+  using T = Tile<Cell, Type, HC, false>;
+  using Number = typename T::Number;
+  static constexpr int G = T::G, G_HH = T::G_HH, C = T::C, E = T::E, U = T::U;
+
+  const Shape s;
+  const int64_t N, tiles;
+  Buffer<int64_t> lengths, offsets;
+  Buffer<Number> gates, extra, y, h_0, c_0, h_n, w_forward, w_backward, b_hh, unit, h_mask, dy;
+  Buffer<Number> dgates, dproduct;
+  Buffer<float> c_all, c_n, dc_all, dh, dc, dunit;
+  Buffer<uint8_t> reset;
+
+  explicit Memory(Shape s)
+      : s(s), N(rows(s)), tiles((s.B + EIGHT - 1) / EIGHT), lengths(s.ragged ? s.B : 0),
+        offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
+        y(N * s.R * s.H), h_0(s.state * states()), c_0(s.state * C * states()), h_n(states()),
+        w_forward(int64_t(s.R) * G_HH * HC * HC), w_backward(w_forward.size()),
+        b_hh(Cell::APART * states() / s.B * G_HH), unit(int64_t(s.R) * U * s.H),
+        h_mask(s.h_mask * states()), dy(y.size()), dgates(gates.size()),
+        dproduct((Cell::APART > 0) * N * s.R * G_HH * s.H), c_all(s.save * C * y.size()),
+        c_n(C * states()), dc_all(c_all.size()), dh(states()), dc(C * states()),
+        dunit(tiles * unit.size()), reset(s.reset * s.R * N) {
+    Random random;
+    for (int b = 0; b < s.B && s.ragged; ++b) lengths[b] = length(s, b);
+    for (int64_t t = 0, row = 0; t < s.T && s.ragged; ++t) {
+      offsets[t] = row;
+      for (int b = 0; b < s.B; ++b) row += t < length(s, b);
+    }
+    for (const Buffer<Number>* one : {&gates, &h_0, &c_0, &b_hh, &unit, &h_mask, &dy})
+      one->fill(random, 1);
+    for (const Buffer<float>* one : {&dc_all, &dh, &dc}) one->fill(random, 1);
+    for (int64_t k = 0; k < reset.size(); ++k) reset[k] = random() > 0.4f;
+    w_forward.zero(), w_backward.zero();
+    const float bound = 2 / std::sqrt(float(s.H));
+    for (int r = 0; r < s.R; ++r)
+      for (int g = 0; g < G_HH; ++g)
+        for (int u = 0; u < s.H; ++u)
+          for (int k = 0; k < s.H; ++k)
+            w_forward[((int64_t(r) * G_HH + g) * HC + u) * HC + k] =
+                w_backward[((int64_t(r) * HC + k) * G_HH + g) * HC + u] =
+                    narrow<Number>(bound * random());
+  }
+
+  static int length(const Shape& s, int b) { return s.ragged ? std::max(0, s.T - b / 2) : s.T; }
+  static int64_t rows(const Shape& s) {
+    int64_t all = 0;
+    for (int b = 0; b < s.B; ++b) all += length(s, b);
+    return all;
+  }
+  int64_t states() const { return int64_t(s.R) * s.B * s.H; }
+  int64_t row(int t, int b) const { return (s.ragged ? offsets[t] : int64_t(t) * s.B) + b; }
+  bool is_reverse(int r) const { return r % 2; }
+
+  Arguments arguments(bool backward) const {
+    Arguments a{};
+    a.T = s.T, a.B = s.B, a.R = s.R, a.H = s.H, a.rows = N;
+    a.reverse = 0xaaaaaaaa, a.save = s.save;
+    a.lengths = lengths.or_null(), a.offsets = offsets.or_null();
+    a.gates = gates.or_null(), a.extra = extra.or_null();
+    a.y = y.or_null(), a.c_all = c_all.or_null();
+    a.h_0 = h_0.or_null(), a.c_0 = c_0.or_null(), a.h_n = h_n.or_null(), a.c_n = c_n.or_null();
+    a.w_hh = (backward ? w_backward : w_forward).or_null(), a.b_hh = b_hh.or_null();
+    a.unit = unit.or_null(), a.reset = reset.or_null(), a.h_mask = h_mask.or_null();
+    a.dy = dy.or_null(), a.dc_all = dc_all.or_null(), a.dh = dh.or_null(), a.dc = dc.or_null();
+    a.dgates = dgates.or_null(), a.dproduct = dproduct.or_null(), a.dunit = dunit.or_null();
+    return a;
+  }
+
+  // Its arrays, as pointers to members.
+  template <class See>
+  static void each(const Shape& s, const See& see) {
+    using M = Memory;
+    see(&M::lengths, "lengths", READ), see(&M::offsets, "offsets", READ);
+    see(&M::h_0, "h_0", READ), see(&M::c_0, "c_0", READ), see(&M::b_hh, "b_hh", READ);
+    see(&M::w_forward, "w_hh", READ), see(&M::w_backward, "w_hh transposed", READ);
+    see(&M::unit, "unit", READ), see(&M::h_mask, "h_mask", READ), see(&M::reset, "reset", READ);
+    see(&M::dy, "dy", READ), see(&M::dc_all, "dc_all", READ);
+    see(&M::gates, "gates", s.save && Cell::KEEPS_GATES ? FORWARD : READ);
+    see(&M::extra, "extra", FORWARD), see(&M::y, "y", FORWARD), see(&M::h_n, "h_n", FORWARD);
+    see(&M::c_all, "c_all", FORWARD), see(&M::c_n, "c_n", FORWARD);
+    see(&M::dh, "dh", BACKWARD), see(&M::dc, "dc", BACKWARD);
+    see(&M::dgates, "dgates", BACKWARD), see(&M::dproduct, "dproduct", BACKWARD);
+    see(&M::dunit, "dunit", BACKWARD);
+  }
+};
+
+bool finite(float v) { return std::isfinite(v); }
+bool finite(Bf16 v) { return std::isfinite(widen(v)); }
+bool finite(F16 v) { return std::isfinite(widen(v)); }
+bool finite(int64_t) { return true; }
+bool finite(uint8_t) { return true; }
+
+template <class Type>
+struct Tolerance;  // the unit roundoff of what the products take, a few times
+template <>
+struct Tolerance<bfloat16> {
+  static constexpr float VALUE = 0x1p-5f;
+};
+template <>
+struct Tolerance<float16> {
+  static constexpr float VALUE = 0x1p-8f;
+};
+template <>
+struct Tolerance<tf32> {
+  static constexpr float VALUE = 0x1p-8f;
+};
+template <>
+struct Tolerance<float32> {
+  static constexpr float VALUE = 0x1p-16f;
+};
+
+template <class Cell, class Type, int HC>
+struct Loops {
+  using M = Memory<Cell, Type, HC>;
+  using T = typename M::T;
+  using Number = typename T::Number;
+  static constexpr int G = T::G, G_HH = T::G_HH, C = T::C, E = T::E, U = T::U;
+
+  // An operand of the product.
+  static double operand(float v) {
+    v = widen(narrow<Number>(v));
+    return T::PARTS == 1 ? round_tf32(v) : v;
+  }
+  static double weight(const M& m, int r, int g, int u, int k) {
+    return operand(widen(m.w_forward[((int64_t(r) * G_HH + g) * HC + u) * HC + k]));
+  }
+
+  template <class Array>
+  static void compare(const Array& ours, int64_t k, float expected, const char* name) {
+    const float v = widen(ours[k]);
+    if (std::fabs(v - expected) > Tolerance<Type>::VALUE * (1 + std::fabs(expected)))
+      fail(std::string(name) + "[" + std::to_string(k) + "]: " + std::to_string(v) + ", by loops " +
+           std::to_string(expected));
+  }
+
+  // given: before the kernel; m: after it. Each step begins with the states that the kernel left,
+  // so that errors do not add up.
+  static void forward(const M& given, const M& m) {
+    const Shape& s = m.s;
+    const int H = s.H;
+    for (int r = 0; r < s.R; ++r)
+      for (int b = 0; b < s.B; ++b) {
+        const int length = M::length(s, b);
+        const int64_t state = (int64_t(r) * s.B + b) * H;
+        std::vector<float> h(H), c(H);
+        for (int u = 0; u < H; ++u) {
+          h[u] = s.state ? widen(m.h_0[state + u]) : 0;
+          c[u] = s.state && C ? widen(m.c_0[state + u]) : 0;
+        }
+        for (int step = 0; step < length; ++step) {
+          const int64_t row = m.row(m.is_reverse(r) ? length - 1 - step : step, b);
+          const int64_t at_row = row * s.R + r;
+          const bool kept = !s.reset || !m.reset[r * m.N + row];
+          const std::vector<float> before = h;
+          for (int u = 0; u < H; ++u) {
+            ForwardAt<T> at{};
+            for (int g = 0; g < G; ++g) at.in[g] = widen(given.gates[(at_row * G + g) * H + u]);
+            for (int g = 0; g < G_HH; ++g) {
+              double product = 0;
+              for (int k = 0; k < H && kept; ++k)
+                product += weight(m, r, g, u, k) *
+                           operand(before[k] * (s.h_mask ? widen(m.h_mask[state + k]) : 1));
+              if (g >= G_HH - Cell::APART)
+                product += widen(m.b_hh[(int64_t(r) * G_HH + g) * H + u]);
+              at.product[g] = float(product);
+            }
+            at.h_before = kept ? before[u] : 0, at.c_before[0] = kept ? c[u] : 0;
+            for (int k = 0; k < U; ++k) at.units[k] = widen(m.unit[(int64_t(r) * U + k) * H + u]);
+            Cell::template forward<0>(at);
+            compare(m.y, at_row * H + u, at.h_after, "y");
+            h[u] = widen(m.y[at_row * H + u]);
+            if (C) c[u] = at.c_after[0];
+            if (!s.save) continue;
+            if (C) {
+              compare(m.c_all, at_row * H + u, at.c_after[0], "c_all");
+              c[u] = m.c_all[at_row * H + u];
+            }
+            for (int g = 0; g < G && Cell::KEEPS_GATES; ++g)
+              compare(m.gates, (at_row * G + g) * H + u, at.saves[g], "saved");
+            for (int k = 0; k < E; ++k)
+              compare(m.extra, (at_row * E + k) * H + u, at.extras[k], "extra");
+          }
+        }
+        for (int u = 0; u < H; ++u) {
+          compare(m.h_n, state + u, h[u], "h_n");
+          if (C) compare(m.c_n, state + u, c[u], "c_n");
+        }
+      }
+  }
+
+  // given: before the kernel.
+  static void backward(const M& given, const M& m) {
+    const Shape& s = m.s;
+    const int H = s.H;
+    std::vector<float> dunit(m.unit.size());
+    for (int r = 0; r < s.R; ++r)
+      for (int b = 0; b < s.B; ++b) {
+        const int length = M::length(s, b);
+        const int64_t state = (int64_t(r) * s.B + b) * H;
+        std::vector<float> dh(given.dh.data() + state, given.dh.data() + state + H), dc(H);
+        for (int u = 0; u < H && C; ++u) dc[u] = given.dc[state + u];
+        for (int step = length - 1; step >= 0; --step) {
+          const auto row_of = [&](int k) { return m.row(m.is_reverse(r) ? length - 1 - k : k, b); };
+          const int64_t row = row_of(step), at_row = row * s.R + r;
+          const int64_t at_before = step ? row_of(step - 1) * s.R + r : 0;
+          const bool kept = !s.reset || !m.reset[r * m.N + row];
+          std::vector<double> dproduct(G_HH * H);
+          std::vector<float> direct(H);
+          for (int u = 0; u < H; ++u) {
+            BackwardAt<T> at{};
+            float h_prev = s.state ? widen(m.h_0[state + u]) : 0;
+            float c_prev = s.state && C ? widen(m.c_0[state + u]) : 0;
+            if (step) h_prev = widen(m.y[at_before * H + u]);
+            if (step && C) c_prev = m.c_all[at_before * H + u];
+            at.dh_now = dh[u] + widen(m.dy[at_row * H + u]);
+            at.dc_now[0] = C ? dc[u] + m.dc_all[at_row * H + u] : 0;
+            for (int g = 0; g < G; ++g) at.saves[g] = widen(m.gates[(at_row * G + g) * H + u]);
+            for (int k = 0; k < E; ++k) at.extras[k] = widen(m.extra[(at_row * E + k) * H + u]);
+            at.h_after = widen(m.y[at_row * H + u]), at.h_before = kept ? h_prev : 0;
+            at.c_after[0] = C ? m.c_all[at_row * H + u] : 0, at.c_before[0] = kept ? c_prev : 0;
+            for (int k = 0; k < U; ++k) at.units[k] = widen(m.unit[(int64_t(r) * U + k) * H + u]);
+            Cell::template backward<0>(at);
+            for (int g = 0; g < G; ++g)
+              compare(m.dgates, (at_row * G + g) * H + u, at.din[g], "dgates");
+            for (int g = 0; g < G_HH; ++g) {
+              if (Cell::APART)
+                compare(m.dproduct, (at_row * G_HH + g) * H + u, at.dproduct[g], "dproduct");
+              dproduct[g * H + u] = operand(at.dproduct[g]);
+            }
+            for (int k = 0; k < U; ++k) dunit[(int64_t(r) * U + k) * H + u] += at.dunits[k];
+            direct[u] = at.dh_before, dc[u] = kept ? at.dc_before[0] : 0;
+          }
+          for (int k = 0; k < H; ++k) {
+            double product = 0;
+            for (int g = 0; g < G_HH; ++g)
+              for (int u = 0; u < H; ++u) product += weight(m, r, g, u, k) * dproduct[g * H + u];
+            const double mask = s.h_mask ? widen(m.h_mask[state + k]) : 1;
+            dh[k] = kept ? float(product * mask + direct[k]) : 0;
+          }
+        }
+        for (int u = 0; u < H; ++u) {
+          compare(m.dh, state + u, dh[u], "dh");
+          if (C) compare(m.dc, state + u, dc[u], "dc");
+        }
+      }
+    for (int64_t k = 0; k < m.unit.size(); ++k) {
+      float all = 0;
+      for (int64_t tile = 0; tile < m.tiles; ++tile) all += m.dunit[tile * m.unit.size() + k];
+      compare(std::vector<float>{all}, 0, dunit[k], "dunit");
+    }
+  }
+};
+
+template <class Cell, class Type, int HC>
+void run(const char* name, Shape s) {
+  if (!s.H) s.H = HC;
+  using M = Memory<Cell, Type, HC>;
+  using T = typename M::T;
+  const auto launch = [&](bool backward, const M& memory) {
+    const host::Kernel kernel{name, backward ? backward_walk<Cell, Type, HC>
+                                             : forward_walk<Cell, Type, HC>,
+                              T::THREADS};
+    const int64_t parts = T::MULTIPLIES ? 1 : (s.H + HC - 1) / HC;
+    const std::string why = host::run(kernel, memory.tiles, s.R, parts, T::THREADS,
+                                      backward ? Tile<Cell, Type, HC, true>::BYTES : T::BYTES,
+                                      memory.arguments(backward));
+    if (!why.empty()) fail(why);
+    return why.empty();
+  };
+  const auto twice = [&](bool backward, const M& before, M& after) {
+    at_hand = std::string(name) + (backward ? " backward" : " forward");
+    at_hand += " T=" + std::to_string(s.T) + " B=" + std::to_string(s.B);
+    at_hand += " R=" + std::to_string(s.R) + " H=" + std::to_string(s.H);
+    const int failed = failures;
+    const M again(before);
+    if (!launch(backward, after) || !launch(backward, again)) return false;
+    M::each(s, [&](auto member, const char* what, Role role) {
+      if (!(after.*member).is_guarded()) fail(std::string("written beside ") + what);
+      if (role != (backward ? BACKWARD : FORWARD)) {
+        if (!(after.*member).same(before.*member)) fail(std::string("wrote ") + what);
+        return;
+      }
+      if (!(after.*member).same(again.*member)) fail(what + std::string(" has other bits"));
+      for (int64_t k = 0; k < (after.*member).size(); ++k)
+        if (!finite((after.*member)[k])) return fail(what + std::string(" is not finite"));
+    });
+    return failures == failed;
+  };
+  const M given(s);
+  M forward(given);
+  if (!twice(false, given, forward)) return;
+  Loops<Cell, Type, HC>::forward(given, forward);
+  if (!s.save) return;
+  M backward(forward);
+  if (twice(true, forward, backward)) Loops<Cell, Type, HC>::backward(forward, backward);
+}
+
+// {T, B, R, H, ragged, state, reset, h_mask, save}; H 0: as many as the kernel has room for
+const Shape PLAIN{4, 3, 1, 0, false, true, false, false, true};
+const Shape SMALLEST{1, 1, 1, 1, false, false, false, false, true};
+const Shape RAGGED{4, 9, 2, 19, true, true, true, true, true};  // the ninth sequence is empty
+const Shape LONG{11, 9, 2, 0, false, true, true, false, true};  // more steps than are on their way
+const Shape LEAN{3, 2, 2, 17, true, false, false, true, false};
+const Shape PARTS{4, 3, 1, 70, true, true, true, false, true};  // of a cell without a product
+
+struct Case {
+  const char* name;
+  void (*run)();
+};
+#define FASTSEQ_CASE(Cell, Type, HC, ...)                                        \
+  {#Cell " " #Type, [] {                                                        \
+     for (const Shape& shape : {__VA_ARGS__}) run<Cell, Type, HC>(#Cell " " #Type, shape); \
+   }}
+const Case cases[] = {
+    FASTSEQ_CASE(Lstm, bfloat16, 32, SMALLEST, PLAIN, RAGGED, LONG),
+#ifndef FASTSEQ_FEW
+    FASTSEQ_CASE(Gru, float32, 32, PLAIN, RAGGED),
+    FASTSEQ_CASE(RnnTanh, float16, 32, RAGGED, LONG, LEAN),
+    FASTSEQ_CASE(PeepholeLstm, tf32, 32, RAGGED, LEAN),
+    FASTSEQ_CASE(CoupledLstm, float16, 64, RAGGED),
+    FASTSEQ_CASE(Gru, bfloat16, 128, RAGGED, LONG),
+    FASTSEQ_CASE(Lstm, tf32, 64, SMALLEST, RAGGED),
+    FASTSEQ_CASE(Lstm, float32, 64, SMALLEST, RAGGED),  // some of the weights in shared memory
+    FASTSEQ_CASE(LeakyIntegrator, bfloat16, 64, RAGGED, LONG),
+#endif
+    FASTSEQ_CASE(IndrnnTanh, float32, 64, RAGGED, PARTS),
+};
+
+}  // namespace
+
+int main(int count, char** names) {
+  int run = 0;
+  for (const Case& one : cases) {
+    const auto is_asked = [&](const char* name) { return !std::strcmp(name, one.name); };
+    if (count > 1 && std::none_of(names + 1, names + count, is_asked)) continue;
+    one.run();
+    ++run;
+  }
+  std::printf("%d cases, %d failures\n", run, failures);
+  return failures > 0 || run == 0;
+}
