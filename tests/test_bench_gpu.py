@@ -203,7 +203,7 @@ def test_a_point_that_none_of_ours_runs_is_not_measured():
     [
         ("forward_lstm_bfloat16_128", "lstm / forward / cta / bfloat16"),
         ("backward_rnn_tanh_tf32_64", "rnn_tanh / backward / cta / tf32"),
-        ("previous_float16", "None"),
+        ("previous_rows_float16_256", "None"),
     ],
 )
 def test_what_a_kernel_of_cuda_is_called(kernel, expected):
