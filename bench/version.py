@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: Where a copy of the tree that has no .git says which commit it is.
 FILE = ROOT / "out/commit"
+#: The sources of fastseq's binaries for GPUs.
+BINARIES = ("csrc/cuda", "csrc/launch", "csrc/cuda_module.cpp")
 #: What a note says of a commit from which the tree differed.
 CHANGED = "with changes"
 
@@ -41,18 +43,20 @@ def state() -> str:
     if not name.endswith("-dirty") and name != "unversioned":
         return name
     digest = hashlib.sha256()
-    for file in sorted((ROOT / "fastseq").rglob("*.py")):
+    sources = [*(ROOT / "fastseq").rglob("*.py"), *(ROOT / BINARIES[0]).rglob("*.*")]
+    for file in sorted(sources):
         digest.update(file.read_bytes())
     return f"{name}.{digest.hexdigest()[:7]}"
 
 
 def same_code(name: str, now: str) -> bool:
-    """Whether the package of commit ``name`` is the present one, as far as git can tell."""
+    """Whether the package of commit ``name`` is the present one, as far as git can tell, and so are
+    the sources of its binaries for GPUs."""
     if name == now:
         return True
     if not name or "-dirty" in name + now or "unversioned" in name + now:
         return False
-    command = ["git", "diff", "--quiet", name, now, "--", "fastseq"]
+    command = ["git", "diff", "--quiet", name, now, "--", "fastseq", *BINARIES]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     except OSError:

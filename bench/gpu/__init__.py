@@ -10,7 +10,7 @@ rest goes on. docs/gpu.md says what to type and what the files hold. The rooms:
     budget      how the minutes are split over the stages (pure)
     points      what is measured, in which order; a row's columns (pure)
     suspects    what hung or failed so often that it is not tried again (pure)
-    forms       what is asked of the triton backend: its forms, what it launches
+    forms       what is asked of the backends cuda and triton: their forms, what they launch
     crew        children that take tasks in turn, each watched; one may be lost
     timing      CUDA events around calls and graph replays, contenders in turn
     numbers     the rule by which a point's own numbers are judged

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -215,13 +216,18 @@ def caller(workload: Any, training: bool, module: torch.nn.Module, x: Any) -> Ca
     return step
 
 
+@lru_cache(maxsize=1)  # of large layers they take seconds to draw
+def _numbers(shape: torch.Size) -> Tensor:
+    random = torch.Generator().manual_seed(2)
+    return torch.randn(shape, generator=random).to(torch.bfloat16)
+
+
 def _leaves(workload: Any, module: torch.nn.Module, x: Any) -> tuple[list[Tensor], Tensor]:
     """What has a gradient, and the gradient of the output, the same numbers in any type."""
     data = x.data if isinstance(x, PackedSequence) else x
     with torch.no_grad():
         shape = workload.run(module, x).shape
-    random = torch.Generator().manual_seed(2)
-    dy = torch.randn(shape, generator=random).to(torch.bfloat16).to("cuda").to(data.dtype)
+    dy = _numbers(shape).to("cuda").to(data.dtype)
     return [data.requires_grad_(), *module.parameters()], dy
 
 

@@ -226,8 +226,7 @@ class Extension(types.ModuleType):
         return " ".join(compiled.FIELDS)
 
     def kernels(self):
-        previous = ("previous_bfloat16", "previous_float16", "previous_float32")
-        return (*cuda_kernels.KERNELS, *previous)
+        return (*cuda_kernels.KERNELS, *("_".join(map(str, p)) for p in cuda_kernels.PREVIOUS))
 
     def launch(self, name, device, stream, grid, threads, shared, arguments):
         alive()
