@@ -239,7 +239,7 @@ def test_against_float64(cell, special, dtype):
 
 #: Of one CTA: the sizes around a warp's units and a CTA's classes and sequences, and one step.
 SIZES = {
-    "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1, "seed": 1},
+    "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1, "seed": 11},
     "H1": {"H": 1, "B": 9},
     "H17": {"H": 17, "B": 7},
     "H32": {"H": 32, "B": 8, "directions": 2, "layers": 2},

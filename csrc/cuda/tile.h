@@ -360,8 +360,10 @@ struct Weights {
       for (int j = 0; j < 4; ++j) big[j] = high(b.w[j]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
+        const uint32_t l0 = low(b.w[2 * k], big[2 * k]), l1 = low(b.w[2 * k + 1], big[2 * k + 1]);
+        mma(d, small.w[k], l0, l1, Number());
         mma(d, small.w[k], big[2 * k], big[2 * k + 1], Number());
-        mma(d, w.w[k], low(b.w[2 * k], big[2 * k]), low(b.w[2 * k + 1], big[2 * k + 1]), Number());
+        mma(d, w.w[k], l0, l1, Number());
       }
 #pragma unroll
       for (int k = 0; k < 2; ++k) mma(d, w.w[k], big[2 * k], big[2 * k + 1], Number());
