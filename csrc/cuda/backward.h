@@ -131,38 +131,39 @@ DEVICE void backward_walk(const Arguments& a) {
       return seat.reverse ? step + 1 < length : time_of(step) > 0;
     };
     const auto row_of = [&](int step) { return step < steps ? seat.row(time_of(step)) : 0; };
-    const auto piece = [&](const void* base, int row, int numbers, int size) {
-      return static_cast<const unsigned char*>(base) +
-             ((int64_t(row) * seat.stride + mine_of_rows) * numbers + seat.origin) * size;
+    // Where this thread's row of H numbers is.
+    const auto place_of = [&](int row) { return int64_t(row) * seat.stride + mine_of_rows; };
+    const auto piece = [&](const void* base, int64_t place, int numbers, int size) {
+      return static_cast<const unsigned char*>(base) + (place * numbers + seat.origin) * size;
     };
-    // row: of the step; row_before: of the step after it in this walk, forward's before
-    const auto on_its_way = [&](int step, int slot, int row, int row_before) {
+    // place: of the step; before: of the step after it in this walk, forward's before
+    const auto on_its_way = [&](int step, int slot, int64_t place, int64_t before) {
       if (step < steps && (PLAIN ? my_length > 0 : time_of(step) < my_length)) {
         unsigned char* const to = my_stages + slot * T::STAGE;
         const bool has = has_before(step, my_length);
-        const auto pieces = [&](auto count, int at, const void* base, int row) {
-          const unsigned char* const from = piece(base, row, count.value, SIZE);
+        const auto pieces = [&](auto count, int at, const void* base, int64_t place) {
+          const unsigned char* const from = piece(base, place, count.value, SIZE);
           if constexpr (PLAIN)
             fetch_whole<count.value * T::UNIT, T::ROW_LANES>(to + at, from, my_part);
           else
             fetch<count.value, T::UNIT, SIZE>(to + at, from, bytes, from_unit, my_part,
                                               T::ROW_LANES);
         };
-        const auto wide_piece = [&](int at, const void* base, int row) {
-          const unsigned char* const from = piece(base, row, 1, 4);
+        const auto wide_piece = [&](int at, const void* base, int64_t place) {
+          const unsigned char* const from = piece(base, place, 1, 4);
           if constexpr (PLAIN)
             fetch_whole<HC * 4, T::ROW_LANES>(to + at, from, my_part);
           else
             fetch<1, 0, 4>(to + at, from, seat.width * 4, 0, my_part, T::ROW_LANES);
         };
-        if constexpr (Cell::KEEPS_GATES) pieces(Count<T::G>(), 0, a.gates, row);
-        if constexpr (T::E > 0) pieces(Count<T::E>(), T::AT_EXTRA, a.extra, row);
-        if (a.dy) pieces(Count<1>(), T::AT_DY, a.dy, row);
+        if constexpr (Cell::KEEPS_GATES) pieces(Count<T::G>(), 0, a.gates, place);
+        if constexpr (T::E > 0) pieces(Count<T::E>(), T::AT_EXTRA, a.extra, place);
+        if (a.dy) pieces(Count<1>(), T::AT_DY, a.dy, place);
         if constexpr (T::READS_Y)
-          if (has) pieces(Count<1>(), T::AT_H, a.y, row_before);
+          if (has) pieces(Count<1>(), T::AT_H, a.y, before);
         if constexpr (T::C > 0) {
-          if (has) wide_piece(T::AT_C, a.c_all, row_before);
-          if (a.dc_all) wide_piece(T::AT_DC, a.dc_all, row);
+          if (has) wide_piece(T::AT_C, a.c_all, before);
+          if (a.dc_all) wide_piece(T::AT_DC, a.dc_all, place);
         }
       }
       close();
@@ -176,7 +177,7 @@ int row = row_of(0), next_row = row_of(1);
       int at = row, then = next_row;
 #pragma unroll 1
       for (int step = 0; step < STAGES - 1; ++step) {
-        on_its_way(step, step, at, then);
+        on_its_way(step, step, place_of(at), place_of(then));
         at = then;
         then = row_of(step + 2);
       }
@@ -187,7 +188,9 @@ int row = row_of(0), next_row = row_of(1);
       resets[0] = is_reset(row, time_of(0), 0);
       resets[1] = is_reset(row, time_of(0), 1);
     }
-    const int by = seat.reverse ? int(a.B) : -int(a.B);  // where sequences have one length
+    // where sequences have one length: from a step's place to the next one's
+    const int64_t by = int64_t(seat.reverse ? int(a.B) : -int(a.B)) * seat.stride;
+    int64_t now = place_of(row);
     // A sequence's last step: what forward left there.
     const auto enter = [&](int k, int64_t place) {
 #pragma unroll
@@ -209,8 +212,8 @@ int row = row_of(0), next_row = row_of(1);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int time = PLAIN ? 0 : time_of(step);
-      const int row_after = PLAIN ? next_row + by : row_of(step + 2);
-      const int ahead_after = PLAIN ? next_ahead + by : row_of(step + STAGES + 1);
+      const int row_after = PLAIN ? 0 : row_of(step + 2);
+      const int ahead_after = PLAIN ? 0 : row_of(step + STAGES + 1);
       bool next_resets[2] = {};
       if (!PLAIN && a.reset && step + 1 < steps) {
         next_resets[0] = is_reset(next_row, time_of(step + 1), 0);
@@ -218,7 +221,7 @@ int row = row_of(0), next_row = row_of(1);
       }
       unsigned char* const stage = stages + slot * T::STAGE;
       unsigned char* const operand = operands + (step & 1) * T::OPERAND;
-      const int64_t out = int64_t(row) * seat.stride;
+      const int64_t out = now - mine_of_rows;  // of the step's first row
       float direct[2][EACH] = {};  // what of dh_{t-1} comes past the product
       const auto text = [&](auto columns) {
         constexpr int COLUMNS = columns.value;
@@ -327,7 +330,7 @@ int row = row_of(0), next_row = row_of(1);
             if (g >= T::G_HH) continue;
             put_operand<T>(operand + T::place(2 * seat.q + k) + (g * HC + seat.local) * SIZE,
                            dproduct);
-            if (a.dproduct && live)
+            if (T::DIFFERS && a.dproduct && live)
               put_each(a.dproduct, place + int64_t(g) * H, dproduct, is_unit(EACH - 1),
                        PLAIN || H % 2 == 0);
           }
@@ -348,15 +351,15 @@ int row = row_of(0), next_row = row_of(1);
         weights.multiply(products, operand + T::place(seat.g) + 16 * seat.q, part);
       // while the products are made
       if (PLAIN ? my_length > 0 : time < my_length) {
-        auto* const to = static_cast<unsigned char*>(a.dgates) +
-                         ((out + mine_of_rows) * T::G + seat.origin) * SIZE;
+        auto* const to = static_cast<unsigned char*>(a.dgates) + (now * T::G + seat.origin) * SIZE;
         const unsigned char* const from = my_stages + slot * T::STAGE;
         if constexpr (PLAIN)
           put_whole<T::G * HC * SIZE, T::ROW_LANES>(to, from, my_part);
         else
           put<T::G, T::UNIT, SIZE>(to, from, bytes, from_unit, my_part, T::ROW_LANES);
       }
-      on_its_way(step + STAGES - 1, last_slot, row_ahead, next_ahead);
+      const int64_t ahead = PLAIN ? now + (STAGES - 1) * by : place_of(row_ahead);
+      on_its_way(step + STAGES - 1, last_slot, ahead, PLAIN ? ahead + by : place_of(next_ahead));
       float sums[2][EACH] = {};  // columns by units
       if constexpr (T::MULTIPLIES) {
         if constexpr (T::SPLIT == 2) {
@@ -391,6 +394,7 @@ int row = row_of(0), next_row = row_of(1);
       next_row = row_after;
       row_ahead = next_ahead;
       next_ahead = ahead_after;
+      now = PLAIN ? now + by : place_of(row);
       resets[0] = next_resets[0];
       resets[1] = next_resets[1];
     }

@@ -41,6 +41,8 @@ struct Tile {
   static constexpr int SIZE = sizeof(Number), PARTS = Type::PARTS, WIDTH = HC;
   static constexpr int G = Cell::G, G_HH = Cell::FIRST[1], C = Cell::C, E = Cell::E, U = Cell::U;
   static constexpr bool MULTIPLIES = G_HH > 0, READS_Y = Cell::READS_H || !Cell::KEEPS_GATES;
+  // Whether a gate's recurrent part has a gradient of its own.
+  static constexpr bool DIFFERS = MULTIPLIES && (Cell::APART > 0 || G_HH < G);
   static_assert(Cell::PHASES == 1 && C <= 1 && HC % 32 == 0, "what a CTA walks");
   static_assert(MULTIPLIES || G == 1, "a tile of units is a piece of a row");
 
