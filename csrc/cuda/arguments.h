@@ -3,6 +3,7 @@
 //
 //   T, B, R, H     steps, sequences, recurrences, hidden units
 //   rows           N, of all sequences, and of padding behind them
+//   tile           how many sequences a CTA has, 4 or 8
 //   reverse        bit r % 32: recurrence r runs backward in time
 //   save           whether forward leaves what backward reads: gates, extras
 //   lengths        (B,) of sequences sorted by decreasing length, or 0 where all have T steps
@@ -37,6 +38,7 @@
   X(int64_t, R) \
   X(int64_t, H) \
   X(int64_t, rows) \
+  X(int64_t, tile) \
   X(int64_t, reverse) \
   X(int64_t, save) \
   X(const int64_t*, lengths) \

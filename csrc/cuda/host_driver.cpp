@@ -94,6 +94,7 @@ class Buffer {
 struct Shape {
   int T, B, R, H;
   bool ragged, state, reset, h_mask, save;  // state: initial ones are given
+  int tile = 8;                             // sequences of a CTA
 };
 
 enum Role { READ, FORWARD, BACKWARD };  // by what it is written
@@ -108,20 +109,21 @@ struct Memory {
   const Shape s;
   const int64_t N, tiles;
   Buffer<int64_t> lengths, offsets;
-  Buffer<Number> gates, extra, y, h_0, c_0, h_n, w_forward, w_backward, b_hh, unit, h_mask, dy;
-  Buffer<Number> dgates, dproduct;
-  Buffer<float> c_all, c_n, dc_all, dh, dc, dunit;
+  Buffer<Number> gates, extra, y, h_0, c_0, h_n, c_n, w_forward, w_backward, b_hh, unit, h_mask;
+  Buffer<Number> dy, dh_n, dc_n, dh_0, dc_0, dgates, dproduct;
+  Buffer<float> c_all, dc_all, dbias, dunit;
   Buffer<uint8_t> reset;
 
   explicit Memory(Shape s)
-      : s(s), N(rows(s)), tiles((s.B + EIGHT - 1) / EIGHT), lengths(s.ragged ? s.B : 0),
+      : s(s), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile), lengths(s.ragged ? s.B : 0),
         offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
         y(N * s.R * s.H), h_0(s.state * states()), c_0(s.state * C * states()), h_n(states()),
-        w_forward(int64_t(s.R) * G_HH * HC * HC), w_backward(w_forward.size()),
+        c_n(C * states()), w_forward(int64_t(s.R) * G_HH * HC * HC), w_backward(w_forward.size()),
         b_hh(Cell::APART * states() / s.B * G_HH), unit(int64_t(s.R) * U * s.H),
-        h_mask(s.h_mask * states()), dy(y.size()), dgates(gates.size()),
+        h_mask(s.h_mask * states()), dy(y.size()), dh_n(states()), dc_n(C * states()),
+        dh_0(states()), dc_0(C * states()), dgates(gates.size()),
         dproduct((Cell::APART > 0) * N * s.R * G_HH * s.H), c_all(s.save * C * y.size()),
-        c_n(C * states()), dc_all(c_all.size()), dh(states()), dc(C * states()),
+        dc_all(c_all.size()), dbias(tiles * s.R * (G + Cell::APART) * s.H),
         dunit(tiles * unit.size()), reset(s.reset * s.R * N) {
     Random random;
     for (int b = 0; b < s.B && s.ragged; ++b) lengths[b] = length(s, b);
@@ -129,9 +131,9 @@ struct Memory {
       offsets[t] = row;
       for (int b = 0; b < s.B; ++b) row += t < length(s, b);
     }
-    for (const Buffer<Number>* one : {&gates, &h_0, &c_0, &b_hh, &unit, &h_mask, &dy})
+    for (const Buffer<Number>* one : {&gates, &h_0, &c_0, &b_hh, &unit, &h_mask, &dy, &dh_n, &dc_n})
       one->fill(random, 1);
-    for (const Buffer<float>* one : {&dc_all, &dh, &dc}) one->fill(random, 1);
+    dc_all.fill(random, 1);
     for (int64_t k = 0; k < reset.size(); ++k) reset[k] = random() > 0.4f;
     w_forward.zero(), w_backward.zero();
     const float bound = 2 / std::sqrt(float(s.H));
@@ -156,7 +158,7 @@ struct Memory {
 
   Arguments arguments(bool backward) const {
     Arguments a{};
-    a.T = s.T, a.B = s.B, a.R = s.R, a.H = s.H, a.rows = N;
+    a.T = s.T, a.B = s.B, a.R = s.R, a.H = s.H, a.rows = N, a.tile = s.tile;
     a.reverse = 0xaaaaaaaa, a.save = s.save;
     a.lengths = lengths.or_null(), a.offsets = offsets.or_null();
     a.gates = gates.or_null(), a.extra = extra.or_null();
@@ -164,8 +166,11 @@ struct Memory {
     a.h_0 = h_0.or_null(), a.c_0 = c_0.or_null(), a.h_n = h_n.or_null(), a.c_n = c_n.or_null();
     a.w_hh = (backward ? w_backward : w_forward).or_null(), a.b_hh = b_hh.or_null();
     a.unit = unit.or_null(), a.reset = reset.or_null(), a.h_mask = h_mask.or_null();
-    a.dy = dy.or_null(), a.dc_all = dc_all.or_null(), a.dh = dh.or_null(), a.dc = dc.or_null();
-    a.dgates = dgates.or_null(), a.dproduct = dproduct.or_null(), a.dunit = dunit.or_null();
+    a.dy = dy.or_null(), a.dc_all = dc_all.or_null();
+    a.dh_n = dh_n.or_null(), a.dc_n = dc_n.or_null();
+    a.dh_0 = dh_0.or_null(), a.dc_0 = dc_0.or_null();
+    a.dgates = dgates.or_null(), a.dproduct = dproduct.or_null();
+    a.dbias = dbias.or_null(), a.dunit = dunit.or_null();
     return a;
   }
 
@@ -178,12 +183,13 @@ struct Memory {
     see(&M::w_forward, "w_hh", READ), see(&M::w_backward, "w_hh transposed", READ);
     see(&M::unit, "unit", READ), see(&M::h_mask, "h_mask", READ), see(&M::reset, "reset", READ);
     see(&M::dy, "dy", READ), see(&M::dc_all, "dc_all", READ);
+    see(&M::dh_n, "dh_n", READ), see(&M::dc_n, "dc_n", READ);
     see(&M::gates, "gates", s.save && Cell::KEEPS_GATES ? FORWARD : READ);
     see(&M::extra, "extra", FORWARD), see(&M::y, "y", FORWARD), see(&M::h_n, "h_n", FORWARD);
     see(&M::c_all, "c_all", FORWARD), see(&M::c_n, "c_n", FORWARD);
-    see(&M::dh, "dh", BACKWARD), see(&M::dc, "dc", BACKWARD);
+    see(&M::dh_0, "dh_0", BACKWARD), see(&M::dc_0, "dc_0", BACKWARD);
     see(&M::dgates, "dgates", BACKWARD), see(&M::dproduct, "dproduct", BACKWARD);
-    see(&M::dunit, "dunit", BACKWARD);
+    see(&M::dbias, "dbias", BACKWARD), see(&M::dunit, "dunit", BACKWARD);
   }
 };
 
@@ -295,13 +301,17 @@ struct Loops {
   static void backward(const M& given, const M& m) {
     const Shape& s = m.s;
     const int H = s.H;
-    std::vector<float> dunit(m.unit.size());
+    constexpr int BIASES = G + Cell::APART;
+    std::vector<float> dunit(m.unit.size()), dbias(int64_t(s.R) * BIASES * H);
     for (int r = 0; r < s.R; ++r)
       for (int b = 0; b < s.B; ++b) {
         const int length = M::length(s, b);
         const int64_t state = (int64_t(r) * s.B + b) * H;
-        std::vector<float> dh(given.dh.data() + state, given.dh.data() + state + H), dc(H);
-        for (int u = 0; u < H && C; ++u) dc[u] = given.dc[state + u];
+        std::vector<float> dh(H), dc(H);
+        for (int u = 0; u < H; ++u) {
+          dh[u] = widen(given.dh_n[state + u]);
+          if (C) dc[u] = widen(given.dc_n[state + u]);
+        }
         for (int step = length - 1; step >= 0; --step) {
           const auto row_of = [&](int k) { return m.row(m.is_reverse(r) ? length - 1 - k : k, b); };
           const int64_t row = row_of(step), at_row = row * s.R + r;
@@ -323,8 +333,12 @@ struct Loops {
             at.c_after[0] = C ? m.c_all[at_row * H + u] : 0, at.c_before[0] = kept ? c_prev : 0;
             for (int k = 0; k < U; ++k) at.units[k] = widen(m.unit[(int64_t(r) * U + k) * H + u]);
             Cell::template backward<0>(at);
-            for (int g = 0; g < G; ++g)
+            for (int g = 0; g < G; ++g) {
               compare(m.dgates, (at_row * G + g) * H + u, at.din[g], "dgates");
+              dbias[(int64_t(r) * BIASES + g) * H + u] += at.din[g];
+            }
+            for (int g = G; g < BIASES; ++g)
+              dbias[(int64_t(r) * BIASES + g) * H + u] += at.dproduct[g - Cell::APART];
             for (int g = 0; g < G_HH; ++g) {
               if (Cell::APART)
                 compare(m.dproduct, (at_row * G_HH + g) * H + u, at.dproduct[g], "dproduct");
@@ -342,15 +356,21 @@ struct Loops {
           }
         }
         for (int u = 0; u < H; ++u) {
-          compare(m.dh, state + u, dh[u], "dh");
-          if (C) compare(m.dc, state + u, dc[u], "dc");
+          compare(m.dh_0, state + u, dh[u], "dh_0");
+          if (C) compare(m.dc_0, state + u, dc[u], "dc_0");
         }
       }
-    for (int64_t k = 0; k < m.unit.size(); ++k) {
-      float all = 0;
-      for (int64_t tile = 0; tile < m.tiles; ++tile) all += m.dunit[tile * m.unit.size() + k];
-      compare(std::vector<float>{all}, 0, dunit[k], "dunit");
-    }
+    const auto compare_sums = [&](const Buffer<float>& tiles, const std::vector<float>& expected,
+                                  const char* name) {
+      const int64_t size = int64_t(expected.size());
+      for (int64_t k = 0; k < size; ++k) {
+        float all = 0;
+        for (int64_t tile = 0; tile < m.tiles; ++tile) all += tiles[tile * size + k];
+        compare(std::vector<float>{all}, 0, expected[k], name);
+      }
+    };
+    compare_sums(m.dunit, dunit, "dunit");
+    compare_sums(m.dbias, dbias, "dbias");
   }
 };
 
@@ -405,6 +425,7 @@ const Shape SMALLEST{1, 1, 1, 1, false, false, false, false, true};
 const Shape RAGGED{4, 9, 2, 19, true, true, true, true, true};  // the ninth sequence is empty
 const Shape LONG{11, 3, 2, 30, false, true, true, false, true};
 const Shape LEAN{3, 2, 2, 17, true, false, false, true, false};
+const Shape FEW{4, 6, 2, 32, false, true, false, false, true, 4};
 const Shape PARTS{4, 3, 1, 70, true, true, true, false, true};  // of a cell without a product
 
 struct Case {
@@ -416,7 +437,7 @@ struct Case {
      for (const Shape& shape : {__VA_ARGS__}) run<Cell, Type, HC>(#Cell " " #Type, shape); \
    }}
 const Case cases[] = {
-    FASTSEQ_CASE(Lstm, bfloat16, 32, SMALLEST, PLAIN, RAGGED, LONG),
+    FASTSEQ_CASE(Lstm, bfloat16, 32, SMALLEST, PLAIN, RAGGED, LONG, FEW),
 #ifndef FASTSEQ_FEW
     FASTSEQ_CASE(Gru, float32, 32, PLAIN, RAGGED),
     FASTSEQ_CASE(RnnTanh, float16, 32, RAGGED, LONG, LEAN),

@@ -1,7 +1,7 @@
 // What one CTA is: sizes known to the compiler, where its threads stand, and how it holds weights,
 // hands on operands and fetches rows.
 //
-// A CTA owns EIGHT sequences of one recurrence for all of time, the columns of its products. Rows
+// A CTA owns up to EIGHT sequences of one recurrence for all of time, the columns of its products. Rows
 // are hidden units. A thread has all that the cell's text takes of its own units (one or two, EACH)
 // in two columns, and no value but h (backward: the gates' gradients) goes from thread to thread:
 // mma gives lane (g, q) = (lane / 4, lane % 4) rows g and g + 8 of columns 2 q and 2 q + 1. Then
@@ -13,7 +13,8 @@
 //              Backward two warps share a row tile of 16 units and halve its inner length; each
 //              gives the other the half of its sums that belongs there.
 //
-// Up to four sequences stand in the even columns alone, and the text is run for these.
+// Up to four sequences stand in the even columns alone, and the text is run for these. Where there
+// are multiprocessors enough, a CTA is given no more than four.
 //
 // The inner length of a product may be taken in any order, as long as both operands agree. Here a
 // thread takes 16 bytes in a row of each of them: of 64 bytes, which are two fragments of mma's
@@ -93,7 +94,7 @@ struct Tile {
 
   // How many shall be on a multiprocessor at once: as its registers allow, of which a thread takes
   // so many beside the weights.
-  static constexpr int BESIDE = 100, REGISTERS = 8 * COPIES * TILES * HELD + BESIDE;
+  static constexpr int BESIDE = PARTS == 2 ? 130 : 100, REGISTERS = 8 * COPIES * TILES * HELD + BESIDE;
   static constexpr int ALIKE = 65536 / (THREADS * least(256, REGISTERS));
   static constexpr int CTAS = ALIKE < 1 ? 1 : least(16, ALIKE);
 };
@@ -103,14 +104,14 @@ template <class T>
 struct Seat {
   const Arguments& a;
   const int lane = thread() % LANES, warp = thread() / LANES, g = lane / 4, q = lane % 4;
-  const int recurrence = tile_y(), first = tile_x() * EIGHT;  // of the tile's sequences
+  const int recurrence = tile_y(), first = tile_x() * int(a.tile);  // of the tile's sequences
   const int origin = tile_z() * T::WIDTH;                      // the tile's first unit
   const int width = least(int(a.H) - origin, T::WIDTH);        // how many it has
   const int local = T::EACH == 2   ? warp * 16 + 2 * g         // this thread's first one, of these
                     : T::SPLIT == 2 ? warp / 2 * 16 + warp % 2 * 8 + g
                                     : warp * 8 + g;
   const bool reverse = (a.reverse >> (recurrence % 32)) & 1;
-  const bool few = a.B - first <= 4;
+  const bool few = a.tile <= 4 || a.B - first <= 4;
   const int stride = int(a.R * a.H);  // from a row to the next, of H numbers each recurrence
 
   DEVICE explicit Seat(const Arguments& a) : a(a) {}
@@ -118,7 +119,7 @@ struct Seat {
   // Of the tile's sequences that in column 2 q + k; of four the odd columns have none.
   DEVICE int one(int k) const { return few ? (k ? EIGHT : q) : 2 * q + k; }
   DEVICE int length(int one) const {
-    if (one >= EIGHT || first + one >= a.B) return 0;
+    if (one >= (few ? 4 : EIGHT) || first + one >= a.B) return 0;
     return a.lengths ? int(a.lengths[first + one]) : int(a.T);
   }
   DEVICE bool is_sequence(int k) const { return one(k) < EIGHT && first + one(k) < a.B; }

@@ -35,12 +35,12 @@ from .cuda_kernels import (
     KERNELS,
     POINTWISE_UNITS,
     PREVIOUS_THREADS,
-    ROWS,
     Device,
     Kernel,
     Way,
     classes,
     device_of,
+    rows_of_a_cta,
 )
 from .cuda_plan import Precision, decline, plan
 from .gpu_layer import Layer
@@ -63,8 +63,8 @@ __all__ = ["backward", "explain", "forward", "saved_layout", "supports", "unavai
 ABILITIES = Abilities()
 #: What a kernel is given, in this order: csrc/cuda/arguments.h.
 FIELDS = (
-    "T B R H rows reverse save lengths offsets gates extra y c_all h_0 c_0 h_n c_n w_hh b_hh unit "
-    "reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit"
+    "T B R H rows tile reverse save lengths offsets gates extra y c_all h_0 c_0 h_n c_n w_hh b_hh "
+    "unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit"
 ).split()
 #: The driver that runs what nvcc 13 makes.
 DRIVER = 580
@@ -194,6 +194,10 @@ class _Task(Layer):
         }
         for state, start in zip(self.cell.states, call.states, strict=False):
             self.values[f"{state}_0"] = _aligned(start)
+        self.unit_tiles = 1 if self.cell.recurrent_gates else -(-self.H // POINTWISE_UNITS)
+        multiprocessors = device_at_hand(self.device.type).multiprocessors
+        tile = rows_of_a_cta(self.B, self.R * self.unit_tiles, multiprocessors)
+        self.tiles, self.values["tile"] = -(-self.B // tile), tile
 
     def kernel(self, way: Way) -> Kernel:
         return kernel_of(way, self.cell.name, self.type, self.H)
@@ -214,8 +218,7 @@ class _Task(Layer):
 
     def walk(self, way: Way, **values: Any) -> None:
         kernel = self.kernel(way)
-        tiles = 1 if self.cell.recurrent_gates else -(-self.H // POINTWISE_UNITS)
-        grid = (-(-self.B // ROWS), self.R, tiles)
+        grid = (self.tiles, self.R, self.unit_tiles)
         given = self.values | values | {"w_hh": self.weights(kernel)}
         launch(kernel.name, self.device, grid, kernel.threads, kernel.shared, given)
 
@@ -294,7 +297,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
     dgates = new(N, R, cell.G * H, dtype=task.dtype)
     apart = cell.parts_differ and bool(cell.recurrent_gates)
     dproduct = new(N, R, cell.G_hh * H, dtype=task.dtype) if apart else dgates
-    tiles, w = -(-task.B // ROWS), task.call.weights[0]
+    tiles, w = task.tiles, task.call.weights[0]
     biased = w.b_ih is not None or w.b_hh is not None
     U, apart_gates = len(cell.unit_parameters), len(cell.apart_gates)
     dunit = new(tiles, R, U, H, dtype=task.wide) if U else None

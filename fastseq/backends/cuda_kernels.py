@@ -35,12 +35,16 @@ PARTS: dict[str, int] = {"bfloat16": 1, "float16": 1, "tf32": 1, "float32": 2}
 
 #: Sequences of a CTA: N of mma.
 ROWS = 8
+#: And where there are multiprocessors enough for all: half of the columns stay empty, and half of
+#: the text is run.
+FEW_ROWS = 4
 #: Of a fragment in shared memory: 16 bytes a lane.
 FRAGMENT = 512
 #: Units of a CTA where there is no product.
 POINTWISE_UNITS = 64
-#: Registers of a thread beside the weights: sums, gates, states, addresses.
-WORKING_REGISTERS = 100
+#: Registers of a thread beside the weights: sums, gates, states, addresses; of operands of one part
+#: and two.
+WORKING_REGISTERS = (100, 130)
 #: What a thread can address.
 MOST_REGISTERS = 255
 #: Apart from other rows in shared memory, so that neighbours use other banks.
@@ -113,6 +117,11 @@ LEAST_SHARED_MEMORY, MOST_SHARED_MEMORY = LAPTOP.shared_memory, H100.shared_memo
 def reads_y(cell: Cell) -> bool:
     """Whether backward reads h at every step."""
     return cell.reads_h or not cell.keeps_gates(False)
+
+
+def rows_of_a_cta(B: int, others: int, multiprocessors: int) -> int:
+    """How many sequences a CTA has; others: CTAs beside each other for one tile of the batch."""
+    return FEW_ROWS if -(-B // FEW_ROWS) * others <= multiprocessors else ROWS
 
 
 @dataclass(frozen=True)
@@ -242,7 +251,9 @@ class Kernel:
     @cached_property
     def ctas(self) -> int:
         """How many CTAs its registers let on a multiprocessor, for its launch bounds."""
-        wanted = min(MOST_REGISTERS + 1, self.weight_registers + WORKING_REGISTERS)
+        wanted = min(
+            MOST_REGISTERS + 1, self.weight_registers + WORKING_REGISTERS[PARTS[self.type] - 1]
+        )
         return max(1, min(16, 65536 // (self.threads * wanted)))
 
     @property
