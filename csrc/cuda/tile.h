@@ -91,7 +91,7 @@ struct Tile {
 
   // How many shall be on a multiprocessor at once: as its registers allow, of which a thread takes
   // so many beside the weights.
-  static constexpr int BESIDE = 100, REGISTERS = 8 * COPIES * TILES * HELD + BESIDE;
+  static constexpr int BESIDE = 100, REGISTERS = MULTIPLIES * 8 * COPIES * TILES * HELD + BESIDE;
   static constexpr int ALIKE = 65536 / (THREADS * least(256, REGISTERS));
   static constexpr int CTAS = ALIKE < 1 ? 1 : least(16, ALIKE);
 };

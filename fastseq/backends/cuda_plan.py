@@ -245,9 +245,12 @@ def _walk(
     tiles = _tiles(cell, H)
     moved = -(-(read + written) // tiles)  # of one CTA's units
 
+    sequences = ROWS if problem.B is None else min(problem.B, ROWS)
+    columns = 1 if sequences <= ROWS // 2 else 2
+    put = sequences * written * min(kernel.HC, H) // H
+
     def limits(resident: int, running: int) -> dict[str, float]:
-        rows = running * (ROWS if problem.B is None else min(problem.B, ROWS))
-        return cuda_time.limits(kernel, device, resident, rows * moved)
+        return cuda_time.limits(kernel, device, resident, running * sequences * moved, columns, put)
 
     alone = limits(1, 1)
     step = total = waves = None
@@ -274,7 +277,7 @@ def _walk(
         row_read=read,
         row_written=written,
         row_flops=2 * cell.G_hh * H * H,
-        cost=cuda_time.cost(kernel, device),
+        cost=cuda_time.cost(kernel, device, columns, put),
         alone=max(alone.values()) / 1000,
         step=step,
         total=total,
