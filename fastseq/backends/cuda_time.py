@@ -1,13 +1,15 @@
-"""What a step of a ``cuda`` kernel should take: a model, of which nothing was measured as a whole.
+"""What a step of a ``cuda`` kernel should take: a model, fitted to kernels measured on an H200.
 
-A CTA's step is a chain: the product, the text, h into shared memory, a barrier. Several CTAs of a
-multiprocessor fill each other's gaps until a unit is busy all the time, so a step takes the longest
-of the chain and of what each unit needs for all CTAs: tensor cores, shared memory, exponentials,
-starting instructions, and the GPU's memory.
+A CTA's step is a chain: the product, beside which rows are copied, the text, h or the gates'
+gradients into shared memory, a barrier, and a rest. Several CTAs of a multiprocessor fill each
+other's gaps until a unit is busy all the time, so a step takes the longest of the chain and of what
+each unit needs for all CTAs: tensor cores, shared memory, exponentials, starting instructions, and
+the GPU's memory. Only the chain was fitted; all measured CTAs had a multiprocessor to themselves.
 
 Each constant names its source. "table" is bench/results/nvidia-h100-80gb-hbm3/latency.csv: measured
 on an H100 at 1.98 GHz, each part alone, kept here in clocks of a multiprocessor, so that a GPU of
-another clock is scaled by it. Not in the model: the GEMMs around the loop, and the host.
+another clock is scaled by it. "compiled": counted in what nvcc 13.0 makes of the kernels for
+sm_90a. Not in the model: the GEMMs around the loop, and the host.
 """
 
 from __future__ import annotations
@@ -31,9 +33,8 @@ EXCHANGE = 60
 #: One sigmoid or tanh behind another, by the parts of a number. Table: tanh by __expf and a fast
 #: division (one part), 41.5 ns; by a true division (two), 60.8.
 WORD_LATENCY = {1: 82, 2: 120}
-#: What a step waits for beside all this, and bytes that it puts into the GPU's memory a clock, as
-#: far as others do not hide it. Fitted to times on an H200, as the design page says: no source
-#: explains them.
+#: What a step waits for beside all this: clocks, and bytes that a CTA puts into the GPU's memory a
+#: clock. Fitted to the H200's times; no source explains them.
 WAIT = {"forward": 100, "backward": 290}
 PUT_RATE = {"forward": 25.0, "backward": 8.7}
 #: Exponentials, reciprocals and the like that a multiprocessor makes a clock (CUDA programming
@@ -42,10 +43,11 @@ PUT_RATE = {"forward": 25.0, "backward": 8.7}
 SPECIAL_RATE, SPECIALS = 16, 2
 #: Instructions of warps that a multiprocessor starts a clock.
 ISSUE_RATE = 4
-#: Instructions of a warp's step without its products, fitted to what nvcc 13.0 made of 39 kernels
-#: for sm_90a, the loop of problems in which sequences have one length: what is done beside the
-#: text, and for each gate; of the text, for each unit and column of a thread: forward each sigmoid
-#: or tanh (by the parts of a number), backward each gate. In parts, for each fragment of weights.
+#: Instructions of a warp's step without its products. Compiled, fitted to 40 kernels, the loop for
+#: sequences of one length, which has the text for one column and again for two; half are met to
+#: within 5%, all to within 15%. Beside the text, and there for each gate; in the text, for each
+#: unit and column of a thread: forward for each sigmoid or tanh, by the parts of a number, backward
+#: for each gate. With two parts also for each fragment of weights.
 BESIDE = {"forward": 101, "backward": 120}
 BESIDE_GATE = {"forward": 13, "backward": 35}
 WORD_INSTRUCTIONS = {1: 10, 2: 17}
