@@ -9,7 +9,8 @@ the GPU's memory. Only the chain was fitted; all measured CTAs had a multiproces
 Each constant names its source. "table" is bench/results/nvidia-h100-80gb-hbm3/latency.csv: measured
 on an H100 at 1.98 GHz, each part alone, kept here in clocks of a multiprocessor, so that a GPU of
 another clock is scaled by it. "compiled": counted in what nvcc 13.0 makes of the kernels for
-sm_90a. Not in the model: the GEMMs around the loop, and the host.
+sm_90a. Not in the model: the GEMMs around the loop, the host, and the loop of problems with lengths,
+resets, a mask or an H below the kernel's, which has more instructions.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def words(cell: Cell, way: str) -> tuple[int, int]:
 
 
 class Times(NamedTuple):
-    """Nanoseconds of the parts of a CTA's step, one behind another."""
+    """Nanoseconds of the parts of a CTA's step, one behind another; rest: what was fitted."""
 
     product: float
     text: float
@@ -124,8 +125,8 @@ class Busy(NamedTuple):
 class Cost:
     """What a step of one CTA is made of, and what it should take.
 
-    mmas, instructions: of all warps, as in training. shared_read, shared_written: bytes, likewise.
-    words: sigmoids, tanhs and the like.
+    mmas, instructions: of all warps, as in training; with up to four sequences the text's are half.
+    shared_read, shared_written: bytes, as in training. words: sigmoids, tanhs and the like.
     """
 
     mmas: int
