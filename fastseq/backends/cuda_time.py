@@ -9,8 +9,8 @@ the GPU's memory. Only the chain was fitted; all measured CTAs had a multiproces
 Each constant names its source. "table" is bench/results/nvidia-h100-80gb-hbm3/latency.csv: measured
 on an H100 at 1.98 GHz, each part alone, kept here in clocks of a multiprocessor, so that a GPU of
 another clock is scaled by it. "compiled": counted in what nvcc 13.0 makes of the kernels for
-sm_90a. Not in the model: the GEMMs around the loop, the host, and the loop of problems with lengths,
-resets, a mask or an H below the kernel's, which has more instructions.
+sm_90a. Not in the model: the GEMMs around the loop, the host, and the loop of problems with
+lengths, resets, a mask or an H below the kernel's, which has more instructions.
 """
 
 from __future__ import annotations
