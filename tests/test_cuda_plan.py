@@ -557,7 +557,7 @@ def test_the_constants_are_those_of_the_table():
         ("rnn_tanh", (1, 1), (0, 0)),
         ("rnn_relu", (0, 0), (0, 0)),
         ("lstm", (5, 2), (1, 1)),
-        ("peephole_lstm", (5, 3), (1, 1)),
+        ("peephole_lstm", (5, 2), (1, 1)),
         ("coupled_lstm", (4, 2), (1, 1)),
         ("gru", (3, 2), (0, 0)),
         ("indrnn_tanh", (1, 1), (0, 0)),
