@@ -94,7 +94,8 @@ struct Tile {
 
   // How many shall be on a multiprocessor at once: as its registers allow, of which a thread takes
   // so many beside the weights.
-  static constexpr int BESIDE = PARTS == 2 ? 130 : 100, REGISTERS = 8 * COPIES * TILES * HELD + BESIDE;
+  static constexpr int BESIDE = PARTS == 2 ? 130 : 100;
+  static constexpr int REGISTERS = MULTIPLIES * 8 * COPIES * TILES * HELD + BESIDE;
   static constexpr int ALIKE = 65536 / (THREADS * least(256, REGISTERS));
   static constexpr int CTAS = ALIKE < 1 ? 1 : least(16, ALIKE);
 };

@@ -1,13 +1,16 @@
-"""What a step of a ``cuda`` kernel should take: a model, of which nothing was measured as a whole.
+"""What a step of a ``cuda`` kernel should take: a model, fitted to kernels measured on an H200.
 
-A CTA's step is a chain: the product, the text, h into shared memory, a barrier. Several CTAs of a
-multiprocessor fill each other's gaps until a unit is busy all the time, so a step takes the longest
-of the chain and of what each unit needs for all CTAs: tensor cores, shared memory, exponentials,
-starting instructions, and the GPU's memory.
+A CTA's step is a chain: the product, beside which rows are copied, the text, h or the gates'
+gradients into shared memory, a barrier, and a rest. Several CTAs of a multiprocessor fill each
+other's gaps until a unit is busy all the time, so a step takes the longest of the chain and of what
+each unit needs for all CTAs: tensor cores, shared memory, exponentials, starting instructions, and
+the GPU's memory. Only the chain was fitted; all measured CTAs had a multiprocessor to themselves.
 
 Each constant names its source. "table" is bench/results/nvidia-h100-80gb-hbm3/latency.csv: measured
 on an H100 at 1.98 GHz, each part alone, kept here in clocks of a multiprocessor, so that a GPU of
-another clock is scaled by it. Not in the model: the GEMMs around the loop, and the host.
+another clock is scaled by it. "compiled": counted in what nvcc 13.0 makes of the kernels for
+sm_90a. Not in the model: the GEMMs around the loop, the host, and the loop of problems with
+lengths, resets, a mask or an H below the kernel's, which has more instructions.
 """
 
 from __future__ import annotations
@@ -28,26 +31,29 @@ BARRIER, BARRIER_THREAD = 18.4, 0.0635
 SHARED_RATE = 128
 #: h written to shared memory, and its first fragment read. Assumed: 30 each.
 EXCHANGE = 60
-#: One sigmoid or tanh behind another. Table: tanh by __expf and a fast division (16 bits), 41.5 ns;
-#: by a true division (float32), 60.8.
-WORD_LATENCY = {2: 82, 4: 120}
-#: A text's sums and products. Assumed: ten behind one another, four clocks each.
-TEXT = 40
+#: One sigmoid or tanh behind another, by the parts of a number. Table: tanh by __expf and a fast
+#: division (one part), 41.5 ns; by a true division (two), 60.8.
+WORD_LATENCY = {1: 82, 2: 120}
+#: What a step waits for beside all this: clocks, and bytes that a CTA puts into the GPU's memory a
+#: clock. Fitted to the H200's times; no source explains them.
+WAIT = {"forward": 100, "backward": 290}
+PUT_RATE = {"forward": 25.0, "backward": 8.7}
 #: Exponentials, reciprocals and the like that a multiprocessor makes a clock (CUDA programming
-#: guide, throughput of special functions), and how many a sigmoid or tanh takes. Compiled: 40 MUFU
-#: for the 20 words of an LSTM's thread.
+#: guide, throughput of special functions), and how many a sigmoid or tanh takes. Compiled: 60 MUFU
+#: for the 30 words of an LSTM's thread, of three columns.
 SPECIAL_RATE, SPECIALS = 16, 2
 #: Instructions of warps that a multiprocessor starts a clock.
 ISSUE_RATE = 4
-#: Instructions of a warp's step, fitted to what nvcc 13.0 made of 14 kernels for sm_90a: the loop
-#: over time, with one way of copying a row, and without resets. For each sigmoid or tanh of a
-#: thread, by the bytes of a number; for each fragment in parts of TF32; and for all else, forward
-#: and backward, a base and so many for each gate, backward for the other state too. Each of the 14
-#: is met to within 8%.
-WORD_INSTRUCTIONS = {2: 13, 4: 22}
-PART_INSTRUCTIONS = 15
-FORWARD_INSTRUCTIONS, FORWARD_GATE = 210, 55
-BACKWARD_INSTRUCTIONS, BACKWARD_GATE, BACKWARD_STATE = 420, 100, 150
+#: Instructions of a warp's step without its products. Compiled, fitted to 40 kernels, the loop for
+#: sequences of one length, which has the text for one column and again for two; half are met to
+#: within 5%, all to within 15%. Beside the text, and there for each gate; in the text, for each
+#: unit and column of a thread: forward for each sigmoid or tanh, by the parts of a number, backward
+#: for each gate. With two parts also for each fragment of weights.
+BESIDE = {"forward": 101, "backward": 120}
+BESIDE_GATE = {"forward": 13, "backward": 35}
+WORD_INSTRUCTIONS = {1: 10, 2: 17}
+GATE_INSTRUCTIONS = 25
+PART_INSTRUCTIONS = 20
 #: From the GPU's memory to a multiprocessor, ns. Assumed.
 MEMORY_LATENCY = 600
 #: A launch in a stream, us. Table, launch-stream: 3.7.
@@ -97,12 +103,13 @@ def words(cell: Cell, way: str) -> tuple[int, int]:
 
 
 class Times(NamedTuple):
-    """Nanoseconds of the parts of a CTA's step, one behind another."""
+    """Nanoseconds of the parts of a CTA's step, one behind another; rest: what was fitted."""
 
     product: float
     text: float
     exchange: float
     barrier: float
+    rest: float
 
 
 class Busy(NamedTuple):
@@ -118,8 +125,8 @@ class Busy(NamedTuple):
 class Cost:
     """What a step of one CTA is made of, and what it should take.
 
-    mmas, instructions: of all warps, as in training. shared_read, shared_written: bytes, likewise.
-    words: sigmoids, tanhs and the like.
+    mmas, instructions: of all warps, as in training; with up to four sequences the text's are half.
+    shared_read, shared_written: bytes, as in training. words: sigmoids, tanhs and the like.
     """
 
     mmas: int
@@ -136,31 +143,30 @@ class Cost:
         return sum(self.times)
 
 
-def sums(kernel: Kernel) -> int:
-    """How many sums a warp has on their way at once; csrc/cuda/tile.h, Weights::CHAINS."""
-    if kernel.tiles == 1:
-        return min(4, kernel.fragments)
-    return kernel.tiles * (2 if kernel.tiles == 2 else 1)
+def chains(kernel: Kernel) -> int:
+    """Sums that a warp adds to in turn, of each row tile; csrc/cuda/tile.h, Weights::CHAINS."""
+    return {1: 4, 2: 2}.get(kernel.tiles, 1)
 
 
-def instructions(kernel: Kernel) -> int:
-    """Of a warp's step, without its products."""
-    cell = kernel.definition
-    found = words(cell, kernel.way)[0] * 2 * kernel.each * WORD_INSTRUCTIONS[ITEMSIZE[kernel.type]]
-    if PARTS[kernel.type] == 2:
-        found += PART_INSTRUCTIONS * kernel.fragments
-    if kernel.way == "forward":
-        return found + FORWARD_INSTRUCTIONS + FORWARD_GATE * cell.G
-    states = BACKWARD_STATE * len(cell.other_states)
-    return found + BACKWARD_INSTRUCTIONS + BACKWARD_GATE * cell.G + states
+def instructions(kernel: Kernel, columns: int) -> tuple[int, int]:
+    """Of a warp's step without its products: beside the text, and of the text."""
+    cell, way, parts = kernel.definition, kernel.way, PARTS[kernel.type]
+    beside = BESIDE[way] + BESIDE_GATE[way] * cell.G
+    if parts == 2:
+        beside += PART_INSTRUCTIONS * kernel.fragments
+    text = words(cell, way)[0] * WORD_INSTRUCTIONS[parts]
+    if way == "backward":
+        text = GATE_INSTRUCTIONS * cell.G
+    return beside, text * kernel.each * columns
 
 
 @lru_cache(maxsize=4096)
-def cost(kernel: Kernel, device: Device) -> Cost:
-    cell, itemsize = kernel.definition, ITEMSIZE[kernel.type]
-    products = 3 if PARTS[kernel.type] == 2 else 1
+def cost(kernel: Kernel, device: Device, columns: int = 2, put: int = 0) -> Cost:
+    """columns: of a thread that have a sequence; with up to four sequences, one. put: bytes that a
+    step of the CTA writes to the GPU's memory."""
+    cell, itemsize, parts = kernel.definition, ITEMSIZE[kernel.type], PARTS[kernel.type]
     has_product = bool(cell.recurrent_gates)
-    each = kernel.fragments * products if has_product else 0  # of a warp
+    each = kernel.fragments * (3 if parts == 2 else 1)  # of a warp
     mmas = each * kernel.warps
     h = kernel.HC * itemsize
     gates = cell.G * h
@@ -171,42 +177,50 @@ def cost(kernel: Kernel, device: Device) -> Cost:
     operand *= has_product
     rest = kernel.rest * FRAGMENT * kernel.warps
     multiplied = rest + ROWS * operand * kernel.warps // kernel.split  # each warp reads its part
-    by_text = ROWS * (row + operand + back)
     # a row comes into the ring; what the GEMMs or backward want is put out of it
     read = multiplied + ROWS * (row + back)
     written = ROWS * (operand + row + back)
     each_unit, depth = words(cell, kernel.way)
-    called = each_unit * ROWS * kernel.HC
-    beside = instructions(kernel) * kernel.warps
-    clock = device.clock
+    called = each_unit * kernel.each * columns  # of a thread
+    beside, text = instructions(kernel, columns)
+    clock, warps = device.clock, kernel.warps
+    special = called * SPECIALS * 32 / SPECIAL_RATE  # clocks of a warp
     busy = Busy(
         mmas * device.mma_clocks / clock,
         (read + written) / SHARED_RATE / clock,
-        called * SPECIALS / SPECIAL_RATE / clock,
-        (mmas + beside) / ISSUE_RATE / clock,
+        special * warps / clock,
+        (mmas + (beside + text) * warps) / ISSUE_RATE / clock,
     )
-    chain = -(-each // sums(kernel)) * MMA_LATENCY / clock if each else 0.0
+    chain = -(-each // (kernel.tiles * chains(kernel))) * MMA_LATENCY / clock
     times = Times(
-        max(chain, busy.tensor_cores, multiplied / SHARED_RATE / clock),
         max(
-            (TEXT + depth * WORD_LATENCY[itemsize]) / clock,
-            busy.exponentials,
-            beside / ISSUE_RATE / clock,
-            by_text / SHARED_RATE / clock,
+            chain,
+            busy.tensor_cores,
+            multiplied / SHARED_RATE / clock,
+            beside * warps / ISSUE_RATE / clock,
         ),
-        EXCHANGE / clock if has_product else 0.0,
+        max(
+            depth * WORD_LATENCY[parts] + text + special * ISSUE_RATE,
+            (text * warps) / ISSUE_RATE + special * warps,
+        )
+        / clock,
+        EXCHANGE * kernel.split / clock if has_product else 0.0,
         (BARRIER + BARRIER_THREAD * kernel.threads) / clock,
+        (WAIT[kernel.way] + put / PUT_RATE[kernel.way]) / clock,
     )
-    return Cost(mmas, mmas + beside, read, written, called, times, busy)
+    total = mmas + (beside + text) * warps
+    return Cost(mmas, total, read, written, called * kernel.threads, times, busy)
 
 
-def limits(kernel: Kernel, device: Device, resident: int, moved: int) -> dict[str, float]:
+def limits(
+    kernel: Kernel, device: Device, resident: int, moved: int, columns: int = 2, put: int = 0
+) -> dict[str, float]:
     """Nanoseconds that a step takes at least, for each reason.
 
     resident: CTAs that share a multiprocessor; moved: bytes from and to the GPU's memory, of all
     CTAs that run at once.
     """
-    found = cost(kernel, device)
+    found = cost(kernel, device, columns, put)
     return {
         "the chain of a step": found.alone,
         "tensor cores": resident * found.busy.tensor_cores,
