@@ -502,7 +502,7 @@ WAIT = """\
 patience = wait(counter, goal, patience)
 poison = tl.where(patience > 0, 0.0, float("nan"))"""
 
-#: Behind all steps, so that they carry nothing for it: patience that was lost stays 0.
+#: Behind a tile's steps, so that they carry nothing for it: patience that was lost stays 0.
 FAULT = "tl.store(fault_ptr, fault, mask=patience <= 0)"
 
 ARRIVE = """\
@@ -516,7 +516,7 @@ def grid_kernel(steps: Steps, pieces: Pieces | None) -> str:
     Those with one tile of the batch in one recurrence wait for one another between parts. On the
     chip over time: what is carried, and, if they are held in ``pieces``, the weights, beside which
     what the next step takes from memory is asked for a step ahead. A program that waited in vain
-    goes on with NaN, and says so at its end.
+    goes on with NaN, and says so behind the tile's steps.
     """
     terms = [t for part in steps.parts for t in part.terms]
     loads = list(dict.fromkeys(one for part in steps.parts for one in part.loads))
@@ -535,12 +535,12 @@ def grid_kernel(steps: Steps, pieces: Pieces | None) -> str:
     walk += ["steps = tl.max(length)", first, f"for step in range({steps.count}):", indent(body)]
     walk += [AFRESH] if steps.afresh else []
     walk += [store(p, place, name, mask) for name, (p, place, mask) in steps.carried.items()]
+    walk += [FAULT]
     text = [UNITS, HIDDEN_TILE, *steps.start]
     text += resident_weights(terms, pieces) if pieces else []
     text += ["counter = counter_ptr + (tl.program_id(0) * R + recurrence) * 16  # 128 bytes apart"]
     text += ["goal = tl.full((), 0, tl.int64)"]
     text += ["for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):", indent(walk)]
-    text += [FAULT]
     return kernel_text(steps.cell, f"{steps.cell.name}_{steps.name}_grid", text)
 
 
