@@ -1,6 +1,8 @@
 """What a kernel that waited in vain tells the host: the flag of a device, and who raises it. The
 kernels themselves write it in helpers/triton_cases.py and test_gpu.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -100,3 +102,13 @@ def test_a_flag_made_in_a_mode_is_read_outside(within):
     with pytest.raises(RuntimeError, match="in vain"):
         faults.raise_if_set(CPU)
     faults.raise_if_set(CPU)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backends_look_before_anything_else(name):
+    module = pytest.importorskip(f"fastseq.backends.{name}", exc_type=ImportError)
+    call = SimpleNamespace(x=torch.zeros(1))
+    for run in (module.forward, module.backward):
+        fail()
+        with pytest.raises(RuntimeError, match="in vain"):
+            run(call, *[None] * (run.__wrapped__.__code__.co_argcount - 1))
