@@ -2,6 +2,7 @@
 
 from . import compat, init
 from .backends.choice import backends
+from .backends.faults import check
 from .nn import (
     GRU,
     LSTM,
@@ -48,6 +49,7 @@ __all__ = [
     "RNNCell",
     "SCRNCell",
     "backends",
+    "check",
     "compat",
     "coupled_lstm",
     "explain",

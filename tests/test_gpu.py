@@ -8,7 +8,7 @@ tests. They fail where the backend is not available, and skip only what it decli
 import copy
 import gc
 import struct
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -349,7 +349,8 @@ def test_cta_a_launch_that_fails_names_its_kernel():
         queue = 0, torch.cuda.current_stream().cuda_stream
         arguments = struct.pack(f"<{len(cuda.FIELDS)}q", *[0] * len(cuda.FIELDS))
         sizes = (1, 1, 1), KERNELS[name].threads, 1 << 23
-        with pytest.raises(RuntimeError, match=name):
+        plan = rf"on device 0, grid \(1, 1, 1\), {sizes[1]} threads, 8388608 bytes of shared memory"
+        with pytest.raises(RuntimeError, match=f"{name} {plan}"):
             cuda._cuda.launch(name, *queue, *sizes, arguments)
         torch.cuda.synchronize()
         assert same_bits(before, module(x)[0])
@@ -559,6 +560,69 @@ def records(module, x, training):
         graph.replay()
         found = [t.clone() for t in recorded]
         assert all(same_bits(a, b) for a, b in zip(found, step(), strict=True))
+
+
+@pytest.fixture
+def in_vain():
+    """What makes the programs of a grid give up at once; nobody is told of it later."""
+    yield lambda: load("triton").patience(0)
+    with suppress(RuntimeError):
+        fastseq.check()
+
+
+def told_once(kernel, tell):
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=f"kernel {kernel}, launched on cuda:0 .* in vain"):
+        tell()
+    fastseq.check()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("H", [200, 256])
+def test_a_grid_that_waited_in_vain_is_told(H, in_vain):
+    """By the next call, backward and check(); then all is as before."""
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.LSTM(32, H, backend="triton", **options)
+    x = torch.randn(12, 5, 32, **options)
+
+    def gradient(y):
+        return torch.autograd.grad(y.sum(), module.weight_hh_l0)[0]
+
+    with as_form("grid"):
+        y = module(x)[0]
+        right = [y.detach().clone(), gradient(y)]
+        fastseq.check()
+        for tell in (lambda y: module(x), gradient, lambda y: fastseq.check()):
+            with in_vain():
+                y = module(x)[0]
+            told_once("lstm_forward_grid", lambda tell=tell, y=y: tell(y))
+            assert y.isnan().any()
+        y = module(x)[0]
+        with in_vain():
+            assert gradient(y).isnan().any()
+        told_once("lstm_backward_grid", lambda: module(x))
+        y = module(x)[0]
+        assert same_bits(y, right[0]) and same_bits(gradient(y), right[1])
+        fastseq.check()
+
+
+@pytest.mark.core
+def test_of_a_graph_that_waits_in_vain_check_tells(in_vain):
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.LSTM(32, 256, backend="triton", **options)
+    x = torch.randn(12, 5, 32, **options)
+    graph = torch.cuda.CUDAGraph()
+    with as_form("grid"), torch.no_grad():
+        module(x)
+        torch.cuda.synchronize()
+        with in_vain(), torch.cuda.graph(graph):
+            y = module(x)[0]
+        fastseq.check()  # recorded, not run
+        for _ in range(2):
+            graph.replay()
+            told_once("lstm_forward_grid", fastseq.check)
+            assert y.isnan().any()
+        assert not module(x)[0].isnan().any()
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's, as the capture ends

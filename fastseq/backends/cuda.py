@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import CELLS, Cell
+from . import faults
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .cuda_kernels import (
     H100,
@@ -254,6 +255,7 @@ def _walk_forward(
 
 @torch.no_grad()
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
+    faults.raise_if_set(call.x.device)
     task = _Task(call)
     full = save and call.memory == "full"
     with task.on_device():
@@ -271,6 +273,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
 
 @torch.no_grad()
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    faults.raise_if_set(call.x.device)
     task = _Task(call)
     with task.on_device():
         return _backward(task, result, grads, wanted)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import CELLS, Cell
+from . import faults
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .gpu_layer import Layer, Precision, products_as
 from .layout import declined_anywhere
@@ -307,6 +308,8 @@ class _Task(Layer):
             return True
         try:
             values = {"tiles": tiles, "patience": _PATIENCE, "counter_ptr": counter}
+            values["fault"] = faults.code(f"triton's kernel {self.cell.name}_{kind}")
+            values["fault_ptr"] = faults.flag(self.device)
             self.launch(kind, grid, self.pieces(kind == "backward_grid"), **values)
         except RuntimeError as error:  # "too many blocks in cooperative launch": a part of a GPU
             if "cooperative" not in str(error):
@@ -339,6 +342,7 @@ def _is_kept(task: _Task, full: bool) -> dict[str, int]:
 
 @torch.no_grad()
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
+    faults.raise_if_set(call.x.device)
     task = _Task(call)
     full = save and call.memory == "full"
     others = task.cell.other_states
@@ -417,6 +421,7 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
+    faults.raise_if_set(call.x.device)
     task = _Task(call)
     with task.on_device():
         return _backward(task, result, grads, wanted)

@@ -418,7 +418,7 @@ _HELPERS = {
 
 #: Nothing is compiled again for another number of steps, sequences or recurrences. (Where the two
 #: tables lie depends on T.)
-_NOT_SPECIALIZED = tuple("step tiles patience T B R capacity lengths_ptr offsets_ptr".split())
+_NOT_SPECIALIZED = tuple("step tiles patience fault T B R capacity lengths_ptr offsets_ptr".split())
 
 
 class Kernel:

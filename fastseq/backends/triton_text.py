@@ -28,9 +28,9 @@ from ..cells import Cell
 #: In the order of a kernel's arguments; a kernel has those that its text names.
 POINTERS = (
     "gates s w_hh w_hr b_hh unit h_0 h_mask reset reverse lengths offsets y extra m h_n "
-    "operand dgates dextra dproduct handed dh_all dy dh dunit counter"
+    "operand dgates dextra dproduct handed dh_all dy dh dunit counter fault"
 ).split()
-SIZES = ("step", "tiles", "patience", "T", "B", "R", "H", "P", "capacity")
+SIZES = ("step", "tiles", "patience", "fault", "T", "B", "R", "H", "P", "capacity")
 CONSTANTS = ("SAVE", "WIDE", "PRECISION", "PAIRED", "BLOCK_B", "BLOCK_H", "BLOCK_P", "BLOCK_K")
 
 
@@ -56,7 +56,7 @@ def backward_text(k: int) -> str:
 #: from a cell's. A cell that has one of them is declined.
 OWN_NAMES = frozenset(
     """afresh ahead apart2 apart4 arrive at at_earlier at_later batch capacity columns comes
-    counter done dot dot_apart down dy earlier first first_row float fresh goal h_mask handed
+    counter done dot dot_apart down dy earlier fault first first_row float fresh goal h_mask handed
     handed_later hidden hidden_down inner is_hidden is_unit kept known later length lengths_of
     live load load_or_zero masked operand passes patience poison range recurrence reset reverse
     rounded rows rows_later shared sliced_dot slices state step steps sum_of_slices tile tiles
@@ -502,6 +502,9 @@ WAIT = """\
 patience = wait(counter, goal, patience)
 poison = tl.where(patience > 0, 0.0, float("nan"))"""
 
+#: Behind a tile's steps, so that they carry nothing for it: patience that was lost stays 0.
+FAULT = "tl.store(fault_ptr, fault, mask=patience <= 0)"
+
 ARRIVE = """\
 arrive(counter)
 goal += tl.num_programs(2)"""
@@ -513,7 +516,7 @@ def grid_kernel(steps: Steps, pieces: Pieces | None) -> str:
     Those with one tile of the batch in one recurrence wait for one another between parts. On the
     chip over time: what is carried, and, if they are held in ``pieces``, the weights, beside which
     what the next step takes from memory is asked for a step ahead. A program that waited in vain
-    goes on with NaN.
+    goes on with NaN, and says so behind the tile's steps.
     """
     terms = [t for part in steps.parts for t in part.terms]
     loads = list(dict.fromkeys(one for part in steps.parts for one in part.loads))
@@ -532,6 +535,7 @@ def grid_kernel(steps: Steps, pieces: Pieces | None) -> str:
     walk += ["steps = tl.max(length)", first, f"for step in range({steps.count}):", indent(body)]
     walk += [AFRESH] if steps.afresh else []
     walk += [store(p, place, name, mask) for name, (p, place, mask) in steps.carried.items()]
+    walk += [FAULT]
     text = [UNITS, HIDDEN_TILE, *steps.start]
     text += resident_weights(terms, pieces) if pieces else []
     text += ["counter = counter_ptr + (tl.program_id(0) * R + recurrence) * 16  # 128 bytes apart"]

@@ -6,6 +6,7 @@ Each cell runs each case; the type goes round, and --full takes them all.
 
 import copy
 import re
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from together import together
 from vocabulary import ENDS, F32, F64, PAIRS, TRUTH, held_at_the_ends, samples, ulp_error
 from wordy import registered
 
-from fastseq.backends import load, triton_kernels, triton_source, triton_text, triton_tiling
+import fastseq
+from fastseq.backends import faults, load, triton_kernels, triton_source, triton_text, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.cells import CELLS, WORDS
 from fastseq.ops.library import saved_layout
@@ -365,14 +367,65 @@ def test_what_programs_hand_over_is_read_after_a_meeting(
         assert text.count("ahead(") == 2 * len(set(re.findall(r"(\w+_ahead) = ", text)))
 
 
-def test_a_program_that_waits_in_vain_ends_with_nan(monkeypatch):
-    """The interpreter runs one after another: the first never meets the second."""
-    backend = load("triton")
+@pytest.fixture(params=[False, True], ids=["read", "held"])
+def in_vain(request, monkeypatch):
+    """The interpreter runs one program after another: the first never meets the second. An LSTM
+    whose weights are read in each step, or held."""
     tiling = triton_tiling.Tiling("grid", 16, 16, 16, 16, 4, 1)
-    monkeypatch.setattr(backend, "tiling", lambda *arguments: tiling)
-    monkeypatch.setattr(backend, "_PATIENCE", 3)
-    found = draw("lstm", T=3, H=18, dtype=torch.float32, grad=False).run("triton")
+    if request.param:
+        tiling = triton_tiling.Tiling("grid", 16, 16, 16, 32, 4, 1, resident=True)
+    monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
+    monkeypatch.setattr(load("triton"), "_PATIENCE", 3)
+    yield draw("lstm", T=3, H=18, dtype=torch.float32)
+    with suppress(RuntimeError):
+        fastseq.check()
+
+
+def test_a_program_that_waits_in_vain_ends_with_nan(in_vain):
+    found = in_vain.run("triton")
     assert found["y"][1:, :, :16].isnan().all() and found["c_n"][..., :16].isnan().all()
+
+
+def test_the_next_call_tells_that_one_waited_in_vain(in_vain):
+    """Once; then it runs again, and waits in vain again."""
+    found = in_vain.run("triton")
+    with pytest.raises(RuntimeError, match=r"kernel lstm_forward_grid, launched on cpu .* in vain"):
+        in_vain.run("triton")
+    again = in_vain.run("triton")
+    assert all(torch.equal(found[name].isnan(), again[name].isnan()) for name in found)
+
+
+def test_check_tells_once_that_one_waited_in_vain(in_vain):
+    in_vain.run("triton")
+    with pytest.raises(RuntimeError, match=r"lstm_forward_grid"):
+        fastseq.check()
+    fastseq.check()
+    in_vain.run("triton")
+
+
+def test_backward_tells_that_one_waited_in_vain(in_vain):
+    """Of forward's programs; of its own, the next call."""
+    y = in_vain.run("triton")["y"]
+    with pytest.raises(RuntimeError, match="lstm_forward_grid"):
+        torch.autograd.grad(y.sum(), in_vain.x)
+    y = in_vain.run("triton")["y"]
+    with suppress(RuntimeError):
+        fastseq.check()
+    (dx,) = torch.autograd.grad(y.sum(), in_vain.x)
+    assert dx.isnan().any()
+    with pytest.raises(RuntimeError, match="lstm_backward_grid"):
+        in_vain.run("triton")
+
+
+def test_whoever_waits_long_enough_tells_nothing(monkeypatch):
+    tiling = triton_tiling.Tiling("grid", 16, 16, 16, 16, 4, 1)
+    monkeypatch.setattr(load("triton"), "tiling", lambda *arguments: tiling)
+    monkeypatch.setattr(load("triton"), "_PATIENCE", 100_000)
+    together(monkeypatch)
+    case = draw("lstm", T=3, H=18, dtype=torch.float32)
+    torch.autograd.grad(case.run("triton")["y"].sum(), case.x)
+    fastseq.check()
+    assert faults.flag(case.x.device).tolist() == [0]
 
 
 def test_where_not_all_programs_can_start_steps_take_their_place(monkeypatch):
