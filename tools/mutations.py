@@ -670,8 +670,8 @@ MUTATIONS = (
     Mutation(
         "cuda: forward fetches into what it still needs",
         FORWARD_CUDA,
-        "on_its_way(step + STAGES - 1, last_slot",
-        "on_its_way(step + STAGES - 1, slot",
+        "on_its_way(step + STAGES - 2, free_slot,",
+        "on_its_way(step + STAGES - 2, last_slot,",
         LOOPS,
     ),
     Mutation(
@@ -705,7 +705,7 @@ MUTATIONS = (
     Mutation(
         "cuda: gradients of unit parameters of half the sequences",
         BACKWARD_CUDA,
-        "      total += neighbour(total, 2);\n",
+        "    total += neighbour(total, 2);\n",
         "",
         LOOPS,
     ),

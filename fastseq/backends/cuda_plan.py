@@ -43,6 +43,7 @@ from .cuda_kernels import (
     classes,
     device_of,
     reads_y,
+    rows_of_a_cta,
 )
 
 __all__ = [
@@ -137,6 +138,7 @@ class Plan:
     H: int
     HC: int
     threads: int
+    rows: int
     grid: tuple[int, int, int] | None
     forward: Walk
     backward: Walk | None
@@ -148,8 +150,8 @@ class Plan:
 
 def _lines(plan: Plan) -> Iterator[str]:
     yield (
-        f"regime {plan.regime}: one CTA owns {ROWS} sequences for all of time; H={plan.H} in CTAs "
-        f"of {plan.HC}, {plan.type}, {plan.binary} on {plan.device.name}"
+        f"regime {plan.regime}: one CTA owns {plan.rows} sequences for all of time; H={plan.H} in "
+        f"CTAs of {plan.HC}, {plan.type}, {plan.binary} on {plan.device.name}"
     )
     for walk in (plan.forward, plan.backward):
         if walk is not None:
@@ -247,7 +249,8 @@ def _walk(
     tiles = _tiles(cell, H)
     moved = -(-(read + written) // tiles)  # of one CTA's units
 
-    sequences = ROWS if problem.B is None else min(problem.B, ROWS)
+    rows = _rows(problem, cell, H, device)
+    sequences = rows if problem.B is None else min(problem.B, rows)
     columns = 1 if sequences <= ROWS // 2 else 2
     put = sequences * written * min(kernel.HC, H) // H
 
@@ -258,7 +261,7 @@ def _walk(
     step = total = waves = None
     bound = max(alone, key=alone.__getitem__)
     if problem.B is not None:
-        ctas = -(-problem.B // ROWS) * problem.R * tiles
+        ctas = -(-problem.B // rows) * problem.R * tiles
         wave = fit * device.multiprocessors
         full, left = divmod(ctas, wave)
         waves = full + bool(left)
@@ -286,6 +289,13 @@ def _walk(
         waves=waves,
         bound=bound,
     )
+
+
+def _rows(problem: Problem, cell: Cell, H: int, device: Device) -> int:
+    """How many sequences a CTA has."""
+    if problem.B is None:
+        return ROWS
+    return rows_of_a_cta(problem.B, problem.R * _tiles(cell, H), device.multiprocessors)
 
 
 def _tiles(cell: Cell, H: int) -> int:
@@ -430,9 +440,9 @@ def plan(
     if _fits("backward", cell.name, type, HC, device):
         kernel = _kernel("backward", cell.name, type, HC)
         backward = _walk(kernel, problem, H, device, registers or {})
-    grid = None
+    rows, grid = _rows(problem, cell, H, device), None
     if problem.B is not None:
-        grid = (-(-problem.B // ROWS), problem.R, _tiles(cell, H))
+        grid = (-(-problem.B // rows), problem.R, _tiles(cell, H))
     return Plan(
         regime="cta",
         device=device,
@@ -445,6 +455,7 @@ def plan(
         H=H,
         HC=HC,
         threads=forward.threads,
+        rows=rows,
         grid=grid,
         forward=_walk(forward, problem, H, device, registers or {}),
         backward=backward,

@@ -29,9 +29,12 @@ def flag(device: torch.device) -> Tensor:
     """(1,), int32, 0 where nothing went wrong: where kernels on a device write the code of a fault.
 
     Pinned, so that they reach it by its address; on the CPU, where they are interpreted, an
-    ordinary tensor.
+    ordinary tensor. A graph that is captured before there is one records nobody's number: memory
+    of the host is not pinned during a capture.
     """
     found = _flags.get(device)
+    if found is None and device.type == "cuda" and _capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
     if found is None:
         with _lock:
             found = _flags.get(device)
