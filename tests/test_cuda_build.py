@@ -385,8 +385,8 @@ PRODUCTS = {
 
 
 def products_that_are_meant(kernel):
-    """Of one step: each fragment of the weights once, or three times where it is of two parts."""
-    return kernel.fragments * (3 if kernel.type == "float32" else 1)
+    """Of one step: each fragment of the weights once, or four times where it is of two parts."""
+    return kernel.fragments * (4 if kernel.type == "float32" else 1)
 
 
 def test_the_products_are_those_of_the_type(cuda, binaries, request):

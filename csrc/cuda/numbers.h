@@ -23,7 +23,7 @@ struct tf32 {
   static constexpr int PARTS = 1;
   static constexpr bool QUICK = true;
 };
-// Three products of two parts each: right to 2^-22 of a product.
+// Four products, of two parts each: right to 2^-22 of a product.
 struct float32 {
   using Number = float;
   static constexpr int PARTS = 2;

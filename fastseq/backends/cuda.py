@@ -9,7 +9,7 @@ gate gradients, from which large GEMMs make the gradients of x and of the weight
 Numerics. float16 and bfloat16: y, the states at the ends, saved gates and gate gradients in that
 type; gate arithmetic, sums, and the carried and saved states other than h, in float32. float32
 obeys ``torch.backends.cudnn.rnn.fp32_precision`` in the products of the loop and around it: TF32,
-or three products of TF32 parts, right to 2^-22 of each. No atomics: two identical calls agree bit
+or four products of TF32 parts, right to 2^-22 of each. No atomics: two identical calls agree bit
 for bit.
 
 Memory. Training keeps, per row and recurrence, G*H gates (Elman's cells none), each further saved

@@ -10,7 +10,7 @@ weights stand in fragments, 16 rows x 32 bytes of the inner length, 4 registers 
   where each owns 8
 
 As many as the budget of registers allows stay there, the rest stands in shared memory. ``float32``
-is three products of TF32 parts, and a fragment of it two: its high and its low part.
+is four products of TF32 parts, and a fragment of it two: its high and its low part.
 
 A cell without a product has no weights; its CTA owns 64 of the units, which see nobody.
 
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from ..cells import CELLS, Cell
 
 Way = Literal["forward", "backward"]
-#: Of a kernel's numbers. tf32: float32 in memory, multiplied in TF32; float32: in three products.
+#: Of a kernel's numbers. tf32: float32 in memory, multiplied in TF32; float32: in four products.
 Type = Literal["bfloat16", "float16", "tf32", "float32"]
 
 ITEMSIZE: dict[str, int] = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
