@@ -72,6 +72,7 @@ COMPOSED = (Public("SCRN", "SCRNCell", "scrn", {"context_size": 4}),)
 DEVICES = {
     "native": ("cpu",),
     "numba": ("cpu",),
+    "cuda": ("cuda",),
     "triton": ("cuda",),
     "torch": ("cpu", "cuda"),
     "eager": ("cpu", "cuda"),
@@ -365,11 +366,11 @@ def overview() -> str:
 
 SERVED = """## Which backend serves what
 
-native is compiled C++ for the CPU, numba the same without a compiler, triton for GPUs, torch what
-torch has of its own (oneDNN, cuDNN), eager torch's operations step by step, reference NumPy in
-float64. Where no backend is named, one that serves the call is chosen. A `yes` says that the
-backend takes the problem, not that it is there: `fastseq.backends()` tells that of a machine, and
-`fastseq.explain` of a call.
+native is compiled C++ for the CPU, numba the same without a compiler, cuda CUDA C++ for NVIDIA GPUs
+(H up to 128), triton for all GPUs, torch what torch has of its own (oneDNN, cuDNN), eager torch's
+operations step by step, reference NumPy in float64. Where no backend is named, one that serves the
+call is chosen. A `yes` says that the backend takes the problem, not that it is there:
+`fastseq.backends()` tells that of a machine, and `fastseq.explain` of a call.
 """
 OPTIONS = """### Options and modes
 

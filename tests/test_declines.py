@@ -64,6 +64,27 @@ REASONS = {
             "triton's kernels run on CUDA and ROCm devices, not on mps",
         )
     },
+    "cuda": {
+        "cpu": ({}, "cuda's kernels run on NVIDIA GPUs, not on cpu"),
+        "plain": ({"device": "cuda"}, None),
+        "float64": (
+            {"device": "cuda", "dtype": torch.float64},
+            "cuda's kernels take bfloat16, float16, float32, not float64; choose triton, whose "
+            "kernels take float64 too",
+        ),
+        "projected lstm": (
+            {"device": "cuda", "projected": True, "P": 2},
+            "cuda's kernels project no h (proj_size=2); choose triton",
+        ),
+        "two phases": (
+            {"device": "cuda", "cell": "gru_reset_before"},
+            "gru_reset_before has 2 phases, and cuda's kernels run cells of one; choose triton",
+        ),
+        "trace": ({"device": "cuda", "mode": "trace"}, KERNELS["trace"][1]),
+        "dual": ({"device": "cuda", "mode": "dual"}, KERNELS["dual"][1]),
+        "compile": ({"device": "cuda", "mode": "compile"}, None),
+        "all its options": (KERNELS["all its options"][0] | {"device": "cuda"}, None),
+    },
     "torch": {
         "plain": ({}, None),
         "unknown cell": (
