@@ -221,6 +221,7 @@ def test_what_must_not_be_declined(cell, dtype):
         (problem(projected=True, P=4), ["proj", "triton"]),
         (problem(zoneout=(0.1, 0.1)), ["zoneout", "eager"]),
         (problem(mode="trace"), ["jit.trace"]),
+        (problem(T=2**20, B=2**12), ["T=1048576", "4,294,967,296 rows", "split"]),
     ],
 )
 def test_what_is_declined_in_words(asked, words):

@@ -25,9 +25,9 @@
 //   dy             (N, R, H) Number, or 0: gradient of y;  dc_all likewise of c_all, float32
 //   dh_n, dc_n     (R, B, H) Number, or 0: of the final states;  dh_0, dc_0: of the initial ones
 //   dgates         (N, R, G, H) Number: gradients of the input products
-//   dproduct       (N, R, G_hh, H) Number: of the recurrent ones, where they are not the same; else 0
-//   dbias          (tiles, R, G + apart, H) float32, or 0: dgates summed over time and the sequences
-//                  of a tile of the batch, and dproduct of the gates that take x and s apart
+//   dproduct       (N, R, G_hh, H) Number: of the recurrent ones, where these differ; else 0
+//   dbias          (tiles, R, G + apart, H) float32, or 0: dgates summed over time and the
+//                  sequences of a tile of the batch, and dproduct of the gates that take x and s apart
 //   dunit          (tiles, R, U, H) float32: of unit parameters, likewise
 #pragma once
 #include <stdint.h>

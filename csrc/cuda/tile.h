@@ -1,9 +1,9 @@
 // What one CTA is: sizes known to the compiler, where its threads stand, and how it holds weights,
 // hands on operands and fetches rows.
 //
-// A CTA owns up to EIGHT sequences of one recurrence for all of time, the columns of its products. Rows
-// are hidden units. A thread has all that the cell's text takes of its own units (one or two, EACH)
-// in two columns, and no value but h (backward: the gates' gradients) goes from thread to thread:
+// A CTA owns up to EIGHT sequences of one recurrence for all of time, the columns of its products.
+// Rows are hidden units. A thread has all that the cell's text takes of its own units (one or two,
+// EACH) in two columns, and no value but h (backward: the gates' gradients) goes from thread to thread:
 // mma gives lane (g, q) = (lane / 4, lane % 4) rows g and g + 8 of columns 2 q and 2 q + 1. Then
 //
 //   EACH = 2   a warp owns 16 units. A row tile is one gate of them, row g unit 2 g and row g + 8
@@ -56,8 +56,8 @@ struct Tile {
   static constexpr int TILES = BACKWARD || !MULTIPLIES ? 1 : EACH == 2 ? G_HH : (G_HH + 1) / 2;
   static constexpr int SPLIT = BACKWARD && EACH == 1 ? 2 : 1;
   static constexpr int PAIRS = (INNER / 64 + SPLIT - 1) / SPLIT;
-  // How many of them stay in registers, eight of a thread for each tile and part; the rest stands in
-  // shared memory, as each lane will load it, and is made parts of then.
+  // How many of them stay in registers, eight of a thread for each tile and part; the rest stands
+  // in shared memory, as each lane will load it, and is made parts of then.
   static constexpr int COPIES = PARTS == 2 ? 2 : 1;
   static constexpr int ROOM = THREADS > 384 ? 24 : THREADS > 256 ? 64 : PARTS == 2 ? 96 : 128;
   static constexpr int HELD = least(PAIRS, ROOM / (8 * COPIES * TILES)), REST = PAIRS - HELD;
@@ -106,9 +106,9 @@ struct Seat {
   const Arguments& a;
   const int lane = thread() % LANES, warp = thread() / LANES, g = lane / 4, q = lane % 4;
   const int recurrence = tile_y(), first = tile_x() * int(a.tile);  // of the tile's sequences
-  const int origin = tile_z() * T::WIDTH;                      // the tile's first unit
-  const int width = least(int(a.H) - origin, T::WIDTH);        // how many it has
-  const int local = T::EACH == 2   ? warp * 16 + 2 * g         // this thread's first one, of these
+  const int origin = tile_z() * T::WIDTH;                // the tile's first unit
+  const int width = least(int(a.H) - origin, T::WIDTH);  // how many it has
+  const int local = T::EACH == 2    ? warp * 16 + 2 * g  // this thread's first one, of these
                     : T::SPLIT == 2 ? warp / 2 * 16 + warp % 2 * 8 + g
                                     : warp * 8 + g;
   const bool reverse = (a.reverse >> (recurrence % 32)) & 1;
