@@ -212,8 +212,11 @@ def check(found, task, device, type, itemsize):
     assert found.HC == (64 if pointwise else min(n for n in smaller if n >= H))
     gates, kept, extras, reads_h, states, apart = ROWS[cell]
     x, y, z = found.grid
-    assert 8 * x >= B > 8 * (x - 1) and y == R
+    rows = found.rows
+    assert rows * x >= B > rows * (x - 1) and y == R
     assert z * found.HC >= H > (z - 1) * found.HC
+    # four sequences where each of those CTAs has a multiprocessor of its own
+    assert (rows == 4) == (-(-B // 4) * y * z <= device.multiprocessors) and rows in (4, 8)
     save = task.training and task.memory == "full"
     written = {
         "forward": (1 + save * (kept + extras)) * H * itemsize
@@ -309,7 +312,8 @@ def totals(task, device, precision, **sizes):
 def test_more_work_never_takes_less_time(device, cell):
     for (dtype, precision), training in itertools.product(TYPES, (False, True)):
         task = problem(cell, dtype, 100, 9, 32, training=training)
-        batches = (0, 1, 8, 64, 65, 500, 5000, 50000, 200000)
+        few = 4 * device.multiprocessors  # one more, and a CTA has 8 sequences instead of 4
+        batches = sorted((0, 1, 4, 5, 8, 64, 65, few, few + 1, 5000, 50000, 200000))
         found = [
             *totals(task, device, precision, B=batches),
             *totals(task, device, precision, T=(1, 2, 100, 100000)),
@@ -319,7 +323,11 @@ def test_more_work_never_takes_less_time(device, cell):
             assert times == sorted(times) and times[0] < times[-1] < float("inf")
         sizes = (1, 16, 32, 33, 64, 65, 128, 192, 256)
         for times in totals(task, device, precision, H=sizes):
-            assert times == sorted(times)
+            # from 64 to 65 a thread has two units, not one: there backward of the plainest cells
+            # is 1% cheaper, as two warps no longer exchange their sums
+            assert times[5] > 0.985 * times[4]
+            assert times[:5] == sorted(times[:5]) and times[5:] == sorted(times[5:])
+            assert times[4] <= times[6]
         # more CTAs than are there at once: a wave that is hardly filled may cost a little more
         for B in (1000, 20000):
             for times in totals(task._replace(B=B), device, precision, H=sizes):
@@ -338,13 +346,14 @@ def test_a_plan_is_frozen_and_one_value():
 def test_it_answers_for_what_is_known():
     """While a graph is traced neither T nor B is, under torch.compile not even H."""
     traced = plan(problem(T=None, B=None, training=True), H100)
-    known = plan(problem(training=True), H100)
+    known = plan(problem(B=600, training=True), H100)  # 75 CTAs: 8 sequences each
+    assert (traced.rows, known.rows) == (8, 8)
     assert traced.grid is None and traced.HC == known.HC == 64
     for way in ("forward", "backward"):
         walk, full = getattr(traced, way), getattr(known, way)
         assert walk.step is None and walk.total is None and walk.waves is None
         assert dataclasses.replace(walk, step=full.step, total=full.total, waves=1) == full
-    assert plan(problem(T=None, training=True), H100).forward.step == known.forward.step
+    assert plan(problem(T=None, B=600, training=True), H100).forward.step == known.forward.step
     assert plan(problem(T=None), H100).forward.total is None
     unsized = problem(T=None, B=None, H=None)
     assert decline(unsized, H100) is None
@@ -579,13 +588,13 @@ def test_a_step_by_hand():
     # each; 4 of them start an instruction a clock
     assert text == pytest.approx((10 * 10 * 8 / 4 + 10 * 2 * 2 * 8) / 1.98)
     assert walk.cost.busy.exponentials == pytest.approx(5 * 128 * 4 * 2 / 16 / 1.98)
-    assert rest == pytest.approx((100 + 128 * 2 / 25) / 1.98)  # y
+    assert rest == pytest.approx((110 + 128 * 2 / 50) / 1.98)  # y
     parts = product, text, exchange, barrier, rest
     assert walk.step == walk.alone == pytest.approx(sum(parts) / 1000)
     assert walk.total == pytest.approx(3.7 + 1000 * walk.step)
     assert walk.bound == "the chain of a step"
-    # five sequences stand in both columns
-    both = plan(problem(B=5, H=128, T=1000), H100).forward
+    # a CTA with eight sequences has them in both columns
+    both = plan(problem(B=600, H=128, T=1000), H100).forward
     assert both.cost.times.text == pytest.approx(2 * text)
     assert both.cost.words == 2 * walk.cost.words == 5 * 128 * 8
 
@@ -655,50 +664,48 @@ def test_a_crowd_is_bound_by_a_unit():
 
 def test_what_explain_prints():
     printed = str(plan(problem(B=32, H=100, T=512, R=2, training=True), H100))
-    assert "regime cta: one CTA owns 8 sequences" in printed and "H=100 in CTAs of 128" in printed
-    assert "bfloat16_128: 4 x 2 x 1 CTAs of 256 threads with 2 hidden units each" in printed
+    assert "regime cta: one CTA owns 4 sequences" in printed and "H=100 in CTAs of 128" in printed
+    assert "bfloat16_128: 8 x 2 x 1 CTAs of 256 threads with 2 hidden units each" in printed
     assert "backward_lstm_bfloat16_128" in printed
     assert "weights 131,072 bytes in registers, 0 in shared memory" in printed
     assert "shared memory 55,168 of 232,448 bytes, 6 steps in its ring" in printed
     assert f"{800 * 64:,} bytes read, {(800 + 200 + 400) * 64:,} written, 5,120,000 FLOP" in printed
     assert printed.count("modelled, not measured: ") == 2
+    crowded = str(plan(problem(B=600), H100))
+    assert "one CTA owns 8 sequences" in crowded and "75 x 1 x 1 CTAs" in crowded
     traced = str(plan(problem(B=None, T=None), H100))
     assert "a step and sequence: 512 bytes read" in traced and "us in all" not in traced
 
 
-#: us that kernels took for 512 steps on an H200 in training, profiled inside a whole call.
+#: us of whole forward calls of T = 512 in a CUDA graph on an H200, in bfloat16, by (cell, H): at
+#: each of BATCHES.
+BATCHES = (1, 8, 128, 512)
 MEASURED = {
-    ("forward_lstm_float16_64", 1): 190.8,
-    ("forward_lstm_float16_64", 128): 288.0,
-    ("forward_lstm_float16_128", 8): 571.8,
-    ("forward_gru_tf32_32", 1): 192.7,
-    ("forward_gru_float16_128", 1): 270.5,
-    ("forward_rnn_tanh_float16_64", 8): 121.1,
-    ("backward_lstm_float16_64", 1): 261.5,
-    ("backward_lstm_float16_64", 128): 462.9,
-    ("backward_lstm_float16_128", 8): 696.7,
-    ("backward_gru_tf32_32", 1): 254.5,
-    ("backward_gru_float16_128", 1): 330.0,
-    ("backward_rnn_tanh_float16_64", 8): 240.7,
+    ("lstm", 32): (208.8, 213.6, 215.7, 276.5),
+    ("lstm", 64): (226.7, 230.1, 243.9, 285.6),
+    ("lstm", 128): (367.7, 379.0, 405.7, 479.4),
+    ("gru", 32): (187.1, 183.5, 208.6, 232.4),
+    ("gru", 64): (210.4, 205.8, 242.0, 261.8),
+    ("gru", 128): (276.5, 274.7, 303.8, 388.1),
 }
 
 
 def of_measured():
-    """(kernel, B) -> us a step, measured and modelled."""
+    """(cell, H) -> at each of BATCHES, us a step: measured, modelled."""
     found = {}
-    for (name, B), us in MEASURED.items():
-        kernel = KERNELS[name]
-        dtype = torch.float16 if kernel.type == "float16" else torch.float32
-        task = problem(kernel.cell, dtype, 512, B, kernel.HC, training=True)
-        walk = getattr(plan(task, H200, "tf32"), kernel.way)
-        assert walk.kernel is kernel
-        found[name, B] = us / 512, walk.step
+    for (cell, H), calls in MEASURED.items():
+        tasks = [problem(cell, T=512, B=B, H=H) for B in BATCHES]
+        steps = [plan(task, H200).forward.step for task in tasks]
+        found[cell, H] = [(us / 512, step) for us, step in zip(calls, steps, strict=True)]
     return found
 
 
 def test_the_model_is_near_what_an_h200_measured():
-    off = sorted(abs(step / measured - 1) for measured, step in of_measured().values())
-    assert (off[5] + off[6]) / 2 < 0.12 and off[-1] < 0.29  # as the page says
+    """The calls have GEMMs, which the model has not: few with few sequences."""
+    found = of_measured().values()
+    few = sorted(abs(step / us - 1) for points in found for us, step in points[:2])
+    assert few[len(few) // 2] < 0.15 and few[-1] < 0.22
+    assert all(0.6 < step / us < 1 for points in found for us, step in points)
 
 
 def test_the_page_has_what_the_model_says():
@@ -714,9 +721,8 @@ def test_the_page_has_what_the_model_says():
             ]
             rows.append(f"| {cell}, {way} | {' | '.join(f'{step:.2f}' for step in steps)} |")
     measured = [
-        f"| {name.rsplit('_', 2)[0].replace('_', ', ', 1)}, {KERNELS[name].type} "
-        f"| {KERNELS[name].HC} | {B} | {us:.2f} | {step:.2f} | {100 * (step / us - 1):+.0f}% |"
-        for (name, B), (us, step) in of_measured().items()
+        f"| {cell} | {H} | {' | '.join(f'{us:.2f}, {step:.2f}' for us, step in points)} |"
+        for (cell, H), points in of_measured().items()
     ]
     for table in ("\n".join(rows), "\n".join(measured)):
         assert table in page.read_text(encoding="utf-8"), f"docs/design.md: write it anew\n{table}"

@@ -36,8 +36,8 @@ EXCHANGE = 60
 WORD_LATENCY = {1: 82, 2: 120}
 #: What a step waits for beside all this: clocks, and bytes that a CTA puts into the GPU's memory a
 #: clock. Fitted to the H200's times; no source explains them.
-WAIT = {"forward": 100, "backward": 290}
-PUT_RATE = {"forward": 25.0, "backward": 8.7}
+WAIT = {"forward": 110, "backward": 240}
+PUT_RATE = {"forward": 50.0, "backward": 12.0}
 #: Exponentials, reciprocals and the like that a multiprocessor makes a clock (CUDA programming
 #: guide, throughput of special functions), and how many a sigmoid or tanh takes. Compiled: 60 MUFU
 #: for the 30 words of an LSTM's thread, of three columns.
