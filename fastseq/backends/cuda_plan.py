@@ -405,13 +405,13 @@ def _too_many(problem: Problem, name: str, cell: Cell, H: int) -> str | None:
         return f"H={H}: a launch holds up to H={most} of {name}; choose triton"
     if problem.R > _MOST_YZ:
         return f"{problem.R} recurrences in one call: a launch holds up to {_MOST_YZ}; choose eager"
+    if problem.B is not None and -(-problem.B // ROWS) > _MOST_X:
+        return f"B={problem.B}: a launch holds up to {_MOST_X * ROWS} sequences; split the batch"
     if problem.T is not None and problem.B is not None and problem.T * problem.B >= 2**31:
         return (
             f"T={problem.T}, B={problem.B}: {problem.T * problem.B:,} rows, and the kernels count "
             f"up to {2**31 - 1:,}; split the batch"
         )
-    if problem.B is not None and -(-problem.B // ROWS) > _MOST_X:
-        return f"B={problem.B}: a launch holds up to {_MOST_X * ROWS} sequences; split the batch"
     return None
 
 
