@@ -1,8 +1,9 @@
 """The kernels of ``cuda``, and what each takes of a multiprocessor: pure functions of sizes.
 
-One CTA owns 8 sequences of a recurrence for all of time: the N of ``mma``, whose operand A are the
-weights and whose B is h. A warp owns 16 hidden units, or 8 where there would be few warps. The
-weights stand in fragments, 16 rows x 32 bytes of the inner length, 4 registers of each lane:
+One CTA owns 8 sequences of a recurrence for all of time, or 4 of them where there are
+multiprocessors enough. 8 is the N of ``mma``, whose operand A are the weights and whose B is h. A
+warp owns 16 hidden units, or 8 where there would be few warps. The weights stand in fragments, 16
+rows x 32 bytes of the inner length, 4 registers of each lane:
 
 - forward: a warp multiplies row tiles, 16 units of one gate each or 8 of two; the inner length is
   HC

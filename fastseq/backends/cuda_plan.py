@@ -2,11 +2,12 @@
 
 :func:`plan` asks no GPU and reads no setting, so every size is planned, and tested, on any machine.
 The kernels and what they take are in :mod:`.cuda_kernels`, the times in :mod:`.cuda_time`. The
-times are modelled, fitted to some kernels that were measured on an H200.
+times are modelled, fitted to calls that were measured on an H200.
 
 Of the regimes in which a layer can run one is built:
 
-- ``cta``: one CTA owns 8 sequences of a recurrence for all of time, with all weights on the chip
+- ``cta``: one CTA owns 8 sequences of a recurrence for all of time, or 4 where every CTA then has a
+  multiprocessor of its own, with all weights on the chip
 - ``cluster``: a cluster of CTAs shares the weights and hands h around. Not built.
 - ``grid``: so does the whole grid. Not built.
 """

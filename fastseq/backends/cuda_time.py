@@ -1,4 +1,4 @@
-"""What a step of a ``cuda`` kernel should take: a model, fitted to kernels measured on an H200.
+"""What a step of a ``cuda`` kernel should take: a model, fitted to calls measured on an H200.
 
 A CTA's step is a chain: the product, beside which rows are copied, the text, h or the gates'
 gradients into shared memory, a barrier, and a rest. Several CTAs of a multiprocessor fill each
@@ -8,9 +8,10 @@ the GPU's memory. Only the chain was fitted; all measured CTAs had a multiproces
 
 Each constant names its source. "table" is bench/results/nvidia-h100-80gb-hbm3/latency.csv: measured
 on an H100 at 1.98 GHz, each part alone, kept here in clocks of a multiprocessor, so that a GPU of
-another clock is scaled by it. "compiled": counted in what nvcc 13.0 makes of the kernels for
-sm_90a. Not in the model: the GEMMs around the loop, the host, and the loop of problems with
-lengths, resets, a mask or an H below the kernel's, which has more instructions.
+another clock is scaled by it. "compiled": counted in what nvcc 13.0 made of the kernels for sm_90a,
+before backward lost some of its integer instructions. Not in the model: the GEMMs around the loop,
+the host, and the loop of problems with lengths, resets, a mask or an H below the kernel's, which
+has more instructions.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ EXCHANGE = 60
 #: division (one part), 41.5 ns; by a true division (two), 60.8.
 WORD_LATENCY = {1: 82, 2: 120}
 #: What a step waits for beside all this: clocks, and bytes that a CTA puts into the GPU's memory a
-#: clock. Fitted to the H200's times; no source explains them.
+#: clock. Fitted to whole calls of up to 8 sequences in CUDA graphs on an H200, less 20 us forward
+#: and 42 in training for launches and GEMMs; no source explains them.
 WAIT = {"forward": 110, "backward": 240}
 PUT_RATE = {"forward": 50.0, "backward": 12.0}
 #: Exponentials, reciprocals and the like that a multiprocessor makes a clock (CUDA programming
