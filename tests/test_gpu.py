@@ -564,6 +564,8 @@ def records(module, x, training):
 @pytest.fixture
 def in_vain():
     """What makes the programs of a grid give up at once; nobody is told of it later."""
+    if torch.cuda.get_device_name().startswith("Fake"):
+        pytest.skip("in a rehearsal nobody waits")
     yield lambda: load("triton").patience(0)
     with suppress(RuntimeError):
         fastseq.check()

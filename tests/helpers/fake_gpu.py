@@ -233,7 +233,10 @@ class Extension(types.ModuleType):
         if name not in self.kernels():
             raise ValueError(f"name: no kernel {name!r} was built")
         if shared > SHARED:
-            raise RuntimeError(f"{name} on device {device}: CUDA_ERROR_INVALID_VALUE (1)")
+            raise RuntimeError(
+                f"{name} on device {device}, grid {grid}, {threads} threads, {shared} bytes of "
+                "shared memory: CUDA_ERROR_INVALID_VALUE (1)"
+            )
         assert min(grid) > 0 and len(arguments) == 8 * len(compiled.FIELDS)
         LAUNCHES.append((name, grid))
 
