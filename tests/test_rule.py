@@ -258,7 +258,8 @@ def test_another_class_stays_with_torch(name, ruled):
         ({"shape": "LSTM T100 B16 I128 H128 P64"}, {"projected": True, "P": 64}),
         ({"shape": "LSTM T100 B16 I128 H128 streaming"}, {"T": 1}),
         ({"T": 65536}, {"T": 70000}),
-        ({"B": 129}, {"B": 2048}),
+        ({"B": 129}, {"B": 512}),
+        ({"B": 513}, {"B": 2048}),
         ({"H": 1500}, {"H": 1025}),
         ({"cell": "rnn"}, {"cell": "rnn_tanh"}),
         ({"way": "training"}, {"training": True}),
@@ -272,6 +273,11 @@ def test_each_class_has_results_of_its_own(results, asked, ruled):
     ruled(point(**results))
     assert order(**asked) == TRITON
     assert order()[0] == "torch" and order(cell="rnn_relu", tf32=True)[0] == "torch"
+
+
+def test_a_large_batch_says_nothing_of_a_larger():
+    """Above 512 a CTA of cuda's has eight sequences in place of four."""
+    assert cuda_rule.size_of(128, 512, 100) != cuda_rule.size_of(128, 513, 100)
 
 
 def test_where_cudnn_cannot_run(ruled):
