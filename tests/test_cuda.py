@@ -24,8 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = {
     "plain": {"B": 5},  # more sequences than stand in the even columns
     "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1, "seed": 3},
-    "H32": {"H": 32, "T": 3, "B": 9},  # rows of whole vectors: the loop of plain problems
-    "H32 B3 backwards": {"H": 32, "T": 3, "B": 3, "directions": 2},
+    # rows of whole vectors, the loop of plain problems: CTAs of eight sequences, and of four
+    "H32": {"H": 32, "T": 3, "B": 9, "directions": 2},
+    "H32 B3": {"H": 32, "T": 3, "B": 3, "directions": 2},
     "ring": {"H": 32, "T": 11, "B": 2},  # goes round
     "H31": {"H": 31, "T": 3, "B": 9},
     "two layers": {"layers": 2, "directions": 2},
@@ -109,6 +110,22 @@ def test_against_the_independent(cell, special, dtype):
 def test_larger(cell, dtype, H):
     case = draw(cell, T=2, B=5, H=H, dtype=dtype, directions=2)
     against_the_independent(case, "cuda", f"H={H}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_longer_than_a_sum(dtype):
+    """Of float32 gates' gradients are summed 32 steps at a time."""
+    case = draw("lstm", T=70, B=2, H=8, dtype=dtype)
+    against_the_independent(case, "cuda", "T=70")
+
+
+@pytest.mark.parametrize("directions, B, rows", [(1, 9, 4), (2, 9, 8), (1, 17, 8), (2, 8, 4)])
+def test_sequences_of_a_cta(directions, B, rows, on_host):
+    """Four where each CTA then has one of the four multiprocessors, else eight."""
+    on_host.launched.clear()
+    case = draw("gru", T=2, B=B, H=32, dtype=torch.float32, directions=directions)
+    case.run("cuda")
+    assert [grid for _, grid, _ in on_host.launched] == [(-(-B // rows), directions, 1)]
 
 
 @in_tf32

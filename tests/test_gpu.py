@@ -252,6 +252,10 @@ SIZES = {
     "H192": {"H": 192, "B": 9, "T": 5, "directions": 2},
     "H256": {"H": 256, "B": 7, "T": 5},
     "one step": {"H": 64, "B": 20, "T": 1},
+    # more than four sequences for each multiprocessor: eight to a CTA, in both loops
+    "many rows H64": {"H": 64, "B": 1100, "T": 3},
+    "many rows H40": {"H": 40, "B": 1100, "T": 3, "directions": 2},
+    "many rows H128": {"H": 128, "B": 1100, "T": 3},
     "no state": {"H": 48, "B": 3, "bias": False, "state": False},
     "saturated": {"scale": 50.0, "H": 20},
     "reset": {"H": 40, "B": 9, "reset": True, "directions": 2},

@@ -277,7 +277,7 @@ def test_each_class_has_results_of_its_own(results, asked, ruled):
 
 def test_a_large_batch_says_nothing_of_a_larger():
     """Above 512 a CTA of cuda's has eight sequences in place of four."""
-    assert cuda_rule.size_of(128, 512, 100) != cuda_rule.size_of(128, 513, 100)
+    assert chooser.size_of(128, 512, 100) != chooser.size_of(128, 513, 100)
 
 
 def test_where_cudnn_cannot_run(ruled):

@@ -46,7 +46,7 @@ def kinds() -> Kinds:
     """Of the current device, which this touches."""
     device = torch.device("cuda", torch.cuda.current_device())
     found = load("cuda")
-    cuda = None if isinstance(found, str) else found.device_at_hand("cuda")
+    cuda = None if isinstance(found, str) else found.device_at_hand()
     with precision("float32"):
         return Kinds(backend._properties(device), backend._precision(torch.float32, device), cuda)
 

@@ -172,7 +172,7 @@ DEVICE void backward_walk(const Arguments& a) {
       return time < lengths[k] && a.reset[seat.recurrence * a.rows + row + seat.one(k)] != 0;
     };
 
-int row = row_of(0), next_row = row_of(1);
+    int row = row_of(0), next_row = row_of(1);
     {
       int at = row, then = next_row;
 #pragma unroll 1
@@ -234,25 +234,19 @@ int row = row_of(0), next_row = row_of(1);
           mine[k] = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
           const unsigned char* const wide = mine[k] + seat.local * (4 - SIZE);  // of float32
           const bool live = PLAIN || (time < lengths[k] && is_unit(0));
-          const auto given = [&](bool there, int at, float(&v)[EACH]) {
-            float zeros[EACH] = {};
-            if (there && live)
-              load_each<Number>(v, mine[k] + at);
-            else
-              for (int j = 0; j < EACH; ++j) v[j] = zeros[j];
-          };
-          const auto given_wide = [&](bool there, int at, float(&v)[EACH]) {
-            if (there && live)
-              load_each<float>(v, wide + at);
-            else
-              for (int j = 0; j < EACH; ++j) v[j] = 0.0f;
+          // v: from a place of the stage, or zeros; number: of which type they stand there
+          const auto given = [&](bool there, auto number, const unsigned char* from,
+                                 float(&v)[EACH]) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) v[j] = 0.0f;
+            if (there && live) load_each<decltype(number)>(v, from);
           };
           if (!PLAIN && live && time == (seat.reverse ? 0 : lengths[k] - 1))
             enter(k, out + beside + k * seat.stride);
           const bool has = has_before(step, lengths[k]);
           float v[EACH];
-          given(T::READS_Y && has, T::AT_H, h_before[k]);
-          given_wide(T::C > 0 && has, T::AT_C, c_before[k]);
+          given(T::READS_Y && has, Number(), mine[k] + T::AT_H, h_before[k]);
+          given(T::C > 0 && has, 0.0f, wide + T::AT_C, c_before[k]);
           if (!has && seat.is_sequence(k)) {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
@@ -263,21 +257,21 @@ int row = row_of(0), next_row = row_of(1);
                 c_before[k][j] = number_at<Number>(a.c_0, seat.state(k) + j);
             }
           }
-          given(a.dy, T::AT_DY, v);
+          given(a.dy, Number(), mine[k] + T::AT_DY, v);
 #pragma unroll
           for (int j = 0; j < EACH; ++j) at[k][j].dh_now = dh[k][j] + v[j];
-          given_wide(T::C > 0 && a.dc_all, T::AT_DC, v);
+          given(T::C > 0 && a.dc_all, 0.0f, wide + T::AT_DC, v);
 #pragma unroll
           for (int j = 0; j < EACH; ++j) at[k][j].dc_now[0] = dc[k][j] + v[j];
 #pragma unroll
           for (int g = 0; g < T::G; ++g) {
-            given(Cell::KEEPS_GATES, g * T::UNIT, v);
+            given(Cell::KEEPS_GATES, Number(), mine[k] + g * T::UNIT, v);
 #pragma unroll
             for (int j = 0; j < EACH; ++j) at[k][j].saves[g] = v[j];
           }
 #pragma unroll
           for (int e = 0; e < T::E; ++e) {
-            given(true, T::AT_EXTRA + e * T::UNIT, v);
+            given(true, Number(), mine[k] + T::AT_EXTRA + e * T::UNIT, v);
 #pragma unroll
             for (int j = 0; j < EACH; ++j) at[k][j].extras[e] = v[j];
           }

@@ -28,20 +28,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..cells import CELLS, Cell
+from ..cells import Cell
 from . import faults
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .cuda_kernels import (
     H100,
-    KERNELS,
-    POINTWISE_UNITS,
     PREVIOUS_THREADS,
     Device,
     Kernel,
     Way,
-    classes,
     device_of,
+    kernel_of,
     rows_of_a_cta,
+    unit_tiles,
 )
 from .cuda_plan import Precision, decline, plan
 from .gpu_layer import Layer
@@ -99,13 +98,13 @@ def supports(problem: Problem) -> str | None:
     if problem.device not in DEVICES:
         return f"cuda's kernels run on NVIDIA GPUs, not on {problem.device}"
     return declined_anywhere("cuda", problem) or decline(
-        problem, device_at_hand(problem.device), _precision(problem.tf32)
+        problem, device_at_hand(), _precision(problem.tf32)
     )
 
 
 def explain(problem: Problem) -> str:
     """How a problem that it supports runs."""
-    return str(plan(problem, device_at_hand(problem.device), _precision(problem.tf32)))
+    return str(plan(problem, device_at_hand(), _precision(problem.tf32)))
 
 
 def _precision(tf32: bool) -> Precision:
@@ -117,17 +116,12 @@ def _device(index: int) -> Device:
     return device_of(torch.cuda.get_device_properties(index))
 
 
-def device_at_hand(device: str) -> Device:
-    """What a problem is planned for: the current device, or what is traced without one an H100."""
-    return _device(torch.cuda.current_device()) if torch.cuda.is_available() else H100
-
-
-@lru_cache(maxsize=256)
-def kernel_of(way: Way, cell: str, type: str, H: int) -> Kernel:
-    """The one that walks a layer of H units: of the least class that holds them."""
-    most = POINTWISE_UNITS if not CELLS[cell].recurrent_gates else H
-    HC = next(size for size in classes(cell, type) if size >= min(H, most))
-    return KERNELS[f"{way}_{cell}_{type}_{HC}"]
+def device_at_hand(index: int | None = None) -> Device:
+    """What a problem is planned for: a device, else the current one; what is traced where there is
+    none, an H100."""
+    if not torch.cuda.is_available():
+        return H100
+    return _device(torch.cuda.current_device() if index is None else index)
 
 
 def launch(
@@ -195,8 +189,8 @@ class _Task(Layer):
         }
         for state, start in zip(self.cell.states, call.states, strict=False):
             self.values[f"{state}_0"] = _aligned(start)
-        self.unit_tiles = 1 if self.cell.recurrent_gates else -(-self.H // POINTWISE_UNITS)
-        multiprocessors = device_at_hand(self.device.type).multiprocessors
+        self.unit_tiles = unit_tiles(self.cell, self.H)
+        multiprocessors = device_at_hand(self.device.index).multiprocessors
         tile = rows_of_a_cta(self.B, self.R * self.unit_tiles, multiprocessors)
         self.tiles, self.values["tile"] = -(-self.B // tile), tile
 
@@ -261,14 +255,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     with task.on_device():
         y = task.padded(task.rows(task.R * task.H))
         finals, saved, along = _walk_forward(task, y, full, trajectory)
-    result = Result(y, finals, [], [])
-    if full:
-        result.saved = [*saved, *along]
-    if trajectory:
-        result.trajectory = [a.to(task.dtype) for a in along]
-        if full and task.dtype is task.wide:  # one tensor serves both
-            result.saved = saved
-    return result
+    return task.result(y, finals, saved, along, full, trajectory)
 
 
 @torch.no_grad()
@@ -287,10 +274,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         again = torch.empty_like(y)
         _, saved, along = _walk_forward(task, again, True, False)
     else:
-        saved = [t.contiguous() for t in result.saved]
-        kept = cell.keeps_gates(False) + bool(cell.extras)
-        along = saved[kept:] or [t.contiguous() for t in result.trajectory]
-        saved = saved[:kept]
+        saved, along = task.kept(result)
     gates = saved.pop(0) if cell.keeps_gates(False) else None
     extra = saved.pop(0) if cell.extras else None
 

@@ -308,3 +308,15 @@ PREVIOUS = tuple(
 def classes(cell: str, type: str) -> tuple[int, ...]:
     """The classes of H that are built, in increasing order."""
     return tuple(sorted({k.HC for k in KERNELS.values() if (k.cell, k.type) == (cell, type)}))
+
+
+def unit_tiles(cell: Cell, H: int) -> int:
+    """CTAs that share the hidden units: where they see nobody, any tile of them walks alone."""
+    return 1 if cell.recurrent_gates else -(-H // POINTWISE_UNITS)
+
+
+@lru_cache(maxsize=256)
+def kernel_of(way: Way, cell: str, type: str, H: int) -> Kernel:
+    """The one that walks a layer of H units: of the least class that has room for them."""
+    units = H if CELLS[cell].recurrent_gates else min(H, POINTWISE_UNITS)
+    return KERNELS[f"{way}_{cell}_{type}_{next(n for n in classes(cell, type) if n >= units)}"]

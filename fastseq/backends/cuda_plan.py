@@ -43,8 +43,10 @@ from .cuda_kernels import (
     Way,
     classes,
     device_of,
+    kernel_of,
     reads_y,
     rows_of_a_cta,
+    unit_tiles,
 )
 
 __all__ = [
@@ -247,7 +249,7 @@ def _walk(
     fit = per_multiprocessor(kernel.threads, counted, shared, device)
     read, written = _row_bytes(kernel.way, cell, ITEMSIZE[kernel.type], H, problem)
     fragment = FRAGMENT * kernel.warps
-    tiles = _tiles(cell, H)
+    tiles = unit_tiles(cell, H)
     moved = -(-(read + written) // tiles)  # of one CTA's units
 
     rows = _rows(problem, cell, H, device)
@@ -296,12 +298,7 @@ def _rows(problem: Problem, cell: Cell, H: int, device: Device) -> int:
     """How many sequences a CTA has."""
     if problem.B is None:
         return ROWS
-    return rows_of_a_cta(problem.B, problem.R * _tiles(cell, H), device.multiprocessors)
-
-
-def _tiles(cell: Cell, H: int) -> int:
-    """CTAs that share the hidden units."""
-    return 1 if cell.recurrent_gates else -(-H // POINTWISE_UNITS)
+    return rows_of_a_cta(problem.B, problem.R * unit_tiles(cell, H), device.multiprocessors)
 
 
 def _kernel(way: Way, cell: str, type: str, HC: int) -> Kernel:
@@ -400,7 +397,7 @@ def _too_large(problem: Problem, device: Device, cell: Cell, type: Type, H: int)
 
 
 def _too_many(problem: Problem, name: str, cell: Cell, H: int) -> str | None:
-    tiles = _tiles(cell, H)
+    tiles = unit_tiles(cell, H)
     if tiles > _MOST_YZ:
         most = _MOST_YZ * POINTWISE_UNITS
         return f"H={H}: a launch holds up to H={most} of {name}; choose triton"
@@ -439,16 +436,15 @@ def plan(
     type = type_of(problem, precision)
     runs_on = binary(device.capability)
     assert type is not None and runs_on is not None
-    sizes = classes(cell.name, type)
-    HC = min(n for n in sizes if n >= H) if cell.recurrent_gates else POINTWISE_UNITS
-    forward = _kernel("forward", cell.name, type, HC)
+    forward = kernel_of("forward", cell.name, type, H)
+    HC = forward.HC
     backward = None
     if _fits("backward", cell.name, type, HC, device):
-        kernel = _kernel("backward", cell.name, type, HC)
+        kernel = kernel_of("backward", cell.name, type, H)
         backward = _walk(kernel, problem, H, device, registers or {})
     rows, grid = _rows(problem, cell, H, device), None
     if problem.B is not None:
-        grid = (-(-problem.B // rows), problem.R, _tiles(cell, H))
+        grid = (-(-problem.B // rows), problem.R, unit_tiles(cell, H))
     return Plan(
         regime="cta",
         device=device,

@@ -32,7 +32,7 @@ from .triton_tiling import LEAST, power_of_two
 
 #: cuDNN's time over ours, at least: in plain calls, and in replays of a graph.
 AHEAD, NOT_BEHIND = 1.05, 1.0
-#: The last batch of each class but the last class. Above 512 cuda's CTAs have eight sequences, and no
+#: The last batch of each class but the last class. Above 512 cuda's CTAs have eight sequences, no
 #: longer four.
 BATCHES = (1, 8, 32, 128, 512)
 #: The longest sequence that cuDNN takes.

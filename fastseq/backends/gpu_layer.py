@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cells import Cell
-from .contract import Call, Wanted, Weights
+from .contract import Call, Result, Wanted, Weights
 from .layout import wide
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
@@ -109,6 +109,33 @@ class Layer:
 
     def state(self, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty((self.R, self.B, width), dtype=dtype, device=self.device)
+
+    def result(
+        self,
+        y: Tensor,
+        finals: list[Tensor],
+        kept: list[Tensor],
+        along: list[Tensor],
+        full: bool,
+        trajectory: bool,
+    ) -> Result:
+        """What forward gives. kept: what it saves; along: the other states at every step, which it
+        saves too, unless the trajectory holds them in the same type."""
+        result = Result(y, [final.to(self.dtype) for final in finals], [], [])
+        if full:
+            result.saved = [*kept, *along]
+        if trajectory:
+            result.trajectory = [a.to(self.dtype) for a in along]
+            if full and self.dtype is self.wide:
+                result.saved = kept
+        return result
+
+    def kept(self, result: Result) -> tuple[list[Tensor], list[Tensor]]:
+        """Of what :meth:`result` gave, kept and along."""
+        saved = [t.contiguous() for t in result.saved]
+        saved_along = not result.trajectory or self.dtype is not self.wide
+        count = len(saved) - saved_along * len(self.cell.other_states)
+        return saved[:count], saved[count:] or [t.contiguous() for t in result.trajectory]
 
     def w_ih(self) -> Tensor:
         """(R*G*H, I)"""

@@ -354,14 +354,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
             along = [task.rows(task.R * task.H, task.wide if full else task.dtype) for _ in others]
         kept = _walk_forward(task, y, finals, [task.padded(a) for a in along], full)
 
-    result = Result(y, [final.to(task.dtype) for final in finals], [], [])
-    if full:
-        result.saved = [*kept, *along]
-    if trajectory:
-        result.trajectory = [a.to(task.dtype) for a in along]
-        if full and task.dtype is task.wide:  # one tensor serves both
-            result.saved = kept
-    return result
+    return task.result(y, finals, kept, along, full, trajectory)
 
 
 def _walk_forward(
@@ -434,11 +427,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
     if call.memory == "lean":
         rest, along = _rebuild(call, y)
     else:
-        rest = [t.contiguous() for t in result.saved]
-        others = len(cell.other_states)
-        count = len(rest) - (others if not result.trajectory or task.dtype is not task.wide else 0)
-        along = rest[count:] or [t.contiguous() for t in result.trajectory]
-        rest = rest[:count]
+        rest, along = task.kept(result)
     gates = rest.pop(0) if cell.keeps_gates(task.projected) else None
     extra = rest.pop(0) if cell.extras else None
     m = rest.pop(0) if task.projected else None

@@ -199,7 +199,7 @@ def use() -> Iterator[OnHost]:
         cuda = importlib.import_module(name)
         patch.setattr(cuda, "DEVICES", ("cpu",))
         patch.setattr(cuda, "unavailable", lambda: None)
-        patch.setattr(cuda, "device_at_hand", lambda device: DEVICE)
+        patch.setattr(cuda, "device_at_hand", lambda index=None: DEVICE)
         patch.setattr(cuda, "_queue", lambda device: (0, 0))
         forget()
         yield on_host
