@@ -234,19 +234,12 @@ DEVICE void backward_walk(const Arguments& a) {
           mine[k] = stage + (seat.one(k) % EIGHT) * T::ROW + seat.local * SIZE;
           const unsigned char* const wide = mine[k] + seat.local * (4 - SIZE);  // of float32
           const bool live = PLAIN || (time < lengths[k] && is_unit(0));
-          // v: from a place of the stage, or zeros; number: of which type they stand there
-          const auto given = [&](bool there, auto number, const unsigned char* from,
-                                 float(&v)[EACH]) {
-#pragma unroll
-            for (int j = 0; j < EACH; ++j) v[j] = 0.0f;
-            if (there && live) load_each<decltype(number)>(v, from);
-          };
           if (!PLAIN && live && time == (seat.reverse ? 0 : lengths[k] - 1))
             enter(k, out + beside + k * seat.stride);
           const bool has = has_before(step, lengths[k]);
           float v[EACH];
-          given(T::READS_Y && has, Number(), mine[k] + T::AT_H, h_before[k]);
-          given(T::C > 0 && has, 0.0f, wide + T::AT_C, c_before[k]);
+          load_where<Number>(live && T::READS_Y && has, h_before[k], mine[k] + T::AT_H);
+          load_where<float>(live && T::C > 0 && has, c_before[k], wide + T::AT_C);
           if (!has && seat.is_sequence(k)) {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
@@ -257,21 +250,21 @@ DEVICE void backward_walk(const Arguments& a) {
                 c_before[k][j] = number_at<Number>(a.c_0, seat.state(k) + j);
             }
           }
-          given(a.dy, Number(), mine[k] + T::AT_DY, v);
+          load_where<Number>(live && a.dy, v, mine[k] + T::AT_DY);
 #pragma unroll
           for (int j = 0; j < EACH; ++j) at[k][j].dh_now = dh[k][j] + v[j];
-          given(T::C > 0 && a.dc_all, 0.0f, wide + T::AT_DC, v);
+          load_where<float>(live && T::C > 0 && a.dc_all, v, wide + T::AT_DC);
 #pragma unroll
           for (int j = 0; j < EACH; ++j) at[k][j].dc_now[0] = dc[k][j] + v[j];
 #pragma unroll
           for (int g = 0; g < T::G; ++g) {
-            given(Cell::KEEPS_GATES, Number(), mine[k] + g * T::UNIT, v);
+            load_where<Number>(live && Cell::KEEPS_GATES, v, mine[k] + g * T::UNIT);
 #pragma unroll
             for (int j = 0; j < EACH; ++j) at[k][j].saves[g] = v[j];
           }
 #pragma unroll
           for (int e = 0; e < T::E; ++e) {
-            given(true, Number(), mine[k] + T::AT_EXTRA + e * T::UNIT, v);
+            load_where<Number>(live, v, mine[k] + T::AT_EXTRA + e * T::UNIT);
 #pragma unroll
             for (int j = 0; j < EACH; ++j) at[k][j].extras[e] = v[j];
           }

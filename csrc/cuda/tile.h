@@ -161,6 +161,12 @@ DEVICE void load_each(float (&v)[EACH], const unsigned char* from) {
   }
 }
 template <class Number, int EACH>
+DEVICE void load_where(bool there, float (&v)[EACH], const unsigned char* from) {
+#pragma unroll
+  for (int j = 0; j < EACH; ++j) v[j] = 0.0f;
+  if (there) load_each<Number>(v, from);
+}
+template <class Number, int EACH>
 DEVICE void store_each(unsigned char* to, const Number (&v)[EACH]) {
   if constexpr (EACH == 2)
     store(to, Two<Number>{v[0], v[1]});
