@@ -46,6 +46,7 @@ from .cuda_plan import Precision, decline, plan
 from .gpu_layer import Layer
 from .layout import declined_anywhere
 from .layout import side_by_side as saved_layout
+from .stacked import in_one_call
 
 FOLDER = Path(__file__).parents[1]
 try:
@@ -71,6 +72,7 @@ DRIVER = 580
 DEVICES = ("cuda", "meta")
 #: Steps' directions are bits of one number.
 _DIRECTIONS = 32
+_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _pack = struct.Struct(f"<{len(FIELDS)}q").pack
 
 
@@ -119,9 +121,11 @@ def _device(index: int) -> Device:
 def device_at_hand(index: int | None = None) -> Device:
     """What a problem is planned for: a device, else the current one; what is traced where there is
     none, an H100."""
+    if index is not None:
+        return _device(index)
     if not torch.cuda.is_available():
         return H100
-    return _device(torch.cuda.current_device() if index is None else index)
+    return _device(torch.cuda.current_device())
 
 
 def launch(
@@ -135,13 +139,11 @@ def launch(
     """One kernel on torch's current stream of a device."""
     if min(grid) == 0:
         return
-    arguments = []
-    for field in FIELDS:
-        value = values.get(field)
-        if isinstance(value, Tensor):
-            value = value.data_ptr()
-        arguments.append(value or 0)
-    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*arguments))
+    numbers = [
+        v if type(v) is int else 0 if v is None else v.data_ptr()  # type: ignore[union-attr]
+        for v in map(values.get, FIELDS)
+    ]
+    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*numbers))
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
@@ -158,28 +160,37 @@ def _aligned(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+@lru_cache(maxsize=256)
+def _bits(reverse: tuple[bool, ...]) -> int:
+    first = reverse[:_DIRECTIONS]
+    for start in range(0, len(reverse), _DIRECTIONS):
+        group = reverse[start : start + _DIRECTIONS]
+        if group != first[: len(group)]:
+            raise NotImplementedError(
+                f"directions of {len(reverse)} recurrences that do not repeat every {_DIRECTIONS}; "
+                "choose triton"
+            )
+    return sum(1 << r for r, back in enumerate(first) if back)
+
+
 class _Task(Layer):
     """One call as the kernels take it."""
 
     def __init__(self, call: Call) -> None:
-        tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-        tf32 = tf32 and call.x.dtype is torch.float32
-        super().__init__(call, "tf32" if tf32 else "tf32x3" if call.x.itemsize == 4 else "ieee")
-        kind = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.dtype, "float32")
-        self.type = "tf32" if tf32 and self.cell.recurrent_gates else kind
-        reverse = [call.reverse[r % _DIRECTIONS] for r in range(self.R)]
-        if tuple(reverse) != tuple(call.reverse):
-            raise NotImplementedError(
-                f"directions of {self.R} recurrences that do not repeat every {_DIRECTIONS}; "
-                "choose triton"
-            )
+        kind, precision = _TYPES.get(call.x.dtype, "float32"), "ieee"
+        if kind == "float32":
+            tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+            precision = "tf32" if tf32 else "tf32x3"
+        super().__init__(call, precision)  # type: ignore[arg-type]
+        tf32 = precision == "tf32" and bool(self.cell.recurrent_gates)
+        self.type = "tf32" if tf32 else kind
         self.values: dict[str, int | Tensor | None] = {
             "T": self.T,
             "B": self.B,
             "R": self.R,
             "H": self.H,
             "rows": self.capacity,
-            "reverse": sum(1 << r for r in range(min(self.R, _DIRECTIONS)) if reverse[r]),
+            "reverse": _bits(tuple(call.reverse)),
             "lengths": self.lengths,
             "offsets": self.offsets,
             "reset": None if call.reset is None else _aligned(call.reset.to(torch.uint8)),
@@ -206,10 +217,12 @@ class _Task(Layer):
         w_hh = w_hh.view(self.R, gates, H, H)
         if kernel.way == "forward":
             return _aligned(w_hh if H == HC else pad(w_hh, (0, HC - H, 0, HC - H)))
-        make = torch.empty if H == HC else torch.zeros
-        turned = make((self.R, HC, gates, HC), dtype=self.dtype, device=self.device)
-        turned[:, :H, :, :H] = w_hh.permute(0, 3, 1, 2)
-        return turned
+        turned = w_hh.permute(0, 3, 1, 2)
+        if H == HC:
+            return turned.contiguous()
+        padded = w_hh.new_zeros((self.R, HC, gates, HC))
+        padded[:, :H, :, :H] = turned
+        return padded
 
     def walk(self, way: Way, **values: Any) -> None:
         kernel = self.kernel(way)
@@ -262,8 +275,12 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
     faults.raise_if_set(call.x.device)
     task = _Task(call)
+    task.check(result, grads)
     with task.on_device():
         return _backward(task, result, grads, wanted)
+
+
+stacks, layers, layers_backward = in_one_call(forward, backward)
 
 
 def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
@@ -330,8 +347,9 @@ def _biases(cell: Cell, sums: Tensor) -> Callable[[int], tuple[Tensor, Tensor | 
         db_ih = sums[r, : G * H].clone()
         if not cell.recurrent_gates:
             return db_ih, None
-        db_hh = torch.cat([sums[r, : joint * H], sums[r, G * H :]])
-        return db_ih, db_hh
+        if joint == G:
+            return db_ih, db_ih.clone()
+        return db_ih, torch.cat([sums[r, : joint * H], sums[r, G * H :]])
 
     return of
 

@@ -134,7 +134,7 @@ class Kernel:
     type: Type
     HC: int
 
-    @property
+    @cached_property
     def name(self) -> str:
         return f"{self.way}_{self.cell}_{self.type}_{self.HC}"
 
@@ -155,7 +155,7 @@ class Kernel:
     def warps(self) -> int:
         return self.HC // (8 * self.each)
 
-    @property
+    @cached_property
     def threads(self) -> int:
         return 32 * self.warps
 

@@ -8,30 +8,37 @@ and of the weights from the gate gradients that the walk back leaves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..cells import Cell
-from .contract import Call, Result, Wanted, Weights
-from .layout import wide
+from .contract import Call, OutputGradients, Result, Wanted, Weights
+from .layout import side_by_side, wide
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
-@contextmanager
-def products_as(precision: Precision, device: torch.device) -> Iterator[None]:
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+def products_as(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """torch's own products in the precision of the loop's, as in cuDNN.
 
     The setting is the process's: products that another thread makes meanwhile follow it too.
     """
+    if precision != "tf32" or device.type != "cuda":
+        return _NOTHING
+    return _NOTHING if torch.backends.cuda.matmul.fp32_precision == "tf32" else _tf32()
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    if device.type != "cuda" or precision != "tf32" or before == "tf32":
-        yield
-        return
     matmul.fp32_precision = "tf32"
     try:
         yield
@@ -42,8 +49,8 @@ def products_as(precision: Precision, device: torch.device) -> Iterator[None]:
 class Layer:
     """One call as kernels take it.
 
-    N: rows of all sequences; capacity: those of x, with padding behind. sizes: sequences at each
-    step. lengths, offsets: of a ragged call, on the device, (B,) and the first row of each step.
+    N: rows of all sequences; capacity: those of x, with padding behind. lengths, offsets: of a
+    ragged call, on the device, (B,) and the first row of each step.
     """
 
     def __init__(self, call: Call, precision: Precision) -> None:
@@ -61,7 +68,6 @@ class Layer:
         if call.batch_sizes is None:
             self.T, B = call.x.shape[:2]
             self.N = self.T * B
-            self.sizes = [B] * self.T
         else:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -69,20 +75,28 @@ class Layer:
                     "cannot record the call; pad to one length, or call outside of the capture"
                 )
             sizes = call.batch_sizes
-            self.T, self.N, self.sizes = len(sizes), int(sizes.sum()), sizes.tolist()
+            self.T, self.N = len(sizes), int(sizes.sum())
             # sequence b is as long as there are steps with more than b sequences
             counts = torch.searchsorted(-sizes, -torch.arange(self.B, device=sizes.device))
             tables = torch.cat([sizes.cumsum(0) - sizes, counts]).to(self.device)
             self.offsets, self.lengths = tables[: self.T], tables[self.T :]
-        self.x = call.x.reshape(self.capacity, call.x.shape[-1])[: self.N]
+        self.x = self.flat(call.x)
 
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                yield
-        else:
-            yield
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many sequences there are at each step."""
+        given = self.call.batch_sizes
+        return [self.B] * self.T if given is None else given.tolist()
+
+    def flat(self, rows: Tensor) -> Tensor:
+        """(N, ...) of what has a row for each of the input."""
+        flat = rows.reshape(self.capacity, rows.shape[-1])
+        return flat if self.capacity == self.N else flat[: self.N]
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
+            return _NOTHING
+        return torch.cuda.device(self.device)
 
     @staticmethod
     def stacked(parts: list[Tensor | None]) -> Tensor | None:
@@ -137,6 +151,22 @@ class Layer:
         count = len(saved) - saved_along * len(self.cell.other_states)
         return saved[:count], saved[count:] or [t.contiguous() for t in result.trajectory]
 
+    def check(self, result: Result, grads: OutputGradients) -> None:
+        """Raises where what forward saved came back otherwise, as hooks of saved tensors may bring
+        it: kernels read addresses alone. That autograd brings gradients of the outputs' shapes
+        tells where all came back alike."""
+        call, R, B = self.call, self.R, self.B
+        y = ((*self.lead, R * self.P), self.dtype)
+        layout = side_by_side(call, self.lead, bool(result.trajectory))
+        sizes = (self.P, *[self.H] * len(self.cell.other_states))
+        states = [((R, B, size), self.dtype) for size in sizes]
+        found = [(t.shape, t.dtype) for t in (result.y, *result.saved, *call.states)]
+        right = found == [y, *layout, *(states if call.states else ())]
+        for gradient, expected in zip((grads.y, *grads.states), (y, *states), strict=True):
+            right &= gradient is None or (gradient.shape, gradient.dtype) == expected
+        if not right:
+            raise RuntimeError("fastseq: the saved tensors came back with another shape or type")
+
     def w_ih(self) -> Tensor:
         """(R*G*H, I)"""
         weights = [w.w_ih for w in self.call.weights]
@@ -145,7 +175,7 @@ class Layer:
     def input_product(self) -> Tensor:
         """x W_ih^T + bias of all recurrences, (..., R*G*H); a row for each of the input."""
         gates = self.rows(self.R * self.cell.G * self.H)
-        flat = gates.view(self.capacity, gates.shape[-1])[: self.N]
+        flat = self.flat(gates)
         biases = [self.bias(w) for w in self.call.weights]
         with products_as(self.precision, self.device):
             if biases[0] is None:
@@ -163,10 +193,8 @@ class Layer:
         if not cell.parts_differ and cell.recurrent_gates:
             return w.b_hh if w.b_ih is None else w.b_ih + w.b_hh
         bias = w.b_hh.new_zeros(cell.G * H) if w.b_ih is None else w.b_ih.clone()
-        for place, gate in enumerate(cell.recurrent_gates):
-            if gate not in cell.apart_gates:
-                at = cell.gates.index(gate) * H
-                bias[at : at + H] += w.b_hh[place * H : (place + 1) * H]
+        for at, place, count in _joint_gates(cell):
+            bias.narrow(0, at * H, count * H).add_(w.b_hh.narrow(0, place * H, count * H))
         return bias
 
     def gradients(
@@ -188,8 +216,8 @@ class Layer:
             if wanted.x:
                 x = self.call.x
                 dx = self.padded(torch.empty_like(x, memory_format=torch.contiguous_format))
-                flat = dx.view(self.capacity, x.shape[-1])[: self.N]
-                torch.mm(dgates.view(self.N, self.R * self.cell.G * self.H), self.w_ih(), out=flat)
+                dproduct = dgates.view(self.N, self.R * self.cell.G * self.H)
+                torch.mm(dproduct, self.w_ih(), out=self.flat(dx))
             if wanted.weights:
                 dweights = []
                 for r, w in enumerate(self.call.weights):
@@ -205,3 +233,19 @@ class Layer:
                         )
                     )
         return dx, dweights
+
+
+@lru_cache(maxsize=256)
+def _joint_gates(cell: Cell) -> tuple[tuple[int, int, int], ...]:
+    """Runs of gates whose recurrent part joins the input part: the first one's place among all
+    gates, and among those of w_hh, and how many follow one another in both."""
+    runs: list[tuple[int, int, int]] = []
+    for place, gate in enumerate(cell.recurrent_gates):
+        if gate in cell.apart_gates:
+            continue
+        at = cell.gates.index(gate)
+        if runs and (at, place) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((at, place, 1))
+    return tuple(runs)

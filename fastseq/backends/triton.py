@@ -34,6 +34,7 @@ from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Resu
 from .gpu_layer import Layer, Precision, products_as
 from .layout import declined_anywhere
 from .layout import side_by_side as saved_layout
+from .stacked import in_one_call
 from .triton_kernels import INTERPRETED, PREVIOUS_H, ROUND, ROUNDS, kernel, unreadable
 from .triton_text import Pieces, taken_names
 from .triton_tiling import (
@@ -416,8 +417,12 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
     faults.raise_if_set(call.x.device)
     task = _Task(call)
+    task.check(result, grads)
     with task.on_device():
         return _backward(task, result, grads, wanted)
+
+
+stacks, layers, layers_backward = in_one_call(forward, backward)
 
 
 def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:

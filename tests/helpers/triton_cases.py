@@ -23,6 +23,7 @@ import fastseq
 from fastseq.backends import faults, load, triton_kernels, triton_source, triton_text, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.cells import CELLS, WORDS
+from fastseq.ops import whole
 from fastseq.ops.library import saved_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -566,3 +567,24 @@ def test_vocabulary_passes_nan():
         y = torch.zeros(1)
         apply_kernel[(1,)](x, y, 1, triton_kernels.VOCABULARY[name], 16)
         assert y.isnan().all(), name
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_stack_is_one_call(kind, monkeypatch):
+    """With the bits of its layers one by one; tests/test_stacked.py has more, of cuda."""
+    torch.manual_seed(0)
+    m = getattr(fastseq, kind)(3, 5, num_layers=2, bidirectional=True, backend="triton")
+    x = torch.randn(3, 2, 3, requires_grad=True)
+
+    def found():
+        y, state = m(x)
+        outputs = [y, *(state if isinstance(state, tuple) else (state,))]
+        return outputs, torch.autograd.grad([o.sum() for o in outputs], [x, *m.parameters()])
+
+    outputs, grads = found()
+    assert "StackFunction" in outputs[0].grad_fn.name()
+    monkeypatch.setattr(whole, "run", lambda *call: None)
+    outputs_too, grads_too = found()
+    assert "StackFunction" not in outputs_too[0].grad_fn.name()
+    ours, theirs = [*outputs, *grads], [*outputs_too, *grads_too]
+    assert len(ours) == len(theirs) and all(map(same_bits, ours, theirs))
