@@ -9,6 +9,9 @@ say the same; where one is slower the exit status is 1. Beside it stands the rat
 turns, which other work on the machine disturbs less. A workload of one step a call is timed as
 calls of the module and as steps of the handle of fastseq.streaming, a call each.
 
+``--unlaunched`` compares what a call of the backend cuda costs the host, without a GPU: tensors lie
+on the CPU, whose small operations stand for torch's launches, and kernels of ours are not launched.
+
 Both trees need their C++ kernels built; where they choose different backends, the row says so.
 """
 
@@ -38,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 # fastseq is another tree's, the benchmark this one's
 SERVE = (
     "import sys; sys.path[0] = {tree!r}; import fastseq; sys.path[0] = {root!r}; "
-    "from bench.compare import serve; serve({threads}, {backend!r})"
+    "from bench.compare import serve; serve({threads}, {backend!r}, {unlaunched})"
 )
 Row = tuple[list[str], float, bool]
 QUIET = 0.01  # OpenMP's threads of the process before spin for up to 8 ms
@@ -72,9 +75,20 @@ def call(workload: Workload, way: str, backend: str | None) -> tuple[Callable[[]
         return run, fastseq.explain(module, x)
 
 
-def serve(threads: int, backend: str | None) -> None:
+def unlaunch() -> None:
+    """The backend cuda takes tensors of the CPU, and launches nothing."""
+    from fastseq.backends import cuda
+
+    cuda.DEVICES, cuda.unavailable = ("cpu",), lambda: None
+    cuda._queue = lambda device: (0, 0)  # type: ignore[assignment]
+    cuda._cuda.launch = lambda *arguments: None  # type: ignore[attr-defined]
+
+
+def serve(threads: int, backend: str | None, unlaunched: bool = False) -> None:
     """Answers a line of JSON, [workload, way, seconds], with the median of a call's seconds."""
     torch.set_num_threads(threads)
+    if unlaunched:
+        unlaunch()
     print(json.dumps({"file": sys.modules["fastseq"].__file__}), flush=True)
     for line in sys.stdin:
         name, way, seconds = json.loads(line)
@@ -95,8 +109,9 @@ def serve(threads: int, backend: str | None) -> None:
 class Tree:
     """A process that runs one checkout's fastseq."""
 
-    def __init__(self, tree: Path, threads: int, backend: str | None) -> None:
-        code = SERVE.format(tree=str(tree), root=str(ROOT), threads=threads, backend=backend)
+    def __init__(self, tree: Path, threads: int, backend: str | None, unlaunched: bool) -> None:
+        how = {"threads": threads, "backend": backend, "unlaunched": unlaunched}
+        code = SERVE.format(tree=str(tree), root=str(ROOT), **how)
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=tree, **pipes)
         found = Path(self._answer()["file"]).resolve()
@@ -155,7 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=12, help="turns of each process")
     parser.add_argument("--seconds", type=float, default=0.05, help="of a turn, one call at least")
     parser.add_argument("--tolerance", type=float, default=0.03, help="beyond the noise")
+    parser.add_argument("--unlaunched", action="store_true", help="the host's part of cuda alone")
     options = parser.parse_args(argv)
+    if options.unlaunched:
+        options.backend = "cuda"
     if not (options.other / "fastseq" / "__init__.py").exists():
         parser.error(f"OTHER: no fastseq under {options.other}")
     try:
@@ -170,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     try:
         for folder in folders:
-            trees.append(Tree(folder, options.threads, options.backend))
+            unlaunched = options.unlaunched
+            trees.append(Tree(folder, options.threads, options.backend, unlaunched))
         for name, way in ((workload.name, way) for workload in found for way in ways(workload)):
             rows.append(row(trees, name, way, options))
             print("  ".join(rows[-1][0]), flush=True)

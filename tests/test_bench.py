@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_on_host
 import pytest
 import torch
 from rules import check_close
@@ -445,6 +446,17 @@ def test_a_tree_runs_the_backend_that_is_named(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[1])["chosen"] == "eager"
 
 
+def test_a_tree_runs_the_host_s_part_of_cuda(monkeypatch, capsys):
+    with cuda_on_host.use() as on_host:  # which notices a launch
+        cuda = load("cuda")
+        for name in ("DEVICES", "unavailable", "_queue"):
+            monkeypatch.setattr(cuda, name, getattr(cuda, name))
+        monkeypatch.setattr("sys.stdin", io.StringIO('["tiny-layer", "training", 0]\n'))
+        compare.serve(torch.get_num_threads(), "cuda", unlaunched=True)
+        assert on_host.launched == []
+    assert json.loads(capsys.readouterr().out.splitlines()[1])["chosen"] == "cuda"
+
+
 def test_a_slower_tree_is_marked_after_more_rounds(monkeypatch, capsys, tmp_path):
     """Processes that answer at once, the other tree's twice as fast."""
     (tmp_path / "fastseq").mkdir()
@@ -457,7 +469,7 @@ def test_a_slower_tree_is_marked_after_more_rounds(monkeypatch, capsys, tmp_path
     class Answers:
         process = SimpleNamespace(communicate=lambda: None)
 
-        def __init__(self, tree, threads, backend):
+        def __init__(self, tree, threads, backend, unlaunched):
             self.seconds = 2.0 if tree.name == "this" else 1.0
 
         def sample(self, *question):
@@ -482,7 +494,7 @@ def test_a_process_runs_the_tree_that_it_was_given(tmp_path):
     (tmp_path / "fastseq").mkdir()
     (tmp_path / "fastseq" / "__init__.py").write_text("__file__ = '/elsewhere/fastseq'")
     with pytest.raises(RuntimeError, match=r"the process imported .*elsewhere"):
-        compare.Tree(tmp_path, 1, None)
+        compare.Tree(tmp_path, 1, None, False)
 
 
 def test_what_is_too_large_is_skipped_with_a_reason(monkeypatch):
