@@ -6,6 +6,8 @@ and no sooner. What this cannot show stands in docs/design.md. T is short, but f
 the ring of stages goes round.
 """
 
+from collections import namedtuple
+
 import cuda_on_host
 import pytest
 import tf32
@@ -14,7 +16,7 @@ from problems import KINKED, against_the_independent, draw, full, gradients
 from rules import check_all, same_bits
 
 import fastseq
-from fastseq.backends import choice, load
+from fastseq.backends import choice, gpu_layer, load
 from fastseq.backends.contract import Problem
 from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS
 from fastseq.cells import CELLS
@@ -266,3 +268,25 @@ def test_explain_prints_the_plan(capsys):
     assert fastseq.explain(fastseq.LSTM(8, 16, backend="cuda"), torch.randn(3, 2, 8)) == "cuda"
     said = capsys.readouterr().out
     assert "forward_lstm_float32_32" in said and "registers" in said and "shared memory" in said
+
+
+def test_gates_that_join_in_runs():
+    def of(gates, recurrent, apart=""):
+        Gates = namedtuple("Gates", "gates recurrent_gates apart_gates")
+        return gpu_layer._joint_gates(Gates(gates, recurrent, apart))
+
+    assert of("ifgo", "ifgo") == ((0, 0, 4),)
+    assert of("rzn", "rzn", "n") == ((0, 0, 2),)
+    assert of("ifg", "fgi") == ((1, 0, 2), (0, 2, 1))
+    assert of("abs", "asb", "s") == ((0, 0, 1), (1, 2, 1)), "no neighbours in w_hh"
+    assert of("asb", "ab") == ((0, 0, 1), (2, 1, 1)), "no neighbours in w_ih"
+    assert of("abc", "") == ()
+
+
+def test_directions_are_bits_of_one_number(on_host):
+    bits = load("cuda")._bits
+    assert [bits(d) for d in ((), (True,), (False, True))] == [0, 1, 2]
+    assert bits((True, False) * 40) == 0x55555555
+    for lengths in (33, 64, 70):
+        with pytest.raises(NotImplementedError, match=f"{lengths} recurrences .* triton"):
+            bits((False,) * (lengths - 1) + (True,))

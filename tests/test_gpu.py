@@ -23,6 +23,7 @@ from fastseq.backends import choice, load
 from fastseq.backends.contract import Problem
 from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS
 from fastseq.cells import CELLS
+from fastseq.ops import whole
 from fastseq.ops.stack import problem
 
 pytestmark = [
@@ -381,6 +382,27 @@ def test_cta_is_one_launch_of_both_directions(training, monkeypatch):
         y.sum().backward()
         expected.append(("backward_lstm_bfloat16_64", (3, 2, 1)))
     assert launches == expected
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_cta_a_stack_has_the_bits_of_its_layers(backend, monkeypatch):
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.GRU(8, 64, 3, bidirectional=True, backend=backend, **options)
+    x = torch.randn(6, 9, 8, requires_grad=True, **options)
+
+    def found():
+        y, h = module(x)
+        return [y, h, *torch.autograd.grad((y.sum() + h.sum()), [x, *module.parameters()])]
+
+    stack = found()
+    assert "StackFunction" in stack[0].grad_fn.name()
+    monkeypatch.setattr(whole, "run", lambda *call: None)
+    layers = found()
+    assert "StackFunction" not in layers[0].grad_fn.name()
+    assert all(map(same_bits, stack, layers))
+    before = torch.get_rng_state()
+    module.dropout = 0.5
+    assert not same_bits(found()[0], stack[0]) and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("form, H", OF_TRITON)

@@ -9,9 +9,10 @@ from spies import counted
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
-from fastseq.backends import choice
+from fastseq.backends import choice, load
 from fastseq.backends.contract import Problem
-from fastseq.ops import whole
+from fastseq.nn.recurrent import call_stack
+from fastseq.ops import run, whole
 
 LAYERS = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU, "IndRNN": fastseq.IndRNN}
 OPTIONS = {
@@ -190,3 +191,10 @@ def test_saved_tensors_that_came_back_otherwise(memory, given):
     with torch.autograd.graph.save_on_cpu():
         moved = outputs_and_gradients(m, x, hx)
     same(moved, outputs_and_gradients(m, x, hx))
+
+
+def test_dropout_of_numbers_elsewhere_is_not_drawn_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(whole, "run", None)
+    m = fastseq.LSTM(6, 8, num_layers=2, dropout=0.5, backend="eager", device="meta")
+    stack = call_stack(m, torch.empty(4, 3, 6, device="meta"), None)
+    assert run._in_one_call(stack, "cuda", load("cuda")) is None
