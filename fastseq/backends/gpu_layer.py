@@ -216,8 +216,8 @@ class Layer:
             if wanted.x:
                 x = self.call.x
                 dx = self.padded(torch.empty_like(x, memory_format=torch.contiguous_format))
-                dproduct = dgates.view(self.N, self.R * self.cell.G * self.H)
-                torch.mm(dproduct, self.w_ih(), out=self.flat(dx))
+                flat = dgates.view(self.N, self.R * self.cell.G * self.H)
+                torch.mm(flat, self.w_ih(), out=self.flat(dx))
             if wanted.weights:
                 dweights = []
                 for r, w in enumerate(self.call.weights):
