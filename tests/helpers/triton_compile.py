@@ -150,7 +150,7 @@ def recorded(target, cell, kind, H, P, B, everything, full=True):
             grads = OutputGradients(result.y, states, list(result.trajectory))
             backend.backward(call, result, grads, Wanted(True, True, True))
     if full or H < 100:
-        call.memory = "lean"
+        call.memory, result.saved = "lean", []
         backend.backward(call, result, grads, Wanted(True, False, False))
     return launches
 
