@@ -12,7 +12,7 @@ import cuda_on_host
 import pytest
 import tf32
 import torch
-from problems import KINKED, against_the_independent, draw, full, gradients
+from problems import KINKED, OF_FOUR_STEPS, against_the_independent, draw, full, gradients
 from rules import check_all, same_bits
 
 import fastseq
@@ -31,14 +31,7 @@ SPECIAL = {
     "H32 B3": {"H": 32, "T": 3, "B": 3, "directions": 2},
     "ring": {"H": 32, "T": 11, "B": 2},  # goes round
     "H31": {"H": 31, "T": 3, "B": 9},
-    "two layers": {"layers": 2, "directions": 2},
-    "bare": {"bias": False, "state": False},
-    "saturated": {"scale": 50.0, "H": 20},
-    "reset": {"reset": True, "directions": 2},
-    "h_mask": {"h_mask": True, "directions": 2},
-    "ragged": {"lengths": [2, 4, 3], "directions": 2},
-    "zero lengths": {"lengths": [0, 4, 0], "directions": 2},
-    "all at once": {"lengths": [2, 0, 4], "reset": True, "h_mask": True, "directions": 2},
+    **OF_FOUR_STEPS,
     "all at once B9": {
         "lengths": [4, 0, 2, 1, 4, 3, 2, 2, 1],
         "B": 9,
@@ -60,7 +53,7 @@ def on_host():
 
 @pytest.fixture(autouse=True)
 def products(request, on_host):
-    """float32's in three products of parts, but where a test asks for TF32."""
+    """float32's in four products of parts, but where a test asks for TF32."""
     setting = torch.backends.cudnn.rnn
     before, setting.fp32_precision = setting.fp32_precision, getattr(request, "param", "ieee")
     yield

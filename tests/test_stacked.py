@@ -6,13 +6,15 @@ import cuda_on_host
 import pytest
 import torch
 from spies import counted
+from stacks import flat, is_whole, layer_by_layer, outputs_and_gradients, same, states_of
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_map
 
 import fastseq
-from fastseq.backends import choice, load
+from fastseq.backends import choice
 from fastseq.backends.contract import Problem
-from fastseq.nn.recurrent import call_stack
-from fastseq.ops import run, whole
+from fastseq.nn.recurrent import call_request
+from fastseq.ops import whole
 
 LAYERS = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU, "IndRNN": fastseq.IndRNN}
 OPTIONS = {
@@ -32,88 +34,42 @@ def on_host():
     setting.fp32_precision = before
 
 
-@pytest.fixture
-def one_by_one(monkeypatch):
-    """Runs a call with the way of whole stacks closed."""
-
-    def run(function, *arguments):
-        with monkeypatch.context() as closed:
-            closed.setattr(whole, "run", lambda *call: None)
-            return function(*arguments)
-
-    return run
-
-
 def made(kind="LSTM", **options):
     torch.manual_seed(2)
     return LAYERS[kind](6, 8, backend="cuda", **options)
 
 
-def flat(state):
-    return state if isinstance(state, tuple) else (state,)
-
-
-def states_of(m, batch):
-    rows = m.num_layers * (2 if m.bidirectional else 1)
-    count = 2 if isinstance(m, fastseq.LSTM) else 1
-    found = tuple(torch.randn(rows, batch, 8, requires_grad=True) for _ in range(count))
-    return found if count > 1 else found[0]
-
-
-def outputs_and_gradients(m, x, hx=None):
-    y, state = m(x, hx)
-    outputs = [y.data if hasattr(y, "batch_sizes") else y, *flat(state)]
-    leaves = [*m.parameters(), *(() if hx is None else flat(hx))]
-    leaves += [x.data if hasattr(x, "batch_sizes") else x]
-    torch.manual_seed(8)
-    cotangents = [torch.randn(o.shape) for o in outputs]
-    wanted = [t for t in leaves if t.requires_grad]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, cotangents)]
-
-
-def same(ours, theirs):
-    assert len(ours) == len(theirs)
-    assert all(map(torch.equal, ours, theirs))
-
-
-def is_whole(y):
-    function = y.grad_fn
-    if "Transpose" in function.name():
-        function = function.next_functions[0][0]
-    return "StackFunction" in function.name()
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_bits_of_layers_one_by_one(kind, options, one_by_one):
+def test_the_bits_of_layers_one_by_one(kind, options):
     m = made(kind, **OPTIONS[options])
     x = torch.randn(*((3, 4) if m.batch_first else (4, 3)), 6, requires_grad=True)
     assert is_whole(m(x)[0])
-    for hx in (None, states_of(m, 3)):
+    for hx in (None, states_of(m, (3,))):
         ours = outputs_and_gradients(m, x, hx)
-        same(ours, one_by_one(outputs_and_gradients, m, x, hx))
+        same(ours, layer_by_layer(outputs_and_gradients, m, x, hx))
         with torch.no_grad(), counted("cuda") as count:
             y, state = m(x, hx)
             same([y, *flat(state)], ours[: 1 + len(flat(state))])
         assert count == {"forward": 1, "backward": 0}
 
 
-def test_packed(one_by_one):
+def test_packed():
     m = made(num_layers=2, bidirectional=True)
     x = torch.randn(4, 3, 6)
     packed = pack_padded_sequence(x, [2, 4, 1], enforce_sorted=False)
     assert "StackFunction" in m(packed)[0].data.grad_fn.name()
-    for hx in (None, states_of(m, 3)):
+    for hx in (None, states_of(m, (3,))):
         same(
             outputs_and_gradients(m, packed, hx),
-            one_by_one(outputs_and_gradients, m, packed, hx),
+            layer_by_layer(outputs_and_gradients, m, packed, hx),
         )
 
 
-def test_one_output_alone(one_by_one):
+def test_one_output_alone():
     m = made(num_layers=2)
     x = torch.randn(4, 3, 6, requires_grad=True)
-    (y, (h, c)), (y_too, (h_too, c_too)) = m(x), one_by_one(m, x)
+    (y, (h, c)), (y_too, (h_too, c_too)) = m(x), layer_by_layer(m, x)
     wanted = [x, *m.parameters()]
     for ours, theirs in ((y, y_too), (h, h_too), (c, c_too)):
         same(
@@ -180,7 +136,7 @@ def test_an_edited_output_is_noticed_or_harmless():
 def test_saved_tensors_that_came_back_otherwise(memory, given):
     """Of kernels that read addresses alone."""
     m = made(num_layers=2, memory=memory)
-    x, hx = torch.randn(4, 3, 6), states_of(m, 3) if given else None
+    x, hx = torch.randn(4, 3, 6), states_of(m, (3,)) if given else None
     kept = {p.data_ptr() for p in (x, *m.parameters())}
     for broken in (lambda t: t[:1], lambda t: t.double(), lambda t: torch.cat([t, t])):
         hooks = (lambda t: t, lambda t: t if t.data_ptr() in kept else broken(t))  # noqa: B023
@@ -193,8 +149,51 @@ def test_saved_tensors_that_came_back_otherwise(memory, given):
     same(moved, outputs_and_gradients(m, x, hx))
 
 
-def test_dropout_of_numbers_elsewhere_is_not_drawn_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(whole, "run", None)
-    m = fastseq.LSTM(6, 8, num_layers=2, dropout=0.5, backend="eager", device="meta")
-    stack = call_stack(m, torch.empty(4, 3, 6, device="meta"), None)
-    assert run._in_one_call(stack, "cuda", load("cuda")) is None
+def test_dropout_of_numbers_elsewhere_is_not_drawn_on_the_cpu():
+    m = made(num_layers=2, dropout=0.5)
+    request, weights, before = call_request(m), tuple(m.parameters()), torch.get_rng_state()
+    x = torch.empty(4, 3, 6, device="meta")
+    assert request.dropout and whole.run(("cuda", None), request, x, None, (), weights) is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Wrapped(torch.Tensor):
+    """Another tensor's numbers, which only what is dispatched finds: it has no memory."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda a: a.inner if isinstance(a, cls) else a, (args, kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "change", [Wrapped, lambda t: torch._neg_view(-t)], ids=["wrapped", "negated"]
+)
+@pytest.mark.parametrize("what", ["state", "weight"])
+def test_what_is_more_than_memory(what, change):
+    m, x, h = made("GRU"), torch.randn(4, 3, 6), torch.randn(1, 3, 8)
+    with torch.no_grad():
+        expected = m(x, h)[0]
+        if what == "state":
+            found = m(x, change(h))[0]
+        else:
+            weights = {"bias_hh_l0": change(m.bias_hh_l0.detach())}  # nobody copies it
+            found = torch.func.functional_call(m, weights, (x, h))[0]
+    same([found], [expected])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_gradient_is_nobody_else_s_memory(kind):
+    m = made(kind, bidirectional=True)
+    x = torch.randn(4, 3, 6, requires_grad=True)
+    grads = torch.autograd.grad(m(x)[0].sum(), [x, *m.parameters()])
+    assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from rules import check_alike, check_close
+from stacks import flat, is_whole, layer_by_layer, outputs_and_gradients, same, states_of
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
@@ -32,61 +33,10 @@ def made(kind, options, dtype=torch.float32):
     return LAYERS[kind](6, 8, dtype=dtype, **options)
 
 
-def states_of(m, batch, dtype=torch.float32):
-    """h_0, and c_0 of an LSTM, that want gradients."""
-    rows = m.num_layers * (2 if m.bidirectional else 1)
-    sizes = [m.proj_size or m.hidden_size] + [m.hidden_size] * (m._fastseq_cell == "lstm")
-    made = [torch.randn(rows, *batch, n, dtype=dtype, requires_grad=True) for n in sizes]
-    return tuple(made) if len(made) > 1 else made[0]
-
-
-def flat(state):
-    return state if isinstance(state, tuple) else (state,)
-
-
-def outputs_and_gradients(m, x, hx, run=None):
-    """By the module or ``run``: y, final states, and the gradients of all that has one."""
-    torch.manual_seed(7)
-    y, state = (run or m)(x, hx)
-    outputs = [y.data if hasattr(y, "batch_sizes") else y, *flat(state)]
-    leaves = [t for t in (*m.parameters(), *(flat(hx) if hx is not None else ()))]
-    leaves += [x.data if hasattr(x, "batch_sizes") else x]
-    leaves = [t for t in leaves if t.requires_grad]
-    torch.manual_seed(8)
-    cotangents = [torch.randn(o.shape, dtype=o.dtype) for o in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
-
-
-@pytest.fixture
-def layer_by_layer(monkeypatch):
-    """Runs a call with the short way closed."""
-
-    def run(function, *arguments):
-        with monkeypatch.context() as closed:
-            closed.setattr(whole, "run", lambda *call: None)
-            return function(*arguments)
-
-    return run
-
-
-def same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert torch.equal(a, b)
-
-
-def is_whole(y):
-    function = y.grad_fn
-    if "Transpose" in function.name():
-        function = function.next_functions[0][0]
-    return "StackFunction" in function.name()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_bits_of_layers_one_by_one(kind, options, shape, layer_by_layer):
+def test_the_bits_of_layers_one_by_one(kind, options, shape):
     m = made(kind, OPTIONS[options])
     lead = SHAPES[shape]
     x = torch.randn(*reversed(lead) if m.batch_first else lead, 6, requires_grad=True)
@@ -102,7 +52,7 @@ def test_the_bits_of_layers_one_by_one(kind, options, shape, layer_by_layer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_projection(dtype, layer_by_layer):
+def test_projection(dtype):
     options = {"proj_size": 3, "num_layers": 2, "bidirectional": True, "dropout": 0.3}
     m = made("LSTM", options, dtype)
     x = torch.randn(7, 3, 6, dtype=dtype, requires_grad=True)
@@ -112,7 +62,7 @@ def test_projection(dtype, layer_by_layer):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_packed_and_lengths(kind, layer_by_layer):
+def test_packed_and_lengths(kind):
     m = made(kind, OPTIONS["stack"] | {"dropout": 0.3})
     lengths = torch.tensor([2, 9, 5, 9])
     x = torch.randn(9, 4, 6, requires_grad=True)
@@ -132,7 +82,7 @@ def test_packed_and_lengths(kind, layer_by_layer):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_only_what_wants_a_gradient_has_one(kind, layer_by_layer):
+def test_only_what_wants_a_gradient_has_one(kind):
     m = made(kind, OPTIONS["stack"])
     x = torch.randn(5, 3, 6)
     same(outputs_and_gradients(m, x, None), layer_by_layer(outputs_and_gradients, m, x, None))
@@ -145,7 +95,7 @@ def test_only_what_wants_a_gradient_has_one(kind, layer_by_layer):
     same(outputs_and_gradients(m, x, None), layer_by_layer(outputs_and_gradients, m, x, None))
 
 
-def test_gradients_from_one_output_alone_and_of_any_layout(layer_by_layer):
+def test_gradients_from_one_output_alone_and_of_any_layout():
     m = made("LSTM", {"num_layers": 2, "batch_first": True}, torch.float64)
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     weights = list(m.parameters())

@@ -29,6 +29,17 @@ DTYPES = [
     pytest.param(torch.float16, id="float16", marks=full),
 ]
 
+#: Cases for backends that run step by step where there is no GPU.
+OF_FOUR_STEPS = {
+    "two layers": {"layers": 2, "directions": 2},
+    "bare": {"bias": False, "state": False},
+    "saturated": {"scale": 50.0, "H": 20},
+    "reset": {"reset": True, "directions": 2},
+    "h_mask": {"h_mask": True, "directions": 2},
+    "ragged": {"lengths": [2, 4, 3], "directions": 2},
+    "zero lengths": {"lengths": [0, 4, 0], "directions": 2},
+    "all at once": {"lengths": [2, 0, 4], "reset": True, "h_mask": True, "directions": 2},
+}
 #: Cells whose texts have a kink, on which side of which a gradient is the rounding decides.
 KINKED = tuple(
     name

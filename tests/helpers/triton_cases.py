@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from problems import KINKED, against_the_independent, draw, full, gradients
+from problems import KINKED, OF_FOUR_STEPS, against_the_independent, draw, full, gradients
 from rules import check_all, same_bits
 from together import together
 from vocabulary import ENDS, F32, F64, PAIRS, TRUTH, held_at_the_ends, samples, ulp_error
@@ -32,16 +32,9 @@ SPECIAL = {
     # of one number the rule is strict: by seed 0 it is a difference of mgu's that cancels
     "T1 B1 H1": {"T": 1, "B": 1, "H": 1, "I": 1, "seed": 1},
     "B17": {"B": 17, "T": 2},
-    "two layers": {"layers": 2, "directions": 2},
-    "bare": {"bias": False, "state": False},
-    "saturated": {"scale": 50.0, "H": 20},
-    "reset": {"reset": True, "directions": 2},
-    "h_mask": {"h_mask": True, "directions": 2},
-    "ragged": {"lengths": [2, 4, 3], "directions": 2},
-    "zero lengths": {"lengths": [0, 4, 0], "directions": 2},
-    "all at once": {"lengths": [2, 0, 4], "reset": True, "h_mask": True, "directions": 2},
+    **OF_FOUR_STEPS,
 }
-STATEFUL = {"lengths": [2, 0, 4], "reset": True, "h_mask": True, "directions": 2}
+STATEFUL = OF_FOUR_STEPS["all at once"]
 
 
 def in_turn(*axes):
