@@ -165,10 +165,8 @@ def _to_rows(stack: Stack) -> None:
 
 def _in_one_call(stack: Stack, name: str, module: Any) -> Outputs | None:
     """All layers in one call; None where the backend does not take these tensors."""
-    if stack.request.layers > 1:
-        drawn_elsewhere = stack.request.dropout and not stack.data.is_cpu
-        if drawn_elsewhere or stack.input_masks is not None:
-            return None
+    if stack.input_masks is not None and stack.request.layers > 1:
+        return None
     x, request, sizes = stack.x, stack.request, stack.geometry.batch_sizes
     if stack.input_masks is not None:
         x = masks.mask_input(x, stack.input_masks[0], sizes)

@@ -41,6 +41,8 @@ def run(
     and weights are tuples. step: whether it is one step of one layer, which a loop may call
     (:mod:`.steps`).
     """
+    if request.dropout and not x.is_cpu:
+        return None  # what is dropped is drawn on the CPU
     if x.is_neg():
         return None  # the kernels read memory, where a lazy negation has another sign
     for state in states:
