@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unlaunched", action="store_true", help="the host's part of cuda alone")
     options = parser.parse_args(argv)
     if options.unlaunched:
+        if options.backend not in (None, "cuda"):
+            parser.error(f"--unlaunched is of the backend cuda, not of {options.backend}")
         options.backend = "cuda"
     if not (options.other / "fastseq" / "__init__.py").exists():
         parser.error(f"OTHER: no fastseq under {options.other}")

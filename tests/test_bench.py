@@ -484,6 +484,9 @@ def test_a_slower_tree_is_marked_after_more_rounds(monkeypatch, capsys, tmp_path
     assert "Geometric mean 2.000; slower: 2 of 2." in printed
     assert len(asked) == 2 * 4 * (1 + 2 + 4)
     assert compare.main([*command, "--tolerance", "1.5"]) == 0
+    with pytest.raises(SystemExit):
+        compare.main([*command, "--unlaunched", "--backend", "numba"])
+    assert "--unlaunched is of the backend cuda, not of numba" in capsys.readouterr().err
     (tmp_path / "fastseq" / "_cpu.abi3.so").touch()
     with pytest.raises(SystemExit):
         compare.main(command)
