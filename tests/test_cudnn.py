@@ -17,7 +17,7 @@ from twins import assert_same, compiles_cpp
 import fastseq
 from fastseq.backends import choice, cudnn, layout
 from fastseq.backends import torch as backend
-from fastseq.backends.contract import Call, OutputGradients, Request, Wanted
+from fastseq.backends.contract import NOTHING, Call, OutputGradients, Request, Wanted
 from fastseq.ops import library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -253,10 +253,10 @@ def test_the_layer_keeps_what_backward_wants_in_evaluation(device, expected, mon
     x = torch.zeros(3, 2, 4, device=device)
     weights = [w.to(device) for w in torch.nn.GRU(4, 5)._flat_weights]
     states = [torch.zeros(1, 2, 5, device=device)]
-    backend.layers(Request("gru"), x, None, states, weights, (), False)
-    backend.layers(Request("gru", training=True), x, None, states, weights, (), False)
+    backend.layers(Request("gru"), x, None, states, weights, NOTHING, False)
+    backend.layers(Request("gru", training=True), x, None, states, weights, NOTHING, False)
     with torch.no_grad():
-        backend.layers(Request("gru"), x, None, states, weights, (), False)
+        backend.layers(Request("gru"), x, None, states, weights, NOTHING, False)
     assert asked == [expected, True, False]
 
 

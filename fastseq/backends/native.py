@@ -21,6 +21,7 @@ from . import openmp
 from .contract import (
     Abilities,
     Call,
+    Given,
     Gradients,
     OutputGradients,
     Problem,
@@ -165,7 +166,7 @@ def supports(problem: Problem) -> str | None:
 
 def stacks(problem: Problem) -> bool:
     """Whether the layers go in one call: not with options that are a layer's own."""
-    own = problem.reset or problem.h_mask or problem.trajectory
+    own = problem.reset or problem.h_mask or problem.trajectory or problem.zoneout
     lean = problem.training and problem.memory == "lean"
     plain = problem.mode == "plain" and problem.dtype in (torch.float32, torch.float64)
     return plain and not own and not lean
@@ -299,10 +300,12 @@ def layers(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    given: Given,
     save: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
     """All layers, where the extension takes the tensors as they are. All sequences are tuples."""
+    if given.input_masks:
+        return None
     return _cpu.forward(
         NUMBER[request.cell],
         x,
@@ -314,7 +317,7 @@ def layers(
         request.order,
         None,
         None,
-        masks,
+        given.dropout,
         1.0 - request.dropout,
         torch.get_num_threads(),
         request.deterministic,
@@ -331,7 +334,7 @@ def layers_backward(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    given: Given,
     y: Tensor,
     saved: Sequence[Tensor],
     dy: Tensor | None,
@@ -349,7 +352,7 @@ def layers_backward(
         request.order,
         None,
         None,
-        masks,
+        given.dropout,
         1.0 - request.dropout,
         torch.get_num_threads(),
         request.deterministic,

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .contract import (
+    NOTHING,
     TIME_FIRST,
     Call,
+    Given,
     Gradients,
     OutputGradients,
     Problem,
@@ -60,6 +62,19 @@ def dropped(request: Request, x: Tensor) -> Tensor:
     return torch.dropout(x, request.dropout, True) if request.dropout > 0 else x
 
 
+def of_layer(given: Given, layer: int, directions: int) -> Given:
+    """What one layer has of it: reset, h_mask and where the states stay."""
+    if given is NOTHING:
+        return given
+    rows = slice(layer * directions, (layer + 1) * directions)
+    return Given(
+        reset=given.reset,
+        h_mask=None if given.h_mask is None else given.h_mask[rows],
+        stay=[None if s is None else s[rows] for s in given.stay],
+        part=given.part,
+    )
+
+
 _REVERSE = ((), (False,), (False, True))  # by the number of directions
 _OURS = frozenset((Tensor, torch.nn.Parameter))
 
@@ -79,11 +94,13 @@ def in_one_call(
         batch_sizes: Tensor | None,
         states: Sequence[Tensor],
         weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
+        given: Given,
         save: bool,
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
         count = request.layers
         if request.order != TIME_FIRST or (count > 1 and request.dropout) or x.is_meta:
+            return None
+        if given.input_masks:
             return None
         if save and count > 1 and len({w.requires_grad for w in weights}) > 1:
             return None
@@ -112,7 +129,7 @@ def in_one_call(
         batch_sizes: Tensor | None,
         states: Sequence[Tensor],
         weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
+        given: Given,
         y: Tensor,
         saved: Sequence[Tensor],
         dy: Tensor | None,
@@ -125,14 +142,15 @@ def in_one_call(
         found: list[Gradients] = []
         for layer in reversed(range(count)):
             here, first = slice(layer * D, (layer + 1) * D), layer * (each + 1)
-            own, given = states, list(dstates)
+            own, after = states, list(dstates)
             if count > 1:
-                own, given = [s[here] for s in states], [d if d is None else d[here] for d in given]
+                own = [s[here] for s in states]
+                after = [d if d is None else d[here] for d in after]
             below = saved[first - 1] if layer else x
             gradients = backward(
                 _call(request, below, batch_sizes, own, of_all[here]),
                 Result(y, [], [], list(saved[first : first + each])),
-                OutputGradients(dy, given, []),
+                OutputGradients(dy, after, []),
                 Wanted(wanted.x or layer > 0, wanted.states, wanted.weights),
             )
             found.append(gradients)

@@ -9,17 +9,16 @@ a mask depends on no backend, no order of the batch and no split of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import Masks, ways
+from ..backends.contract import ways
 from ..backends.tracing import is_tracing, unrecorded
 from .geometry import packed_positions
 from .library import library, register_fake
-from .stack import Stack
+from .stack import Stack, Zoneout
 
 _WORD = 0xFFFFFFFF
 #: Less 2^32: the product of a word with one of these fits into 64 bits with a sign.
@@ -117,31 +116,31 @@ class Rates(NamedTuple):
     zoneout: tuple[float, ...] = ()
 
 
-def of_layer(
-    masks: Masks,
-    layer: int,
+def stays(
+    zoneout: Zoneout | None,
+    layers: Sequence[int],
     directions: int,
     x: Tensor,
     batch_sizes: Tensor | None,
     sizes: Sequence[int],
-) -> Masks:
-    """A layer's, drawn for the rows of x. sizes: of its states."""
-    if masks.seed is None:
-        return replace(masks, stay=[list(masks.zoneout)] * directions)
-    B = masks.ids.shape[0]
+) -> tuple[list[Tensor | None], tuple[float, ...]]:
+    """``stay`` and ``part`` of a call of these layers, for the rows of x. sizes: of the states."""
+    if zoneout is None:
+        return [], ()
+    if zoneout.seed is None:
+        return [], zoneout.rates
+    B = zoneout.ids.shape[0]
     if batch_sizes is None:
         step = torch.arange(x.shape[0], device=x.device).repeat_interleave(B)
-        ids = masks.ids.repeat(x.shape[0])
+        ids = zoneout.ids.repeat(x.shape[0])
     else:
         step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
-        ids = masks.ids.index_select(0, sequence)
-    stay: list[list[Tensor | float]] = [[] for _ in range(directions)]
-    for k, (rate, size) in enumerate(zip(masks.zoneout, sizes, strict=True)):
-        sites = [site(ZONEOUT + k, layer, d) for d in range(directions)]
-        kept = _keep(masks.seed, sites, ids, step, size, rate)
-        for way, kept_way in zip(stay, kept.unbind(0), strict=True):
-            way.append(~kept_way)
-    return replace(masks, stay=stay)
+        ids = zoneout.ids.index_select(0, sequence)
+    stay: list[Tensor | None] = []
+    for k, (rate, size) in enumerate(zip(zoneout.rates, sizes, strict=True)):
+        sites = [site(ZONEOUT + k, layer, d) for layer in layers for d in range(directions)]
+        stay.append(~_keep(zoneout.seed, sites, ids, step, size, rate) if rate else None)
+    return stay, ()
 
 
 def site(kind: int, layer: int, direction: int = 0) -> int:
@@ -175,7 +174,7 @@ def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) ->
     request = stack.request
     seed = seed_of_call(request.training, seed, ids)
     if rates.zoneout:
-        stack.masks = Masks(rates.zoneout, seed, ids)
+        stack.zoneout = Zoneout(rates.zoneout, seed, ids)
     if seed is None:
         return
     D, layers, dtype = request.directions, range(request.layers), stack.data.dtype
