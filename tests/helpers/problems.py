@@ -74,7 +74,7 @@ DECLINES = {
     "native": {"dual", "zoneout"},
     "numba": {"dual", "zoneout"},
     "triton": {"dual", "zoneout"},
-    "reference": {"transform", "dual", "zoneout"},
+    "reference": {"transform", "dual"},
     None: set(),
 }
 
