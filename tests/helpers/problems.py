@@ -72,7 +72,7 @@ DECLINES = {
         "zoneout",
     },
     "native": {"dual", "zoneout"},
-    "numba": {"dual", "zoneout"},
+    "numba": {"dual"},
     "triton": {"dual", "zoneout"},
     "reference": {"transform", "dual"},
     None: set(),
