@@ -302,7 +302,7 @@ def _walk_forward(
     G_hh = cell.G_hh
     in_loop = task.input_in_loop()
     h_made, *others_made = as_made(task.call)
-    handed = {name for phase in cell.phases for name in phase.takes if name in cell.other_states}
+    handed = [any(state in phase.takes for phase in cell.phases) for state in cell.states]
     kept, inputs, given = [], [], []
     for r, w in enumerate(task.weights):
         projected = w.w_hr is not None
@@ -323,12 +323,7 @@ def _walk_forward(
                     for name in cell.extras
                 ),
                 task.new(capacity, H) if projected or (full and h_made) else None,
-                tuple(
-                    task.new(capacity, H)
-                    if task.zone and (state in handed or (full and made))
-                    else None
-                    for state, made in zip(cell.other_states, others_made, strict=True)
-                ),
+                tuple(task.new(capacity, H) if full and made else None for made in others_made),
             )
         )
         given.append(products[r] if products else _given_product(task, r))
@@ -385,22 +380,20 @@ def _walk_forward(
             if along:
                 own[f"c_{k}_all"] = _address(along[k]) + r * H * task.itemsize
                 own[f"c_{k}_stride"] = task.R * H
-        own |= task.zone_slots(r) | _made_slots(task, kept[r], row)
-        return own, (s, x, row, bias, b_hh, operand)
+        made: list[Tensor] = []
+        for k, (buffer, to_later) in enumerate(zip((m, *kept[r].made), handed, strict=True)):
+            if task.zone is None:
+                break
+            if buffer is None:  # nobody takes it, or a later phase alone
+                buffer = task.new(capacity, H) if to_later else row
+            made.append(buffer)
+            own[f"made_{k}"] = _address(buffer)
+            own[f"made_{k}_stride"] = 0 if buffer is row else H
+        own |= task.zone_slots(r)
+        return own, (s, x, row, bias, b_hh, operand, made)
 
     task.run(forward_kernel(cell, task.np_dtype, task.zone), fill)
     return kept
-
-
-def _made_slots(task: _Task, kept: _Kept, row: Tensor) -> dict[str, int]:
-    """Where forward leaves the states as the text gives them; ``row`` where nobody takes them."""
-    if task.zone is None:
-        return {}
-    own: dict[str, int] = {}
-    for k, made in enumerate((kept.m, *kept.made)):
-        own[f"made_{k}"] = _address(row if made is None else made)
-        own[f"made_{k}_stride"] = 0 if made is None else task.H
-    return own
 
 
 def _given_product(task: _Task, r: int) -> Tensor | None:
