@@ -193,7 +193,14 @@ SHAPES = {
     "one step": {"T": 1},
     "bare": {"bias": False, "state": False},
 }
-GIVEN = {"nothing": {}, "reset": {"reset": True}, "both": {"reset": True, "h_mask": True}}
+GIVEN = {
+    "nothing": {},
+    "reset": {"reset": True},
+    "both": {"reset": True, "h_mask": True},
+    "zoneout": {"zoneout": (0.4, 0.3, 0.2), "reset": True, "h_mask": True},
+    "zoneout of c": {"zoneout": (0.0, 0.5, 0.0)},
+    "evaluation": {"zoneout": (0.4, 0.3, 0.2), "evaluates": True},
+}
 AXES = {
     "backend": (None, "numba", "eager", "reference"),
     "dtype": (torch.float32, torch.bfloat16),
