@@ -67,7 +67,8 @@ TOO_WIDE = r"x(\d+)x\w+, #ttg.dot_op<{opIdx = 0, parent = #\w+, kWidth = (\d+)}>
 
 def cases(full):
     """(target, cell, kind, H, P, B, everything): one H of each class that the tilings tell apart;
-    an odd one, with every option on, takes the most registers."""
+    an odd one, with every option on, takes the most registers. everything: or "zoned", with zoneout
+    besides."""
     if full:
         for target in TARGETS:
             for cell in CELLS:
@@ -78,7 +79,9 @@ def cases(full):
                         yield target, cell, kind, H, None, B, True
             for kind in kinds_of(target):
                 yield from ((target, "lstm", kind, H, P, 3, True) for H, P in PAIRS)
+                yield from ((target, cell, kind, H, None, 3, "zoned") for cell, H in ZONED)
         return
+    yield from (("sm_90", cell, "bfloat16", H, None, 3, "zoned") for cell, H in ZONED)
     for cell in ("lstm", "gru_reset_before", "indrnn"):
         yield "sm_90", cell, "bfloat16", 63, None, 3, True
     for cell in ("lstm", "gru", "gru_reset_before", "rnn_tanh"):
@@ -104,6 +107,9 @@ def cases(full):
 
 
 PAIRS = ((63, 31), (300, 200))
+#: A walk where rows start anywhere, and one that asks ahead; a grid, and steps; a grid that holds
+#: its weights.
+ZONED = (("lstm", 63), ("rnn_tanh", 64), ("gru_reset_before", 300), ("lstm", 512))
 
 
 def cases_of_sizes():
@@ -143,6 +149,8 @@ def recorded(target, cell, kind, H, P, B, everything, full=True):
         torch.zeros(case.directions, rows, dtype=torch.bool) if everything else None,
         case.h_mask,
     )
+    if everything == "zoned":
+        call.stay = [torch.zeros(*s.shape[:1], rows, s.shape[2], dtype=torch.bool) for s in case.states]
     for form in ("grid", "step") if full or H == 300 else ("grid",):
         with backend.larger_as(form):
             result = backend.forward(call, True, everything)
