@@ -5,7 +5,8 @@ it is loaded. Forward and backward neither write to what they are given nor retu
 backward, called twice with the same arguments, gives the same bits.
 
 A backend may also run a whole stack, all layers in one call: :class:`WholeStacks`; single steps on
-packed weights: :class:`Streams`; and say how it runs a problem: :class:`Explains`.
+packed weights: :class:`Streams`; draw masks: :class:`Draws`; and say how it runs a problem:
+:class:`Explains`.
 
 Rows. ``x`` is ``(T, B, I)`` with ``batch_sizes=None``, or packed ``(N', I)`` with ``batch_sizes``
 as in ``PackedSequence``: sequences sorted by decreasing length, the rows of one step side by side.
@@ -398,6 +399,26 @@ class Streams(Protocol):
     ) -> Tensor | None: ...
 
 
+class Draws(Protocol):
+    """Of a backend that draws masks: see ops/masks.py, whose ``keep`` has the same bits."""
+
+    def keep(
+        self,
+        seed: Tensor,
+        sites: Sequence[int],
+        ids: Tensor,
+        steps: Tensor | None,
+        units: int,
+        threshold: int,
+    ) -> Tensor | None:
+        """(sites, rows, units) bool on the device of ``ids``: whether a unit's word is at least
+        ``threshold``, up to 2^32, which no word is. None where it does not take these tensors.
+
+        seed: int64 of no dimension, perhaps on the CPU where the others are not. sites: of 16 bits.
+        ids, steps: (rows,) int64; without steps they are 0.
+        """
+
+
 class Explains(Protocol):
     """Of a backend that tells :func:`fastseq.explain` how it will run a problem."""
 
@@ -422,6 +443,8 @@ def fault(module: Any) -> str | None:
         asked.append((WholeStacks, "layers_backward"))
     if hasattr(module, "stream"):
         asked += [(Streams, name) for name in ("streams", "stream", "stream_step")]
+    if hasattr(module, "keep"):
+        asked.append((Draws, "keep"))
     if hasattr(module, "explain"):
         asked.append((Explains, "explain"))
     for protocol, name in asked:

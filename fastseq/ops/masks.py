@@ -3,7 +3,8 @@
 Whether a unit is kept is one word of Philox4x32-10 (Salmon et al. 2011, Parallel Random Numbers: As
 Easy as 1, 2, 3), whose key is the seed and whose counter names the unit: what is masked, in which
 layer and direction, of which sequence, at which step. No state goes from one number to the next, so
-a mask depends on no backend, no order of the batch and no split of it.
+a mask depends on no backend, no order of the batch and no split of it. A backend that draws does so
+for plain tensors (:class:`..backends.contract.Draws`), torch's operations for all others.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import choice
 from ..backends.contract import ways
 from ..backends.tracing import is_tracing, unrecorded
+from . import modes
 from .geometry import packed_positions
 from .library import library, register_fake
 from .stack import Stack, Zoneout
@@ -61,21 +64,39 @@ def keep(
     seed: int64, its 64 bits are the key. ids, steps: (rows,) int64. The counter of unit u is
     (u // 4, id, site + 2^16 (id // 2^32), step), and u % 4 chooses among its four words.
     """
+    threshold, kept = int(p * 2.0**32), None
+    if modes.is_ordinary(seed, ids, steps):
+        drawing = choice.draws(ids.device.type)
+        kept = drawing and drawing.keep(seed, sites, ids, steps, units, threshold)
+    return by_operations(seed, sites, ids, steps, units, threshold) if kept is None else kept
+
+
+def by_operations(
+    seed: Tensor,
+    sites: Sequence[int],
+    ids: Tensor,
+    steps: Tensor | None,
+    units: int,
+    threshold: int,
+) -> Tensor:
+    """:func:`keep` by torch's operations, on every device and in every mode."""
     on, blocks = ids.device, (units + 3) // 4
     at_once = max(1, _AT_ONCE // (len(sites) * max(blocks, 1)))
     if on.type == "cpu" and not is_tracing() and ids.shape[0] > at_once:
         parts = ids.split(at_once)
         when = [None] * len(parts) if steps is None else steps.split(at_once)
-        return torch.cat(
-            [keep(seed, sites, *part, units, p) for part in zip(parts, when, strict=True)], 1
-        )
+        drawn = [
+            by_operations(seed, sites, *part, units, threshold)
+            for part in zip(parts, when, strict=True)
+        ]
+        return torch.cat(drawn, 1)
     seed, ids = seed.to(on), ids[:, None]
     site = _constants(sites, on)[:, None, None]
     step = torch.zeros_like(ids) if steps is None else steps[:, None]
     block = torch.arange(blocks, device=on)
     counter = block, ids & _WORD, site | (ids >> 32 & 0xFFFF) << 16, step
     words = torch.stack(philox(counter, (seed & _WORD, seed >> 32 & _WORD)), -1)
-    return words.flatten(-2)[..., :units] >= int(p * 2.0**32)
+    return words.flatten(-2)[..., :units] >= threshold
 
 
 @unrecorded
