@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..cells import CELLS, Cell
+from ..cells import CELLS
 from .contract import Call, Layout, Problem, Shape
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -80,9 +80,8 @@ def as_made(call: Call) -> list[bool]:
 
 
 def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
-    """Gates, extras, the unprojected h and what zoned states would be, with the columns of all
-    recurrences side by side; then the other states, unless the trajectory holds them in the same
-    type."""
+    """The same, with the columns of all recurrences side by side: gates, extras, h and the other
+    states as the text gave them; then the other states as they were carried."""
     if call.memory == "lean":
         return []
     cell, dtype, width = call.definition, call.x.dtype, len(call.weights) * call.H
@@ -92,31 +91,11 @@ def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
         layout.append(((*rows, cell.G * width), dtype))
     if cell.extras:
         layout.append(((*rows, len(cell.extras) * width), dtype))
-    if projected:
+    h, *others = as_made(call)
+    if projected or h:
         layout.append(((*rows, width), dtype))
-    layout += [((*rows, width), dtype if s == "h" else wide(dtype)) for s in unzoned(call)]
+    layout += [((*rows, width), wide(dtype))] * sum(others)
     return layout + _other_states(call, rows, trajectory)
-
-
-def zoned(call: Call) -> tuple[str, ...]:
-    """The states of which some stays as it was before the step."""
-    stays = call.part or [s is not None for s in call.stay]
-    return tuple(s for s, kept in zip(call.definition.states, stays, strict=False) if kept)
-
-
-def taken_states(cell: Cell) -> set[str]:
-    """The states after the step that texts take, of backward or of a later phase: as they were
-    given, not zoned."""
-    taken = {n for p in cell.phases for n in (*p.takes, p.operand, *p.takes_back)}
-    return taken & set(cell.states)
-
-
-def unzoned(call: Call) -> tuple[str, ...]:
-    """The zoned states that texts take as they were given, but for a projected h, which is kept
-    anyway."""
-    taken = taken_states(call.definition)
-    projected = call.weights[0].w_hr is not None
-    return tuple(s for s in zoned(call) if s in taken and not (s == "h" and projected))
 
 
 def _other_states(call: Call, rows: Shape, trajectory: bool) -> Layout:

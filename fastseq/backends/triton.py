@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import CELLS, Cell
-from . import faults
+from . import faults, triton_masks
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .gpu_layer import Layer, Precision, products_as
-from .layout import declined_anywhere, unzoned, zoned
+from .layout import as_made, declined_anywhere, zoned
 from .layout import side_by_side as saved_layout
 from .stacked import in_one_call
 from .triton_kernels import INTERPRETED, PREVIOUS_H, ROUND, ROUNDS, kernel, unreadable
+from .triton_source import handed_states
 from .triton_text import Pieces, Zoned, taken_names
 from .triton_tiling import (
     LEAST,
@@ -196,7 +198,8 @@ class _Task(Layer):
         }
         for k, state in enumerate(self.cell.states):
             self.values[f"{state}_0_ptr"] = call.states[k].contiguous() if call.states else None
-        self.zoned = Zoned(zoned(call), not call.part)
+        which = tuple(compress(self.cell.states, zoned(call)))
+        self.zoned = Zoned(which, not call.part)
         self.values["part_ptr"] = self.parts()
         for state, stay in zip(self.cell.states, call.stay, strict=False):
             bytes = None if stay is None else stay.contiguous().view(torch.uint8)
@@ -345,21 +348,29 @@ class _Task(Layer):
 
 
 def _kept(task: _Task, full: bool) -> dict[str, Tensor]:
-    """Buffers beside the gates. Parts of a step hand values on through them. What the kernels know
-    of them is set."""
+    """Buffers beside the gates, for backward, which the kernels are given. Parts of a step hand
+    values on through them, and some through buffers that backward does not want."""
     cell, width = task.cell, task.R * task.H
     in_parts = task.tiling.form != "walk"
-    hands_on = full or (in_parts and len(cell.phases) > 1)
-    kept = {}
-    if cell.extras and hands_on:
+    kept: dict[str, Tensor] = {}
+    handed: dict[str, Tensor] = {}
+    if cell.extras and (full or (in_parts and len(cell.phases) > 1)):
         kept["extra"] = task.rows(len(cell.extras) * width)
     if task.projected and (full or in_parts):
         kept["m"] = task.rows(width)
-    for state in unzoned(task.call) if hands_on else ():
-        kept[f"{state}_unzoned"] = task.rows(width, task.dtype if state == "h" else task.wide)
+    for state, wanted in zip(cell.states, as_made(task.call), strict=True):
+        hands_on = in_parts and state in task.zoned.states and state in handed_states(cell)
+        if ((full and wanted) or hands_on) and not _is_m(task, state):
+            rows = task.rows(width, task.dtype if state == "h" else task.wide)
+            (kept if wanted else handed)[f"{state}_unzoned"] = rows
     names = ("extra", "m", *(f"{state}_unzoned" for state in cell.states))
-    task.values |= {f"{name}_ptr": kept.get(name) for name in names}
+    task.values |= {f"{name}_ptr": (kept | handed).get(name) for name in names}
     return kept
+
+
+def _is_m(task: _Task, state: str) -> bool:
+    """Whether a state as the text gave it is m: h, where it is projected."""
+    return state == "h" and task.projected
 
 
 @torch.no_grad()
@@ -442,6 +453,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
 
 
 stacks, layers, layers_backward = in_one_call(forward, backward)
+keep = triton_masks.keep
 
 
 def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
@@ -455,7 +467,8 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
     gates = rest.pop(0) if cell.keeps_gates(task.projected) else None
     extra = rest.pop(0) if cell.extras else None
     m = rest.pop(0) if task.projected else None
-    given = {f"{s}_unzoned_ptr": rest.pop(0) for s in unzoned(call)}
+    made = [s for s in compress(cell.states, as_made(call)) if not _is_m(task, s)]
+    as_given = {f"{s}_unzoned_ptr": rest.pop(0) for s in made}
 
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=task.device)
@@ -482,7 +495,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         "dh_all_ptr": dh_all,
         "dunit_ptr": dunit,
         "dy_ptr": None if grads.y is None else grads.y.contiguous(),
-        **given,
+        **as_given,
     }
     for s in task.zoned.states if len(cell.phases) > 1 else ():
         task.values[f"d{s}_later_ptr"] = new(R, task.B, H, dtype=task.wide).zero_()

@@ -458,9 +458,7 @@ def unreadable(cell: Cell) -> str | None:
 
 
 @cache
-def kernel(
-    cell: Cell, kind: str, projected: bool, k: Any = None, zoned: Zoned = UNZONED
-) -> Kernel:
+def kernel(cell: Cell, kind: str, projected: bool, k: Any = None, zoned: Zoned = UNZONED) -> Kernel:
     """A loop of :mod:`.triton_source`, bound to the texts of its cell."""
     text = source.TEXTS[kind](cell, projected, k, zoned)
     names: dict[str, Any] = {"tl": tl, "__name__": __name__, **_HELPERS}

@@ -102,7 +102,7 @@ def keep(
 
 
 def _signed(word: int) -> int:
-    """The same bits as a signed number: a larger one would be of another type, and compiled anew."""
+    """The same bits as a signed number: a larger one is of another type, and compiles anew."""
     return word - (1 << 32) if word >> 31 else word
 
 

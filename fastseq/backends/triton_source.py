@@ -21,10 +21,10 @@ computed. :mod:`.triton_text` says what the names and the buffers are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import Any
 
 from ..cells import Cell, Phase, arguments
-from .layout import taken_states
 from .triton_text import (
     EARLIER,
     HANDED,
@@ -196,9 +196,15 @@ def _zoned(names: _Names, state: str, before: str) -> str:
 def _unzoned(names: _Names, phase: Phase) -> list[str]:
     """The states that a phase gives and texts take, whose own buffer has them as they were given:
     h, projected, has m for that."""
-    taken = taken_states(names.cell)
+    cell = names.cell
+    taken = {*compress(cell.states, cell.taken_back), *handed_states(cell)}
     own = [s for s in names.zoned.states if s in taken and s in phase.returns]
     return [s for s in own if not (s == "h" and names.projected)]
+
+
+def handed_states(cell: Cell) -> set[str]:
+    """The states that one phase returns and a later one takes."""
+    return {n for p in cell.phases for n in (*p.takes, p.operand) if n in cell.states}
 
 
 def _split(names: _Names, state: str) -> list[str]:

@@ -73,7 +73,7 @@ DECLINES = {
     },
     "native": {"dual", "zoneout"},
     "numba": {"dual", "zoneout"},
-    "triton": {"dual", "zoneout"},
+    "triton": {"dual"},
     "reference": {"transform", "dual"},
     None: set(),
 }

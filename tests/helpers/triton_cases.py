@@ -5,6 +5,7 @@ Each cell runs each case; the type goes round, and --full takes them all.
 """
 
 import copy
+import itertools
 import re
 from contextlib import suppress
 
@@ -34,6 +35,7 @@ SPECIAL = {
     "B17": {"B": 17, "T": 2},
     **OF_FOUR_STEPS,
 }
+ZONED = {name: SPECIAL.pop(name) for name in OF_FOUR_STEPS if name.startswith("zoneout")}
 STATEFUL = OF_FOUR_STEPS["all at once"]
 
 
@@ -155,6 +157,56 @@ def test_words_beyond_the_last_unit(form):
         theirs |= gradients(theirs, case.leaves())
         ours |= gradients(ours, case.leaves())
         check_all(ours, theirs, truth, torch.float32)
+
+
+#: In the ordinary run few, which between them have all that zoneout has in each form.
+OF_ZONEOUT = [
+    ("walk", "lstm", "zoneout", torch.float16),
+    ("walk", "rnn_tanh", "zoneout at once", torch.bfloat16),
+    ("walk", "indrnn", "zoneout in evaluation", torch.float64),
+    ("grid", "lstm", "zoneout of others", torch.float64),
+    ("grid", "gru_reset_before", "zoneout at once", torch.float32),
+    ("resident", "lstm", "zoneout at once in evaluation", torch.bfloat16),
+    ("step", "peephole_lstm", "zoneout at once", torch.float32),
+]
+
+
+def cases_of_zoneout():
+    """And of each form and cell one, in which the kinds and the types go round."""
+    found = dict.fromkeys(OF_ZONEOUT, ())
+    every = itertools.product(("walk", "grid", "resident", "step"), CELLS)
+    for at, (form, cell) in enumerate(every):
+        special, dtype = [*ZONED][at % len(ZONED)], DTYPES[at // 2 % len(DTYPES)]
+        if any(draw(cell, T=1, B=1, H=1, **ZONED[special]).zoneout):  # of a state that it has
+            found.setdefault((form, cell, special, dtype), (full,))
+    return [
+        pytest.param(*case, marks=marks, id="-".join(map(str, case)))
+        for case, marks in found.items()
+    ]
+
+
+@pytest.mark.parametrize("form, cell, special, dtype", cases_of_zoneout(), indirect=["form"])
+def test_zoneout(form, cell, special, dtype):
+    case = draw(cell, T=4, H=18, dtype=dtype, **ZONED[special])
+    against_the_independent(case, "triton", special, trajectory=True)
+
+
+@pytest.mark.parametrize(
+    "form, cell, P, memory, evaluates",
+    [
+        ("walk", "lstm", 5, "full", False),
+        ("grid", "lstm", 5, "full", True),
+        ("walk", "rnn_tanh", None, "lean", False),
+        ("walk", "lstm", None, "lean", True),
+        pytest.param("step", "lstm", 5, "lean", False, marks=full),
+        pytest.param("grid", "mgu", None, "lean", False, marks=full),
+    ],
+    indirect=["form"],
+)
+def test_zoneout_of_what_is_projected_or_made_again(form, cell, P, memory, evaluates):
+    zoned = ZONED["zoneout at once"] | {"evaluates": evaluates}
+    case = draw(cell, T=4, H=18, P=P, dtype=torch.bfloat16, **zoned)
+    against_the_independent(case, "triton", f"P={P}", memory=memory)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

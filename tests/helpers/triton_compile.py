@@ -150,7 +150,8 @@ def recorded(target, cell, kind, H, P, B, everything, full=True):
         case.h_mask,
     )
     if everything == "zoned":
-        call.stay = [torch.zeros(*s.shape[:1], rows, s.shape[2], dtype=torch.bool) for s in case.states]
+        sizes = [(s.shape[0], rows, s.shape[2]) for s in case.states]
+        call.stay = [torch.zeros(size, dtype=torch.bool) for size in sizes]
     for form in ("grid", "step") if full or H == 300 else ("grid",):
         with backend.larger_as(form):
             result = backend.forward(call, True, everything)
