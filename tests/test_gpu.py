@@ -72,7 +72,12 @@ ZONED = {
         "directions": 2,
         "zoneout": 0.4,
     },
-    "zoneout in evaluation": {"lengths": [5, 2, 3], "reset": True, "zoneout": 0.3, "evaluates": True},
+    "zoneout in evaluation": {
+        "lengths": [5, 2, 3],
+        "reset": True,
+        "zoneout": 0.3,
+        "evaluates": True,
+    },
 }
 #: One size for each form of triton: a walk, a grid that reads its weights and one that holds them,
 #: and steps.
@@ -765,8 +770,10 @@ def test_nothing_is_read_before_it_is_written(cell, form, H):
 
 @pytest.mark.core
 @pytest.mark.parametrize("form, H", OF_TRITON)
-@pytest.mark.parametrize("special", ZONED)
-@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@pytest.mark.parametrize(
+    "cell, special",
+    [("lstm", "zoneout at once"), ("gru_reset_before", "zoneout in evaluation")],
+)
 def test_zoneout_in_short(cell, special, form, H):
     case = draw(cell, T=5, H=H, dtype=torch.bfloat16, **ZONED[special])
     with as_form(form):
@@ -795,7 +802,6 @@ def test_zoneout_of_a_projected_h(special, H, P):
     check(draw("lstm", H=H, P=P, dtype=torch.bfloat16, **ZONED[special]), f"{special} {H} {P}")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("form, H", OF_TRITON)
 def test_zoneout_gives_the_same_bits_again_and_in_a_stack(form, H, monkeypatch):
     given = {"device": "cuda", "dtype": torch.bfloat16}
@@ -816,7 +822,6 @@ def test_zoneout_gives_the_same_bits_again_and_in_a_stack(form, H, monkeypatch):
         assert all(map(same_bits, stack, found()))
 
 
-@pytest.mark.core
 def test_left_to_us_zoneout_runs_on_triton():
     module = fastseq.LSTM(8, 16, device="cuda", zoneout=0.1)
     assert fastseq.explain(module, torch.randn(3, 2, 8, device="cuda")) == "triton"
@@ -825,23 +830,27 @@ def test_left_to_us_zoneout_runs_on_triton():
 @pytest.mark.core
 @pytest.mark.parametrize("there", [False, True], ids=["seed on the CPU", "seed on the device"])
 def test_masks_have_the_bits_of_the_cpu_and_wait_for_nobody(there):
-    ids, steps = torch.arange(1000) * 2**37 // 3, torch.arange(1000) * 7
+    if torch.cuda.get_device_name().startswith("Fake"):
+        pytest.skip("a rehearsal launches nothing")
+    sites, ids, steps = [3, 11, 19], torch.arange(1000) * 2**37 // 3, torch.arange(1000) * 7
     seed = torch.tensor(0x0123456789ABCDEF)
-    here = [t.cuda() for t in (seed, ids, steps)]
-    given = here[0] if there else seed, here[1]
-    load("triton").keep(*given[:1], [3, 11, 19], *given[1:], here[2], 130, 2**30)  # compiled once
+    key, *rows = (t.cuda() for t in (seed, ids, steps))
+
+    def drawn(units, when):
+        rows_too = rows[1] if when else None
+        return load("triton").keep(key if there else seed, sites, rows[0], rows_too, units, 2**30)
+
+    asked = [(130, True), (7, False), (256, True)]
+    for each in asked:
+        drawn(*each)  # compiled
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for units, when in ((130, here[2]), (7, None), (256, here[2])):
-            found = load("triton").keep(given[0], [3, 11, 19], given[1], when, units, 2**30)
-            expected = masks.by_operations(
-                seed, [3, 11, 19], ids, when if when is None else steps, units, 2**30
-            )
-            torch.cuda.set_sync_debug_mode("default")
-            assert torch.equal(found.cpu(), expected)
-            torch.cuda.set_sync_debug_mode("error")
+        found = [drawn(*each) for each in asked]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for mask, (units, when) in zip(found, asked, strict=True):
+        expected = masks.by_operations(seed, sites, ids, steps if when else None, units, 2**30)
+        assert torch.equal(mask.cpu(), expected)
 
 
 def test_none_stays_with_torch():

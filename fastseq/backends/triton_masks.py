@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .triton_kernels import INTERPRETED, Kernel
 
-#: Rows and counters of a program: two words of each counter to a thread, four neighbouring units.
-_ROWS, _COUNTERS = 16, 32
+#: Rows and counters of a program: a thread has four counters, each of four units side by side.
+ROWS, COUNTERS = 16, 32
 _WORD = 0xFFFFFFFF
 
 
@@ -56,7 +56,7 @@ def keep_kernel(
     tl.store(out_ptr + at, kept.to(tl.uint8), mask=is_row & (unit < units))
 
 
-_KEEP = Kernel(keep_kernel, tuple(keep_kernel.arg_names))
+KEEP = Kernel(keep_kernel, tuple(keep_kernel.arg_names))
 
 
 def keep(
@@ -89,15 +89,15 @@ def keep(
         "threshold": _signed(threshold),
         "rows": rows,
         "units": units,
-        "ROWS": _ROWS,
-        "COUNTERS": _COUNTERS,
+        "ROWS": ROWS,
+        "COUNTERS": COUNTERS,
     }
-    tiles = -(-rows // _ROWS), -(-units // (4 * _COUNTERS))
+    tiles = -(-rows // ROWS), -(-units // (4 * COUNTERS))
     with torch.cuda.device(on if on.type == "cuda" else -1):
         for first, run, stride in _progressions(sites):
             part = out[first : first + run].view(torch.uint8)
             given = {"out_ptr": part, "site": sites[first], "stride": stride}
-            _KEEP((tiles[0], run, tiles[1]), values | given, {"num_warps": 4})
+            KEEP((tiles[0], run, tiles[1]), values | given, {"num_warps": 4})
     return out
 
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastseq.backends import triton as backend
-from fastseq.backends import triton_kernels, triton_source
+from fastseq.backends import triton_kernels, triton_masks, triton_source
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.backends.triton_tiling import Device, Tiling, pieces_of, tiling
 from fastseq.cells import CELLS
@@ -280,6 +280,25 @@ def products(cell, H, P, t: Tiling, dtype, backward):
     return columns * t.block_k // (8 * inner)
 
 
+def compiled_masks():
+    """The kernel that draws masks: of a seed on the CPU, with steps, and of one on the device."""
+    lines, rows = [], torch.zeros(3, dtype=torch.int64)
+    numbers = dict.fromkeys(("low", "high", "site", "stride", "threshold", "rows"), 3)
+    sizes = {"ROWS": triton_masks.ROWS, "COUNTERS": triton_masks.COUNTERS}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    for seed, steps, units in ((None, rows, 64), (rows[:1], None, 7)):
+        given = {"seed_ptr": seed, "ids_ptr": rows, "steps_ptr": steps, "units": units}
+        given |= numbers | sizes | {"out_ptr": torch.zeros(3, dtype=torch.uint8)}
+        kernel = triton_masks.KEEP
+        made = source(kernel, {name: given[name] for name in kernel.arguments})
+        for target in TARGETS:
+            out = triton.compile(made, target=TARGETS[target][0], options=options)
+            taken = resources(out)
+            taken.pop("step", None)
+            lines.append(f"{'BAD' if taken['spilled'] else 'ok'} keep_kernel {target} {taken}")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
@@ -292,6 +311,9 @@ def main():
     todo = cases_of_sizes() if given.sizes else cases(given.full)
     todo = [c for c in todo if given.only in " ".join(map(str, c))][:: given.every]
     failed = 0
+    if not given.sizes and given.only in "keep_kernel":
+        print("\n".join(found := compiled_masks()))
+        failed += sum(line.startswith("BAD") for line in found)
     with ProcessPoolExecutor(given.jobs) as pool:
         for lines in pool.map(partial(compiled, full=given.full), todo):
             print("\n".join(lines), flush=True)
