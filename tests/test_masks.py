@@ -2,17 +2,20 @@
 
 import pickle
 from copy import deepcopy
+from types import SimpleNamespace
 
 import independent
 import pytest
 import torch
 from rules import check_alike, check_close
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 from twins import compiles_cpp, needs
 
 import fastseq
+from fastseq.backends import choice, load
 from fastseq.nn.recurrent import layer_weights
 from fastseq.ops import masks
 
@@ -21,7 +24,9 @@ SEED = 0x0123456789ABCDEF
 WORD = 2**32
 BACKENDS = (None, "eager", "numba", "native", "reference")
 #: Those whose loops zone states out.
-ZONING = (None, "eager", "numba", "reference")
+ZONING = (None, "eager", "numba", "native", "reference")
+#: Those that draw masks on the CPU.
+DRAWING = [name for name in choice.DRAWING["cpu"] if hasattr(load(name), "keep")]
 
 
 # --- Philox in Python's own integers
@@ -113,11 +118,55 @@ def test_the_operator_keeps_torchs_rules():
 
 @pytest.mark.parametrize("steps", [None, torch.arange(1000) % 3], ids=["", "steps"])
 def test_large_masks_are_made_in_parts(monkeypatch, steps):
-    arguments = torch.tensor(SEED), [1, 2], torch.arange(1000), steps, 9, 0.5
-    whole = masks.keep(*arguments)
+    arguments = torch.tensor(SEED), [1, 2], torch.arange(1000), steps, 9, 2**31
+    whole = masks.by_operations(*arguments)
     for at_once in (1, 64, 6000):
         monkeypatch.setattr(masks, "_AT_ONCE", at_once)
-        assert torch.equal(masks.keep(*arguments), whole)
+        assert torch.equal(masks.by_operations(*arguments), whole)
+
+
+@pytest.mark.parametrize("units", [1, 7, 64, 300])
+@pytest.mark.parametrize("threshold", [0, 1, 2**30, 2**32 - 1, 2**32])
+@pytest.mark.parametrize("backend", DRAWING)
+def test_a_backend_draws_the_bits_of_torchs_operations(backend, threshold, units):
+    ids = torch.tensor([3, 0, WORD + 5, 2**48 - 1]).repeat(20)
+    for seed in (torch.tensor(SEED), torch.tensor(-2)):
+        for steps in (None, torch.arange(80) * 77):
+            arguments = seed, [0, 19, 2**16 - 1], ids, steps, units, threshold
+            found = load(backend).keep(*arguments)
+            assert found.dtype == torch.bool
+            assert torch.equal(found, masks.by_operations(*arguments))
+
+
+@pytest.mark.parametrize("backend", DRAWING)
+def test_what_a_backend_does_not_draw(backend):
+    """Whatever it declines torch's operations draw."""
+    ids = torch.arange(8)
+    for odd in (ids[::2], ids.int()[:4], ids[:4].to("meta")):
+        found = load(backend).keep(torch.tensor(SEED), [1], odd, None, 5, 2**31)
+        assert found is None or torch.equal(
+            found, masks.by_operations(torch.tensor(SEED), [1], odd.long(), None, 5, 2**31)
+        )
+    assert masks.keep(torch.tensor(SEED), [1], ids[::2], None, 5, 0.5).shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("through", ["function", "operator", "vmap", "fake"])
+def test_who_draws(monkeypatch, through):
+    """A backend, of plain tensors alone; the operator's kernel is the same."""
+    asked = []
+    drawing = SimpleNamespace(keep=lambda *given: asked.append(given))
+    monkeypatch.setattr(choice, "draws", lambda device: drawing)
+    arguments = torch.tensor(SEED), [0], torch.arange(3), None, 5, 0.3
+    if through == "function":
+        masks.keep(*arguments)
+    elif through == "operator":
+        torch.ops.fastseq.keep(*arguments)
+    elif through == "vmap":
+        torch.func.vmap(lambda seed: masks.keep(seed, *arguments[1:]))(torch.tensor([1, 2]))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            masks.keep(*arguments)
+    assert len(asked) == (through in ("function", "operator"))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -369,8 +418,7 @@ def test_zoneout_keeps_a_state_that_was_reset(backend):
     assert not y[3:, 1].any() and not h_n[0, 1].any()
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
-def test_zoneout_needs_the_eager_form(backend):
+def test_torchs_loop_zones_nothing_out(backend="torch"):
     layer = make("LSTM", backend, zoneout=0.1)
     with pytest.raises(NotImplementedError, match="zoneout blends them; choose eager"):
         layer(torch.randn(T, B, I, dtype=torch.float64))
