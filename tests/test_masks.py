@@ -336,7 +336,8 @@ def test_gradients_of_zoneout_by_differences(kind, backend):
         x, states = inputs(layer, batch=2)
         names, weights = zip(*layer.named_parameters(), strict=True)
 
-        def outputs(x, *leaves, layer=layer, names=names, n=len(states)):
+        def outputs(x, *leaves, layer=layer, names=names):
+            n = len(layer._fastseq_states)
             hx = leaves[:n] if n > 1 else leaves[0]
             given = dict(zip(names, leaves[n:], strict=True))
             y, last = torch.func.functional_call(layer, given, (x[:4], hx), {"seed": SEED})
