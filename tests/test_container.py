@@ -369,6 +369,22 @@ def test_a_connection_carries_what_is_not_dropped(word):
     assert stack.eval()(x)[0].any()
 
 
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_weights_that_are_no_parameters(lengths):
+    """Of a layer that is parametrized, and of one whose weight a wrapper put there."""
+    stack, x = equal_layers(), torch.randn(T, B, I)
+    nn.utils.parametrizations.weight_norm(stack.layers[1], "weight_hh_l0")
+    with torch.no_grad():
+        stack.layers[1].parametrizations.weight_hh_l0.original0.mul_(0.5)
+    dropped = stack.layers[2].weight_ih_l0.detach() * 2
+    del stack.layers[2].weight_ih_l0
+    stack.layers[2].weight_ih_l0 = dropped
+    expected = x
+    for layer in stack.layers:
+        expected, _ = layer(expected, lengths=lengths)
+    torch.testing.assert_close(stack(x, lengths=lengths)[0], expected, **TOL)
+
+
 def test_masks_have_a_seed_of_their_own_for_each_layer():
     stack = equal_layers(kind=fastseq.GRU, recurrent_dropout=0.5)
     x = torch.randn(T, B, I)

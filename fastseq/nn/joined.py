@@ -31,27 +31,32 @@ class Joined:
     def __init__(self, layers: Sequence[Any], dropout: float) -> None:
         self.layers, self.dropout = layers, dropout
         self.num_layers = sum([layer.num_layers for layer in layers])
-        self._all_weights = [
-            [(k, name) for name in names]
-            for k, layer in enumerate(layers)
-            for names in layer._all_weights
-        ]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layers[0], name)
 
-    @property
-    def _parameters(self) -> dict[tuple[int, str], Any]:
-        """Raises KeyError where one is no parameter, as where it is parametrized."""
-        own = [layer._parameters for layer in self.layers]
-        return {(k, name): own[k][name] for names in self._all_weights for k, name in names}
+    def plain(self) -> bool:
+        """Whether all weights are parameters; ``_parameters`` are these, from now on."""
+        try:
+            self._parameters: Sequence[Tensor] = [
+                layer._parameters[name]
+                for layer in self.layers
+                for names in layer._all_weights
+                for name in names
+            ]
+        except KeyError:  # parametrized, or replaced by a tensor
+            return False
+        self._all_weights = [range(len(self._parameters))]
+        return True
 
     @property
     def _flat_weights_names(self) -> list[str]:
+        """For what is said of a weight that does not fit."""
         return [
             f"{name} of layer {k} of those in one call"
-            for names in self._all_weights
-            for k, name in names
+            for k, layer in enumerate(self.layers)
+            for names in layer._all_weights
+            for name in names
         ]
 
 
@@ -121,7 +126,7 @@ def call(
         if hx is None:
             return None
     out = None
-    if all([value is None for value in given.values()]):
+    if all([value is None for value in given.values()]) and joined.plain():
         out = short.layers(joined, input, hx)
     if out is None:
         weights = [w for layer in layers for w in recurrent.call_weights(layer)]
