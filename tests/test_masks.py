@@ -335,8 +335,9 @@ def test_gradients_of_zoneout_by_differences(kind, backend):
         layer = make(kind, backend, zoneout=0.4, bidirectional=True).train(training)
         x, states = inputs(layer, batch=2)
         names, weights = zip(*layer.named_parameters(), strict=True)
+        n = len(states)
 
-        def outputs(x, *leaves, layer=layer, names=names, n=len(states)):
+        def outputs(x, *leaves, layer=layer, names=names, n=n):
             hx = leaves[:n] if n > 1 else leaves[0]
             given = dict(zip(names, leaves[n:], strict=True))
             y, last = torch.func.functional_call(layer, given, (x[:4], hx), {"seed": SEED})
@@ -344,6 +345,20 @@ def test_gradients_of_zoneout_by_differences(kind, backend):
 
         leaves = (x.detach().requires_grad_(), *states, *weights)
         assert torch.autograd.gradcheck(outputs, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", [b for b in ZONING if b != "eager"])
+def test_the_same_units_stay_on_every_backend(backend):
+    """To the bit: where a unit stays, its output is that of the step before."""
+    x = torch.randn(T, B, I)
+
+    def moves(backend):
+        layer = make("GRU", backend, dtype=torch.float32, zoneout=0.5, bidirectional=True)
+        y, _ = layer(x, seed=SEED, row_ids=IDS)
+        return y[1:] != y[:-1]
+
+    found = moves(backend)
+    assert torch.equal(found, moves("eager")) and 0.4 < found.float().mean() < 0.6
 
 
 def test_zoneout_in_a_stream():

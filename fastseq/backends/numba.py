@@ -30,11 +30,12 @@ from .contract import (
 from .layout import as_made, declined, wide, zoned
 from .layout import by_recurrence as saved_layout
 from .numba_loops import LEVELS, Kernel, Zone, backward_kernel, forward_kernel, slots
+from .numba_masks import keep
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
 
-__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+__all__ = ["backward", "forward", "keep", "saved_layout", "supports", "unavailable"]
 
 ABILITIES = Abilities(zoneout=True)
 
