@@ -283,7 +283,7 @@ def test_a_graph_that_holds_a_backward(way):
     call = ragged_call("lstm")
     weights = [w for ws in call.weights for w in ws.flat()]
     layer = ("lstm", "torch", call.x, call.batch_sizes, call.states, weights, [False, True])
-    layer = (*layer, None, None, "full", False)
+    layer = (*layer, None, None, [], [], "full", False)
     outputs = torch.ops.fastseq.recurrence(*layer, True, False)
     dy = torch.ones_like(outputs[0])
 
@@ -302,8 +302,8 @@ def test_the_operator_has_no_gradient(way):
     weights = [w.requires_grad_() if w is not None else w for w in call.weights[0].flat()]
     states = [call.states[0][:1, :3]]
     found = torch.ops.fastseq.recurrence(
-        "gru", "torch", call.x, call.batch_sizes, states, weights, [False], None, None, "full",
-        False, False, False,
+        "gru", "torch", call.x, call.batch_sizes, states, weights, [False], None, None, [], [],
+        "full", False, False, False,
     )  # fmt: skip
     assert not any(t.requires_grad for t in found)
     assert way in (None, ["inference"])

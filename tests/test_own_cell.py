@@ -272,6 +272,24 @@ def test_on_triton(cell, form, dtype, options):
     against_the_independent(case, "triton", cell, **options)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="test_under_tritons_interpreter runs it")
+@pytest.mark.parametrize(
+    "form, cell, options",
+    [
+        ("step", "slow_lstm", {"zoneout": (0.4, 0.5, 0.3)}),
+        pytest.param("walk", "slow_lstm", {"zoneout": 0.4, "evaluates": True}, marks=full),
+        pytest.param("grid", "early_gate", {"zoneout": 0.4}, marks=full),
+        pytest.param("resident", "slow_lstm", {"zoneout": (0.0, 0.5, 0.0)}, marks=full),
+    ],
+    indirect=["form"],
+    ids=str,
+)
+def test_zoneout_on_triton(form, cell, options):
+    """A later phase takes the states as an earlier one gave them, in a launch of its own."""
+    case = draw(cell, T=3, I=3, H=18, dtype=torch.float32, **ALL_AT_ONCE, **options)
+    against_the_independent(case, "triton", cell, trajectory=True)
+
+
 def test_under_tritons_interpreter(request):
     triton = pytest.importorskip("triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):

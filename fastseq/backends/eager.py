@@ -172,7 +172,10 @@ def _recurrence(
     resets = None if reset is None else reset.split(sizes)
     stays = None
     if stay is not None:
-        stays = [s.split(sizes) if isinstance(s, Tensor) else [s] * len(sizes) for s in stay]
+        rows = x.shape[0]  # without padding
+        stays = [
+            s[:rows].split(sizes) if isinstance(s, Tensor) else [s] * len(sizes) for s in stay
+        ]
     outputs: list[Tensor] = []
     along: list[list[Tensor]] = []
 

@@ -80,8 +80,8 @@ def as_made(call: Call) -> list[bool]:
 
 
 def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
-    """Gates, extras and the unprojected h, with the columns of all recurrences side by side; then
-    the other states, unless the trajectory holds them in the same type."""
+    """The same, with the columns of all recurrences side by side: gates, extras, h and the other
+    states as the text gave them; then the other states as they were carried."""
     if call.memory == "lean":
         return []
     cell, dtype, width = call.definition, call.x.dtype, len(call.weights) * call.H
@@ -91,8 +91,10 @@ def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
         layout.append(((*rows, cell.G * width), dtype))
     if cell.extras:
         layout.append(((*rows, len(cell.extras) * width), dtype))
-    if projected:
+    h, *others = as_made(call)
+    if projected or h:
         layout.append(((*rows, width), dtype))
+    layout += [((*rows, width), wide(dtype))] * sum(others)
     return layout + _other_states(call, rows, trajectory)
 
 

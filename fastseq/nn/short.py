@@ -109,7 +109,7 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     own = module._fastseq or options(module)
     begin: Any = ()
     if not own.plain:
-        if own.rates is not None:
+        if own.rates is not None and (module.training or own.rates.zoneout):
             return None
         if hx is None and own.learn_state:
             begin = learned.plain_states(module, input)

@@ -71,9 +71,9 @@ DECLINES = {
         "projection to H",
         "zoneout",
     },
-    "native": {"dual", "zoneout"},
+    "native": {"dual"},
     "numba": {"dual"},
-    "triton": {"dual", "zoneout"},
+    "triton": {"dual"},
     "reference": {"transform", "dual"},
     None: set(),
 }
@@ -183,7 +183,8 @@ class Layers:
         zoneout = None
         if self.zoneout:
             seed = None if self.seed is None else torch.tensor(self.seed)
-            zoneout = Zoneout(self.zoneout, seed, torch.arange(self.x.shape[1]))
+            ids = torch.arange(self.x.shape[1], device=self.x.device)
+            zoneout = Zoneout(self.zoneout, seed, ids)
         return Stack(request, *given, self.reset, self.h_mask, zoneout=zoneout)
 
     def stay(self):
