@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ HEADER = ["", "backend", "plain ms"]
 class Option(NamedTuple):
     """layer: what the layer is made with. reset, all_states: what a call is given."""
 
-    layer: dict[str, float] = {}
+    layer: Mapping[str, float] = MappingProxyType({})
     reset: bool = False
     all_states: bool = False
 
@@ -98,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
             for backend in options.backends.split():
                 found.append(row(kind, backend, *shape, options.seconds))
                 print("  ".join(found[-1]), flush=True)
-    how = f"Medians of at least {ROUNDS} rounds in turn, float32, I = H; times over the plain layer's."
+    how = (
+        f"Medians of at least {ROUNDS} rounds in turn, float32, I = H; times over the plain one's."
+    )
     text = f"{table.markdown([*HEADER, *OPTIONS], found)}\n\n{note(how)}"
     return write("options", text) if options.write else 0
 
