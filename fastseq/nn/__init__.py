@@ -2,6 +2,7 @@
 
 from . import scripting  # noqa: F401  (torch tells it of modules that are registered)
 from .cells import GRUCell, LSTMCell, RNNCell
+from .container import Stacked
 from .convert import Report, replace, restore
 from .counterparts import to_torch
 from .explain import explain
@@ -19,7 +20,7 @@ from .literature import (
 from .options import CellOptions, LayerOptions, set_options
 from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
-from .streaming import Streaming, streaming
+from .streaming import StackedStreaming, Streaming, streaming
 
 __all__ = [
     "GRU",
@@ -42,6 +43,8 @@ __all__ = [
     "Recurrent",
     "Report",
     "SCRNCell",
+    "Stacked",
+    "StackedStreaming",
     "Streaming",
     "explain",
     "replace",
