@@ -47,8 +47,8 @@ def unprojected(problem: Problem) -> str | None:
     if not problem.projected or cell.can_project:
         return None
     if cell.reads_h:
-        return f"{cell.name} adds h_prev to gates of another size; it cannot be projected"
-    return f"{cell.name} multiplies values of the gates' size by w_hh; it cannot be projected"
+        return f"{cell.called} adds h_prev to gates of another size; it cannot be projected"
+    return f"{cell.called} multiplies values of the gates' size by w_hh; it cannot be projected"
 
 
 def by_recurrence(call: Call, rows: Shape, trajectory: bool) -> Layout:

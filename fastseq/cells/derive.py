@@ -116,6 +116,8 @@ class _Writer:
                 if operand in active:
                     self.add(operand, own, d)
             return
+        if not line.operands:  # a number
+            return
         if line.operation not in SLOPES:
             raise CannotDerive(f"{line.operation} is a derivative, whose own is not known")
         for operand, slope in zip(line.operands, SLOPES[line.operation], strict=True):

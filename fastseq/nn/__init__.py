@@ -17,6 +17,7 @@ from .literature import (
     PeepholeLSTMCell,
 )
 from .options import CellOptions, LayerOptions, set_options
+from .own import OwnCell, OwnLayer, cell
 from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
 from .streaming import Streaming, streaming
@@ -36,6 +37,8 @@ __all__ = [
     "LSTMCell",
     "LayerOptions",
     "MGUCell",
+    "OwnCell",
+    "OwnLayer",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
     "RNNCell",
@@ -43,6 +46,7 @@ __all__ = [
     "Report",
     "SCRNCell",
     "Streaming",
+    "cell",
     "explain",
     "replace",
     "restore",

@@ -33,7 +33,7 @@ _NAMES = {
 
 def lacked(module: Any) -> str:
     """That torch.nn has none of the kind, in words."""
-    return f"torch.nn has no {module._fastseq_cell} among its cells"
+    return f"torch.nn has no {CELLS[module._fastseq_cell].called} among its cells"
 
 
 def begin_layer(module: Any, mode: str, *arguments: Any) -> None:
@@ -136,7 +136,7 @@ class DeclaredLayer(Declared, Recurrent, nn.RNNBase):
         learn_state: bool = False,
     ) -> None:
         cell = CELLS[self._fastseq_cell]
-        if proj_size and not (cell.can_project and cell.other_states):
+        if proj_size and not self._fastseq_projects(cell):
             name = type(self).__name__
             raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
         arguments = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
@@ -159,6 +159,10 @@ class DeclaredLayer(Declared, Recurrent, nn.RNNBase):
             init=init,
             learn_state=learn_state,
         )
+
+    def _fastseq_projects(self, cell: Cell) -> bool:
+        """Whether h may be projected; torch.nn projects the h of no cell that has no other state."""
+        return bool(cell.can_project and cell.other_states)
 
     # torch.nn's own methods of an LSTM, for a subclass with a forward of its own
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
