@@ -166,6 +166,17 @@ class Cell:
         multiplies nothing else."""
         return not self.reads_h and all(phase.operand == "h_prev" for phase in self.phases)
 
+    @property
+    def unprojectable(self) -> str | None:
+        """Why h may have no other size, in words."""
+        if self.can_project:
+            return None
+        if self.reads_h:
+            return f"{self.called} adds h_prev to gates of another size; it cannot be projected"
+        return (
+            f"{self.called} multiplies values of the gates' size by w_hh; it cannot be projected"
+        )
+
     @cached_property
     def masks_h(self) -> bool:
         """Whether a product takes h, which may be masked."""

@@ -36,6 +36,10 @@ class OwnLayer(DeclaredLayer):
     #: one step as a module
     Cell: ClassVar[type[OwnCell]]
 
+    def _fastseq_check_projection(self, cell: Definition) -> None:
+        if cell.unprojectable:
+            raise ValueError(f"proj_size: {cell.unprojectable}")
+
 
 @overload
 def cell(text: Callable[..., Any], /) -> type[OwnLayer]: ...
@@ -86,7 +90,7 @@ def cell(text: Callable[..., Any] | None = None, /, *, source: str = "") -> Any:
     }
     name, qualname = text.__name__, text.__qualname__
     step = type(
-        "Cell",
+        f"{name}Cell",
         (OwnCell,),
         common
         | {"__qualname__": f"{qualname}.Cell", "__doc__": f"One step of :class:`{name}`."},
