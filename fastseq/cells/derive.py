@@ -64,6 +64,8 @@ class _Writer:
             line = self.made_by.get(value)
             if line is None:
                 raise CannotDerive(f"backward needs {value}; add it to saved")
+            if not line.operands:  # a number, which has no type until it meets a value
+                return line.written(())
             lost = [v for v in line.operands if v not in self.at_hand and v not in self.made_by]
             if lost:
                 raise CannotDerive(

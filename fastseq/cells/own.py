@@ -413,29 +413,28 @@ class _Declaration:
         return [line.value for line in self.lines if value in line.operands]
 
     def _put_off(self, value: str) -> None:
-        """Move a line to the phase that reads it, with those that it alone reads, where all that
-        they take is there anyway: what they make need not be handed on and saved then."""
+        """Move a line to the phase that reads it, with those that it alone reads, where one value
+        at most is handed on for it then, in the place of its own."""
         phase = min((self.at[v] for v in self._readers(value)), default=0)
-        moved = self._moved(value, phase, set()) if phase > self.at[value] else None
-        self.at |= dict.fromkeys(moved or (), phase)
+        moved, taken = set[str](), set[str]()
+        if phase > self.at[value] and self._moves(value, phase, moved, taken) and len(taken) <= 1:
+            self.at |= dict.fromkeys(moved, phase)
 
-    def _moved(self, value: str, phase: int, along: set[str]) -> set[str] | None:
-        """What moves with a value; None where it cannot."""
-        if value in {*self.states.values(), *self.products.values()}:
-            return None
-        if any(self.at[v] < phase and v not in along for v in self._readers(value)):
-            return None
-        along = along | {value}
-        for operand in self.made[value].operands:
-            if operand in self.parts:
-                return None
-            read = [v for v in self._readers(operand) if v not in along and self.at[v] >= phase]
-            if operand in self.at and self.at[operand] < phase and not read:
-                deeper = self._moved(operand, phase, along)
-                if deeper is None:
-                    return None
-                along = deeper
-        return along
+    def _moves(self, value: str, phase: int, moved: set[str], taken: set[str]) -> bool:
+        """Whether a value moves to a phase; what moves with it, and what is handed on for that."""
+        there = {*self.states.values(), *self.products.values()}
+        operands = self.made[value].operands
+        if value in there or any(v in self.parts for v in operands):
+            return False
+        if any(self.at[v] < phase and v not in moved for v in self._readers(value)):
+            return False
+        moved.add(value)
+        for operand in operands:
+            early = operand in self.at and self.at[operand] < phase and operand not in there
+            read = any(self.at[v] >= phase and v not in moved for v in self._readers(operand))
+            if early and not read and not self._moves(operand, phase, moved, taken):
+                taken.add(operand)
+        return True
 
     def _refuse(self, value: str, why: str) -> ValueError:
         return self.equations.refuse(self.equations.nodes[value], why)
