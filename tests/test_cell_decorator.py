@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 from fastseq.backends import load
-from fastseq.cells import CELLS, arguments
+from fastseq.cells import CELLS, arguments, register, unregister
 from fastseq.cells.own import own_cell
 from fastseq.cells.text import number_of, number_word
 from fastseq.nn import OwnCell, OwnLayer
@@ -102,13 +102,20 @@ def scaled(x, states, w_ih, w_hh, b_ih, b_hh, w_hr=None, units=(), h_mask=None, 
 
 WRITINGS = {Slow: slow, Scaled: scaled}
 each = pytest.mark.parametrize("kind", WRITINGS, ids=lambda kind: kind.__name__)
+for kind in WRITINGS:  # other modules, which are read behind this one, have tests of all that are
+    unregister(kind.definition.name)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def written():
+def registered():
+    before = set(CELLS)
     names = {kind.definition.name: writing for kind, writing in WRITINGS.items()}
     independent.CELLS.update(names)
+    for kind in WRITINGS:
+        register(kind.definition)
     yield
+    for name in set(CELLS) - before:
+        unregister(name)
     for name in names:
         del independent.CELLS[name]
 
@@ -165,7 +172,7 @@ ALL_AT_ONCE = {"lengths": (2, 0, 3), "directions": 2, "reset": True, "h_mask": T
     "form, dtype, options",
     [
         ("walk", torch.float64, {"memory": "full", "trajectory": True}),
-        ("grid", torch.float32, {"memory": "full", "trajectory": True}),
+        pytest.param("grid", torch.float32, {"memory": "full", "trajectory": True}, marks=full),
         pytest.param("walk", torch.float16, {"memory": "lean"}, marks=full),
         pytest.param("step", torch.float64, {"memory": "lean"}, marks=full),
     ],
@@ -686,7 +693,9 @@ def test_kernels_on_disk_are_of_one_cell(tmp_path):
     for text, expected in ((FIRST, 1.0), (SECOND, 0.25)):
         (tmp_path / "same.py").write_text(text)
         found = child(
-            ["-B", "-c", program], NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1"
+            ["-B", "-c", program],
+            NUMBA_CACHE_DIR=str(tmp_path / "cache"),
+            PYTHONDONTWRITEBYTECODE="1",
         )
         assert float(found) == pytest.approx(expected * math.tanh(1))
 

@@ -422,9 +422,7 @@ def _run(
     what, code = f"{text.__name__}:", text.__code__
     meaning = _VOCABULARY | {n: _word(n) for n in code.co_names if number_of(n) is not None}
     try:
-        results = types.FunctionType(code, meaning)(
-            *(given[n] for n in arguments(text))
-        )
+        results = types.FunctionType(code, meaning)(*(given[n] for n in arguments(text)))
     except (TypeError, AttributeError, NameError) as error:
         raise ValueError(
             f"{cell.called}: {what} {error}; a text is made of assignments, + - * and words"

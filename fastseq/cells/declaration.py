@@ -173,9 +173,7 @@ class Cell:
             return None
         if self.reads_h:
             return f"{self.called} adds h_prev to gates of another size; it cannot be projected"
-        return (
-            f"{self.called} multiplies values of the gates' size by w_hh; it cannot be projected"
-        )
+        return f"{self.called} multiplies values of the gates' size by w_hh; it cannot be projected"
 
     @cached_property
     def masks_h(self) -> bool:

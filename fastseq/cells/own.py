@@ -278,7 +278,9 @@ class _Equations(Reader):
             if name not in alive:
                 raise self.refuse(node, f"{name} leads to no state that is returned; take it out")
             if name.startswith("s_") and _gate_of(name) and f"x{name[1:]}" not in self.arguments:
-                raise self.refuse(node, f"{name} is a part of gate {name[2:]}; take x{name[1:]}, too")
+                raise self.refuse(
+                    node, f"{name} is a part of gate {name[2:]}; take x{name[1:]}, too"
+                )
 
 
 _ARITHMETIC = {
@@ -375,7 +377,10 @@ class _Declaration:
         """The phase of each line, gate and state."""
         order = [*self.arguments, *(line.value for line in self.lines)]
         later = {v for v in self.products.values() if v != "h_prev"}
-        self.operands = ["h_prev", *sorted(later, key=lambda v: order.index(v) if v in order else -1)]
+        self.operands = [
+            "h_prev",
+            *sorted(later, key=lambda v: order.index(v) if v in order else -1),
+        ]
         self.of_gate = {g: self.operands.index(v) for g, v in self.products.items()}
         self.at: dict[str, int] = {}
         for line in self.lines:
@@ -383,7 +388,8 @@ class _Declaration:
         for gate, value in self.products.items():
             if self.when(value) >= self.of_gate[gate] and value != "h_prev":
                 raise self._refuse(
-                    value, f"the product of gate {gate} multiplies it, and x_{gate} enters it before"
+                    value,
+                    f"the product of gate {gate} multiplies it, and x_{gate} enters it before",
                 )
         for line in reversed(self.lines):
             self._put_off(line.value)
@@ -402,7 +408,9 @@ class _Declaration:
             self.ends[state] = max([self.when(value), *readers])
         own = [gate for gate in self.gates if gate in self.products]
         phases = [self.of_gate[gate] for gate in own]
-        if len(_unique(phases)) != sum(a != b for a, b in zip([None, *phases], phases, strict=False)):
+        if len(_unique(phases)) != sum(
+            a != b for a, b in zip([None, *phases], phases, strict=False)
+        ):
             raise ValueError(
                 f"{self.equations.text.__name__}: gates {', '.join(own)} multiply "
                 f"{', '.join(self.products[g] for g in own)}; order the arguments so that gates "
@@ -586,7 +594,9 @@ class _Declaration:
         """Whether a value without a name stands in one place alone."""
         uses = sum(line.operands.count(value) for line in step.lines)
         named = value in self.equations.named or value in step.returns.values()
-        return self.at.get(value) is not None and value not in step.names and not named and uses == 1
+        return (
+            self.at.get(value) is not None and value not in step.names and not named and uses == 1
+        )
 
     def _shown(self, step: _Step) -> list[Line]:
         return [line for line in step.lines if not self._once(line.value, step)]

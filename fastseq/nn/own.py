@@ -92,8 +92,7 @@ def cell(text: Callable[..., Any] | None = None, /, *, source: str = "") -> Any:
     step = type(
         f"{name}Cell",
         (OwnCell,),
-        common
-        | {"__qualname__": f"{qualname}.Cell", "__doc__": f"One step of :class:`{name}`."},
+        common | {"__qualname__": f"{qualname}.Cell", "__doc__": f"One step of :class:`{name}`."},
     )
     described = text.__doc__ or f"A layer of the cell {name}{f' ({source})' if source else ''}."
     return type(
