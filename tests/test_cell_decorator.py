@@ -1,9 +1,9 @@
-"""``@fastseq.cell``: forward equations become a layer, on every backend and in every way of calling.
+"""``@fastseq.cell``: forward equations become a layer, on every backend, called in every way.
 
 Triton's part runs under its interpreter, in a process of its own.
 """
 
-# ruff: noqa: F821  (the words of the equations are the vocabulary's)
+# ruff: noqa: F821, F841  (the words of the equations are the vocabulary's)
 import copy
 import importlib
 import inspect
@@ -573,7 +573,7 @@ def test_initial_values():
     assert torch.equal(module.bias_ih_l0[H : 2 * H], torch.full((H,), 2.0))
     block = module.weight_hh_l0[:H].detach()
     torch.testing.assert_close(block @ block.T, torch.eye(H))
-    with pytest.raises(ValueError, match="^Slow has no gate k; its gates are f, n, z"):
+    with pytest.raises(ValueError, match=r"^Slow has no gate k; its gates are f, n, z"):
         fastseq.init.gate_bias_(Slow(I, H), "k", 1.0)
 
 
@@ -587,13 +587,13 @@ def test_users_are_told_the_plain_name(capsys):
     assert fastseq.explain(Slow.Cell(I, H), x[0]) is not None
     shown = capsys.readouterr().out
     assert "torch has no Slow; its cells are" in shown and Slow.definition.name not in shown
-    with pytest.raises(ValueError, match="^proj_size: Slow adds h_prev to gates of another size"):
+    with pytest.raises(ValueError, match=r"^proj_size: Slow adds h_prev to gates of another size"):
         Slow(I, H, proj_size=2)
     for backend in ("numba", "eager", "reference"):
         assert Scaled(I, H, proj_size=2, backend=backend)(x)[0].shape == (T, B, 2)
     one = fastseq.cell(rnn_tanh)
     assert one(I, H, proj_size=2, backend="numba")(x)[0].shape == (T, B, 2)
-    with pytest.raises(TypeError, match="no counterpart in torch.nn: torch.nn has no Slow among"):
+    with pytest.raises(TypeError, match=r"no counterpart in torch.nn: torch.nn has no Slow among"):
         torch.jit.script(nn.Sequential(Slow(I, H)))
 
 
@@ -692,11 +692,7 @@ def test_kernels_on_disk_are_of_one_cell(tmp_path):
     program = RUN.format(folder=str(tmp_path))
     for text, expected in ((FIRST, 1.0), (SECOND, 0.25)):
         (tmp_path / "same.py").write_text(text)
-        found = child(
-            ["-B", "-c", program],
-            NUMBA_CACHE_DIR=str(tmp_path / "cache"),
-            PYTHONDONTWRITEBYTECODE="1",
-        )
+        found = child(["-B", "-c", program], NUMBA_CACHE_DIR=str(tmp_path / "cache"))
         assert float(found) == pytest.approx(expected * math.tanh(1))
 
 

@@ -376,7 +376,7 @@ def _number(value: Any) -> _Number:
 
 
 #: A word, of complex numbers.
-_MEANING: dict[str, Callable[..., complex]] = {
+MEANING: dict[str, Callable[..., complex]] = {
     "sigmoid": lambda x: 1 / (1 + cmath.exp(-x)),
     "tanh": cmath.tanh,
     "relu": lambda x: x if x.real > 0 else 0j,
@@ -397,7 +397,7 @@ _STEP = 1e-30
 
 def _word(name: str) -> Callable[..., _Number]:
     number, count = number_of(name), count_of(name)
-    meaning = _MEANING[name] if number is None else lambda: complex(number)
+    meaning = MEANING[name] if number is None else lambda: complex(number)
 
     def call(*given: Any) -> _Number:
         if len(given) != count:

@@ -1,9 +1,10 @@
 """The texts of the equations: what they take, and what binds them to a backend's vocabulary.
 
 A text is a plain function of one hidden unit at one time step, made of assignments, ``+ - *`` and
-words of the vocabulary, which are its free names, with no literal numbers: Numba would widen float32
-with one. A number is a word that takes nothing, ``number_0_5()``. :func:`bind` gives the words their
-meaning, so the same text runs on NumPy arrays, torch tensors, and inside Numba and Triton kernels.
+words of the vocabulary, which are its free names, with no literal numbers: Numba would widen
+float32 with one. A number is a word that takes nothing, ``number_0_5()``. :func:`bind` gives the
+words their meaning, so the same text runs on NumPy arrays, torch tensors, and inside Numba and
+Triton kernels.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ def fingerprint(text: Text, vocabulary: dict[str, Any]) -> str:
 def bind(text: Text, label: str, /, **vocabulary: Any) -> Text:
     """The same text with its free names bound to ``vocabulary``.
 
-    vocabulary: the words. ``number`` makes of a number the function that gives it; without one it is
-    Python's.
+    vocabulary: the words. ``number`` makes of a number the function that gives it; without one it
+    is Python's.
     label: cell, backend and dtype. It becomes part of ``__qualname__`` together with a hash of all
     that is bound in, because Numba's disk cache keys on file, qualified name and bytecode but not
     on globals: without the hash a second vocabulary would run the first one's machine code.

@@ -250,8 +250,8 @@ def _set_recurrent(module: Any, what: str, change: Callable[[Tensor], Any]) -> N
     cell = _cell_of(module)
     if not cell.recurrent_gates:
         raise ValueError(
-            f"{cell.called} has no recurrent matrix that could be {what}: its recurrent weights are "
-            "one number a unit; set these with torch.nn.init"
+            f"{cell.called} has no recurrent matrix that could be {what}: its recurrent weights "
+            "are one number a unit; set these with torch.nn.init"
         )
     for names in _ways(module):
         _write(module, names["weight_hh"], change, len(cell.recurrent_gates))
