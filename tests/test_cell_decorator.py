@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import textwrap
+from pathlib import Path
 
 import independent
 import pytest
@@ -1054,6 +1055,18 @@ def test_refused(text, line, why):
     place = "" if line is None else f", line {text.__code__.co_firstlineno + line}"
     assert said.startswith(f"{text.__name__}{place}: ") and why in said, said
     assert set(CELLS) == before
+
+
+@ours_alone
+def test_the_page_says_what_is_refused():
+    """docs/own-cell.md quotes the messages."""
+    page = (Path(__file__).parent.parent / "docs" / "own-cell.md").read_text()
+    table = page.split("## What is refused")[1].split("##")[0]
+    quoted = [line.split(" | ")[-1].rstrip(" |") for line in table.splitlines() if "| `" in line]
+    assert len(quoted) > 10
+    whys = [*(why for _, _, why in REFUSED), "cannot be read; define it in a file or a notebook"]
+    missing = [words for words in quoted if not any(words in why for why in whys)]
+    assert not missing
 
 
 @ours_alone

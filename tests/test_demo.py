@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastseq.cells import CELLS, unregister
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -115,20 +113,15 @@ def test_mistakes_found_on_the_way(demo, argv, message, tmp_path):
         demo.main([*TINY, *argv, "--out", str(tmp_path)])
 
 
-def test_a_cell_of_ones_own_trains_beside_its_loop_and_a_gru(capsys):
-    before = set(CELLS)
+def test_a_cell_of_ones_own_trains_beside_its_loop_and_a_gru(capsys, cells_go_again):
     module = example("own_cell")
-    try:
-        module.main("--hidden 16 --length 6 --batch 4 --steps 7".split())
-        out = capsys.readouterr().out
-        rows = [line.split() for line in out.splitlines() if line.startswith(("own ", "GRU "))]
-        assert [row[:-3] for row in rows] == [["own", "cell"], ["own", "loop"], ["GRU"]]
-        losses = [float(row[-1]) for row in rows]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-3) != losses[2]
-        assert "times as fast as the loop" in " ".join(out.split())
-        with pytest.raises(SystemExit):
-            module.main(["--steps", "0"])
-        assert "expected more than 0, got 0" in capsys.readouterr().err
-    finally:
-        for name in set(CELLS) - before:
-            unregister(name)
+    module.main("--hidden 16 --length 6 --batch 4 --steps 7".split())
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("own ", "GRU "))]
+    assert [row[:-3] for row in rows] == [["own", "cell"], ["own", "loop"], ["GRU"]]
+    losses = [float(row[-1]) for row in rows]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) != losses[2]
+    assert "times as fast as the loop" in " ".join(out.split())
+    with pytest.raises(SystemExit):
+        module.main(["--steps", "0"])
+    assert "expected more than 0, got 0" in capsys.readouterr().err

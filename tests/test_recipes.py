@@ -1,4 +1,5 @@
-"""docs/recipes.md: every block runs, and where torch.nn can run it, both give the same numbers."""
+"""docs/recipes.md: every block runs, and where torch.nn can run it, both give the same numbers.
+docs/own-cell.md: all blocks run, in the page's order."""
 
 import re
 import runpy
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, OWN_CELL = ((DOCS / name).read_text() for name in ("recipes.md", "own-cell.md"))
 #: heading or block, in the page's order. "later" marks one that fails until its subject is there.
 PARTS = re.compile(r"^###? ([^\n]+)$|^```python( later)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CLASS = re.compile(r"\bfastseq\.((?:LSTM|GRU|RNN)(?:Cell)?)\b")
@@ -90,6 +92,12 @@ def test_wrong_numbers_are_seen(tmp_path):
     test_a_recipe_gives_torchs_numbers(code, tmp_path)
     with pytest.raises(AssertionError, match="not close"):
         test_a_recipe_gives_torchs_numbers(wrong, tmp_path)
+
+
+def test_the_page_of_ones_own_cell_runs(tmp_path, cells_go_again):
+    """As one program."""
+    found = run("\n".join(match[3] for match in PARTS.finditer(OWN_CELL) if match[3]), tmp_path)
+    assert {"MinimalGated", "Peephole"} <= set(found)
 
 
 def test_many_recipes_are_held_against_torch():
