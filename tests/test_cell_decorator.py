@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
 import independent
@@ -317,6 +318,11 @@ def words_of_numbers(a_h, h_prev):
     return h
 
 
+def inverse(a_h):
+    h = 1 / (2 + tanh(a_h))
+    return h
+
+
 STRANGE = [
     *(delayed, two_products, early_h, of_a_state, a_part_in_two_phases, three_phases),
     words_of_numbers,
@@ -345,6 +351,7 @@ def test_strange_ones(text, backend):
 def test_what_is_cheap_to_make_again_is_not_handed_on():
     assert own_cell(gru_reset_before).handed_on == ("z", "t0")
     assert own_cell(mgu).handed_on == ("f", "t0")
+    assert "number_1_0() *" not in inspect.getsource(own_cell(inverse).phases[0].forward)
 
 
 @pytest.mark.parametrize("value", [0.5, 2.0, -3.25, 1e-5, 1.5e20, 1e16, 123.25, 1 / 3, 5e-324])
@@ -431,6 +438,10 @@ def test_forms_of_a_call(kind):
     assert len(along) == n - 1
     for k, states in enumerate(along):
         check(states[-1, :, :H], last[1 + k][0])
+    y = module(x.requires_grad_())[0]
+    y.mul_(2)
+    with nullcontext() if n == 1 else pytest.raises(RuntimeError, match="modified by an inplace"):
+        y.sum().backward()
     if n == 3:
         with pytest.raises(RuntimeError, match=r"hx should be 3 tensors \(h_0, c_0, m_0\) of 3-D"):
             module(x, (states, states))
