@@ -32,7 +32,7 @@ static bool never() { return false; }
 #define FASTSEQ_ABSENT(name)                                                  \
   namespace name {                                                            \
   extern const InstructionSet instruction_set __attribute__((weak));          \
-  const InstructionSet instruction_set = {#name, 0, never, {}, {}};           \
+  const InstructionSet instruction_set = {#name, 0, never, {}, {}, nullptr};  \
   }
 FASTSEQ_ABSENT(base)
 FASTSEQ_ABSENT(avx2)

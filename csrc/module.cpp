@@ -129,6 +129,43 @@ PyObject* plan(PyObject*, PyObject* args) {
   return Py_BuildValue("ii", found.rows, found.units);
 }
 
+// As contract.py's Draws: what is kept, (sites, rows, units) bool.
+PyObject* keep(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  enum { SEED, SITES, IDS, STEPS, UNITS, THRESHOLD, THREADS, COUNT };
+  try {
+    need_connection();
+    if (count != COUNT) {
+      PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", COUNT, count);
+      throw PythonError();
+    }
+    DrawCall call{};
+    const uint64_t seed = static_cast<uint64_t>(*whole_numbers(a[SEED], 1));
+    call.key[0] = static_cast<uint32_t>(seed), call.key[1] = static_cast<uint32_t>(seed >> 32);
+    call.sites = PyTuple_Size(a[SITES]);
+    std::vector<int64_t> sites(call.sites);
+    for (int64_t k = 0; k < call.sites; ++k) sites[k] = integer(item(a[SITES], k));
+    call.site = sites.data();
+    call.rows = numbers(plain(a[IDS]));
+    call.ids = whole_numbers(a[IDS], call.rows);
+    if (!is_none(a[STEPS])) call.steps = whole_numbers(a[STEPS], call.rows);
+    call.units = integer(a[UNITS]);
+    call.threshold = static_cast<uint64_t>(integer(a[THRESHOLD]));
+    New<bool> made({call.sites, call.rows, call.units});
+    call.out = reinterpret_cast<uint8_t*>(made.data());
+    // a unit takes as long as some 50 operations of a product
+    const double flops = 50.0 * call.sites * call.rows * call.units;
+    const int threads = useful_threads(static_cast<int>(integer(a[THREADS])), flops);
+    PyThreadState* state = PyEval_SaveThread();
+    run(call, threads);
+    PyEval_RestoreThread(state);
+    return made.give();
+  } catch (const Declined&) {
+    Py_RETURN_NONE;
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+}
+
 template <class Function>
 PyCFunction fast(Function function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -137,8 +174,8 @@ PyCFunction fast(Function function) {
 // What native.py must know of each function. It refuses a build whose texts are not its own: whoever
 // changes what a function takes or gives changes its text in both.
 #define FASTSEQ_COMMON \
-  "cell, x, batch_sizes, states, weights, layers, reverse, order, reset, h_mask, masks, kept," \
-  " threads, deterministic, bf16"
+  "cell, x, batch_sizes, states, weights, layers, reverse, order, reset, h_mask, dropout, kept," \
+  " input_masks, stay, part, threads, deterministic, bf16"
 constexpr char CONNECT[] = "(capsule, tensor type, parameter type)";
 constexpr char USE_POOL[] =
     "(GOMP_parallel, omp_get_thread_num, omp_get_num_threads, omp_get_num_procs, quota)";
@@ -153,6 +190,7 @@ constexpr char BACKWARD[] =
     "(" FASTSEQ_COMMON ", y, saved, dy, dstates, dtrajectory, wants_x, wants_weights,"
     " wants_states)"
     " -> [dx, *dstates, *dweights] | None";
+constexpr char KEEP[] = "(seed, sites, ids, steps, units, threshold, threads) -> kept | None";
 constexpr char STREAM[] = "(cell, weights, layers, h, others) -> stream | None";
 constexpr char STREAM_STEP[] = "(stream, x, out, threads) -> y | None";
 
@@ -176,6 +214,7 @@ PyMethodDef methods[] = {
      FORWARD},
     {"backward", fast(dispatch<backward<float>, backward<double>, count_of(BACKWARD)>),
      METH_FASTCALL, BACKWARD},
+    {"keep", fast(keep), METH_FASTCALL, KEEP},
     {"stream", fast(stream), METH_FASTCALL, STREAM},
     {"stream_step", fast(stream_step), METH_FASTCALL, STREAM_STEP},
     {nullptr, nullptr, 0, nullptr},
@@ -192,13 +231,17 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           nullptr};
 
 // What is compared with a cell's Python declaration: the names, which gates of w_hh each phase
-// multiplies, how many gates take x and s apart, and whether gates are kept.
+// multiplies, how many gates take x and s apart, whether gates are kept, and which states a backward
+// text takes.
 PyObject* row_of(const Form& f) {
   PyObject* first = PyTuple_New(f.phases + 1);
   for (int k = 0; first && k <= f.phases; ++k)
     PyTuple_SetItem(first, k, PyLong_FromLong(f.first[k]));
-  return Py_BuildValue("sssssNii", f.name, f.gates, f.states, f.extras, f.units, first, f.apart,
-                       int(f.keeps_gates));
+  PyObject* taken = PyTuple_New(1 + f.C);
+  for (int k = 0; taken && k < 1 + f.C; ++k)
+    PyTuple_SetItem(taken, k, PyBool_FromLong(f.taken_back[k]));
+  return Py_BuildValue("sssssNiiN", f.name, f.gates, f.states, f.extras, f.units, first, f.apart,
+                       int(f.keeps_gates), taken);
 }
 
 }  // namespace

@@ -40,6 +40,7 @@ struct Trial {
   static constexpr int FIRST[] = {0, 2};
   static constexpr int APART = 1;
   static constexpr bool KEEPS_GATES = true, READS_H = false;
+  static constexpr bool TAKEN_BACK[] = {false, true, false};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {

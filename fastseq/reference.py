@@ -12,6 +12,9 @@ The cells are the LSTM (Hochreiter and Schmidhuber 1997), the GRU (Cho et al. 20
 a bidirectional layer (Schuster and Paliwal 1997). Gradients are backpropagation through time
 (Werbos 1990).
 
+Zoneout (Krueger et al. 2017) leaves some units of a state, or in expectation a part of each, as
+they were before the step: :math:`s_t = d \odot s_{t-1} + (1 - d) \odot \tilde s_t`.
+
 Sequences of different lengths are packed as in ``torch.nn.utils.rnn.PackedSequence``: sorted by
 decreasing length, the rows of step 0 first, then those of step 1; ``batch_sizes[t]`` counts the
 sequences that are still alive at step ``t``, so they are always a prefix of the batch.
@@ -21,7 +24,7 @@ Nothing here is fast. Everything here is checked against torch.nn in float64 to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -33,6 +36,8 @@ from .cells import Cell, arguments, bind
 from .cells.text import Text
 
 Array = NDArray[np.float64]
+#: d of a state: a row for each of the input's, one number for all, or None where nothing stays.
+Stay = NDArray[np.bool_] | float | None
 
 
 class Weights(NamedTuple):
@@ -53,6 +58,7 @@ class Tape:
     values: dict[str, Array] = field(default_factory=dict)  # saved values and states, (N, H)
     operands: dict[str, Array] = field(default_factory=dict)  # what w_hh and w_hr multiplied
     previous: dict[str, Array] = field(default_factory=dict)  # states before each step
+    after: dict[str, Array] = field(default_factory=dict)  # other states as the next step gets them
     reset: NDArray[np.bool_] | None = None
 
 
@@ -98,6 +104,25 @@ def steps(batch_sizes: NDArray[np.int64], reverse: bool) -> Iterator[slice]:
         yield slice(int(ends[t] - batch_sizes[t]), int(ends[t]))
 
 
+def _rows(stay: Stay, rows: slice) -> Stay:
+    return stay[rows] if isinstance(stay, np.ndarray) else stay
+
+
+def zoned(new: Array, old: Array, stay: Stay) -> Array:
+    """d s_{t-1} + (1 - d) s_t; infinity does not reach a unit that it is not taken by."""
+    if stay is None:
+        return new
+    if isinstance(stay, np.ndarray):
+        return np.where(stay, old, new)
+    return stay * old + (1 - stay) * new
+
+
+def zoned_gradients(d: Array, stay: Stay) -> tuple[Array, Array]:
+    """Of the new state and of the one before the step."""
+    zero = np.zeros_like(d)
+    return zoned(d, zero, stay), zoned(zero, d, stay)
+
+
 def forward(
     cell: Cell,
     x: Array,
@@ -107,12 +132,15 @@ def forward(
     reverse: bool = False,
     reset: NDArray[np.bool_] | None = None,
     h_mask: Array | None = None,
+    stay: Sequence[Stay] = (),
 ) -> tuple[Array, tuple[Array, ...], Tape]:
     """One recurrence over packed rows.
 
     x: (N, I). batch_sizes: (T,). states: h_0 (B, P), then the others, (B, H) each.
     reset: (N,) or None; where it holds, the states that enter the row are zeroed.
     h_mask: (B, P) or None; multiplies h_{t-1} before its product.
+    stay: empty, or of each state where it stays as it was before the step, (N, size) bool, the part
+        of it that does, or None.
 
     Returns y (N, P), the final states, and the tape for :func:`backward`.
     """
@@ -163,7 +191,12 @@ def forward(
                 keep(tape.operands, "m", rows, now["h"])
                 now["h"] = now["h"] @ weights.w_hr.T
             for k, state in enumerate(cell.states):
+                if stay:
+                    left = _rows(stay[k], rows)
+                    now[state] = zoned(now[state], now[f"{state}_prev"], left)
                 carried[k][:B_t] = now[state]
+                if state != "h":
+                    keep(tape.after, state, rows, now[state])
             y[rows] = now["h"]
     return y, tuple(carried), tape
 
@@ -185,11 +218,13 @@ def backward(
     dtrajectory: dict[str, Array] | None = None,
     reverse: bool = False,
     h_mask: Array | None = None,
+    stay: Sequence[Stay] = (),
 ) -> Gradients:
     """The gradients of one recurrence: backpropagation through time.
 
     dy: (N, P). dstates: the gradients of the final states.
     dtrajectory: the gradients of a state's value at every step, (N, H), by state name.
+    reverse, h_mask, stay: as in :func:`forward`.
     """
     H = weights.w_ih.shape[0] // cell.G
     with np.errstate(all="ignore"):
@@ -209,13 +244,16 @@ def backward(
             d["dh"] = d["dh"] + dy[rows]
             for state, value in (dtrajectory or {}).items():
                 d[f"d{state}"] = d[f"d{state}"] + value[rows]
+            dprevious = {
+                f"d{s}_prev": np.zeros_like(carried[k][:B_t]) for k, s in enumerate(cell.states)
+            }
+            for state, left in zip(cell.states, stay, strict=False):
+                both = zoned_gradients(d[f"d{state}"], _rows(left, rows))
+                d[f"d{state}"], dprevious[f"d{state}_prev"] = both
             if weights.w_hr is not None:
                 dw_hr += d["dh"].T @ tape.operands["m"][rows]
                 d["dh"] = d["dh"] @ weights.w_hr
 
-            dprevious = {
-                f"d{s}_prev": np.zeros_like(carried[k][:B_t]) for k, s in enumerate(cell.states)
-            }
             for phase, (_, text) in zip(reversed(cell.phases), reversed(texts(cell)), strict=True):
                 results = text(*((now | d)[name] for name in arguments(text)))
                 for name, value in zip(phase.gradients, results, strict=True):

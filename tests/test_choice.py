@@ -31,7 +31,7 @@ def test_what_a_backend_is_chosen_by_stands_in_its_place(monkeypatch):
     stack = Stack(request, torch.empty(7, 8, 4), [], [w_ih, w_hh], geometry, reset=w_ih)
     device = SimpleNamespace(type="cuda")
     stack.data = SimpleNamespace(dtype="dtype", device=device, is_cpu=False)
-    stack.masks = SimpleNamespace(zoneout="zoneout")
+    stack.zoneout = SimpleNamespace(rates="zoneout")
     monkeypatch.setattr(Stack, "needs_grad", lambda self: "training")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
     monkeypatch.setattr(cuda_rule, "capability", lambda device: "capability")

@@ -537,7 +537,7 @@ def operator_arguments(sample, memory, packed):
     weights = [w for ways in layers.weights for w in ways.flat()]
     reverse = [False, True][:D]
     given = (layers.cell, "numba", x, batch_sizes, layers.states, weights, reverse, reset)
-    return *given, layers.h_mask, memory, False
+    return *given, layers.h_mask, [], [], memory, False
 
 
 # Not test_autograd_registration: the operators have no autograd formula on purpose. Ours is a

@@ -17,7 +17,7 @@ from twins import assert_same, compiles_cpp
 import fastseq
 from fastseq.backends import choice, cudnn, layout
 from fastseq.backends import torch as backend
-from fastseq.backends.contract import Call, OutputGradients, Request, Wanted
+from fastseq.backends.contract import NOTHING, Call, OutputGradients, Request, Wanted
 from fastseq.ops import library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -253,10 +253,10 @@ def test_the_layer_keeps_what_backward_wants_in_evaluation(device, expected, mon
     x = torch.zeros(3, 2, 4, device=device)
     weights = [w.to(device) for w in torch.nn.GRU(4, 5)._flat_weights]
     states = [torch.zeros(1, 2, 5, device=device)]
-    backend.layers(Request("gru"), x, None, states, weights, (), False)
-    backend.layers(Request("gru", training=True), x, None, states, weights, (), False)
+    backend.layers(Request("gru"), x, None, states, weights, NOTHING, False)
+    backend.layers(Request("gru", training=True), x, None, states, weights, NOTHING, False)
     with torch.no_grad():
-        backend.layers(Request("gru"), x, None, states, weights, (), False)
+        backend.layers(Request("gru"), x, None, states, weights, NOTHING, False)
     assert asked == [expected, True, False]
 
 
@@ -283,7 +283,7 @@ def test_a_graph_that_holds_a_backward(way):
     call = ragged_call("lstm")
     weights = [w for ws in call.weights for w in ws.flat()]
     layer = ("lstm", "torch", call.x, call.batch_sizes, call.states, weights, [False, True])
-    layer = (*layer, None, None, "full", False)
+    layer = (*layer, None, None, [], [], "full", False)
     outputs = torch.ops.fastseq.recurrence(*layer, True, False)
     dy = torch.ones_like(outputs[0])
 
@@ -302,8 +302,8 @@ def test_the_operator_has_no_gradient(way):
     weights = [w.requires_grad_() if w is not None else w for w in call.weights[0].flat()]
     states = [call.states[0][:1, :3]]
     found = torch.ops.fastseq.recurrence(
-        "gru", "torch", call.x, call.batch_sizes, states, weights, [False], None, None, "full",
-        False, False, False,
+        "gru", "torch", call.x, call.batch_sizes, states, weights, [False], None, None, [], [],
+        "full", False, False, False,
     )  # fmt: skip
     assert not any(t.requires_grad for t in found)
     assert way in (None, ["inference"])

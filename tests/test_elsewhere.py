@@ -131,7 +131,21 @@ def test_the_order_of_a_graph_for_a_gpu():
 def test_a_program_whose_backend_is_not_here_says_so():
     x, state = torch.randn(5, 3, 4), torch.zeros(1, 3, 6)
     weights = [torch.randn(18, 4), torch.randn(18, 6), None, None, None]
-    arguments = ("gru", "triton", x, None, [state], weights, [False], None, None, "full", False)
+    arguments = (
+        "gru",
+        "triton",
+        x,
+        None,
+        [state],
+        weights,
+        [False],
+        None,
+        None,
+        [],
+        [],
+        "full",
+        False,
+    )
     with pytest.raises(RuntimeError, match="backend 'triton' is not available: "):
         torch.ops.fastseq.recurrence(*arguments, False, False)
 
@@ -141,7 +155,7 @@ def test_what_is_saved_is_known_of_every_backend():
     x, state = torch.empty(5, 3, 4, dtype=torch.bfloat16), torch.empty(2, 3, 6)
     weights = [torch.empty(24, 4), torch.empty(24, 6), None, None, None] * 2
     call = library.make_call(
-        "lstm", x, None, [state, state], weights, [False, True], None, None, "full"
+        "lstm", x, None, [state, state], weights, [False, True], None, None, [], [], "full"
     )
     names = [n for n in BACKENDS if n != DIFFERENTIABLE and not isinstance(imported(n), str)]
     found = {name: library.saved_layout(name, call, (5, 3), False) for name in names}
@@ -152,6 +166,16 @@ def test_what_is_saved_is_known_of_every_backend():
     assert found["torch"] == [((None,), torch.uint8)] * 2
     assert found["reference"] == []
     there = library.make_call(
-        "lstm", x.to("meta"), None, [state, state], weights, [False, True], None, None, "full"
+        "lstm",
+        x.to("meta"),
+        None,
+        [state, state],
+        weights,
+        [False, True],
+        None,
+        None,
+        [],
+        [],
+        "full",
     )
     assert library.saved_layout("torch", there, (5, 3), False) == [((None,), torch.uint8)]

@@ -79,6 +79,8 @@ def test_a_seed_is_one_problem_and_others_are_others():
     assert len(set(every)) == 200
     for name in ("reset", "h_mask", "lengths", "bias", "state", "P"):
         assert {bool(fuzzed(seed).drawn[name]) for seed in range(200)} == {True, False}, name
+    zoned = {fuzzed(seed).drawn.get("evaluates") for seed in range(200)}
+    assert zoned == {None, True, False}, "zoneout, in training and in evaluation"
     assert {fuzzed(seed).wanted for seed in range(200)} == set(fuzz.WANTED)
     forms = {form for seed in range(200) for form in fuzzed(seed).forms.values()}
     assert forms == set(fuzz.FORMS)

@@ -23,7 +23,7 @@ from fastseq.backends import choice, load
 from fastseq.backends.contract import Problem
 from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS
 from fastseq.cells import CELLS
-from fastseq.ops import whole
+from fastseq.ops import masks, whole
 from fastseq.ops.stack import problem
 
 pytestmark = [
@@ -60,6 +60,24 @@ SPECIAL = {
     "many rows H256": {"T": 4, "B": 2500, "H": 256},
     "H256 in steps": {"H": 256, "T": 5, "B": 40},
     "all at once H200 in steps": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "H": 200},
+}
+#: In training, of each state at a rate of its own, and in evaluation.
+ZONED = {
+    "zoneout": {"zoneout": (0.4, 0.2, 0.6), "directions": 2, "B": 20},
+    "zoneout of others": {"zoneout": (0.0, 0.5, 0.0), "B": 20},
+    "zoneout at once": {
+        "lengths": [2, 0, 5],
+        "reset": True,
+        "h_mask": True,
+        "directions": 2,
+        "zoneout": 0.4,
+    },
+    "zoneout in evaluation": {
+        "lengths": [5, 2, 3],
+        "reset": True,
+        "zoneout": 0.3,
+        "evaluates": True,
+    },
 }
 #: One size for each form of triton: a walk, a grid that reads its weights and one that holds them,
 #: and steps.
@@ -396,7 +414,7 @@ def test_cta_a_stack_has_the_bits_of_its_layers(backend, monkeypatch):
 
     stack = found()
     assert "StackFunction" in stack[0].grad_fn.name()
-    monkeypatch.setattr(whole, "run", lambda *call: None)
+    monkeypatch.setattr(whole, "run", lambda *call, **given: None)
     layers = found()
     assert "StackFunction" not in layers[0].grad_fn.name()
     assert all(map(same_bits, stack, layers))
@@ -745,6 +763,94 @@ def test_nothing_is_read_before_it_is_written(cell, form, H):
     case = draw(cell, T=5, B=3, H=H, dtype=torch.bfloat16, **options)
     with poisoned(), as_form(form):
         check(case, "poisoned", backend_of(form))
+
+
+# Zoneout, which triton alone has
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("form, H", OF_TRITON)
+@pytest.mark.parametrize(
+    "cell, special",
+    [("lstm", "zoneout at once"), ("gru_reset_before", "zoneout in evaluation")],
+)
+def test_zoneout_in_short(cell, special, form, H):
+    case = draw(cell, T=5, H=H, dtype=torch.bfloat16, **ZONED[special])
+    with as_form(form):
+        check(case, f"{cell} {special}", trajectory=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form, H", OF_TRITON)
+@pytest.mark.parametrize("special", ZONED)
+@pytest.mark.parametrize("cell", CELLS)
+def test_zoneout_against_float64(cell, special, form, H, dtype):
+    case = draw(cell, T=5, H=H, dtype=DTYPES[dtype], **ZONED[special])
+    with as_form(form):
+        check(case, f"{cell} {special}")
+
+
+@pytest.mark.parametrize("special", ["zoneout at once", "zoneout in evaluation"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_zoneout_in_lean_memory(cell, special):
+    check(draw(cell, H=20, dtype=torch.float32, **ZONED[special]), special, memory="lean")
+
+
+@pytest.mark.parametrize("H, P", [(20, 3), (64, 64), (300, 100)])
+@pytest.mark.parametrize("special", ["zoneout at once", "zoneout in evaluation"])
+def test_zoneout_of_a_projected_h(special, H, P):
+    check(draw("lstm", H=H, P=P, dtype=torch.bfloat16, **ZONED[special]), f"{special} {H} {P}")
+
+
+@pytest.mark.parametrize("form, H", OF_TRITON)
+def test_zoneout_gives_the_same_bits_again_and_in_a_stack(form, H, monkeypatch):
+    given = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.LSTM(8, H, 2, zoneout=(0.3, 0.1), backend="triton", **given)
+    x = torch.randn(6, 9, 8, requires_grad=True, **given)
+
+    def found():
+        y, (h, c), along = module(x, seed=3, all_states=True)
+        outputs = [y, h, c, *along]
+        loss = sum(o.sum() for o in outputs)
+        return [*outputs, *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+    with as_form(form):
+        stack = found()
+        assert "StackFunction" in stack[0].grad_fn.name()
+        assert all(map(same_bits, stack, found()))
+        monkeypatch.setattr(whole, "run", lambda *call, **given: None)
+        assert all(map(same_bits, stack, found()))
+
+
+def test_left_to_us_zoneout_runs_on_triton():
+    module = fastseq.LSTM(8, 16, device="cuda", zoneout=0.1)
+    assert fastseq.explain(module, torch.randn(3, 2, 8, device="cuda")) == "triton"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("there", [False, True], ids=["seed on the CPU", "seed on the device"])
+def test_masks_have_the_bits_of_the_cpu_and_wait_for_nobody(there):
+    if torch.cuda.get_device_name().startswith("Fake"):
+        pytest.skip("a rehearsal launches nothing")
+    sites, ids, steps = [3, 11, 19], torch.arange(1000) * 2**37 // 3, torch.arange(1000) * 7
+    seed = torch.tensor(0x0123456789ABCDEF)
+    key, *rows = (t.cuda() for t in (seed, ids, steps))
+
+    def drawn(units, when):
+        rows_too = rows[1] if when else None
+        return load("triton").keep(key if there else seed, sites, rows[0], rows_too, units, 2**30)
+
+    asked = [(130, True), (7, False), (256, True)]
+    for each in asked:
+        drawn(*each)  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [drawn(*each) for each in asked]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for mask, (units, when) in zip(found, asked, strict=True):
+        expected = masks.by_operations(seed, sites, ids, steps if when else None, units, 2**30)
+        assert torch.equal(mask.cpu(), expected)
 
 
 def test_none_stays_with_torch():

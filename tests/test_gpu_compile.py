@@ -301,7 +301,21 @@ def test_cudnn_runs_where_torch_takes_it():
     """The loop has no reserve."""
     x, state = torch.randn(5, 3, 4, device="cuda"), torch.zeros(1, 3, 6, device="cuda")
     weights = [torch.randn(18, n, device="cuda") for n in (4, 6)] + [None] * 3
-    arguments = ("gru", "torch", x, None, [state], weights, [False], None, None, "full", False)
+    arguments = (
+        "gru",
+        "torch",
+        x,
+        None,
+        [state],
+        weights,
+        [False],
+        None,
+        None,
+        [],
+        [],
+        "full",
+        False,
+    )
     *_, reserve = torch.ops.fastseq.recurrence(*arguments, True, False)
     assert bool(reserve.numel()) == cudnn.serves(x, 5) == torch.cudnn_is_acceptable(x)
     with without_cudnn():

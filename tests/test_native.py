@@ -390,7 +390,7 @@ def test_what_training_keeps(cell, memory):
 OUT_OF_MEMORY = """
 import gc, resource, torch
 from fastseq.backends import load
-from fastseq.backends.contract import Call, OutputGradients, Request, Wanted
+from fastseq.backends.contract import NOTHING, Call, OutputGradients, Request, Wanted
 from problems import draw
 
 native = load("native")
@@ -411,7 +411,7 @@ h, c = torch.zeros(1, 4, 2100), torch.zeros(1, 4, 2100)
 
 def layers(call, save):
     weights = tuple(w for w in call.weights[0].flat() if w is not None)
-    return native.layers(Request("lstm"), call.x, None, (), weights, (), save)
+    return native.layers(Request("lstm"), call.x, None, (), weights, NOTHING, save)
 
 def stream():
     return native.stream(Request("lstm"), wide_weights, h, (c,))

@@ -216,7 +216,7 @@ def test_opcheck(sample, memory):
     reset = None if case.reset is None else case.reset.reshape(1, -1).expand(D, -1)
     weights = [w for ways in case.weights for w in ways.flat()]
     given = (case.cell, "native", case.x, None, case.states, weights, [False, True][:D], reset)
-    given = (*given, case.h_mask, memory, False)
+    given = (*given, case.h_mask, [], [], memory, False)
     operators = torch.ops.fastseq
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     trajectory = case.cell == "lstm"

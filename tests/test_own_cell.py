@@ -193,7 +193,14 @@ SHAPES = {
     "one step": {"T": 1},
     "bare": {"bias": False, "state": False},
 }
-GIVEN = {"nothing": {}, "reset": {"reset": True}, "both": {"reset": True, "h_mask": True}}
+GIVEN = {
+    "nothing": {},
+    "reset": {"reset": True},
+    "both": {"reset": True, "h_mask": True},
+    "zoneout": {"zoneout": (0.4, 0.3, 0.2), "reset": True, "h_mask": True},
+    "zoneout of c": {"zoneout": (0.0, 0.5, 0.0)},
+    "evaluation": {"zoneout": (0.4, 0.3, 0.2), "evaluates": True},
+}
 AXES = {
     "backend": (None, "numba", "eager", "reference"),
     "dtype": (torch.float32, torch.bfloat16),
@@ -263,6 +270,24 @@ ALL_AT_ONCE = {"lengths": (2, 0, 3), "directions": 2, "reset": True, "h_mask": T
 def test_on_triton(cell, form, dtype, options):
     case = draw(cell, T=3, I=3, H=18, dtype=dtype, **ALL_AT_ONCE)
     against_the_independent(case, "triton", cell, **options)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_under_tritons_interpreter runs it")
+@pytest.mark.parametrize(
+    "form, cell, options",
+    [
+        ("step", "slow_lstm", {"zoneout": (0.4, 0.5, 0.3)}),
+        pytest.param("walk", "slow_lstm", {"zoneout": 0.4, "evaluates": True}, marks=full),
+        pytest.param("grid", "early_gate", {"zoneout": 0.4}, marks=full),
+        pytest.param("resident", "slow_lstm", {"zoneout": (0.0, 0.5, 0.0)}, marks=full),
+    ],
+    indirect=["form"],
+    ids=str,
+)
+def test_zoneout_on_triton(form, cell, options):
+    """A later phase takes the states as an earlier one gave them, in a launch of its own."""
+    case = draw(cell, T=3, I=3, H=18, dtype=torch.float32, **ALL_AT_ONCE, **options)
+    against_the_independent(case, "triton", cell, trajectory=True)
 
 
 def test_under_tritons_interpreter(request):

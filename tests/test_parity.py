@@ -236,7 +236,7 @@ def test_a_named_decline_is_real(backend):
     if isinstance(module, str):
         pytest.skip(module)
     plain = Problem("lstm", torch.float32, "cpu", 3, 2, 4, 5, 5, training=True)
-    assert module.supports(plain) is None
+    assert choice.declines(module, plain) is None
     changed = {name: {"cell": name} for name in CELLS} | {
         "reset": {"reset": True},
         "h_mask": {"h_mask": True},
@@ -246,9 +246,10 @@ def test_a_named_decline_is_real(backend):
         "transform": {"mode": "transform"},
         "dual": {"mode": "dual"},
         "projection to H": {"projected": True},
+        "zoneout": {"zoneout": (0.1, 0.0)},
     }
     for feature in DECLINES[backend]:
-        reason = module.supports(plain._replace(**changed[feature]))
+        reason = choice.declines(module, plain._replace(**changed[feature]))
         assert isinstance(reason, str) and len(reason.split()) > 4, feature
 
 
@@ -289,7 +290,11 @@ SPECIAL = {
         "directions": 2,
         "layers": 2,
     },
+    "zoneout": {"zoneout": (0.4, 0.0, 0.6), "directions": 2, "H": 17},
+    "zoneout of others": {"zoneout": (0.0, 0.5, 0.0), "T": 1},
 }
+SPECIAL["zoneout at once"] = SPECIAL["all at once"] | {"zoneout": 0.4}
+SPECIAL["zoneout in evaluation"] = SPECIAL["zoneout at once"] | {"evaluates": True}
 
 
 @pytest.mark.parametrize("dtype", SOME_DTYPES)
@@ -303,25 +308,35 @@ def test_special(backend, cell, special, dtype):
 
 @pytest.mark.parametrize("dtype", SOME_DTYPES)
 @pytest.mark.parametrize("P", [1, 5, 6])
+@pytest.mark.parametrize("zoneout", [(), (0.3, 0.2)], ids=["", "zoneout"])
 @pytest.mark.parametrize("backend", NAMED)
-def test_projection(backend, P, dtype):
+def test_projection(backend, zoneout, P, dtype):
     """Also a square one, which shapes alone do not tell from none."""
-    case = draw("lstm", H=6, P=P, layers=2, directions=2, lengths=[1, 5, 3], dtype=dtype)
+    options = {"layers": 2, "directions": 2, "lengths": [1, 5, 3], "zoneout": zoneout}
+    case = draw("lstm", H=6, P=P, dtype=dtype, **options)
     against_the_independent(case, backend, f"P={P}")
 
 
 @pytest.mark.parametrize("dtype", SOME_DTYPES)
-@pytest.mark.parametrize("layout", ["dense", "ragged", "reset"])
+@pytest.mark.parametrize("layout", ["dense", "ragged", "reset", "zoneout", "evaluation"])
 @pytest.mark.parametrize("backend", NAMED)
 def test_trajectory(backend, layout, dtype):
     """The cell state at every step, and the gradient that flows through it."""
-    options = {"dense": {}, "ragged": {"lengths": [1, 0, 5]}, "reset": {"reset": True}}[layout]
+    options = {
+        "dense": {},
+        "ragged": {"lengths": [1, 0, 5]},
+        "reset": {"reset": True},
+        "zoneout": {"zoneout": (0.3, 0.2), "reset": True},
+        "evaluation": {"zoneout": (0.3, 0.2), "evaluates": True},
+    }[layout]
     case = draw("lstm", directions=2, dtype=dtype, **options)
     against_the_independent(case, backend, layout, trajectory=True)
 
 
 @pytest.mark.parametrize("dtype", SOME_DTYPES)
-@pytest.mark.parametrize("layout", ["dense", "ragged", "projected", "both"])
+@pytest.mark.parametrize(
+    "layout", ["dense", "ragged", "projected", "both", "zoneout", "evaluation"]
+)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", NAMED)
 def test_lean(backend, cell, layout, dtype):
@@ -333,6 +348,8 @@ def test_lean(backend, cell, layout, dtype):
         "ragged": {"lengths": [3, 0, 5], "reset": True},
         "projected": {"P": 3},
         "both": {"layers": 2, "directions": 2, "h_mask": True},
+        "zoneout": {"zoneout": (0.3, 0.2, 0.5), "directions": 2, "lengths": [3, 0, 5]},
+        "evaluation": {"zoneout": (0.3, 0.2, 0.5), "directions": 2, "evaluates": True},
     }[layout]
     case = draw(cell, dtype=dtype, **options)
     against_the_independent(case, backend, layout, memory="lean")
@@ -456,7 +473,9 @@ def test_strides_do_not_matter(backend, cell, form):
     )
 
 
-@pytest.mark.parametrize("layout", ["dense", "ragged", "reset", "projected", "lean", "trajectory"])
+@pytest.mark.parametrize(
+    "layout", ["dense", "ragged", "reset", "projected", "lean", "trajectory", "zoneout"]
+)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", NAMED)
 def test_nothing_is_read_before_it_is_written(backend, cell, layout):
@@ -466,6 +485,7 @@ def test_nothing_is_read_before_it_is_written(backend, cell, layout):
         "ragged": {"lengths": [0, 5, 3]},
         "reset": {"reset": True, "lengths": [2, 5, 3]},
         "projected": {"P": 3},
+        "zoneout": {"zoneout": 0.3, "lengths": [0, 5, 3]},
     }.get(layout, {})
     case = draw(cell, directions=2, layers=2, dtype=torch.float32, **options)
     extra = {"memory": "lean"} if layout == "lean" else {}

@@ -48,8 +48,12 @@ def run_reference(case, lengths, reverse, dy, dstates, dalong, k=0):
         for row, (t, b) in enumerate(rows):
             begins = t + 1 if reverse else t
             reset[row] = begins < lengths[b] and bool(case.reset[begins, b])
+    stay = [
+        s if s is None or isinstance(s, float) else packed(numpy(s[k]), rows)
+        for s in case.stay() or ()
+    ]
     x = packed(numpy(case.x), rows)
-    y, finals, tape = reference.forward(cell, x, sizes, states, weights, reverse, reset, mask)
+    y, finals, tape = reference.forward(cell, x, sizes, states, weights, reverse, reset, mask, stay)
     gradients = reference.backward(
         cell,
         x,
@@ -61,6 +65,7 @@ def run_reference(case, lengths, reverse, dy, dstates, dalong, k=0):
         {s: packed(numpy(d), rows) for s, d in zip(cell.states[1:], dalong, strict=False)},
         reverse,
         mask,
+        stay,
     )
     return rows, y, finals, tape, gradients
 
@@ -91,7 +96,7 @@ def compare(case, lengths, reverse, y, finals, along, with_along):
     for name, ours, final in zip(cell.states, ends, finals, strict=True):
         assert_near(ours, final, f"{name}_n")
     for name, value in zip(cell.states[1:], along, strict=False):
-        assert_near(tape.values[name], value[select], name)
+        assert_near(tape.after[name], value[select], name)
     assert_near(gradients.x, truth["x"][select], "dx")
     for name, ours in zip(cell.states, gradients.states, strict=True):
         assert_near(ours, truth[f"{name}_0"][0], f"d{name}_0")
@@ -153,15 +158,22 @@ def test_against_torch(cell, P, bias, reverse, lengths):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("extra", ["plain", "reset", "h_mask", "both"])
+@pytest.mark.parametrize(
+    "extra", ["plain", "reset", "h_mask", "both", "zoneout", "evaluation", "all"]
+)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("cell, P", [*((cell, None) for cell in CELLS), ("lstm", 3)])
 def test_against_the_independent_writing(cell, P, reverse, extra, lengths):
     """Every cell; resets, masks, and the gradient of the trajectory."""
     sizes = LENGTHS[lengths]
-    options = {"reset": extra in ("reset", "both"), "h_mask": extra in ("h_mask", "both")}
+    options = {
+        "reset": extra in ("reset", "both", "all"),
+        "h_mask": extra in ("h_mask", "both", "all"),
+        "zoneout": (0.5, 0.3) if extra in ("zoneout", "evaluation", "all") else (),
+        "evaluates": extra == "evaluation",
+    }
     case = draw(cell, max(sizes), len(sizes), H=5, P=P, lengths=sizes, **options)
-    mask = None if case.h_mask is None else case.h_mask[0]
+    mask, stay = None if case.h_mask is None else case.h_mask[0], case.stay()
     y, finals, along = independent.recurrence(
         cell,
         case.x,
@@ -171,6 +183,7 @@ def test_against_the_independent_writing(cell, P, reverse, extra, lengths):
         case.lengths,
         case.reset,
         mask,
+        stay and [s[0] if torch.is_tensor(s) else s for s in stay],
     )
     compare(case, sizes, reverse, y, finals, along, True)
 

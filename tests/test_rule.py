@@ -541,6 +541,18 @@ def test_what_torch_cannot_run_takes_green_kernels_before_the_eager_form(name, r
     assert order(**asked) == TORCH
 
 
+@pytest.mark.parametrize("asked", [{}, {"cell": "gru"}, {"H": 300}, {"capability": "8.0"}], ids=str)
+def test_zoneout_runs_on_triton_unmeasured(asked, ruled):
+    """Whatever was measured of plain layers, and on every device."""
+    zoned = asked | {"zoneout": (0.1, 0.0), "training": True}
+    for results in (behind(), [*point(), *of_cuda(0.5)]):
+        ruled(results)
+        assert order(**zoned) == ("triton", "eager")
+        reason = choice.measured(LSTM._replace(**zoned))
+        assert reason.startswith("not measured: cuDNN and cuda's kernels have no zoneout")
+    assert order(**zoned, ragged=True, recording=True) == TORCH
+
+
 def test_ahead_is_no_word_for_what_torch_cannot_run(ruled):
     ruled([*point(), timed("triton", "calls", 1.0, form="step", tested="no")])
     assert order() == TRITON and order(reset=True) == TORCH

@@ -97,7 +97,9 @@ def test_what_goes_layer_by_layer():
     problem = Problem("lstm", torch.float32, "cpu", 4, 3, 6, 8, 8)
     assert choice.in_one_call("cuda", problem)
     for own in ("reset", "h_mask", "trajectory"):
-        assert not choice.in_one_call("cuda", problem._replace(**{own: True}))
+        assert choice.in_one_call("cuda", problem._replace(**{own: True}))
+    zoned = problem._replace(zoneout=(0.1, 0.1))
+    assert "zoneout" in choice.declines(choice.load("cuda"), zoned)
     for mode in ("compile", "trace", "transform", "dual"):
         assert not choice.in_one_call("cuda", problem._replace(mode=mode))
 

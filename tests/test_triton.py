@@ -86,7 +86,7 @@ def test_no_name_of_a_kernel_is_missed():
     """A cell's names and a kernel's stand side by side: all of the kernel's own are told, so that
     a cell that has one of them is declined."""
     source = pytest.importorskip("fastseq.backends.triton_source")
-    from fastseq.backends.triton_text import MADE_NAMES, OWN_NAMES, Pieces, taken_names
+    from fastseq.backends.triton_text import MADE_NAMES, OWN_NAMES, Pieces, Zoned, taken_names
 
     widths = [f"{n}{w}" for n in ("", "2 * ", "3 * ", "4 * ") for w in "HP"]
     pieces = Pieces(tuple((width, 2) for width in widths), 1)
@@ -95,13 +95,14 @@ def test_no_name_of_a_kernel_is_missed():
         values = {n for p in cell.phases for n in (*p.takes, *p.returns)} | set(cell.states)
         values |= {f"{state}_prev" for state in cell.states}
         values |= {f"d{name}" for name in values}
-        for kind, projected in itertools.product(source.TEXTS, (False, True)):
+        ways = Zoned(), Zoned(cell.states), Zoned(cell.states, drawn=False)
+        for kind, projected, zoned in itertools.product(source.TEXTS, (False, True), ways):
             if projected and not cell.can_project:
                 continue
             parts = range(len(cell.phases) + projected)
             grid = "grid" in kind
             for k in (None, pieces) if grid else parts if "step" in kind else (False, True):
-                tree = ast.walk(ast.parse(source.TEXTS[kind](cell, projected, k)))
+                tree = ast.walk(ast.parse(source.TEXTS[kind](cell, projected, k, zoned)))
                 names = {n.id for n in tree if isinstance(n, ast.Name)} - values
                 tiles = {n for n in names if re.fullmatch(r"[axs](_[a-z])+", n)}
                 own = {n for n in names - tiles if not re.fullmatch(MADE_NAMES, n)}

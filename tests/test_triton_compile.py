@@ -32,6 +32,11 @@ def test_kernels_compile_and_do_not_spill(request):
     printed = compiled()
     for word in ("_forward_walk sm_90", "_backward_grid sm_80", "_backward_step_0 gfx942"):
         assert word in printed
+    zoned = [line for line in printed.splitlines() if "sm_90" in line and " zoned " in line]
+    for form in ("walk", "grid", "step_1"):
+        assert any(f"_forward_{form} " in line for line in zoned), form
+        assert any(f"_backward_{form} " in line for line in zoned), form
+    assert "ok keep_kernel sm_90" in printed
     if request.config.getoption("--full"):  # a spread of two thousand cases: each takes seconds
         compiled("--full", "--every", "17")
 

@@ -151,6 +151,7 @@ def struct_of(cell: Cell) -> str:
         "U": len(cell.unit_parameters),
         "PHASES": len(cell.phases),
     }
+    taken = ", ".join("true" if taken else "false" for taken in cell.taken_back)
     flags = {"KEEPS_GATES": cell.keeps_gates(False), "READS_H": cell.reads_h}
     return "\n".join(
         [
@@ -164,6 +165,7 @@ def struct_of(cell: Cell) -> str:
             "  static constexpr bool "
             + ", ".join(f"{k} = {'true' if v else 'false'}" for k, v in flags.items())
             + ";",
+            f"  static constexpr bool TAKEN_BACK[] = {{{taken}}};",
             "",
             *_method("forward", [list(_forward(cell, phase)) for phase in cell.phases]),
             "",

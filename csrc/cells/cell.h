@@ -25,6 +25,7 @@
 // multiplies gates FIRST[k] to FIRST[k + 1] of w_hh, the first phase by h_{t-1}, the second by the
 // first extra. The last APART gates take x and s apart. KEEPS_GATES: else backward needs no gates,
 // but y. READS_H: whether a text adds h_prev, or its gradient.
+// TAKEN_BACK: of each state, h first, whether a backward text takes its value after the step.
 #pragma once
 
 #ifndef FASTSEQ_INLINE

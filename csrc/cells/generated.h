@@ -247,6 +247,7 @@ struct RnnTanh {
   static constexpr int FIRST[] = {0, 1};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = false, READS_H = false;
+  static constexpr bool TAKEN_BACK[] = {true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -273,6 +274,7 @@ struct RnnRelu {
   static constexpr int FIRST[] = {0, 1};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = false, READS_H = false;
+  static constexpr bool TAKEN_BACK[] = {true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -300,6 +302,7 @@ struct RnnSigmoid {
   static constexpr int FIRST[] = {0, 1};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = false, READS_H = false;
+  static constexpr bool TAKEN_BACK[] = {true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -326,6 +329,7 @@ struct Lstm {
   static constexpr int FIRST[] = {0, 4};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = true, READS_H = false;
+  static constexpr bool TAKEN_BACK[] = {false, true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -361,6 +365,7 @@ struct PeepholeLstm {
   static constexpr int FIRST[] = {0, 4};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = true, READS_H = false;
+  static constexpr bool TAKEN_BACK[] = {false, true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -400,6 +405,7 @@ struct CoupledLstm {
   static constexpr int FIRST[] = {0, 3};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = true, READS_H = false;
+  static constexpr bool TAKEN_BACK[] = {false, true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -434,6 +440,7 @@ struct Gru {
   static constexpr int FIRST[] = {0, 3};
   static constexpr int APART = 1;
   static constexpr bool KEEPS_GATES = true, READS_H = true;
+  static constexpr bool TAKEN_BACK[] = {false};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -469,6 +476,7 @@ struct GruResetBefore {
   static constexpr int FIRST[] = {0, 2, 3};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = true, READS_H = true;
+  static constexpr bool TAKEN_BACK[] = {false};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -513,6 +521,7 @@ struct Mgu {
   static constexpr int FIRST[] = {0, 1, 2};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = true, READS_H = true;
+  static constexpr bool TAKEN_BACK[] = {false};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -553,6 +562,7 @@ struct Indrnn {
   static constexpr int FIRST[] = {0, 0};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = false, READS_H = true;
+  static constexpr bool TAKEN_BACK[] = {true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -581,6 +591,7 @@ struct IndrnnTanh {
   static constexpr int FIRST[] = {0, 0};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = false, READS_H = true;
+  static constexpr bool TAKEN_BACK[] = {true};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {
@@ -609,6 +620,7 @@ struct LeakyIntegrator {
   static constexpr int FIRST[] = {0, 0};
   static constexpr int APART = 0;
   static constexpr bool KEEPS_GATES = true, READS_H = true;
+  static constexpr bool TAKEN_BACK[] = {false};
 
   template <int PHASE, class At>
   FASTSEQ_INLINE static void forward(At& at) {

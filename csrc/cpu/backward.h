@@ -1,6 +1,9 @@
 // The loop over time, backward, generic over the cell: the gate gradients of a window of steps, and
 // the gradients of the states. gradients.h multiplies the windows.
 //
+// Of a call with zoneout the gradient of a state is split before the text: what goes to the state before
+// the step is held until the text has left its own, and added to it.
+//
 // A share owns its packed weights and its rows and units of dh and dc, which carry the gradients of
 // the states from step to step. Windows belong to all shares of a recurrence: each writes its rows and
 // units of them, and those that share rows meet at every step, since the product of the step before
@@ -90,11 +93,14 @@ struct BackwardShare : Walk<T> {
   static constexpr int Q = Cell::G + Cell::APART;  // columns of dgates, in units of H
   static constexpr int G_HH = Cell::FIRST[Cell::PHASES];
   using Way = Walk<T>;
-  using Way::H, Way::P, Way::in, Way::place, Way::projected, Way::r, Way::rows, Way::zeros;
-  using Way::column, Way::h_before, Way::multiplied, Way::resets, Way::step_at;
+  using Way::H, Way::P, Way::in, Way::place, Way::projected, Way::r, Way::rows, Way::zeros, Way::zones;
+  using Way::column, Way::h_before, Way::multiplied, Way::resets, Way::stay, Way::step_at;
   const BackwardCall<T>& call;
   const RecurrenceGradients<T>& d;
   const bool pairs;
+  // Whether d.dh goes from step to step. Else the product makes all of it.
+  const bool carries_h;
+  T *held_h, *held_c[MOST_EACH];  // what a zoned state's gradient leaves to the state before the step
 
   // dunit: of each unit parameter the sum at hand of each level
   T *w_hh[2], *w_hr, *tiles, *dh_pairs, *dunit;
@@ -117,6 +123,7 @@ struct BackwardShare : Walk<T> {
         call(call),
         d(call.gradients[place.recurrence]),
         pairs(call.bf16 && in_pairs(in)),
+        carries_h(Cell::READS_H || r.zones(0)),
         now(),
         last() {
     for (int k = 0; k < Cell::PHASES; ++k) w_hh[k] = arena.take<T>(recurrent_panels(k).size());
@@ -127,6 +134,8 @@ struct BackwardShare : Walk<T> {
     operand = arena.take<const T*>(rows);
     second = arena.take<const T*>(rows);
     h_prev = arena.take<const T*>(rows);
+    held_h = arena.take<T>(Cell::READS_H && r.zones(0) ? rows * P : 0);
+    for (int k = 0; k < Cell::C; ++k) held_c[k] = arena.take<T>(r.zones(1 + k) ? rows * H : 0);
     dunit = nullptr;
   }
 
@@ -189,17 +198,18 @@ struct BackwardShare : Walk<T> {
   index time_after(const Step& s) const { return r.reverse ? s.t - 1 : s.t + 1; }
 
   template <int PHASE>
-  FASTSEQ_INLINE void panel(const Step& s, index b, int R, index p, int blocks, const T* tiles) {
+  FASTSEQ_INLINE void panel(const Step& s, index b, int R, index p, int blocks, T* tiles) {
+    const index u0 = p * WIDEST * L, u1 = u0 + blocks * L < H ? u0 + blocks * L : H;
     for (int i = 0; i < R; ++i) {
       const index own = place.first + b + i, n = s.now.base + own, across = column(n);
       const bool has_after = after(s, own), is_cut = cut(s, own);
       BackwardRow<T> row;
       row.dy = call.dy && !projected ? call.dy + across * P : nullptr;
-      row.carry = projected || is_cut || (has_after && !Cell::READS_H) ? nullptr : d.dh + own * P;
+      row.carry = projected || is_cut || (has_after && !carries_h) ? nullptr : d.dh + own * P;
       row.dh_out = d.dh + own * P;
       row.gates = r.gates ? r.gates + n * Cell::G * H : nullptr;
       for (int k = 0; k < Cell::E; ++k) row.extra[k] = r.extra[k] ? r.extra[k] + n * H : nullptr;
-      row.h = projected ? r.m + n * H : call.y + across * P;
+      row.h = r.m ? r.m + n * H : call.y + across * P;
       row.h_prev = projected ? nullptr : h_prev[b + i];
       row.unit = r.weights.unit;
       row.dgates = now.dgates + (n - now.base) * Q * H;
@@ -208,12 +218,13 @@ struct BackwardShare : Walk<T> {
         row.dc_out[k] = d.dc[k] + own * H;
         row.dc[k] = is_cut ? zeros : row.dc_out[k];
         row.dc_all[k] = call.dc_all[k] ? call.dc_all[k] + across * H : nullptr;
-        row.c[k] = call.c_all[k] + across * H;
+        row.c[k] = r.made[k] ? r.made[k] + n * H : call.c_all[k] + across * H;
         row.c_prev[k] = resets(n)              ? zeros
                         : own < s.before.alive ? call.c_all[k] + column(s.before.base + own) * H
                         : r.c_0[k]             ? r.c_0[k] + own * H
                                                : zeros;
       }
+      if (PHASE + 1 == Cell::PHASES && zones) split(row, b + i, n, tiles + i * blocks * L, u0, u1);
       for (int j = 0; j < blocks; ++j) {
         const index u = (p * WIDEST + j) * L;
         const T* tile = tiles + (i * blocks + j) * L;
@@ -225,11 +236,55 @@ struct BackwardShare : Walk<T> {
           Cell::template backward<PHASE>(at);
         }
       }
+      if (PHASE == 0 && zones) join(row, b + i, u0, u1);
     }
     index rows = CHAIN;
     for (int level = 0; Cell::U && level < LEVELS - 1; ++level, rows *= CHAIN)
       if ((walked + b) / rows < (walked + b + R) / rows)
         end_chain(level, p * WIDEST * L, (p * WIDEST + blocks) * L);
+  }
+
+  // Of the units [u0, u1) of the b-th row of a step: the gradients of its zoned states, all that there is
+  // of them, in two. The text finds its part of dh in the tile, that of dc where it leaves dc_prev.
+  __attribute__((noinline)) void split(BackwardRow<T>& row, index b, index n, T* tile, index u0,
+                                       index u1) {
+    if (r.zones(0) && !projected) {
+      const Stay<T> stays = stay(0, n);
+      T* held = Cell::READS_H ? held_h + b * P : row.dh_out;
+      each_vector<T>(u0, u1, [&](index u, int n) {
+        Vec<T> dh = load(tile + u - u0);
+        if (row.dy) dh = dh + load_units(row.dy + u, n);
+        if (row.carry) dh = dh + load_units(row.carry + u, n);
+        Vec<T> before, left;
+        stays.split(dh, u, n, &before, &left);
+        store_units(held + u, before, n), store(tile + u - u0, left);
+      });
+      row.dy = row.carry = nullptr;
+    }
+    for (int k = 0; k < Cell::C; ++k) {
+      if (!r.zones(1 + k)) continue;
+      const Stay<T> stays = stay(1 + k, n);
+      each_vector<T>(u0, u1, [&](index u, int n) {
+        Vec<T> dc = load_units(row.dc[k] + u, n);
+        if (row.dc_all[k]) dc = dc + load_units(row.dc_all[k] + u, n);
+        Vec<T> before, left;
+        stays.split(dc, u, n, &before, &left);
+        store_units(held_c[k] + b * H + u, before, n), store_units(row.dc_out[k] + u, left, n);
+      });
+      row.dc[k] = row.dc_out[k], row.dc_all[k] = nullptr;
+    }
+  }
+
+  // What was held is added to what the text left.
+  __attribute__((noinline)) void join(const BackwardRow<T>& row, index b, index u0, index u1) {
+    if (Cell::READS_H && r.zones(0)) add(held_h + b * P, row.dh_out, u0, u1);
+    for (int k = 0; k < Cell::C; ++k)
+      if (r.zones(1 + k)) add(held_c[k] + b * H, row.dc_out[k], u0, u1);
+  }
+  static void add(const T* from, T* to, index u0, index u1) {
+    each_vector<T>(u0, u1, [&](index u, int n) {
+      store_units(to + u, load_units(to + u, n) + load_units(from + u, n), n);
+    });
   }
 
   // A sum of sums of sums: one chain over all rows rounds too often.
@@ -330,7 +385,13 @@ struct BackwardShare : Walk<T> {
           for (index u = u0; u < u1; ++u) {
             T value = tiles[i * W * L + u - u0];
             if (call.dy) value += call.dy[column(n) * P + u];
-            if (!after(s, own)) value += d.dh[own * P + u];
+            T& dh = d.dh[own * P + u];
+            if (carries_h ? !cut(s, own) : !after(s, own)) value += dh;
+            if (r.zones(0)) {
+              const bool stays = r.stay[0] && r.stay[0][n * P + u];
+              dh = stays ? value : value * r.part[0];
+              value = stays ? T(0) : value - dh;
+            }
             out[u] = value;
           }
         }
@@ -351,7 +412,7 @@ struct BackwardShare : Walk<T> {
       index end = b + 1;
       while (end < b1 && resets(in.base(t) + end) == is_reset) ++end;
       for (index own = b; own < end; ++own) {
-        if (is_reset || !Cell::READS_H) std::memset(d.dh + own * P + from, 0, size * sizeof(T));
+        if (is_reset || !carries_h) std::memset(d.dh + own * P + from, 0, size * sizeof(T));
         for (int k = 0; is_reset && k < Cell::C; ++k)
           std::memset(d.dc[k] + own * H + u0, 0, (u1 - u0) * sizeof(T));
       }

@@ -46,12 +46,19 @@ struct Recurrence {
   const T* c_0[MOST_EACH];    // (B, H) each, null: zeros
   const uint8_t* reset;  // (N), null: nowhere
   const T* h_mask;       // (B, P), null: none
+  // Zoneout, of h and each other state: where it stays as it was before the step, (N, P) or (N, H),
+  // null: nowhere; or the part of it that stays.
+  const uint8_t* stay[1 + MOST_EACH];
+  T part[1 + MOST_EACH];
   const T* packed;       // the weights as `pack` left them, null: pack them in the call
   T* h_n;                // (B, P), output
   T* c_n[MOST_EACH];          // (B, H) each, output; carries c
   T* gates;              // (N, G*H), output if not null: what backward wants
   T* extra[MOST_EACH];        // (N, H) each, output if not null
-  T* m;                  // (N, H), output if not null: h before its projection
+  T* m;                  // (N, H), output if not null: h before its projection, and before zoneout
+  T* made[MOST_EACH];    // (N, H) each, output if not null: c before zoneout
+
+  bool zones(int state) const { return stay[state] || part[state] != 0; }
 };
 
 template <class T>
@@ -170,6 +177,17 @@ struct BackwardCall {
   Slot* slots;      // (R * threads + 1, threads): the last row for all
 };
 
+// Masks of rows at sites (draw.h): whether the word of a unit is at least `threshold`, up to 2^32.
+struct DrawCall {
+  uint32_t key[2];
+  int64_t sites, rows, units;
+  const int64_t* site;   // (sites), 16 bits each
+  const int64_t *ids, *steps;  // (rows); steps null: zeros
+  uint64_t threshold;
+  uint8_t* out;          // (sites, rows, units)
+  int threads;
+};
+
 // What the kernels of one instruction set offer. `id` of `count` threads; scratch: bytes for each
 // thread, and bytes for all.
 template <class T>
@@ -190,6 +208,7 @@ struct InstructionSet {
   bool (*runs_here)();
   Kernels<float> f32;
   Kernels<double> f64;
+  void (*draw)(const DrawCall&, int id, int count);
 };
 
 extern const InstructionSet* const instruction_sets[];  // the best first; null ends them

@@ -8,6 +8,9 @@
 // Where a call is in bfloat16 and the processor multiplies pairs of it, all is float32 but what goes
 // into a product: copies of its rows in pairs, and packed weights. h is rounded as it is left.
 //
+// A call with zoneout has one more pass over the units of a panel, behind the text, which so leaves the
+// new states where backward wants them; `zone` blends them with those before the step.
+//
 // A share owns its packed weights, the products of a chunk and c_n, which carries c; it writes its
 // rows and units of y, of every output named in call.h, and nothing else.
 #pragma once
@@ -62,8 +65,8 @@ struct ForwardShare : Walk<T> {
   static constexpr int L = LANES<T>;
   static constexpr bool two_phases = Cell::PHASES > 1;
   using Way = Walk<T>;
-  using Way::H, Way::P, Way::in, Way::place, Way::projected, Way::r, Way::rows, Way::zeros;
-  using Way::alive_at, Way::column, Way::h_before, Way::multiplied, Way::step_at, Way::time;
+  using Way::H, Way::P, Way::in, Way::place, Way::projected, Way::r, Way::rows, Way::zeros, Way::zones;
+  using Way::alive_at, Way::column, Way::h_before, Way::multiplied, Way::stay, Way::step_at, Way::time;
   const ForwardCall<T>& call;
   const bool pairs;
   const Panels<T> wx;
@@ -71,6 +74,7 @@ struct ForwardShare : Walk<T> {
 
   T *w_in, *w_hh[2], *w_hr, *bias_x, *bias_s;  // the packed weights
   T *x, *s, *tiles, *gates, *extra, *m, *masked;  // x, s: the products of a chunk
+  T* made[MOST_EACH];  // c before zoneout, of the rows of a step
   T *x_pairs, *h_pairs, *m_pairs;
   const T** x_row;
   const T** h_row;  // what the product multiplies
@@ -110,6 +114,7 @@ struct ForwardShare : Walk<T> {
     gates = arena.take<T>(two_phases ? rows * Cell::G * H : 0);
     extra = arena.take<T>(two_phases ? Cell::E * rows * H : 0);
     m = arena.take<T>(projected || call.known ? rows * H : 0);
+    for (int k = 0; k < Cell::C; ++k) made[k] = arena.take<T>(r.zones(1 + k) ? rows * H : 0);
     masked = arena.take<T>(r.h_mask ? (call.known ? chunk_rows : rows) * P : 0);
     x_pairs = arena.take<T>(pairs ? chunk_rows * in.I / 2 : 0);
     h_pairs = arena.take<T>(pairs ? (call.known ? chunk_rows : rows) * P / 2 : 0);
@@ -259,15 +264,19 @@ struct ForwardShare : Walk<T> {
         row.c[k] = r.c_n[k] + own * H;
         row.c_prev[k] = Way::resets(n) ? zeros : row.c[k];
         row.c_all[k] = call.c_all[k] ? call.c_all[k] + column(n) * H : nullptr;
+        if (zones && r.zones(1 + k)) {
+          row.c[k] = r.made[k] ? r.made[k] + n * H : made[k] + (b + i) * H;
+          row.c_all[k] = nullptr;
+        }
       }
       row.unit = r.weights.unit;
       row.gates = r.gates      ? r.gates + n * Cell::G * H
                   : two_phases ? gates + (b + i) * Cell::G * H
                                : nullptr;
       for (int k = 0; k < Cell::E; ++k) row.extra[k] = extra_row(k, n, b + i);
-      row.h = projected ? (r.m ? r.m + n * H : m + (b + i) * H)
-              : call.known ? m + (b + i) * H
-                           : call.y + column(n) * P;
+      row.h = r.m                       ? r.m + n * H
+              : projected || call.known ? m + (b + i) * H
+                                        : call.y + column(n) * P;
       for (int j = 0; j < blocks; ++j) {
         const index u = (p * wx.blocks + j) * L;
         const T* x_part = x_tile + (i * blocks + j) * Cell::G * L;
@@ -277,7 +286,30 @@ struct ForwardShare : Walk<T> {
         else
           text<PHASE, false>(row, x_part, s_part, u, static_cast<int>(H - u));
       }
+      if (PHASE + 1 == Cell::PHASES && zones) {
+        const index u0 = p * wx.blocks * L, u1 = u0 + blocks * L;
+        zone(row, own, n, u0, u1 < H ? u1 : H);
+      }
     }
+  }
+
+  // The units [u0, u1) of a row's states as they are handed on. h waits for its projection.
+  __attribute__((noinline)) void zone(const ForwardRow<T>& row, index own, index n, index u0,
+                                      index u1) {
+    if (r.zones(0) && !projected && !call.known)
+      blend(stay(0, n), row.h, row.h_prev, call.y + column(n) * P, u0, u1);
+    for (int k = 0; k < Cell::C; ++k) {
+      if (!r.zones(1 + k)) continue;
+      T* carried = r.c_n[k] + own * H;
+      blend(stay(1 + k, n), row.c[k], row.c_prev[k], carried, u0, u1);
+      if (call.c_all[k]) copy(carried + u0, u1 - u0, call.c_all[k] + column(n) * H + u0);
+    }
+  }
+
+  static void blend(Stay<T> stay, const T* made, const T* before, T* now, index u0, index u1) {
+    each_vector<T>(u0, u1, [&](index u, int n) {
+      store_units(now + u, stay.blend(load_units(made + u, n), load_units(before + u, n), u, n), n);
+    });
   }
 
   template <int PHASE>
@@ -386,6 +418,10 @@ struct ForwardShare : Walk<T> {
         add_tile(tiles, R, W, P - p * WIDEST * L, to, false);
         b += R;
       }
+    }
+    for (index b = 0; r.zones(0) && b < alive; ++b) {
+      T* h = call.y + column(base + b) * P;
+      blend(stay(0, base + b), h, h_prev[b], h, 0, P);
     }
   }
 

@@ -9,6 +9,7 @@
 #ifdef FASTSEQ_TRIAL
 #include "../trial.h"
 #endif
+#include "draw.h"
 #include "forward.h"
 #include "gradients.h"
 
@@ -246,7 +247,7 @@ static bool runs_here() {
 #define FASTSEQ_NAME(name) FASTSEQ_STRING(name)
 extern const InstructionSet instruction_set;
 const InstructionSet instruction_set = {FASTSEQ_NAME(FASTSEQ_ISA), FASTSEQ_VECTOR_BYTES, runs_here,
-                                        kernels<float>(), kernels<double>()};
+                                        kernels<float>(), kernels<double>(), draw_masks};
 
 }  // namespace FASTSEQ_ISA
 }  // namespace fastseq

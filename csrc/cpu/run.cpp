@@ -12,7 +12,7 @@ namespace fastseq {
 #if defined(__x86_64__)
 namespace avx512_bf16 {  // not linked where the compiler does not know it
 extern const InstructionSet instruction_set __attribute__((weak));
-const InstructionSet instruction_set = {"avx512_bf16", 0, [] { return false; }, {}, {}};
+const InstructionSet instruction_set = {"avx512_bf16", 0, [] { return false; }, {}, {}, nullptr};
 }
 namespace avx512 {
 extern const InstructionSet instruction_set;
@@ -174,6 +174,14 @@ template <class T>
 bool run(BackwardCall<T>& call, int threads) {
   const Kernels<T>& k = kernels(T());
   return run_call(call, threads, k.backward_scratch, k.backward);
+}
+void run(DrawCall& call, int threads) {
+  call.threads = pool.parallel ? threads : 1;
+  Region<DrawCall> region{&call, instruction_set().draw};
+  if (call.threads > 1)
+    pool.parallel(Region<DrawCall>::enter, &region, call.threads, 0);
+  else
+    region.kernel(call, 0, 1);
 }
 template bool run(ForwardCall<float>&, int);
 template bool run(ForwardCall<double>&, int);

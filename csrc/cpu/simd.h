@@ -104,6 +104,19 @@ FASTSEQ_INLINE void store_part(T* p, Vec<T> v, int n) {
 }
 #endif
 
+// n flags of a byte each, 0 or 1, as lanes of no bits or all; the other lanes have none.
+template <class T>
+FASTSEQ_INLINE auto load_flags(const uint8_t* p, int n) {
+  typedef typename Integer<T>::type Lanes __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int8_t Bytes __attribute__((vector_size(LANES<T>)));
+  Bytes bytes{};
+  if (n == LANES<T>)
+    std::memcpy(&bytes, p, sizeof bytes);
+  else
+    std::memcpy(&bytes, p, n);
+  return -__builtin_convertvector(bytes, Lanes);
+}
+
 // a * b + c, rounded once where the instruction set can.
 #if defined(__AVX512F__)
 FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {

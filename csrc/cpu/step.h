@@ -84,6 +84,44 @@ struct Step {
   index alive;                  // rows of this share
 };
 
+// Where a state of one row stays as it was before the step: a byte a unit, or the part that stays.
+template <class T>
+struct Stay {
+  const uint8_t* flags;  // null: `part`
+  T part;
+
+  // Of a gradient, n units from unit u on: what goes to the state before the step, and what is left.
+  FASTSEQ_INLINE void split(Vec<T> of, index u, int n, Vec<T>* before, Vec<T>* left) const {
+    if (flags) {
+      const auto stays = load_flags<T>(flags + u, n);
+      *before = stays ? of : Vec<T>{}, *left = stays ? Vec<T>{} : of;
+    } else {
+      *before = of * splat(part), *left = of - *before;
+    }
+  }
+  // The state after the step.
+  FASTSEQ_INLINE Vec<T> blend(Vec<T> made, Vec<T> before, index u, int n) const {
+    return flags ? (load_flags<T>(flags + u, n) ? before : made) : made + splat(part) * (before - made);
+  }
+};
+
+// f(u, n) for the units [u0, u1), a vector at a time.
+template <class T, class Function>
+FASTSEQ_INLINE void each_vector(index u0, index u1, Function f) {
+  index u = u0;
+  for (; u + LANES<T> <= u1; u += LANES<T>) f(u, LANES<T>);
+  if (u < u1) f(u, static_cast<int>(u1 - u));
+}
+
+template <class T>
+FASTSEQ_INLINE Vec<T> load_units(const T* p, int n) {
+  return n == LANES<T> ? load(p) : load_part(p, n);
+}
+template <class T>
+FASTSEQ_INLINE void store_units(T* p, Vec<T> v, int n) {
+  n == LANES<T> ? store(p, v) : store_part(p, v, n);
+}
+
 // A share's way through time.
 template <class T>
 struct Walk {
@@ -93,6 +131,7 @@ struct Walk {
   const int R;
   const index H, P, rows;  // rows: of the share
   const bool projected;
+  const bool zones;  // whether any state does
   T* zeros;  // as many as a row of any kind needs; the loops set it
 
   template <class CallT>
@@ -104,7 +143,14 @@ struct Walk {
         H(in.H),
         P(in.P),
         rows(place.last - place.first),
-        projected(r.weights.w_hr != nullptr) {}
+        projected(r.weights.w_hr != nullptr),
+        zones(any_zones(r)) {}
+
+  static bool any_zones(const Recurrence<T>& r) {
+    for (int k = 0; k < 1 + MOST_EACH; ++k)
+      if (r.zones(k)) return true;
+    return false;
+  }
 
   FASTSEQ_INLINE index time(index s) const { return r.reverse ? in.steps - 1 - s : s; }
 
@@ -126,6 +172,11 @@ struct Walk {
 
   // Where row n stands among those of all recurrences, side by side.
   FASTSEQ_INLINE index column(index n) const { return n * R + place.recurrence; }
+
+  // How the k-th state of row n stays.
+  FASTSEQ_INLINE Stay<T> stay(int k, index n) const {
+    return {r.stay[k] ? r.stay[k] + n * (k ? H : P) : nullptr, r.part[k]};
+  }
 
   FASTSEQ_INLINE bool resets(index n) const { return r.reset && r.reset[n]; }
 

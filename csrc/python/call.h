@@ -1,6 +1,6 @@
 // One struct for every call of the kernels: what forward and backward are both given, read from
-// Python's arguments. One layer with all options, as the contract of a backend has it, is the case of
-// one layer; a stack of plain layers comes from modules.
+// Python's arguments: a stack of layers with their options. One layer, as the contract of a backend has
+// it, is the case of one.
 //
 // Letters are those of cpu/call.h; L layers.
 #pragma once
@@ -19,6 +19,7 @@ struct Form {  // of a cell, as its struct declares it
   const int* first;
   int apart;
   bool keeps_gates;
+  const bool* taken_back;
 };
 
 constexpr int words(const char* text) {
@@ -33,7 +34,7 @@ constexpr Form form_of() {
                 words(Cell::EXTRAS) == Cell::E && words(Cell::UNITS) == Cell::U);
   return {Cell::NAME, Cell::GATES, Cell::STATES, Cell::EXTRAS, Cell::UNITS,
           Cell::G, Cell::FIRST[Cell::PHASES], Cell::C, Cell::E, Cell::U, Cell::PHASES,
-          Cell::FIRST, Cell::APART, Cell::KEEPS_GATES};
+          Cell::FIRST, Cell::APART, Cell::KEEPS_GATES, Cell::TAKEN_BACK};
 }
 
 const Form forms[CELLS] = {  // in the order of enum Cell
@@ -83,12 +84,15 @@ struct Slots {
 // weights: of each layer and recurrence, as `Slots` reads them.
 // reverse: a flag for each of the R recurrences of a layer.
 // order: how x is laid out, and who has looked at the call; all that is made has time first.
-// reset, h_mask: of a single layer, or None.
-// masks: (), or of each layer but the first which numbers of its input it takes, (..., R*P) bool;
+// reset: of the recurrences of a layer, and so of each, or None. h_mask: (L*R, B, P), or None.
+// dropout: (), or of each layer but the first which numbers of its input it takes, (..., R*P) bool;
 // kept: how much of it that is.
+// input_masks: (), or of each layer (B, I), which multiplies its input at every step.
+// stay: (), or of each state where it stays, (L*R, rows of x, size) bool, or None; part: (), or of each
+// state the part of it that stays.
 enum {
-  CELL, X, SIZES, STATES, WEIGHTS, LAYERS, REVERSE, ORDER, RESET, H_MASK, MASKS, KEPT, THREADS,
-  DETERMINISTIC, BF16, COMMON
+  CELL, X, SIZES, STATES, WEIGHTS, LAYERS, REVERSE, ORDER, RESET, H_MASK, DROPOUT, KEPT, INPUT_MASKS,
+  STAY, PART, THREADS, DETERMINISTIC, BF16, COMMON
 };
 // The first three are a module's call, which nobody has looked at: whatever is not plain is declined
 // (no step at all, padding, a subclass of Tensor), for Python to run or to say what is wrong.
@@ -133,19 +137,24 @@ struct Call {
     if (projected) first.P = see(w_hr).shape[0];
     read_states();
     if (!first.rows && (order != CHECKED || L > 1)) throw Declined();
-    if (L > 1 && !(is_none(a[RESET]) && is_none(a[H_MASK]))) throw Declined();
     if (!is_none(a[RESET])) reset_ = flags(a[RESET], R * capacity);
-    if (!is_none(a[H_MASK])) h_mask_ = sized<T>(a[H_MASK], R * first.batch * first.P);
-    for (Py_ssize_t k = 0; k < PyTuple_Size(a[MASKS]); ++k)
-      masks_.push_back(flags(item(a[MASKS], k), first.rows * R * first.P));
+    if (!is_none(a[H_MASK])) h_mask_ = sized<T>(a[H_MASK], L * R * first.batch * first.P);
+    for (Py_ssize_t k = 0; k < PyTuple_Size(a[DROPOUT]); ++k)
+      dropout_.push_back(flags(item(a[DROPOUT], k), first.rows * R * first.P));
+    for (Py_ssize_t k = 0; k < PyTuple_Size(a[INPUT_MASKS]); ++k)
+      input_masks_.push_back(sized<T>(item(a[INPUT_MASKS], k), first.batch * width(k)));
+    read_zoneout();
     in = first;
   }
 
-  // Makes `layer` the one at hand; x: its input, if it is not the first.
+  // The size of a layer's input.
+  int64_t width(int64_t layer) const { return layer ? R * first.P : first.I; }
+
+  // Makes `layer` the one at hand; x: its input, where it is not the caller's.
   void enter(int layer, const T* x) {
     in = first;
-    if (layer) {
-      in.x = x, in.I = in.x_row = R * in.P;
+    if (x) {
+      in.x = x, in.I = in.x_row = width(layer);
       in.x_step = in.batch * in.x_row;
     }
     int matrices = 0, halved = 0;
@@ -169,6 +178,10 @@ struct Call {
         if (c_0_[k]) r.c_0[k] = c_0_[k] + rows * in.H;
       if (reset_) r.reset = reset_ + d * capacity;
       if (h_mask_) r.h_mask = h_mask_ + rows * in.P;
+      for (int k = 0; k < 1 + form.C; ++k) {
+        if (stay_[k]) r.stay[k] = stay_[k] + (layer * R + d) * capacity * (k ? in.H : in.P);
+        r.part[k] = part_[k];
+      }
     }
     halves = halved > 0;
     if (halves && !(halved == matrices && bf16 && kernels<T>().in_pairs(in))) throw Declined();
@@ -213,20 +226,43 @@ struct Call {
     return useful_threads(threads_, flops);
   }
 
-  bool drops_out() const { return !masks_.empty(); }
-  // What a layer but the first takes: `from`, dropped out; also the gradient of `from`, from its own.
-  void drop_out(int layer, const T* from, T* to) const {
-    const uint8_t* keep = masks_[layer - 1];
-    const int64_t size = in.rows * R * in.P;
-    for (int64_t i = 0; i < size; ++i) to[i] = keep[i] ? from[i] * scale_ : T(0);
+  // What a layer takes: what stands before it, `from` or the caller's input, dropped out and masked; null
+  // where that is what it takes as it is.
+  New<T> input_of(int layer, const T* from) const {
+    const bool drops_out = layer && !dropout_.empty();
+    if (!drops_out && input_masks_.empty()) return {};
+    New<T> made(with(width(layer)));
+    if (drops_out) drop_out(layer, from, made.data());
+    if (!input_masks_.empty()) {
+      Input<T> before = first;
+      if (layer) {
+        before.x = drops_out ? made.data() : from, before.x_row = width(layer);
+        before.x_step = before.batch * before.x_row;
+      }
+      mask_input(layer, before, made.data());
+    }
+    return made;
   }
+  // The gradient of what stands before a layer, in the place of that of its input.
+  void input_gradient(int layer, T* dx) const {
+    if (!input_masks_.empty()) {
+      Input<T> before = first;
+      before.x = dx, before.x_row = width(layer), before.x_step = before.batch * before.x_row;
+      mask_input(layer, before, dx);
+    }
+    if (layer && !dropout_.empty()) drop_out(layer, dx, dx);
+  }
+
+  bool zones(int state) const { return stay_[state] || part_[state] != 0; }
 
   // f(pointer, numbers in a row) for each buffer that backward needs of a recurrence.
   template <class Function>
   void each_kept(Recurrence<T>& r, Function f) const {
     if (form.keeps_gates || projected) f(r.gates, form.G * in.H);
     for (int k = 0; k < form.E; ++k) f(r.extra[k], in.H);
-    if (projected) f(r.m, in.H);
+    if (projected || (zones(0) && form.taken_back[0])) f(r.m, in.H);
+    for (int k = 0; k < form.C; ++k)
+      if (zones(1 + k) && form.taken_back[1 + k]) f(r.made[k], in.H);
   }
 
  private:
@@ -238,6 +274,31 @@ struct Call {
     const bool own = reinterpret_cast<PyObject*>(Py_TYPE(object)) == parameter_type;
     if (order != CHECKED && !own && negated(object)) throw Declined();
     return w;
+  }
+
+  void drop_out(int layer, const T* from, T* to) const {
+    const uint8_t* keep = dropout_[layer - 1];
+    const int64_t size = first.rows * width(layer);
+    for (int64_t i = 0; i < size; ++i) to[i] = keep[i] ? from[i] * scale_ : T(0);
+  }
+  // The rows of `from`, masked, side by side.
+  void mask_input(int layer, const Input<T>& from, T* to) const {
+    const int64_t size = width(layer);
+    for (int64_t t = 0; t < from.steps; ++t)
+      for (int64_t b = 0; b < from.alive(t); ++b, to += size) {
+        const T *x = from.at(t, b), *mask = input_masks_[layer] + b * size;
+        for (int64_t i = 0; i < size; ++i) to[i] = x[i] * mask[i];
+      }
+  }
+
+  void read_zoneout() {
+    const Py_ssize_t stay = PyTuple_Size(arguments_[STAY]), part = PyTuple_Size(arguments_[PART]);
+    if ((stay && stay != 1 + form.C) || (part && part != 1 + form.C)) throw Declined();
+    for (int k = 0; k < 1 + form.C; ++k) {
+      PyObject* flag = stay ? item(arguments_[STAY], k) : Py_None;
+      if (!is_none(flag)) stay_[k] = flags(flag, L * R * capacity * (k ? first.H : first.P));
+      if (part) part_[k] = static_cast<T>(PyFloat_AsDouble(item(arguments_[PART], k)));
+    }
   }
 
   static bool is_halved(const DLTensor& t) {
@@ -312,7 +373,10 @@ struct Call {
   const T *h_0_ = nullptr, *c_0_[MOST_EACH] = {};
   const uint8_t* reset_ = nullptr;
   const T* h_mask_ = nullptr;
-  std::vector<const uint8_t*> masks_;
+  std::vector<const uint8_t*> dropout_;
+  std::vector<const T*> input_masks_;
+  const uint8_t* stay_[1 + MOST_EACH] = {};
+  T part_[1 + MOST_EACH] = {};
 };
 
 // The interpreter may run other threads meanwhile.

@@ -15,10 +15,10 @@ bool worth_packing(const Input<T>& in, int gates, bool bf16) {
   return in.rows > (in.steps == 1 && large && !bf16 ? 64 : 8);
 }
 
-// (..., save, trajectory, known) -> (y, (h_n, ...), saved): what of each layer `each_kept` names, its
-// other states at every step, and, but for the last layer, its y.
+// (..., save, trajectory, known) -> (y, states, saved): what of each layer `each_kept` names, its other
+// states at every step, and, but for the last layer, its y.
 //
-// trajectory: of one layer, whose other states at every step are then the last of `saved` in any case.
+// states: the final ones; with `trajectory` the last layer's other states at every step behind them.
 // known: y as it was, of one layer: what is saved is made again, and nothing else is given.
 template <class T>
 PyObject* forward(PyObject* const* a) {
@@ -27,14 +27,15 @@ PyObject* forward(PyObject* const* a) {
   const int R = s.R, C = s.form.C;
   const int64_t B = s.in.batch, H = s.in.H, P = s.in.P;
   const bool again = !is_none(a[COMMON + 2]);
-  if (s.L > 1 && (trajectory || again)) throw Declined();
+  if (s.L > 1 && again) throw Declined();
   const T* known = sized<T>(a[COMMON + 2], s.capacity * R * P);
-  New<T> h_n(s.of_states(P)), c_n[MOST_EACH], y, x;
+  New<T> h_n(s.of_states(P)), c_n[MOST_EACH], c_all[MOST_EACH], y;
   for (int k = 0; k < C; ++k) c_n[k] = New<T>(s.of_states(H));
   List saved;
   for (int layer = 0; layer < s.L; ++layer) {
+    const New<T> x = s.input_of(layer, y.data());
     s.enter(layer, x ? x.data() : y.data());
-    New<T> out, c_all[MOST_EACH];
+    New<T> out;
     std::vector<New<T>> buffers;
     if (!known) {
       out = New<T>(s.with(R * P));
@@ -51,7 +52,8 @@ PyObject* forward(PyObject* const* a) {
       });
     }
     ForwardCall<T> call{};
-    for (int k = 0; (save || trajectory) && k < C; ++k) {
+    const bool wanted = trajectory && layer + 1 == s.L;
+    for (int k = 0; (save || wanted) && k < C; ++k) {
       c_all[k] = New<T>(s.with(R * H));
       s.zero_padding(call.c_all[k] = c_all[k].data(), R * H);
     }
@@ -62,28 +64,24 @@ PyObject* forward(PyObject* const* a) {
     if (call.halves && !call.pack) throw Declined();
     if (!run_released(call, s.threads())) return PyErr_NoMemory();
     for (New<T>& buffer : buffers) saved.add(buffer.give());
-    for (int k = 0; k < C; ++k)
-      if (c_all[k]) saved.add(c_all[k].give());
+    for (int k = 0; save && k < C; ++k) saved.add(wanted ? c_all[k].share() : c_all[k].give());
     if (save && layer) saved.add(y.give());
     y = std::move(out);
-    if (layer + 1 < s.L && s.drops_out()) {
-      x = New<T>(s.with(R * P));
-      s.drop_out(layer + 1, y.data(), x.data());
-    }
   }
   if (again) return tuple_of({nullptr, nullptr, saved.give()});
-  PyObject* states = PyTuple_New(1 + C);
+  PyObject* states = PyTuple_New(1 + C + trajectory * C);
   if (!states) throw PythonError();
   PyTuple_SetItem(states, 0, h_n.give());
   for (int k = 0; k < C; ++k) PyTuple_SetItem(states, 1 + k, c_n[k].give());
+  for (int k = 0; trajectory && k < C; ++k) PyTuple_SetItem(states, 1 + C + k, c_all[k].give());
   return tuple_of({y.give(), states, saved.give()});
 }
 
 // (..., y, saved, dy, dstates, dtrajectory, wants x, wants weights, wants states)
 // -> [dx or None, *dstates, *gradients of the weights that are there]
 //
-// saved: what forward gave, or, of a call with a trajectory, that and the trajectory behind it.
-// dtrajectory: (), or of one layer a gradient or None for each other state.
+// saved: what forward gave.
+// dtrajectory: (), or of the last layer a gradient or None for each other state.
 template <class T>
 PyObject* backward(PyObject* const* a) {
   enum { Y, SAVED, DY, DSTATES, DTRAJECTORY, WANTS_X, WANTS_WEIGHTS, WANTS_STATES };
@@ -94,7 +92,7 @@ PyObject* backward(PyObject* const* a) {
   const int R = s.R, C = s.form.C;
   const int64_t B = s.in.batch, H = s.in.H, P = s.in.P, N = s.in.rows;
   const Py_ssize_t trajectory = PyTuple_Size(b[DTRAJECTORY]);
-  if (trajectory && (s.L > 1 || trajectory != C)) throw Declined();
+  if (trajectory && trajectory != C) throw Declined();
 
   struct Kept {  // of a layer
     std::vector<Recurrence<T>> of;
@@ -128,20 +126,16 @@ PyObject* backward(PyObject* const* a) {
   New<T> dx;
   for (int layer = s.L - 1; layer >= 0; --layer) {
     const Kept& one = kept[layer];
-    New<T> dropped;
-    const T* x = layer ? kept[layer - 1].y : nullptr;
-    if (layer && s.drops_out()) {  // made again, not kept
-      dropped = New<T>(s.with(R * P));
-      s.drop_out(layer, x, dropped.data());
-      x = dropped.data();
-    }
-    s.enter(layer, x);
+    const T* below = layer ? kept[layer - 1].y : nullptr;
+    const New<T> x = s.input_of(layer, below);  // made again, not kept
+    s.enter(layer, x ? x.data() : below);
     BackwardCall<T> call{};
     std::vector<RecurrenceGradients<T>> gradients(R);
     for (int d = 0; d < R; ++d) {
       Recurrence<T>& r = s.recurrence[d];
       const Recurrence<T>& from = one.of[d];
       r.gates = from.gates, r.m = from.m;
+      for (int k = 0; k < C; ++k) r.made[k] = from.made[k];
       for (int k = 0; k < s.form.E; ++k) r.extra[k] = from.extra[k];
       RecurrenceGradients<T>& to = gradients[d];
       const int64_t rows = (layer * R + d) * B;
@@ -166,12 +160,13 @@ PyObject* backward(PyObject* const* a) {
     call.y = one.y, call.dy = dy, call.dx = dx.data();
     for (int k = 0; k < C; ++k) {
       call.c_all[k] = one.c_all[k];
-      if (trajectory) call.dc_all[k] = sized<T>(item(b[DTRAJECTORY], k), s.capacity * R * H);
+      if (trajectory && layer + 1 == s.L)
+        call.dc_all[k] = sized<T>(item(b[DTRAJECTORY], k), s.capacity * R * H);
     }
     call.weights = wants_weights, call.states = wants_states;
     call.bf16 = s.bf16, call.halves = s.halves;
     if (!run_released(call, s.threads())) return PyErr_NoMemory();
-    if (layer && s.drops_out()) s.drop_out(layer, dx.data(), dx.data());
+    if (dx) s.input_gradient(layer, dx.data());
     dy = dx.data();
   }
   List list;

@@ -133,6 +133,15 @@ T* sized(PyObject* object, int64_t count) {
   return dense<T>(object);
 }
 
+// int64 on the CPU: one number, or so many side by side.
+const int64_t* whole_numbers(PyObject* object, int64_t count) {
+  const DLTensor t = plain(object);
+  if (t.device.type != 1 || t.dtype.code != 0 || t.dtype.bits != 64 || !contiguous(t) ||
+      numbers(t) != count || negated(object))
+    throw Declined();
+  return static_cast<const int64_t*>(t.data);
+}
+
 // So many flags, a byte each.
 const uint8_t* flags(PyObject* object, int64_t count) {
   const DLTensor t = view(object);
@@ -157,6 +166,11 @@ void on_large_pages(void* data, int64_t size) {
 }
 
 template <class T>
+constexpr uint8_t CODE = 2;  // floating point
+template <>
+constexpr uint8_t CODE<bool> = 6;
+
+template <class T>
 class New {
  public:
   New() = default;
@@ -164,7 +178,7 @@ class New {
     DLTensor prototype{};
     prototype.device = {1, 0};
     prototype.ndim = static_cast<int32_t>(shape.size());
-    prototype.dtype = {2, 8 * sizeof(T), 1};
+    prototype.dtype = {CODE<T>, 8 * sizeof(T), 1};
     prototype.shape = shape.data();
     DLManagedTensorVersioned* tensor = nullptr;
     if (api->allocate(&prototype, &tensor, nullptr, set_error)) throw PythonError();
@@ -190,6 +204,10 @@ class New {
     PyObject* object = object_;
     object_ = nullptr;
     return object;
+  }
+  PyObject* share() {  // gives it, and keeps it
+    Py_XINCREF(object_);
+    return object_;
   }
 
  private:

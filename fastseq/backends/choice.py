@@ -285,6 +285,16 @@ def streams(cell: str, dtype: torch.dtype, device: str, batch: int, backend: Bac
     return None
 
 
+#: The backends that may draw masks on a kind of device, the fastest first.
+DRAWING = {"cpu": ("native", "numba"), "cuda": ("triton",)}
+
+
+def draws(device: str) -> Any | None:
+    """The module of the first backend of this machine that draws masks there, or None."""
+    modules = map(load, DRAWING.get(device, ()))
+    return next((module for module in modules if hasattr(module, "keep")), None)
+
+
 class Table(dict[str, str]):
     """name -> 'available', or why not and the remedy; prints as a table."""
 

@@ -5,7 +5,8 @@ it is loaded. Forward and backward neither write to what they are given nor retu
 backward, called twice with the same arguments, gives the same bits.
 
 A backend may also run a whole stack, all layers in one call: :class:`WholeStacks`; single steps on
-packed weights: :class:`Streams`; and say how it runs a problem: :class:`Explains`.
+packed weights: :class:`Streams`; draw masks: :class:`Draws`; and say how it runs a problem:
+:class:`Explains`.
 
 Rows. ``x`` is ``(T, B, I)`` with ``batch_sizes=None``, or packed ``(N', I)`` with ``batch_sizes``
 as in ``PackedSequence``: sequences sorted by decreasing length, the rows of one step side by side.
@@ -170,22 +171,6 @@ def ways(request: Request, weights: Sequence[Tensor]) -> list[Weights]:
 
 
 @dataclass
-class Masks:
-    """What of a layer is masked at random at every step.
-
-    zoneout: for each state the rate with which it stays as it was. seed: 64 bits, or None outside
-        of training, where that part of it stays. ids: (B,), the sequences' names.
-    stay: the same, drawn: for each recurrence and state (rows, size) bool, where it stays as it was
-        before the step; or the part of it that stays.
-    """
-
-    zoneout: tuple[float, ...]
-    seed: Tensor | None
-    ids: Tensor
-    stay: list[list[Tensor | float]] | None = None
-
-
-@dataclass
 class Call:
     """One layer: R independent recurrences over one input.
 
@@ -193,6 +178,10 @@ class Call:
     reverse: for each recurrence, whether time runs backwards.
     reset: (R, N') bool or None; where it holds, the states that enter the row are zeroed.
     h_mask: (R, B, P) or None; multiplies h_{t-1} before its product with w_hh.
+    stay: empty, or for each state (R, N', size) bool, where it stays as it was before the step
+        (zoneout), or None where it never does.
+    part: empty, or for each state the part of it that stays, outside of training. One of the two
+        is empty.
     deterministic: the bits of y, of the states and of their gradients and that of x depend on
         nothing but a sequence and the weights: not on the batch around it, nor on the threads.
     """
@@ -207,7 +196,8 @@ class Call:
     h_mask: Tensor | None = None
     memory: Memory = "full"
     deterministic: bool = False
-    masks: Masks | None = None
+    stay: Sequence[Tensor | None] = ()
+    part: tuple[float, ...] = ()
 
     @property
     def definition(self) -> Cell:
@@ -281,12 +271,34 @@ class Gradients:
     weights: list[Weights] | None
 
 
+class Given(NamedTuple):
+    """What a stack is given besides its input, states and weights.
+
+    dropout: what torch's dropout keeps of the input of each layer but the first, as x lies; empty
+        where there is none, or where the backend draws itself.
+    input_masks: empty, or for each layer (B, size of its input), which multiplies its input at
+        every step.
+    reset, h_mask, stay, part: as in :class:`Call`; ``reset`` of one layer's recurrences, which is
+        that of every layer, ``h_mask`` and ``stay`` of all layers * D.
+    """
+
+    dropout: Sequence[Tensor] = ()
+    input_masks: Sequence[Tensor] = ()
+    reset: Tensor | None = None
+    h_mask: Tensor | None = None
+    stay: Sequence[Tensor | None] = ()
+    part: tuple[float, ...] = ()
+
+
+NOTHING = Given()
+
+
 class Abilities(NamedTuple):
     """What a backend can do that not every one can; what it cannot is declined in its name.
 
     differentiable: autograd and torch.func see through ``forward``, so there is no ``backward``.
     deterministic: its bits depend neither on the batch around a sequence nor on the threads.
-    zoneout: it takes :class:`Masks`. input_product, heads: as in :class:`Problem`.
+    zoneout: it takes a call's ``stay`` and ``part``. input_product, heads: as in :class:`Problem`.
     """
 
     differentiable: bool = False
@@ -326,8 +338,8 @@ class WholeStacks(Protocol):
     where it does not take these tensors, and the layers are run one by one. ``x`` is laid out as
     ``request.order`` says, or packed. The states of ONE_STEP are (B, ...), all others
     (layers * D, B, ...), without B where x has none. ``weights`` are those of each layer and
-    direction, without the Nones; ``masks`` what dropout keeps of the input of each layer but the
-    first, or nothing where the backend draws itself.
+    direction, without the Nones. Where ``request.trajectory`` is set, the last layer's other states
+    at every step stand behind the final states, and so do their gradients.
 
     Without ``layers_backward`` autograd is torch's own.
     """
@@ -342,7 +354,7 @@ class WholeStacks(Protocol):
         batch_sizes: Tensor | None,
         states: Sequence[Tensor],
         weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
+        given: Given,
         save: bool,
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None: ...
 
@@ -353,7 +365,7 @@ class WholeStacks(Protocol):
         batch_sizes: Tensor | None,
         states: Sequence[Tensor],
         weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
+        given: Given,
         y: Tensor,
         saved: Sequence[Tensor],
         dy: Tensor | None,
@@ -387,6 +399,26 @@ class Streams(Protocol):
     ) -> Tensor | None: ...
 
 
+class Draws(Protocol):
+    """Of a backend that draws masks: see ops/masks.py, whose ``keep`` has the same bits."""
+
+    def keep(
+        self,
+        seed: Tensor,
+        sites: Sequence[int],
+        ids: Tensor,
+        steps: Tensor | None,
+        units: int,
+        threshold: int,
+    ) -> Tensor | None:
+        """(sites, rows, units) bool on the device of ``ids``: whether a unit's word is at least
+        ``threshold``, up to 2^32, which no word is. None where it does not take these tensors.
+
+        seed: int64 of no dimension, perhaps on the CPU where the others are not. sites: of 16 bits.
+        ids, steps: (rows,) int64; without steps they are 0.
+        """
+
+
 class Explains(Protocol):
     """Of a backend that tells :func:`fastseq.explain` how it will run a problem."""
 
@@ -411,6 +443,8 @@ def fault(module: Any) -> str | None:
         asked.append((WholeStacks, "layers_backward"))
     if hasattr(module, "stream"):
         asked += [(Streams, name) for name in ("streams", "stream", "stream_step")]
+    if hasattr(module, "keep"):
+        asked.append((Draws, "keep"))
     if hasattr(module, "explain"):
         asked.append((Explains, "explain"))
     for protocol, name in asked:

@@ -1,5 +1,6 @@
 """Where cuda and triton run on a CUDA device when no backend is named: where they were measured to
-be faster than cuDNN on a device of the same compute capability, and nowhere else.
+be faster than cuDNN on a device of the same compute capability, and nowhere else; with zoneout,
+which cuDNN and cuda have not, triton without a measurement.
 
 ``python -m bench.rule --gpu`` writes the measurements into :mod:`.measured_cuda`, in classes of
 problems that both sides' kernels treat alike; this module reads them. A class is a :func:`kind_of`
@@ -136,6 +137,12 @@ class Finding(NamedTuple):
     reason: str
 
 
+_ZONEOUT = (
+    "not measured: cuDNN and cuda's kernels have no zoneout, so triton's loop over time runs in "
+    "place of eager's operations at each step"
+)
+
+
 def _tables() -> dict[str, tuple[Any, Any]]:
     """Of each backend of ours what MEASURED and GREEN are of triton."""
     return {
@@ -149,6 +156,8 @@ def ruling(problem: Problem) -> Ruling:
     if problem.recording:
         reason = "triton's call cannot be recorded, as it reads batch_sizes on the CPU; torch stays"
         return Ruling(("torch", "eager"), reason)
+    if problem.zoneout:
+        return Ruling(("triton", "eager"), _ZONEOUT)
     found = sorted((_finding(name, problem) for name in _tables()), key=lambda f: -f.least)
     ahead = [finding for finding in found if finding.ahead]
     green = tuple(f.backend for f in found if _is_green(f.backend, problem))

@@ -23,6 +23,8 @@ from .layout import unprojected
 from .tracing import is_tracing, loop, unrecorded
 
 Phases = list[tuple[Phase, Text, tuple[int, int]]]
+#: Where a state stays as it was, the part of it that does, or None where it never does.
+Stay = Tensor | float | None
 
 ABILITIES = Abilities(differentiable=True, zoneout=True)
 
@@ -101,7 +103,6 @@ def forward(call: Call, save: bool = False, trajectory: bool = False) -> Result:
 def _forward(call: Call, trajectory: bool, alive: Tensor | None = None) -> Result:
     """alive: (T, B), where a step is one of a sequence's; it keeps its state in the others."""
     x = call.x
-    stay = None if call.masks is None else call.masks.stay
     wide = _wide(x)
     states = call.states or call.zero_states()
     if call.batch_sizes is None:
@@ -126,7 +127,7 @@ def _forward(call: Call, trajectory: bool, alive: Tensor | None = None) -> Resul
             reset,
             mask,
             wide,
-            None if stay is None else stay[r],
+            _stay(call, r),
             alive,
         )
         ys.append(outputs)
@@ -148,6 +149,13 @@ def _forward(call: Call, trajectory: bool, alive: Tensor | None = None) -> Resul
     )
 
 
+def _stay(call: Call, r: int) -> list[Stay] | None:
+    """What of each state stays as it was, in one recurrence; None where nothing does."""
+    if call.part:
+        return list(call.part)
+    return [None if s is None else s[r] for s in call.stay] or None
+
+
 def _wide(x: Tensor) -> torch.dtype:
     """The type of gates and of carried states other than h."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
@@ -163,7 +171,7 @@ def _recurrence(
     reset: Tensor | None,
     h_mask: Tensor | None,
     wide: torch.dtype,
-    stay: Sequence[Tensor | float] | None,
+    stay: Sequence[Stay] | None,
     alive: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     H = weights.w_ih.shape[0] // cell.G
@@ -173,7 +181,10 @@ def _recurrence(
     resets = None if reset is None else reset.split(sizes)
     stays = None
     if stay is not None:
-        stays = [s.split(sizes) if isinstance(s, Tensor) else [s] * len(sizes) for s in stay]
+        rows = x.shape[0]  # without padding
+        stays = [
+            s[:rows].split(sizes) if isinstance(s, Tensor) else [s] * len(sizes) for s in stay
+        ]
     outputs: list[Tensor] = []
     along: list[list[Tensor]] = []
 
@@ -223,7 +234,7 @@ def _step(
     weights: Weights,
     reset: Tensor | None,
     h_mask: Tensor | None,
-    stay: Sequence[Tensor | float] | None,
+    stay: Sequence[Stay] | None,
 ) -> list[Tensor]:
     """The states after a step. gates: the input product (B, G*H); reset: (B,); h_mask: (B, P)."""
     wide = gates.dtype
@@ -283,14 +294,12 @@ def _of_dense_rows(call: Call, trajectory: bool) -> Result:
         rows = steps.reshape(T * B, steps.shape[-1]).index_select(0, back)
         return rows.masked_fill((row >= ends[-1])[:, None], 0)
 
-    masks, reset = call.masks, call.reset
-    if masks is not None and masks.stay is not None:
-        drawn = [[dense(s) if isinstance(s, Tensor) else s for s in way] for way in masks.stay]
-        masks = replace(masks, stay=drawn)
+    reset = call.reset
+    stay = [None if s is None else torch.stack([dense(way) for way in s]) for s in call.stay]
     if reset is not None:
         reset = reset.index_select(1, places)
     x = dense(x).reshape(T, B, x.shape[-1])
-    call = replace(call, x=x, batch_sizes=None, reset=reset, masks=masks)
+    call = replace(call, x=x, batch_sizes=None, reset=reset, stay=stay)
     result = _forward(call, trajectory, alive)
     return Result(packed(result.y), result.states, [packed(c) for c in result.trajectory], [])
 
@@ -321,7 +330,7 @@ def _in_a_trace(call: Call, trajectory: bool) -> Result:
     for r, weights in enumerate(call.weights):
         gates = torch.nn.functional.linear(x, weights.w_ih, weights.b_ih).to(wide)
         reset = [] if call.reset is None else [dense(call.reset[r])]
-        stay = None if call.masks is None or call.masks.stay is None else call.masks.stay[r]
+        stay = _stay(call, r)
         drawn = [dense(s) for s in stay or () if isinstance(s, Tensor)]
         mask = [] if call.h_mask is None else [call.h_mask[r]]
         recurrent = weights._replace(w_ih=None, b_ih=None)
@@ -371,6 +380,8 @@ def _units(call: Call) -> int:
     return call.H
 
 
-def _zoned(new: Tensor, old: Tensor, stay: Tensor | float) -> Tensor:
+def _zoned(new: Tensor, old: Tensor, stay: Stay) -> Tensor:
     """Zoneout (Krueger et al. 2017): a unit's state, or in expectation a part of it, stays."""
+    if stay is None:
+        return new
     return torch.where(stay, old, new) if isinstance(stay, Tensor) else new + stay * (old - new)

@@ -47,21 +47,36 @@ def unprojected(problem: Problem) -> str | None:
 
 
 def by_recurrence(call: Call, rows: Shape, trajectory: bool) -> Layout:
-    """Of each recurrence the gates, the extras and the unprojected h; then the other states, unless
-    the trajectory holds them in the same type."""
+    """Of each recurrence the gates, the extras, h as the text gave it, where :func:`as_made` asks
+    for it or it is projected, and so the other states; then the other states as they were carried,
+    unless the trajectory holds them in the same type."""
     if call.memory == "lean":
         return []
     cell, H, R, dtype = call.definition, call.H, len(call.weights), wide(call.x.dtype)
     N = rows[0] * rows[1] if len(rows) == 2 else rows[0]
     projected = call.weights[0].w_hr is not None
+    h, *others = as_made(call)
     one: Layout = [((N, cell.G * H), dtype)] if cell.keeps_gates(projected) else []
-    one += [((N, H), dtype)] * (len(cell.extras) + projected)
+    one += [((N, H), dtype)] * (len(cell.extras) + (projected or h) + sum(others))
     return one * R + _other_states(call, rows, trajectory)
 
 
+def zoned(call: Call) -> list[bool]:
+    """Of each state whether it stays as it was somewhere, or a part of it does."""
+    if call.part:
+        return [part != 0 for part in call.part]
+    return [s is not None for s in call.stay] or [False] * len(call.definition.states)
+
+
+def as_made(call: Call) -> list[bool]:
+    """Of each state whether backward wants it as the text gave it, besides what was carried: where
+    it is zoned, and a backward text takes it."""
+    return [z and t for z, t in zip(zoned(call), call.definition.taken_back, strict=True)]
+
+
 def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
-    """Gates, extras and the unprojected h, with the columns of all recurrences side by side; then
-    the other states, unless the trajectory holds them in the same type."""
+    """The same, with the columns of all recurrences side by side: gates, extras, h and the other
+    states as the text gave them; then the other states as they were carried."""
     if call.memory == "lean":
         return []
     cell, dtype, width = call.definition, call.x.dtype, len(call.weights) * call.H
@@ -71,8 +86,10 @@ def side_by_side(call: Call, rows: Shape, trajectory: bool) -> Layout:
         layout.append(((*rows, cell.G * width), dtype))
     if cell.extras:
         layout.append(((*rows, len(cell.extras) * width), dtype))
-    if projected:
+    h, *others = as_made(call)
+    if projected or h:
         layout.append(((*rows, width), dtype))
+    layout += [((*rows, width), wide(dtype))] * sum(others)
     return layout + _other_states(call, rows, trajectory)
 
 

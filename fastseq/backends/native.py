@@ -21,6 +21,7 @@ from . import openmp
 from .contract import (
     Abilities,
     Call,
+    Given,
     Gradients,
     OutputGradients,
     Problem,
@@ -30,8 +31,8 @@ from .contract import (
     Weights,
     unflatten,
 )
+from .layout import as_made, declined, wide
 from .layout import by_recurrence as saved_layout
-from .layout import declined, wide
 
 FOLDER = Path(__file__).parents[1]
 try:
@@ -48,6 +49,7 @@ except ImportError as error:
 __all__ = [
     "backward",
     "forward",
+    "keep",
     "layers",
     "layers_backward",
     "saved_layout",
@@ -58,15 +60,15 @@ __all__ = [
     "unavailable",
 ]
 
-ABILITIES = Abilities(deterministic=True)
+ABILITIES = Abilities(deterministic=True, zoneout=True)
 
 X, WEIGHTS = 1, 4  # where they stand in :func:`_arguments`
 CHECKED = 3  # the order of a call's x; csrc/python/call.h says what it means
 NUMBER = {row[0]: number for number, row in enumerate(_cpu.CELLS)}
 
 _COMMON = (
-    "cell, x, batch_sizes, states, weights, layers, reverse, order, reset, h_mask, masks, kept,"
-    " threads, deterministic, bf16"
+    "cell, x, batch_sizes, states, weights, layers, reverse, order, reset, h_mask, dropout, kept,"
+    " input_masks, stay, part, threads, deterministic, bf16"
 )
 #: What the extension's functions say of themselves. One that was built from other sources may take
 #: and give something else, which nothing but this would tell before it crashes.
@@ -82,6 +84,7 @@ SIGNATURES = {
     "forward": f"({_COMMON}, save, trajectory, known) -> (y, states, saved) | None",
     "backward": f"({_COMMON}, y, saved, dy, dstates, dtrajectory, wants_x, wants_weights,"
     " wants_states) -> [dx, *dstates, *dweights] | None",
+    "keep": "(seed, sites, ids, steps, units, threshold, threads) -> kept | None",
     "stream": "(cell, weights, layers, h, others) -> stream | None",
     "stream_step": "(stream, x, out, threads) -> y | None",
 }
@@ -131,6 +134,7 @@ def row_of(cell: Cell) -> tuple[Any, ...]:
         (rows[0][0], *(last for _, last in rows)),
         len(cell.apart_gates),
         cell.keeps_gates(False),
+        cell.taken_back,
     )
 
 
@@ -149,6 +153,7 @@ def _not_compiled(cell: Cell) -> str | None:
         "recurrent gates of its phases",
         "gates whose parts stand apart",
         "keeping of gates",
+        "states that backward takes",
     )
     for name, own, other in zip(what, ours, compiled, strict=True):
         if own != other:
@@ -164,11 +169,10 @@ def supports(problem: Problem) -> str | None:
 
 
 def stacks(problem: Problem) -> bool:
-    """Whether the layers go in one call: not with options that are a layer's own."""
-    own = problem.reset or problem.h_mask or problem.trajectory
+    """Whether the layers go in one call: not where a layer's forward runs again, in lean memory."""
     lean = problem.training and problem.memory == "lean"
     plain = problem.mode == "plain" and problem.dtype in (torch.float32, torch.float64)
-    return plain and not own and not lean
+    return plain and not lean
 
 
 def streams(problem: Problem) -> bool:
@@ -191,6 +195,9 @@ def _arguments(call: Call) -> list[Any]:
         call.h_mask,
         (),
         1.0,
+        (),
+        tuple(call.stay),
+        call.part,
         torch.get_num_threads(),
         call.deterministic,
         call.x.dtype is torch.bfloat16,
@@ -246,10 +253,10 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
     dtype = call.x.dtype
     full = save and call.memory == "full"
     y, states, saved = _run(_cpu.forward, [*_arguments(call), full, trajectory, None], dtype)
-    n = len(saved) - (len(states) - 1 if trajectory else 0)
-    result = Result(y, list(states), saved[n:], saved if full else [])
+    n = len(call.definition.states)
+    result = Result(y, list(states[:n]), list(states[n:]), saved)
     if dtype is wide(dtype):
-        del saved[n:]  # the trajectory holds them
+        del saved[len(saved) - len(result.trajectory) :]  # the trajectory holds them
     else:  # backward needs the other states as they were carried
         result.y = result.y.to(dtype)
         result.states = [s.to(dtype) for s in result.states]
@@ -262,7 +269,8 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     cell = call.definition
     others = len(cell.states) - 1
     saved, y = list(result.saved), result.y
-    keeps = others or cell.keeps_gates(call.weights[0].w_hr is not None)
+    projected = call.weights[0].w_hr is not None
+    keeps = others or cell.keeps_gates(projected) or any(as_made(call))
     if call.memory == "lean" and keeps:
         saved = _run(_cpu.forward, [*_arguments(call), True, False, y], dtype)[2]
     elif dtype is wide(dtype):
@@ -299,7 +307,7 @@ def layers(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    given: Given,
     save: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
     """All layers, where the extension takes the tensors as they are. All sequences are tuples."""
@@ -312,15 +320,18 @@ def layers(
         request.layers,
         _REVERSE[request.directions],
         request.order,
-        None,
-        None,
-        masks,
+        given.reset,
+        given.h_mask,
+        given.dropout,
         1.0 - request.dropout,
+        given.input_masks,
+        given.stay,
+        given.part,
         torch.get_num_threads(),
         request.deterministic,
         False,
         save,
-        False,
+        request.trajectory,
         None,
     )
 
@@ -331,13 +342,14 @@ def layers_backward(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    given: Given,
     y: Tensor,
     saved: Sequence[Tensor],
     dy: Tensor | None,
     dstates: Sequence[Tensor | None],
     wanted: Wanted,
 ) -> Sequence[Tensor | None] | None:
+    n = len(request.definition.states)
     return _cpu.backward(
         NUMBER[request.cell],
         x,
@@ -347,22 +359,36 @@ def layers_backward(
         request.layers,
         _REVERSE[request.directions],
         request.order,
-        None,
-        None,
-        masks,
+        given.reset,
+        given.h_mask,
+        given.dropout,
         1.0 - request.dropout,
+        given.input_masks,
+        given.stay,
+        given.part,
         torch.get_num_threads(),
         request.deterministic,
         False,
         y,
         saved,
         dy,
-        dstates,
-        (),
+        dstates[:n],
+        dstates[n:],
         wanted.x,
         wanted.weights,
         wanted.states,
     )
+
+
+def keep(
+    seed: Tensor,
+    sites: Sequence[int],
+    ids: Tensor,
+    steps: Tensor | None,
+    units: int,
+    threshold: int,
+) -> Tensor | None:
+    return _cpu.keep(seed, tuple(sites), ids, steps, units, threshold, torch.get_num_threads())
 
 
 def stream(

@@ -27,16 +27,16 @@ from .contract import (
     Wanted,
     Weights,
 )
+from .layout import as_made, declined, wide, zoned
 from .layout import by_recurrence as saved_layout
-from .layout import declined, wide
-from .numba_loops import LEVELS, Kernel, backward_kernel, forward_kernel, slots
+from .numba_loops import LEVELS, Kernel, Zone, backward_kernel, forward_kernel, slots
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
 
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
-ABILITIES = Abilities()
+ABILITIES = Abilities(zoneout=True)
 
 _NO_ROWS = np.zeros(0, np.int64)
 
@@ -54,17 +54,21 @@ class _Kept(NamedTuple):
 
     gates: Tensor | None  # (N, G*H), the saved values written over the input product
     extras: tuple[Tensor | None, ...]  # (N, H) each
-    m: Tensor | None  # (N, H), the hidden state before its projection
+    m: Tensor | None  # (N, H), the hidden state before its projection, or before it is zoned out
+    made: tuple[Tensor | None, ...]  # (N, H) each, the other states before they are
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.gates, *self.extras, self.m) if t is not None]
+        return [t for t in (self.gates, *self.extras, self.m, *self.made) if t is not None]
 
 
-def _kept(cell: Cell, projected: bool, saved: list[Tensor]) -> _Kept:
+def _kept(call: Call, saved: list[Tensor]) -> _Kept:
     """What a forward that saves has left of one recurrence, taken from the front of ``saved``."""
+    cell, projected = call.definition, call.weights[0].w_hr is not None
+    h, *others = as_made(call)
     gates = saved.pop(0) if cell.keeps_gates(projected) else None
     extras = tuple(saved.pop(0) for _ in cell.extras)
-    return _Kept(gates, extras, saved.pop(0) if projected else None)
+    m = saved.pop(0) if projected or h else None
+    return _Kept(gates, extras, m, tuple(saved.pop(0) if made else None for made in others))
 
 
 class _Rows:
@@ -128,6 +132,24 @@ class _Task:
         self.reset = None if call.reset is None else call.reset.contiguous()
         self.h_mask = None if call.h_mask is None else _wide(call.h_mask, self.dtype)
         self.threads = min(torch.get_num_threads(), openmp.cores())
+        self.zone: Zone | None = None
+        if any(zoned(call)):
+            projected = call.weights[0].w_hr is not None
+            self.zone = Zone("part" if call.part else "stay", projected)
+            self.stay = [None if s is None else s.contiguous() for s in call.stay]
+            parts = torch.tensor(call.part, dtype=self.dtype, device="cpu")
+            self.parts, self.rests = parts, 1 - parts
+            self.nowhere = torch.zeros(max(self.H, self.P, 1), dtype=torch.bool, device="cpu")
+
+    def zone_slots(self, r: int) -> dict[str, int]:
+        """Where the states of a recurrence stay as they were, or what part of them does."""
+        if self.zone is None:
+            return {}
+        own = {"parts": _address(self.parts), "rests": _address(self.rests)}
+        for k, stay in enumerate(self.stay):
+            own[f"stay_{k}"] = _address(self.nowhere if stay is None else stay[r])
+            own[f"stay_{k}_stride"] = 0 if stay is None else stay.shape[2]
+        return own
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device="cpu")
@@ -194,7 +216,7 @@ class _Task:
         rows, T, B = self.rows, self.rows.T, self.rows.alive
         if not T or not B:
             return
-        places = slots(self.cell)
+        places = slots(self.cell, self.zone is not None)
         common = [0] * len(places)
         for name, value in (("T", T), ("B", B), ("H", self.H), ("P", self.P)):
             common[places[name]] = value
@@ -279,6 +301,8 @@ def _walk_forward(
     capacity, G_H = task.rows.capacity, task.cell.G * task.H
     G_hh = cell.G_hh
     in_loop = task.input_in_loop()
+    h_made, *others_made = as_made(task.call)
+    handed = [any(state in phase.takes for phase in cell.phases) for state in cell.states]
     kept, inputs, given = [], [], []
     for r, w in enumerate(task.weights):
         projected = w.w_hr is not None
@@ -298,7 +322,8 @@ def _walk_forward(
                     task.new(capacity, H) if full or name in cell.handed_on else None
                     for name in cell.extras
                 ),
-                task.new(capacity, H) if projected else None,
+                task.new(capacity, H) if projected or (full and h_made) else None,
+                tuple(task.new(capacity, H) if full and made else None for made in others_made),
             )
         )
         given.append(products[r] if products else _given_product(task, r))
@@ -355,9 +380,19 @@ def _walk_forward(
             if along:
                 own[f"c_{k}_all"] = _address(along[k]) + r * H * task.itemsize
                 own[f"c_{k}_stride"] = task.R * H
-        return own, (s, x, row, bias, b_hh, operand)
+        made: list[Tensor] = []
+        for k, (buffer, to_later) in enumerate(zip((m, *kept[r].made), handed, strict=True)):
+            if task.zone is None:
+                break
+            if buffer is None:  # nobody takes it, or a later phase alone
+                buffer = task.new(capacity, H) if to_later else row
+            made.append(buffer)
+            own[f"made_{k}"] = _address(buffer)
+            own[f"made_{k}_stride"] = 0 if buffer is row else H
+        own |= task.zone_slots(r)
+        return own, (s, x, row, bias, b_hh, operand, made)
 
-    task.run(forward_kernel(cell, task.np_dtype), fill)
+    task.run(forward_kernel(cell, task.np_dtype, task.zone), fill)
     return kept
 
 
@@ -402,11 +437,12 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     y = _wide(result.y, dtype).reshape(capacity, R * P)
     # an Elman cell keeps its output alone either way: nothing to make again
     projected = call.weights[0].w_hr is not None
-    if call.memory == "lean" and (cell.other_states or cell.keeps_gates(projected)):
+    makes_again = cell.other_states or cell.keeps_gates(projected) or any(as_made(call))
+    if call.memory == "lean" and makes_again:
         kept, along = _rebuild(task, y)
     else:
         rest = list(result.saved)
-        kept = [_kept(cell, projected, rest) for _ in task.weights]
+        kept = [_kept(call, rest) for _ in task.weights]
         along = [c.reshape(capacity, R * H) for c in rest or result.trajectory]
 
     dy = None if grads.y is None else _wide(grads.y, dtype).reshape(capacity, R * P)
@@ -442,6 +478,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         dm = task.new(rows, H) if w.w_hr is not None else None
         dhanded = [task.new(rows, H) for _ in cell.handed_on]
         operand = None if task.h_mask is None else task.new(B, P)
+        left = [task.new(rows, H) for _ in cell.states] if task.zone else []
         own = {
             "x": _address(kept[r].gates),
             "w_hr": _address(projections[r]),
@@ -479,13 +516,24 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
             if d_all is not None:
                 own[f"dc_{k}_all"] = _address(d_all) + r * H * task.itemsize
                 own[f"dc_{k}_all_stride"] = R * H
-        return own, (dm, dhanded, operand)
+        if task.zone:
+            own |= task.zone_slots(r)
+            own |= {f"left_{k}": _address(buffer) for k, buffer in enumerate(left)}
+            made = [(_address(kept[r].m), H)]  # what is not zoned is as it was carried
+            if kept[r].m is None:
+                made = [(own["y"], own["y_stride"])]
+            for k, buffer in enumerate(kept[r].made):
+                carried = own[f"c_{k}_all"], own[f"c_{k}_stride"]
+                made.append(carried if buffer is None else (_address(buffer), H))
+            for k, (address, stride) in enumerate(made):
+                own[f"made_{k}"], own[f"made_{k}_stride"] = address, stride
+        return own, (dm, dhanded, operand, left)
 
-    task.run(backward_kernel(cell, task.np_dtype), fill)
+    task.run(backward_kernel(cell, task.np_dtype, task.zone), fill)
     for r, w_hh in enumerate(single):
         if w_hh is not None:
             dh = torch.mm(dproduct[r], w_hh)
-            dstates[0][r] = dstates[0][r] + dh if cell.reads_h else dh
+            dstates[0][r] = dstates[0][r] + dh if cell.reads_h or task.zone else dh
 
     out = call.x.dtype
     dx = None

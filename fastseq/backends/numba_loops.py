@@ -18,6 +18,12 @@ product adds ``dgates @ w_hh`` to the carried gradient of h.
 A kernel takes the address of a list of tasks; addresses and sizes stand in a row of integers each,
 whose places are named by :func:`slots`. A buffer that is not wanted is one row of scratch with row
 stride 0.
+
+Zoneout has kernels of its own, compiled when they are first asked for, so that those of plain calls
+are what they would be without. Where the text of a plain kernel stores a state, theirs stores what
+:class:`Zone` makes of it and of the state before, and what backward wants as the text gave it goes
+to a buffer besides. Backward splits the gradient of a state first: one part goes to the text, the
+other to what is left for the step before.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numba
 import numpy as np
@@ -59,8 +65,57 @@ _NUMBERED = {
 }
 
 
+#: Of zoneout: of each state (h is 0) where it stays, bytes, its value as the text gave it, and the
+#: part of a gradient that is the state's before; the parts that stay, and those that do not.
+_ZONED = "stay_{0} stay_{0}_stride made_{0} made_{0}_stride left_{0}"
+
+
+class Zone(NamedTuple):
+    """What a kernel of zoneout is written for: states that stay where a mask says so, or of which a
+    part stays; h as it is, or projected, which is zoned after the text."""
+
+    kind: Literal["stay", "part"]
+    projected: bool
+
+    def blended(self, k: int, new: str, old: str) -> str:
+        """State k from the one that the text gave and the one before the step."""
+        if self.kind == "stay":
+            return f"BLEND(stay_{k}_row, j, {old}, {new};N)"
+        return f"{new} + part_{k} * ({old} - {new})"
+
+    def split(self, k: int, total: str) -> tuple[str, str]:
+        """The gradients of both from that of the state."""
+        if self.kind == "part":
+            return f"rest_{k} * {total}", f"part_{k} * {total}"
+        return self.blended(k, total, "NOTHING"), self.blended(k, "NOTHING", total)
+
+    def start(self, cell: Cell) -> list[str]:
+        """What a task loads once."""
+        if self.kind == "stay":
+            return ["NOTHING = splat(ZERO)"]
+        n = range(len(cell.states))
+        return [f"{name}_{k} = splat(load1({name}s, {k}))" for name in ("part", "rest") for k in n]
+
+    def keeps(self, cell: Cell, k: int) -> bool:
+        """Whether anything takes state k as the text gave it: backward, a later phase, or the
+        projection."""
+        handed = any(cell.states[k] in phase.takes for phase in cell.phases)
+        return cell.taken_back[k] or handed or (k == 0 and self.projected)
+
+    def rows(self, cell: Cell) -> list[str]:
+        """The rows of its buffers at (step, b)."""
+        made = [k for k in range(len(cell.states)) if self.keeps(cell, k)]
+        lines = [_row(f"made_{k}", "(base + b)", f"made_{k}_stride") for k in made]
+        if self.kind == "stay":
+            lines += [
+                f"stay_{k}_row = stay_{k} + (base + b) * stay_{k}_stride"
+                for k in range(len(cell.states))
+            ]
+        return lines
+
+
 @cache
-def slots(cell: Cell) -> dict[str, int]:
+def slots(cell: Cell, zoned: bool = False) -> dict[str, int]:
     """Name -> place in the row of a task's arguments."""
     counts = {
         "phase": len(cell.phases),
@@ -72,6 +127,9 @@ def slots(cell: Cell) -> dict[str, int]:
     names = f"{_SIZES} {_FORWARD} {_BACKWARD}".split()
     for kind, count in counts.items():
         names += [n for k in range(count) for n in _NUMBERED[kind].format(k).split()]
+    if zoned:
+        names += [n for k in range(len(cell.states)) for n in _ZONED.format(k).split()]
+        names += ["parts", "rests"]
     return {name: place for place, name in enumerate(names)}
 
 
@@ -121,21 +179,24 @@ def _indent(text: str, levels: int) -> str:
     return textwrap.indent(text, "    " * levels)
 
 
-def _block_of_units(lines: list[str]) -> str:
+def _block_of_units(lines: list[str], units: str = "H", whole: str = "whole") -> str:
     """Pointwise code over all hidden units: whole vectors, then the tail of one masked vector.
 
-    In ``lines`` ``load(..)`` and ``store(..)`` address unit j; the tail's take n lanes.
+    In ``lines`` ``load(..)``, ``store(..)`` and ``blend(..)`` address unit j; the tail's take n
+    lanes.
     """
-    body = "\n".join(lines)
-    tail = body.replace("LOAD(", "load_part(").replace("STORE(", "store_part(")
-    tail = tail.replace(";N)", ", H - whole)")
-    main = body.replace("LOAD(", "load(").replace("STORE(", "store(").replace(";N)", ")")
+    main = tail = "\n".join(lines)
+    for name in ("LOAD(", "STORE(", "BLEND("):
+        tail = tail.replace(name, f"{name[:-1].lower()}_part(")
+        main = main.replace(name, name.lower())
+    tail = tail.replace(";N)", f", {units} - {whole})")
+    main = main.replace(";N)", ")")
     return "\n".join(
         [
-            "for j in range(0, whole, LANES):",
+            f"for j in range(0, {whole}, LANES):",
             _indent(main, 1),
-            "if whole < H:",
-            "    j = whole",
+            f"if {whole} < {units}:",
+            f"    j = {whole}",
             _indent(tail, 1),
         ]
     )
@@ -240,7 +301,7 @@ if w_{k}:
     ]
 
 
-def _forward_argument(names: _Names, name: str) -> str:
+def _forward_argument(names: _Names, name: str, zone: Zone | None) -> str:
     """The load of what a forward text takes."""
     cell = names.cell
     kind, _, gate = name.partition("_")
@@ -257,15 +318,17 @@ def _forward_argument(names: _Names, name: str) -> str:
     if name in cell.unit_parameters:
         return names.unit(name)
     state = name.removesuffix("_prev")  # the carried one, before its phase has run and after it
+    if zone and name in cell.other_states:
+        return _load(f"made_{cell.states.index(name)}_row")
     if state in cell.other_states:
         return _load(f"{names.state(state)}_row")
     return _load(*names.saved(name))
 
 
-def _forward_phase(cell: Cell, k: int, phase: Phase) -> str:
+def _forward_phase(cell: Cell, k: int, phase: Phase, zone: Zone | None) -> str:
     names = _Names(cell)
     takes = arguments(phase.forward)
-    lines = [f"v_{name} = {_forward_argument(names, name)}" for name in takes]
+    lines = [f"v_{name} = {_forward_argument(names, name, zone)}" for name in takes]
     lines.append(_call(k, takes, phase.returns))
     for name in dict.fromkeys((*phase.returns, *takes)):
         value = f"new_{name}" if name in phase.returns else f"v_{name}"
@@ -273,6 +336,15 @@ def _forward_phase(cell: Cell, k: int, phase: Phase) -> str:
             lines.append(_store(*names.saved(name), value))
         if name not in phase.returns:
             continue
+        if zone and name in cell.states:
+            place = cell.states.index(name)
+            if zone.keeps(cell, place):
+                lines.append(_store(f"made_{place}_row", "j", value))
+            if name == "h" and zone.projected:
+                continue
+            old = _load("h_row" if name == "h" else f"{names.state(name)}_row")
+            lines.append(f"now_{name} = {zone.blended(place, value, old)}")
+            value = f"now_{name}"
         if name == "h":
             lines.append(_store("m_row", "j", value))
             lines.append(_store("y_row", "j", value))
@@ -287,6 +359,7 @@ def _forward_phase(cell: Cell, k: int, phase: Phase) -> str:
         "    s_row = s + (b - first_row) * s_stride * ITEMSIZE",
         _row("h", "b", "P"),
         *(_row(names.state(s), "b", "H") for s in cell.other_states),
+        *(zone.rows(cell) if zone else ()),
         # without projection the new h goes to the carried state and to y, with it to m alone
         "m_row = m + (base + b) * m_stride * ITEMSIZE if w_hr else h_row",
         "y_row = m_row if w_hr else y + (base + b) * y_stride * ITEMSIZE",
@@ -298,7 +371,31 @@ def _forward_phase(cell: Cell, k: int, phase: Phase) -> str:
     return "\n".join(code)
 
 
-def forward_source(cell: Cell) -> str:
+def _projection(cell: Cell, zone: Zone | None) -> str:
+    """h from what the text left in m."""
+    source = "m + (base + first_row) * m_stride * ITEMSIZE, m_stride, 1, w_hr"
+    if zone is None:
+        return f"""\
+if w_hr:
+    gemm({source},
+         h + first_row * P * ITEMSIZE, P, rows, H, P, False)
+    for b in range(first_row, first_row + rows):
+        for i in range(P):
+            store1(y, (base + b) * y_stride + i, load1(h, b * P + i))"""
+    lines = [
+        f"now_h = {zone.blended(0, _load('y_row'), _load('h_row'))}",
+        _store("h_row", "j", "now_h"),
+        _store("y_row", "j", "now_h"),
+    ]
+    rows = [*zone.rows(cell), _row("h", "b", "P"), _row("y", "(base + b)", "y_stride")]
+    return f"""\
+gemm({source}, y + (base + first_row) * y_stride * ITEMSIZE, y_stride, rows, H, P, False)
+for b in range(first_row, first_row + rows):
+{_indent(chr(10).join(rows), 1)}
+{_indent(_block_of_units(lines, "P", "whole_P"), 1)}"""
+
+
+def forward_source(cell: Cell, zone: Zone | None = None) -> str:
     """The text of a cell's forward kernel."""
     names = _Names(cell)
     body = [
@@ -310,24 +407,22 @@ if w_in:
          x + (x_base + first_row) * {cell.G} * H * ITEMSIZE, {cell.G} * H, rows, I, {cell.G} * H,
          False)""",
     ]
-    body += [_forward_phase(cell, k, phase) for k, phase in enumerate(cell.phases)]
-    body.append(
-        """\
-if w_hr:
-    gemm(m + (base + first_row) * m_stride * ITEMSIZE, m_stride, 1, w_hr,
-         h + first_row * P * ITEMSIZE, P, rows, H, P, False)
-    for b in range(first_row, first_row + rows):
-        for i in range(P):
-            store1(y, (base + b) * y_stride + i, load1(h, b * P + i))"""
-    )
-    return _loop(cell, "forward", "T - 1 - step if reverse else step", body, [])
+    body += [_forward_phase(cell, k, phase, zone) for k, phase in enumerate(cell.phases)]
+    if zone is None or zone.projected:
+        body.append(_projection(cell, zone))
+    return _loop(cell, "forward", "T - 1 - step if reverse else step", body, [], zone)
 
 
-def _loop(cell: Cell, way: str, walk: str, body: list[str], start: list[str]) -> str:
+def _loop(
+    cell: Cell, way: str, walk: str, body: list[str], start: list[str], zone: Zone | None
+) -> str:
     """The text of a kernel, which loads of a task's arguments what it uses."""
     text = "\n".join(body)
-    places = slots(cell)
-    used = set(re.findall(r"\w+", f"{text} {walk}"))
+    places = slots(cell, zone is not None)
+    if zone is not None:
+        way = f"{zone.kind}_{way}"
+        start = [*start, *zone.start(cell), "whole_P = P - P % LANES"]
+    used = set(re.findall(r"\w+", " ".join((text, walk, *start))))
     used |= {"T", "B", "sizes", "offsets", "first_row", "last_row", "H"}
     lines = [f"{name} = load_int(p, {at})" for name, at in places.items() if name in used]
     return _STEP.format(
@@ -339,11 +434,18 @@ def _loop(cell: Cell, way: str, walk: str, body: list[str], start: list[str]) ->
     )
 
 
-def _backward_argument(names: _Names, name: str, returns: tuple[str, ...]) -> str:
+def _backward_argument(
+    names: _Names, name: str, returns: tuple[str, ...], zone: Zone | None
+) -> str:
     """The load of what a backward text takes."""
     cell = names.cell
     if name[0] == "d" and name[1:] in returns:
         value = name[1:]
+        if zone and value in cell.states:  # split by the phase that runs first
+            if value == "h" and zone.projected:
+                return _load("dh_row")
+            last = value in cell.phases[-1].returns
+            return f"split_{value}" if last else _load(f"d{names.state(value)}_row")
         if value == "h":
             return f"{_load('dh_row')} + {_load('dy_row')}"
         if value in cell.states:
@@ -351,13 +453,15 @@ def _backward_argument(names: _Names, name: str, returns: tuple[str, ...]) -> st
             return f"{_load(f'{buffer}_row')} + {_load(f'{buffer}_all_row')}"
         return _load(f"{names.gradient(value)}_row")
     if name == "h":  # y holds it, or m where it is projected
-        return _load("h_row")
+        return _load("made_0_row" if zone else "h_row")
     if name in cell.saved:
         return _load(*names.saved(name))
     if name in cell.unit_parameters:
         return names.unit(name)
     if name == "h_prev":
         return _load("h_prev_row")
+    if zone and name in cell.states:
+        return _load(f"made_{cell.states.index(name)}_row")
     if name in cell.states:
         return _load(f"{names.state(name)}_all_row")
     return _load(f"{names.state(name.removesuffix('_prev'))}_prev_row")
@@ -367,12 +471,15 @@ class _Backward:
     """The steps of a backward kernel, the last phase first.
 
     The gradient of a state before the step, and of a value that is handed on, may come from several
-    phases: the first writes it, the others add to it.
+    phases: the first writes it, the others add to it. With zoneout the first adds to what the split
+    has left of the gradient of a state.
     """
 
-    def __init__(self, cell: Cell) -> None:
-        self.cell, self.names = cell, _Names(cell)
+    def __init__(self, cell: Cell, zone: Zone | None) -> None:
+        self.cell, self.names, self.zone = cell, _Names(cell), zone
         self.written: set[str] = set()
+        if zone and zone.projected:  # the split has left it there
+            self.written.add("h_prev")
         phases = list(enumerate(cell.phases))
         self.code = [line for k, phase in reversed(phases) for line in self.phase(k, phase)]
         buffers = {"h_prev": ("dh", "P")}
@@ -415,9 +522,47 @@ for b in range(first_row, first_row + rows):
             row = f"d{names.state(state)}_row"
         else:
             row = f"{names.gradient(of)}_row"
+        if self.zone and state in cell.states and of not in (state, *self.written):
+            self.written.add(of)
+            return [_store(row, "j", f"{self.left(state)} + {value}")]
         # what a later phase gives of a state adds to what the next step has left
         add = of in cell.states or self.adds(of)
         return [_store(row, "j", f"{_load(row)} + {value}" if add else value)]
+
+    def split(self, phase: Phase) -> list[str]:
+        """The gradients of all states, each in two."""
+        cell, lines = self.cell, []
+        assert self.zone is not None
+        for k, state in enumerate(cell.states):
+            if k == 0 and self.zone.projected:
+                continue
+            row = "dh_row" if k == 0 else f"d{self.names.state(state)}_row"
+            more = "dy_row" if k == 0 else f"d{self.names.state(state)}_all_row"
+            new, left = self.zone.split(k, f"total_{state}")
+            lines.append(f"total_{state} = {_load(row)} + {_load(more)}")
+            lines += [f"split_{state} = {new}", f"left_{state} = {left}"]
+            if state not in phase.returns:
+                lines.append(_store(row, "j", f"split_{state}"))
+            if len(cell.phases) > 1:
+                lines.append(_store(f"left_{k}_row", "j", f"left_{state}"))
+        return lines
+
+    def left(self, state: str) -> str:
+        """What the split has left for the state before."""
+        if len(self.cell.phases) == 1:
+            return f"left_{state}"
+        return _load(f"left_{self.cell.states.index(state)}_row")
+
+    def passed_on(self, k: int, phase: Phase) -> list[str]:
+        """The stores of what the split has left, before a product adds to it, or where nothing of
+        the state before enters."""
+        multiplies = self.cell.product_gates(phase) and phase.operand == "h_prev"
+        lines = []
+        for state in self.cell.states if k == 0 else self.cell.states[: bool(multiplies)]:
+            if not self.adds(f"{state}_prev"):
+                row = "dh_row" if state == "h" else f"d{self.names.state(state)}_row"
+                lines.append(_store(row, "j", self.left(state)))
+        return lines
 
     def product(self, k: int, phase: Phase) -> list[str]:
         """The gradient of a product's operand."""
@@ -457,6 +602,12 @@ if w_{k}:
         for c in states:
             lines.append(_row(f"d{c}_all", "(base + b)", f"d{c}_all_stride"))
             lines.append(_row(f"d{c}", "b", "H"))
+        if self.zone:
+            lines += self.zone.rows(cell)
+            if len(cell.phases) > 1:
+                lines += [
+                    _row(f"left_{k}", "(b - first_row)", "H") for k in range(len(cell.states))
+                ]
         lines.append(
             """\
 if w_hr:
@@ -482,10 +633,15 @@ else:
 
     def phase(self, k: int, phase: Phase) -> list[str]:
         takes = phase.takes_back
-        lines = [f"v_{n} = {_backward_argument(self.names, n, phase.returns)}" for n in takes]
+        lines = self.split(phase) if self.zone and k == len(self.cell.phases) - 1 else []
+        for name in takes:
+            load = _backward_argument(self.names, name, phase.returns, self.zone)
+            lines.append(f"v_{name} = {load}")
         lines.append(_call(k, takes, phase.gradients))
         for name in phase.gradients:
             lines += self.gradient(name)
+        if self.zone:
+            lines += self.passed_on(k, phase)
         code = ["for b in range(first_row, first_row + rows):"]
         code.append(_indent("\n".join(self.rows()), 1))
         code.append(_indent(_block_of_units(lines), 1))
@@ -495,7 +651,38 @@ else:
         return code + self.product(k, phase)
 
 
-def backward_source(cell: Cell) -> str:
+def _projection_back(zone: Zone | None) -> str:
+    """The gradient of m from that of h."""
+    gemm = "gemm(dh_all + (base + first_row) * P * ITEMSIZE, P, 1, w_hr, dm, H, rows, P, H, False)"
+    if zone is None:
+        return f"""\
+if w_hr:
+    for b in range(first_row, first_row + rows):
+        for i in range(P):
+            value = load1(dh, b * P + i) + load1(dy, (base + b) * dy_stride + i)
+            store1(dh_all, (base + b) * P + i, value)
+    {gemm}"""
+    new, left = zone.split(0, "total_h")
+    lines = [
+        f"total_h = {_load('dh_row')} + {_load('dy_row')}",
+        _store("dh_all_row", "j", new),
+        _store("dh_row", "j", left),
+    ]
+    rows = [
+        _row("dh", "b", "P"),
+        _row("dy", "(base + b)", "dy_stride"),
+        _row("dh_all", "(base + b)", "P"),
+    ]
+    if zone.kind == "stay":
+        rows.append("stay_0_row = stay_0 + (base + b) * stay_0_stride")
+    return f"""\
+for b in range(first_row, first_row + rows):
+{_indent(chr(10).join(rows), 1)}
+{_indent(_block_of_units(lines, "P", "whole_P"), 1)}
+{gemm}"""
+
+
+def backward_source(cell: Cell, zone: Zone | None = None) -> str:
     """The text of a cell's backward kernel."""
     names = _Names(cell)
     body = [
@@ -510,17 +697,12 @@ if reverse:
         before = load_int(offsets, t + 1) if sizes else base + B
 elif t > 0:
     alive_before = alive
-    before = load_int(offsets, t - 1) if sizes else base - B
-if w_hr:
-    for b in range(first_row, first_row + rows):
-        for i in range(P):
-            value = load1(dh, b * P + i) + load1(dy, (base + b) * dy_stride + i)
-            store1(dh_all, (base + b) * P + i, value)
-    gemm(dh_all + (base + first_row) * P * ITEMSIZE, P, 1, w_hr, dm, H, rows, P, H, False)""",
-        *_Backward(cell).code,
+    before = load_int(offsets, t - 1) if sizes else base - B""",
+        *([_projection_back(zone)] if zone is None or zone.projected else ()),
+        *_Backward(cell, zone).code,
         _zero_states(cell, ["dh", *(f"d{names.state(s)}" for s in cell.other_states)]),
     ]
-    return _loop(cell, "backward", "step if reverse else T - 1 - step", body, ["chain = 0"])
+    return _loop(cell, "backward", "step if reverse else T - 1 - step", body, ["chain = 0"], zone)
 
 
 class Kernel:
@@ -569,10 +751,10 @@ def compile_loop(cell: Cell, source: str, backward: bool, dtype: Any) -> Kernel:
 
 
 @cache
-def forward_kernel(cell: Cell, dtype: Any) -> Kernel:
-    return compile_loop(cell, forward_source(cell), False, dtype)
+def forward_kernel(cell: Cell, dtype: Any, zone: Zone | None = None) -> Kernel:
+    return compile_loop(cell, forward_source(cell, zone), False, dtype)
 
 
 @cache
-def backward_kernel(cell: Cell, dtype: Any) -> Kernel:
-    return compile_loop(cell, backward_source(cell), True, dtype)
+def backward_kernel(cell: Cell, dtype: Any, zone: Zone | None = None) -> Kernel:
+    return compile_loop(cell, backward_source(cell, zone), True, dtype)

@@ -76,6 +76,8 @@ def simd(dtype: Any, lanes: int | None = None) -> SimpleNamespace:
                                 only the first n lanes touch memory, the others load as 0; n may be
                                 below 1 (nothing) or above LANES (everything)
     load1(ptr, i), store1(ptr, i, scalar), splat(scalar)
+    blend(ptr, i, v, v), blend_part(ptr, i, v, v, n)
+                the first where the byte at ptr + i + lane is not 0, the second where it is
     load_int(ptr, i), load_byte(ptr, i)
                                 of int64 and of uint8, whatever the dtype
     take(ptr)                   the int64 there, which it then counts up, atomically

@@ -543,6 +543,43 @@ def memory(vec: Vec) -> dict[str, Any]:
 
         return vec(scalar), lower
 
+    def blended(builder: ir.IRBuilder, args: Any, n: ir.Value | None) -> ir.Value:
+        """The first vector where a byte is not 0, the second where it is."""
+        w = Writer(builder, vec)
+        byte = ir.IntType(8)
+        pointer = builder.inttoptr(args[0], byte.as_pointer())
+        pointer = builder.gep(pointer, [args[1]])
+        bytes_ = ir.VectorType(byte, vec.lanes)
+        pointer = builder.bitcast(pointer, bytes_.as_pointer())
+        zero = ir.Constant(bytes_, [0] * vec.lanes)
+        if n is None:
+            found = builder.load(pointer, align=1)
+        else:
+            name = f"llvm.masked.load.v{vec.lanes}i8.p0"
+            found = w.call(name, bytes_, pointer, I32(1), w.first(n), zero)
+        return builder.select(builder.icmp_unsigned("!=", found, zero), args[2], args[3])
+
+    @intrinsic
+    def blend(typingctx: Any, ptr: types.Type, i: types.Type, a: types.Type, b: types.Type) -> Any:
+        def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            return blended(builder, args, None)
+
+        return (vec(i64, i64, vec, vec), lower) if a == b == vec else None
+
+    @intrinsic
+    def blend_part(
+        typingctx: Any,
+        ptr: types.Type,
+        i: types.Type,
+        a: types.Type,
+        b: types.Type,
+        n: types.Type,
+    ) -> Any:
+        def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            return blended(builder, args, args[4])
+
+        return (vec(i64, i64, vec, vec, i64), lower) if a == b == vec else None
+
     return {
         "load": load,
         "load_part": load_part,
@@ -551,6 +588,8 @@ def memory(vec: Vec) -> dict[str, Any]:
         "store_part": store_part,
         "store1": store1,
         "splat": splat,
+        "blend": blend,
+        "blend_part": blend_part,
     }
 
 

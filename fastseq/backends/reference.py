@@ -16,7 +16,7 @@ from .layout import unprojected
 
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
-ABILITIES = Abilities()
+ABILITIES = Abilities(zoneout=True)
 
 
 def unavailable() -> str | None:
@@ -77,6 +77,7 @@ def _options(call: Call, r: int, N: int) -> dict[str, Any]:
         "reverse": call.reverse[r],
         "h_mask": None if call.h_mask is None else _array(call.h_mask[r]),
         "reset": None if call.reset is None else call.reset[r, :N].numpy(),
+        "stay": call.part or [None if s is None else s[r, :N].numpy() for s in call.stay],
     }
 
 
@@ -95,7 +96,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
         )
         y.view(-1, R * P)[:N, r * P : (r + 1) * P] = torch.from_numpy(y_r)
         for tensor, state in zip(along, others, strict=False):
-            value = tape.values.get(state)
+            value = tape.after.get(state)
             if value is not None:
                 tensor.view(-1, R * H)[:N, r * H : (r + 1) * H] = torch.from_numpy(value)
         finals.append([torch.from_numpy(s).to(call.x.dtype) for s in final])

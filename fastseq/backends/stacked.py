@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .contract import (
+    NOTHING,
     TIME_FIRST,
     Call,
+    Given,
     Gradients,
     OutputGradients,
     Problem,
@@ -21,6 +23,7 @@ from .contract import (
     Weights,
     ways,
 )
+from .layout import side_by_side
 
 #: (number of the layer, x, its states, its weights) -> (y, its final states)
 RunLayer = Callable[[int, Tensor, list[Tensor], list[Weights]], tuple[Tensor, list[Tensor]]]
@@ -60,6 +63,19 @@ def dropped(request: Request, x: Tensor) -> Tensor:
     return torch.dropout(x, request.dropout, True) if request.dropout > 0 else x
 
 
+def of_layer(given: Given, layer: int, directions: int) -> Given:
+    """What one layer has of it: reset, h_mask and where the states stay."""
+    if given is NOTHING:
+        return given
+    rows = slice(layer * directions, (layer + 1) * directions)
+    return Given(
+        reset=given.reset,
+        h_mask=None if given.h_mask is None else given.h_mask[rows],
+        stay=[None if s is None else s[rows] for s in given.stay],
+        part=given.part,
+    )
+
+
 _REVERSE = ((), (False,), (False, True))  # by the number of directions
 _OURS = frozenset((Tensor, torch.nn.Parameter))
 
@@ -68,10 +84,11 @@ def in_one_call(
     forward: Callable[[Call, bool, bool], Result],
     backward: Callable[[Call, Result, OutputGradients, Wanted], Gradients],
 ) -> tuple[Any, Any, Any]:
-    """``stacks``, ``layers`` and ``layers_backward`` of a backend that has these two, and whose
-    backward does not read the final states. They take plain calls, whose tensors were checked,
-    without what is a layer's own; they save what each layer does, and the output of all but the
-    last. A stack of layers that are frozen in part is declined: those need no backward."""
+    """``stacks``, ``layers`` and ``layers_backward`` of a backend that has these two, keeps what
+    :func:`.layout.side_by_side` says, and whose backward does not read the final states. They take
+    plain calls, whose tensors were checked, without masks of inputs; they save what each layer
+    does, the output of all but the last, and the trajectory. A stack of layers that are frozen in
+    part is declined: those need no backward."""
 
     def layers(
         request: Request,
@@ -79,32 +96,39 @@ def in_one_call(
         batch_sizes: Tensor | None,
         states: Sequence[Tensor],
         weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
+        given: Given,
         save: bool,
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None:
         count = request.layers
         if request.order != TIME_FIRST or (count > 1 and request.dropout) or x.is_meta:
             return None
+        if given.input_masks:
+            return None
         if save and count > 1 and len({w.requires_grad for w in weights}) > 1:
             return None
-        if not _OURS.issuperset(map(type, (x, *states, *weights))):
+        tensors = (x, *states, *weights, *_tensors(given))
+        if not _OURS.issuperset(map(type, tensors)):
             return None
         if any([w.is_neg() for w in weights]):
             return None
         saved: list[Tensor] = []
+        along: list[Tensor] = []
 
         def run(
             layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
         ) -> tuple[Tensor, list[Tensor]]:
-            result = forward(_call(request, x, batch_sizes, states, weights), save, False)
+            own = of_layer(given, layer, request.directions)
+            last = layer == count - 1
+            call = _call(request, x, batch_sizes, states, weights, own)
+            result = forward(call, save, request.trajectory and last)
+            along.extend(result.trajectory)
             if save:
                 saved.extend(result.saved)
-                if layer < count - 1:
-                    saved.append(result.y)
+                saved.extend(result.trajectory if last else [result.y])
             return result.y, result.states
 
         y, finals = one_by_one(request, x, states, ways(request, weights), run)
-        return y, finals, saved
+        return y, [*finals, *along], saved
 
     def layers_backward(
         request: Request,
@@ -112,7 +136,7 @@ def in_one_call(
         batch_sizes: Tensor | None,
         states: Sequence[Tensor],
         weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
+        given: Given,
         y: Tensor,
         saved: Sequence[Tensor],
         dy: Tensor | None,
@@ -120,25 +144,33 @@ def in_one_call(
         wanted: Wanted,
     ) -> Sequence[Tensor | None]:
         D, count = request.directions, request.layers
-        each = (len(saved) - (count - 1)) // count
+        others = request.definition.other_states
+        dfinals, dalong = dstates[: 1 + len(others)], list(dstates[1 + len(others) :])
         of_all = ways(request, weights)
+        rest = list(saved)
+        trajectory = _last(rest, len(others)) if request.trajectory else []
         found: list[Gradients] = []
         for layer in reversed(range(count)):
-            here, first = slice(layer * D, (layer + 1) * D), layer * (each + 1)
-            own, given = states, list(dstates)
+            here = slice(layer * D, (layer + 1) * D)
+            own, after = states, list(dfinals)
             if count > 1:
-                own, given = [s[here] for s in states], [d if d is None else d[here] for d in given]
-            below = saved[first - 1] if layer else x
+                own = [s[here] for s in states]
+                after = [d if d is None else d[here] for d in after]
+            given_here = of_layer(given, layer, D)
+            call = _call(request, x, batch_sizes, own, of_all[here], given_here)
+            kept = _last(rest, len(side_by_side(call, (), bool(trajectory))))
+            if layer:
+                call.x = rest.pop()
             gradients = backward(
-                _call(request, below, batch_sizes, own, of_all[here]),
-                Result(y, [], [], list(saved[first : first + each])),
-                OutputGradients(dy, given, []),
+                call,
+                Result(y, [], trajectory, kept),
+                OutputGradients(dy, after, dalong),
                 Wanted(wanted.x or layer > 0, wanted.states, wanted.weights),
             )
             found.append(gradients)
-            y, dy = below, gradients.x
+            y, dy, trajectory, dalong = call.x, gradients.x, [], []
         found.reverse()
-        before: list[Tensor | None] = [None] * len(dstates)
+        before: list[Tensor | None] = [None] * len(dfinals)
         if wanted.states:
             parts = zip(*[g.states for g in found if g.states is not None], strict=True)
             before = [torch.cat(part) if count > 1 else part[0] for part in parts]
@@ -148,9 +180,21 @@ def in_one_call(
 
 
 def stacks(problem: Problem) -> bool:
-    own = problem.reset or problem.h_mask or problem.trajectory or problem.zoneout
     lean = problem.training and problem.memory == "lean"
-    return problem.mode == "plain" and problem.H is not None and not own and not lean
+    return problem.mode == "plain" and problem.H is not None and not lean
+
+
+def _tensors(given: Given) -> list[Tensor]:
+    own = (given.reset, given.h_mask, *given.stay)
+    return [t for t in own if t is not None]
+
+
+def _last(rest: list[Tensor], count: int) -> list[Tensor]:
+    """The last ones of a list, taken out of it."""
+    first = len(rest) - count
+    found = rest[first:]
+    del rest[first:]
+    return found
 
 
 def _call(
@@ -159,6 +203,18 @@ def _call(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: list[Weights],
+    given: Given,
 ) -> Call:
-    reverse, same = _REVERSE[request.directions], request.deterministic
-    return Call(request.cell, x, batch_sizes, states, weights, reverse, deterministic=same)
+    return Call(
+        request.cell,
+        x,
+        batch_sizes,
+        states,
+        weights,
+        _REVERSE[request.directions],
+        given.reset,
+        given.h_mask,
+        deterministic=request.deterministic,
+        stay=given.stay,
+        part=given.part,
+    )

@@ -21,6 +21,7 @@ from .contract import (
     ONE_STEP,
     Abilities,
     Call,
+    Given,
     Gradients,
     OutputGradients,
     Problem,
@@ -132,7 +133,7 @@ def layers(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    given: Given,
     save: bool,
 ) -> tuple[Tensor, list[Tensor], tuple[()]]:
     """All layers, as torch.nn calls them; torch draws what dropout keeps."""

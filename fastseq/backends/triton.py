@@ -19,7 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import torch
@@ -29,14 +31,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import CELLS, Cell
-from . import faults
+from . import faults, triton_masks
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .gpu_layer import Layer, Precision, products_as
-from .layout import declined_anywhere
+from .layout import as_made, declined_anywhere, zoned
 from .layout import side_by_side as saved_layout
 from .stacked import in_one_call
 from .triton_kernels import INTERPRETED, PREVIOUS_H, ROUND, ROUNDS, kernel, unreadable
-from .triton_text import Pieces, taken_names
+from .triton_source import handed_states
+from .triton_text import Pieces, Zoned, taken_names
 from .triton_tiling import (
     LEAST,
     Device,
@@ -51,7 +54,7 @@ from .triton_tiling import (
 
 __all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
 
-ABILITIES = Abilities()
+ABILITIES = Abilities(zoneout=True)
 #: How often a program looks for the others at a meeting before it goes on with NaN: some seconds.
 _PATIENCE = 1 << 24
 _larger: Form = "grid"
@@ -195,6 +198,21 @@ class _Task(Layer):
         }
         for k, state in enumerate(self.cell.states):
             self.values[f"{state}_0_ptr"] = call.states[k].contiguous() if call.states else None
+        which = tuple(compress(self.cell.states, zoned(call)))
+        self.zoned = Zoned(which, not call.part)
+        self.values["part_ptr"] = self.parts()
+        for state, stay in zip(self.cell.states, call.stay, strict=False):
+            bytes = None if stay is None else stay.contiguous().view(torch.uint8)
+            self.values[f"stay_{state}_ptr"] = bytes
+
+    def parts(self) -> Tensor | None:
+        """(states,), how much of each stays; written on the device, as the flags are."""
+        if not self.call.part:
+            return None
+        parts = torch.empty(len(self.call.part), dtype=self.wide, device=self.device)
+        for k, part in enumerate(self.call.part):
+            parts[k].fill_(part)
+        return parts
 
     def tiled(self, larger: Form) -> Tiling:
         P = self.P if self.projected else None
@@ -265,7 +283,7 @@ class _Task(Layer):
     def launch(self, kind: str, grid: tuple[int, int, int], k: Any = None, **values: Any) -> None:
         if min(grid) == 0:
             return
-        run = kernel(self.cell, kind, self.projected, k)
+        run = kernel(self.cell, kind, self.projected, k, self.zoned)
         run(grid, self.values | values, self.tiling.options())
 
     def tiles(self, B: int, width: int) -> tuple[int, int, int]:
@@ -329,16 +347,30 @@ class _Task(Layer):
         return out
 
 
-def _is_kept(task: _Task, full: bool) -> dict[str, int]:
-    """Buffers beside the gates: name -> width. Parts of a step hand values on through them."""
+def _kept(task: _Task, full: bool) -> dict[str, Tensor]:
+    """Buffers beside the gates, for backward, which the kernels are given. Parts of a step hand
+    values on through them, and some through buffers that backward does not want."""
     cell, width = task.cell, task.R * task.H
     in_parts = task.tiling.form != "walk"
-    kept = {}
+    kept: dict[str, Tensor] = {}
+    handed: dict[str, Tensor] = {}
     if cell.extras and (full or (in_parts and len(cell.phases) > 1)):
-        kept["extra"] = len(cell.extras) * width
+        kept["extra"] = task.rows(len(cell.extras) * width)
     if task.projected and (full or in_parts):
-        kept["m"] = width
+        kept["m"] = task.rows(width)
+    for state, wanted in zip(cell.states, as_made(task.call), strict=True):
+        hands_on = in_parts and state in task.zoned.states and state in handed_states(cell)
+        if ((full and wanted) or hands_on) and not _is_m(task, state):
+            rows = task.rows(width, task.dtype if state == "h" else task.wide)
+            (kept if wanted else handed)[f"{state}_unzoned"] = rows
+    names = ("extra", "m", *(f"{state}_unzoned" for state in cell.states))
+    task.values |= {f"{name}_ptr": (kept | handed).get(name) for name in names}
     return kept
+
+
+def _is_m(task: _Task, state: str) -> bool:
+    """Whether a state as the text gave it is m: h, where it is projected."""
+    return state == "h" and task.projected
 
 
 @torch.no_grad()
@@ -364,10 +396,9 @@ def _walk_forward(
     """Fill y, the final states and those along the way; what backward wants beside them."""
     cell = task.cell
     gates = task.input_product()
-    kept = {name: task.rows(width) for name, width in _is_kept(task, full).items()}
+    kept = _kept(task, full)
     keeps_gates = cell.keeps_gates(task.projected)
     task.values |= {"gates_ptr": gates, "y_ptr": y, "SAVE": full and keeps_gates}
-    task.values |= {f"{name}_ptr": kept.get(name) for name in ("extra", "m")}
     for k, (state, final) in enumerate(zip(cell.states, finals, strict=True)):
         task.values[f"{state}_n_ptr"] = final
         if k:
@@ -386,14 +417,14 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     task = _Task(call)
     cell, R, H = task.cell, task.R, task.H
     along = [task.rows(R * H, task.wide) for _ in cell.other_states]
-    if not along and not cell.extras and not cell.keeps_gates(task.projected):
+    if not saved_layout(replace(call, memory="full"), task.lead, False):
         return [], []
     if len(cell.phases) > 1:
         y = task.rows(R * task.P)
         return _walk_forward(task, y, task.final_states(), along, True), along
     task.tiling = pointwise_tiling(H, task.dtype, _properties(task.device))
     task.values |= task.tiling.blocks()
-    kept = {name: task.rows(width) for name, width in _is_kept(task, True).items()}
+    kept = _kept(task, True)
     gates = task.input_product()
     if cell.recurrent_gates:
         h = task.previous_h(y)
@@ -405,7 +436,6 @@ def _rebuild(call: Call, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             ]
         task.values["s_ptr"] = parts[0] if R == 1 else torch.stack(parts, 1)
     task.values |= {"gates_ptr": gates, "SAVE": True}
-    task.values |= {f"{name}_ptr": kept.get(name) for name in ("extra", "m")}
     for state, every in zip(cell.other_states, along, strict=True):
         task.values[f"{state}_all_ptr"] = every
     task.launch("forward_given", task.tiles(task.B, H), task.aligned)
@@ -423,6 +453,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
 
 
 stacks, layers, layers_backward = in_one_call(forward, backward)
+keep = triton_masks.keep
 
 
 def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
@@ -436,6 +467,8 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
     gates = rest.pop(0) if cell.keeps_gates(task.projected) else None
     extra = rest.pop(0) if cell.extras else None
     m = rest.pop(0) if task.projected else None
+    made = [s for s in compress(cell.states, as_made(call)) if not _is_m(task, s)]
+    as_given = {f"{s}_unzoned_ptr": rest.pop(0) for s in made}
 
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=task.device)
@@ -462,7 +495,10 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         "dh_all_ptr": dh_all,
         "dunit_ptr": dunit,
         "dy_ptr": None if grads.y is None else grads.y.contiguous(),
+        **as_given,
     }
+    for s in task.zoned.states if len(cell.phases) > 1 else ():
+        task.values[f"d{s}_later_ptr"] = new(R, task.B, H, dtype=task.wide).zero_()
     dstates = []
     for k, (state, given) in enumerate(zip(cell.states, grads.states, strict=True)):
         # what the kernels carry: the gradient of the final state first, that of the initial last

@@ -21,7 +21,7 @@ from ..cells import Cell, bind
 from ..cells.derive import compiled
 from ..cells.text import number_of
 from . import triton_source as source
-from .triton_text import backward_text, forward_text
+from .triton_text import UNZONED, Zoned, backward_text, forward_text
 
 #: Under TRITON_INTERPRET=1 kernels run in NumPy, on the CPU. It is read when a kernel is made.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -474,16 +474,16 @@ def unreadable(cell: Cell) -> str | None:
 
 
 @cache
-def kernel(cell: Cell, kind: str, projected: bool, k: Any = None) -> Kernel:
+def kernel(cell: Cell, kind: str, projected: bool, k: Any = None, zoned: Zoned = UNZONED) -> Kernel:
     """A loop of :mod:`.triton_source`, bound to the texts of its cell."""
-    text = source.TEXTS[kind](cell, projected, k)
+    text = source.TEXTS[kind](cell, projected, k, zoned)
     names: dict[str, Any] = {"tl": tl, "__name__": __name__, **_HELPERS}
     for at, phase in enumerate(cell.phases):
         names[forward_text(at)] = _jit_text(phase.forward)
         names[backward_text(at)] = _jit_text(phase.backward)
     name = text[4 : text.index("(")]
     # inspect, by which Triton finds a function's text, asks linecache
-    file = f"<fastseq {name}{' projected' if projected else ''} {k}>"
+    file = f"<fastseq {name}{' projected' if projected else ''} {k} {zoned}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     exec(compile(text, file, "exec"), names)
     loop: FunctionType = names[name]

@@ -21,6 +21,7 @@ computed. :mod:`.triton_text` says what the names and the buffers are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import Any
 
 from ..cells import Cell, Phase, arguments
@@ -34,11 +35,13 @@ from .triton_text import (
     LATER,
     PLACE,
     ROWS,
+    UNZONED,
     Load,
     Part,
     Pieces,
     Steps,
     Term,
+    Zoned,
     apart,
     backward_text,
     comma,
@@ -74,8 +77,11 @@ _MASK = "h_mask = load_or_zero(h_mask_ptr, state * P + hidden, (batch < B) & is_
 class _Names:
     """Where the values of a cell live in memory, and which of its gates are one tile."""
 
-    def __init__(self, cell: Cell, projected: bool, joint: bool = True) -> None:
+    def __init__(
+        self, cell: Cell, projected: bool, zoned: Zoned = UNZONED, joint: bool = True
+    ) -> None:
         self.cell, self.projected, self.joint = cell, projected, joint
+        self.zoned = zoned
         self.keeps_gates = cell.keeps_gates(projected)
 
     def slots(self, pointer: str) -> tuple[str, ...]:
@@ -84,8 +90,12 @@ class _Names:
 
     def place(self, name: str) -> tuple[str, str]:
         """Buffer and place of a value that forward saves, or of h and the other states."""
+        if name == "h" and self.projected:
+            return "m", "at * H + units"
+        if name in self.zoned.states:
+            return f"{name}_unzoned", "at * H + units"
         if name == "h":
-            return ("m", "at * H + units") if self.projected else ("y", "at * P + units")
+            return "y", "at * P + units"
         for pointer in ("gates", "extra"):
             slots = self.slots(pointer)
             if name in slots:
@@ -147,6 +157,65 @@ class _Names:
 def _tile(kind: str, group: tuple[str, ...]) -> str:
     """The name of a tile of gates: s_i_f_g_o."""
     return f"{kind}_{'_'.join(group)}"
+
+
+# Zoneout: a text gives what a state would be, and a unit of it, or a part of it, stays
+
+
+def _stay(names: _Names, state: str) -> list[Load]:
+    """Where a state stays as it was, if that is drawn."""
+    zoned = names.zoned
+    if state not in zoned.states or not zoned.drawn:
+        return []
+    width, columns, exists = ("P", "hidden", "is_hidden") if state == "h" else _OF_UNITS
+    name, place = f"stay_{state}", f"(recurrence * capacity + rows) * {width} + {columns}"
+    return [Load(f"{name}_ahead", name, place, f"live & {exists}", f"{name} = {name}_ahead != 0")]
+
+
+_OF_UNITS = "H", "units", "is_unit"
+
+
+def _parts(names: _Names) -> list[str]:
+    """How much of each state stays: once."""
+    zoned = names.zoned
+    if zoned.drawn:
+        return []
+    at = names.cell.states.index
+    return [f"part_{s} = tl.load(part_ptr + {at(s)})" for s in zoned.states]
+
+
+def _zoned(names: _Names, state: str, before: str) -> str:
+    """The state that goes on to the next step."""
+    if state not in names.zoned.states:
+        return state
+    if names.zoned.drawn:
+        return f"tl.where(stay_{state}, {before}, {state})"
+    return f"{state} + part_{state} * ({before} - {state})"
+
+
+def _unzoned(names: _Names, phase: Phase) -> list[str]:
+    """The states that a phase gives and texts take, whose own buffer has them as they were given:
+    h, projected, has m for that."""
+    cell = names.cell
+    taken = {*compress(cell.states, cell.taken_back), *handed_states(cell)}
+    own = [s for s in names.zoned.states if s in taken and s in phase.returns]
+    return [s for s in own if not (s == "h" and names.projected)]
+
+
+def handed_states(cell: Cell) -> set[str]:
+    """The states that one phase returns and a later one takes."""
+    return {n for p in cell.phases for n in (*p.takes, p.operand) if n in cell.states}
+
+
+def _split(names: _Names, state: str) -> list[str]:
+    """The gradient of a state that goes on: of what the text gave, and of the state before."""
+    if state not in names.zoned.states:
+        return []
+    d, stays = f"d{state}", f"d{state}_stays"
+    if names.zoned.drawn:
+        there = f"stay_{state}"
+        return [f"{stays} = tl.where({there}, {d}, 0.0)", f"{d} = tl.where({there}, 0.0, {d})"]
+    return [f"{stays} = part_{state} * {d}", f"{d} = {d} - {stays}"]
 
 
 # Forward
@@ -236,17 +305,23 @@ def _keep(names: _Names, phase: Phase, handed_on: set[str]) -> list[str]:
     return [f"if SAVE:\n    {line}" for line in names.store_saved(wanted)]
 
 
-def _carry(cell: Cell, phase: Phase, suffix: str) -> list[str]:
+def _carry(names: _Names, phase: Phase, suffix: str) -> list[str]:
     """The other states that a phase gives, on to the next step, and stores of them at every step:
     of what is carried, so that the change of layout for the store comes no sooner."""
     lines = []
-    for s in cell.other_states:
+    for s in names.cell.other_states:
         if s in phase.returns:
             carried = f"{s}_{suffix}"
+            before = carried if suffix == "prev" else f"tl.where(kept, {carried}, 0.0)"
             every = store(f"{s}_all", "at * H + units", carried)
-            lines.append(f"{carried} = tl.where(live, {s}, {carried})")
+            lines.append(f"{carried} = tl.where(live, {_zoned(names, s, before)}, {carried})")
             lines.append(f"if {s}_all_ptr is not None:\n    {every}")
     return lines
+
+
+def _keep_unzoned(names: _Names, states: Iterable[str]) -> list[str]:
+    """Stores of what a text gave, where backward will run."""
+    return [f"if {s}_unzoned_ptr is not None:\n    {store(*names.place(s), s)}" for s in states]
 
 
 def _resident(names: _Names, backward: bool) -> list[str]:
@@ -282,7 +357,9 @@ def _reset(carried: list[str]) -> str:
     return KEPT + "\n" + indent(zeros)
 
 
-def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
+def forward_walk(
+    cell: Cell, projected: bool, ahead: bool, given: bool, zoned: Zoned = UNZONED
+) -> str:
     """All steps in one launch.
 
     On the chip over time: w_hh and w_hr, the states. A step reads the gates' G*H input products and
@@ -292,10 +369,10 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
     given: the products of h with w_hh are known, in s, and so is y; what forward would have saved
         is made again, over any tile of the units.
     """
-    names = _Names(cell, projected, joint=ahead and not given)
+    names = _Names(cell, projected, zoned, joint=ahead and not given)
     others = cell.other_states
     carries_h = not (given and projected)
-    start = [PLACE, _hidden(projected), *_apart_biases(cell), *_units(cell)]
+    start = [PLACE, _hidden(projected), *_apart_biases(cell), *_units(cell), *_parts(names)]
     if not given:
         start += _resident(names, backward=False)
         start += [_MASK] if cell.masks_h else []
@@ -329,14 +406,19 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
                 body.append(f"{_tile('s', group)} = dot(operand, {weights}, PRECISION, WIDE)")
                 body += _gate_sums(phase, group)
         body += _text(cell, k)
-        body += _keep(names, phase, set()) + _carry(cell, phase, "prev")
+        body += _keep(names, phase, set()) + _keep_unzoned(names, _unzoned(names, phase))
+        body += _carry(names, phase, "prev")
         loads += own
+    for s in carried:
+        loads += _stay(names, s.removesuffix("_prev"))
     if projected:
         body.append(f"if m_ptr is not None:\n    {store('m', 'at * H + units', 'h')}")
         if not given:
             body.append(f"h = dot({rounded('h.to(h_prev.dtype)')}, w_hr, PRECISION, WIDE)")
     if carries_h:
-        body.append("h_prev = tl.where(live, h.to(h_prev.dtype), h_prev)")
+        value = _zoned(names, "h", "h_prev.to(WIDE)")
+        value = value if value == "h" else f"({value})"
+        body.append(f"h_prev = tl.where(live, {value}.to(h_prev.dtype), h_prev)")
     end = []
     if not given:
         body.append(store("y", "at * P + hidden", "h_prev", "live & is_hidden"))
@@ -350,22 +432,23 @@ def forward_walk(cell: Cell, projected: bool, ahead: bool, given: bool) -> str:
     return walk_kernel(cell, name, start, step, loads, body, end, ahead)
 
 
-def _forward(cell: Cell, projected: bool) -> Steps:
+def _forward(cell: Cell, projected: bool, zoned: Zoned = UNZONED) -> Steps:
     """Parts: the phases, and the projection."""
-    others = cell.other_states
-    parts = [_forward_phase(cell, projected, k) for k in range(len(cell.phases))]
+    others, names = cell.other_states, _Names(cell, projected, zoned)
+    parts = [_forward_phase(names, k) for k in range(len(cell.phases))]
     if projected:
         operand = ("m", "at * H", "live")
         weight = "w_hr_ptr + (recurrence * P + hidden) * H + down"
         terms = [Term("h", operand, "w_hr", weight, "H", "is_hidden")]
-        parts.append(Part(terms, [], *_hand_on_h(cell)))
+        parts.append(Part(terms, _stay(names, "h"), *_hand_on_h(names)))
     step = ["time = tl.where(reverse, steps - 1 - step, step)", ROWS, KEPT_IN_STEPS]
     carried = {}
-    if cell.reads_h:
+    if _carries_h(names):
         carried["h_last"] = ("h_n", "state * P + hidden", "(batch < B) & is_hidden")
     for s in others:
         carried[f"{s}_last"] = (f"{s}_n", "state * H + units", "(batch < B) & is_unit")
-    start, initial = [*_apart_biases(cell), *_units(cell)], [_MASK] if cell.masks_h else []
+    start = [*_apart_biases(cell), *_units(cell), *_parts(names)]
+    initial = [_MASK] if cell.masks_h else []
     return Steps(cell, "forward", start, initial, carried, step, parts)
 
 
@@ -374,23 +457,31 @@ _OPERAND = "((step % 2 * R + recurrence) * B + batch) * P"
 _NEXT_OPERAND = "(((step + 1) % 2 * R + recurrence) * B + batch) * P + hidden"
 
 
-def _hand_on_h(cell: Cell) -> tuple[list[str], list[str]]:
+def _carries_h(names: _Names) -> bool:
+    """Whether the programs of steps in parts take h of the step before, beside their products."""
+    return names.cell.reads_h or "h" in names.zoned.states
+
+
+def _hand_on_h(names: _Names) -> tuple[list[str], list[str]]:
     """To the other programs, and what may come late."""
-    lines = ["h = h.to(y_ptr.dtype.element_ty)"]
-    if cell.masks_h:
-        value = rounded("masked(h.to(WIDE), h_mask_ptr, h_mask)")
+    h, value = "h", _zoned(names, "h", "tl.where(kept, h_last, 0.0)")
+    if value != h:
+        h, value = "h_zoned", f"({value})"
+    lines = [f"{h} = {value}.to(y_ptr.dtype.element_ty)"]
+    if names.cell.masks_h:
+        value = rounded(f"masked({h}.to(WIDE), h_mask_ptr, h_mask)")
         lines.append(store("operand", _NEXT_OPERAND, value, "live & is_hidden"))
-    late = [store("y", "at * P + hidden", "h", "live & is_hidden")]
-    if cell.reads_h:
-        late.append("h_last = tl.where(live, h.to(WIDE), h_last)")
+    late = [store("y", "at * P + hidden", h, "live & is_hidden")]
+    if _carries_h(names):
+        late.append(f"h_last = tl.where(live, {h}.to(WIDE), h_last)")
     else:
-        late.append(store("h_n", "state * P + hidden", "h", "live & is_hidden"))
+        late.append(store("h_n", "state * P + hidden", h, "live & is_hidden"))
     return lines, late
 
 
-def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
+def _forward_phase(names: _Names, k: int) -> Part:
     """A phase's product, and its text."""
-    names, phase = _Names(cell, projected), cell.phases[k]
+    cell, projected, phase = names.cell, names.projected, names.cell.phases[k]
     later = {n for p in cell.phases[k + 1 :] for n in (*arguments(p.forward), p.operand)}
     if phase.operand == "h_prev":
         width = "P"
@@ -412,7 +503,7 @@ def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
     for name in arguments(phase.forward):
         if name.endswith("_prev"):
             body.append(f"{name} = tl.where(kept, {name.removesuffix('_prev')}_last, 0.0)")
-        elif name in earlier and name in cell.states:
+        elif name in earlier and name in cell.states and name not in names.zoned.states:
             body.append(f"{name} = {name}_last")
         elif name in earlier:
             body.append(f"{name} = {shared(*names.place(name))}")
@@ -421,13 +512,19 @@ def _forward_phase(cell: Cell, projected: bool, k: int) -> Part:
     operands = {p.operand for p in cell.phases[k + 1 :]}
     body += [f"{n} = {rounded(n)}" for n in handed_on if n in operands]
     body += names.store_saved(handed_on)
-    late = _keep(names, phase, later) + _carry(cell, phase, "last")
+    unzoned = _unzoned(names, phase)
+    body += [store(*names.place(s), s) for s in unzoned if s in later]
+    late = _keep(names, phase, later) + _carry(names, phase, "last")
+    late += _keep_unzoned(names, [s for s in unzoned if s not in later])
+    own = _input(names, phase)
+    for s in cell.other_states:
+        own += _stay(names, s) if s in phase.returns else []
     if "h" in phase.returns and projected:
         body.append(store("m", "at * H + units", rounded("h")))
     elif "h" in phase.returns:
-        hand_on, last = _hand_on_h(cell)
-        body, late = body + hand_on, late + last
-    return Part(terms, _input(names, phase), body, late)
+        hand_on, last = _hand_on_h(names)
+        own, body, late = own + _stay(names, "h"), body + hand_on, late + last
+    return Part(terms, own, body, late)
 
 
 # Backward
@@ -521,6 +618,11 @@ def _sum_of_direct(cell: Cell, state: str) -> str:
     )
 
 
+def _takes_later(cell: Cell, state: str) -> list[int]:
+    """The phases that give a part of the gradient of a state that an earlier one returns."""
+    return [k for k, phase in enumerate(cell.phases) if f"d{state}" in phase.gradients]
+
+
 def _state_gradient(state: str) -> Load:
     """The gradient of a state at every step."""
     return load_one(f"d{state}_all", f"d{state}_all", "at * H + units")
@@ -529,7 +631,7 @@ def _state_gradient(state: str) -> Load:
 _DY = load_one("dy", "dy", "at * P + hidden", "live & is_hidden")
 
 
-def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
+def backward_walk(cell: Cell, projected: bool, ahead: bool, zoned: Zoned = UNZONED) -> str:
     """All steps in one launch, last to first.
 
     On the chip over time: w_hh and w_hr, the gradients of the states. A step reads dy and what was
@@ -537,25 +639,25 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
 
     ahead: as in forward.
     """
-    names = _Names(cell, projected, joint=ahead)
+    names = _Names(cell, projected, zoned, joint=ahead)
     others, U = cell.other_states, len(cell.unit_parameters)
     start = [PLACE, _hidden(projected), *_units(cell), *_resident(names, backward=True)]
-    start += [_MASK] if cell.masks_h else []
+    start += _parts(names) + ([_MASK] if cell.masks_h else [])
     start.append(f"dh_next = {load('dh', 'state * P + hidden', '(batch < B) & is_hidden')}")
     start += [
         f"d{s}_next = {load(f'd{s}', 'state * H + units', '(batch < B) & is_unit')}" for s in others
     ]
     start += [f"total_{u} = tl.zeros((BLOCK_B, BLOCK_H), WIDE)" for u in cell.unit_parameters]
 
-    loads = [_DY]
-    body = ["dh = dh_next + dy"]
+    loads = [_DY, *_stay(names, "h")]
+    body = ["dh = dh_next + dy", *_split(names, "h")]
     if projected:
         body.append(f"dh = {rounded('dh')}")
         body.append(store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
         body.append("dh = dot(dh.to(y_ptr.dtype.element_ty), w_hr, PRECISION, WIDE)")
     for s in others:
-        loads.append(_state_gradient(s))
-        body.append(f"d{s} = d{s}_next + d{s}_all")
+        loads += [_state_gradient(s), *_stay(names, s)]
+        body += [f"d{s} = d{s}_next + d{s}_all", *_split(names, s)]
     sums: list[str] = []
     received: set[str] = set()  # values handed on, of which a part of the gradient is there
     for k, phase in reversed(list(enumerate(cell.phases))):
@@ -587,6 +689,7 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
         body.append("dh_prev = tl.zeros_like(dh_next)")
     for s in others:
         body.append(f"d{s}_prev = {_sum_of_direct(cell, s) or f'tl.zeros_like(d{s}_next)'}")
+    body += [f"d{s}_prev += d{s}_stays" for s in zoned.states]
     body += [
         f"d{s}_next = tl.where(kept, d{s}_prev, tl.where(live, 0.0, d{s}_next))"
         for s in cell.states
@@ -604,7 +707,7 @@ def backward_walk(cell: Cell, projected: bool, ahead: bool) -> str:
     return walk_kernel(cell, "backward_walk", start, step, loads, body, end, ahead)
 
 
-def _backward(cell: Cell, projected: bool) -> Steps:
+def _backward(cell: Cell, projected: bool, zoned: Zoned = UNZONED) -> Steps:
     """Parts: the gradient of the projected h, the phases from the last to the first.
 
     One step more than forward has: it leaves the gradient of h_0.
@@ -612,24 +715,30 @@ def _backward(cell: Cell, projected: bool) -> Steps:
     U = len(cell.unit_parameters)
     last = len(cell.phases) - 1
     initial = [_MASK] if cell.masks_h else []
-    parts = [_backward_phase(cell, projected, k, initial) for k in range(last, -1, -1)]
+    names = _Names(cell, projected, zoned)
+    parts = [_backward_phase(names, k, initial) for k in range(last, -1, -1)]
     if projected:
-        terms, own, body = _gradient_of_h(_Names(cell, True))
+        terms, own, body = _gradient_of_h(names)
         body.append(f"dh = {rounded('dh')}")
         body.append(store("dh_all", "at * P + hidden", "dh", "live & is_hidden"))
-        body.append("dh_next = tl.where(live, 0.0, dh_next)")
+        rest = "tl.where(live, 0.0, dh_next)"
+        stays = f"tl.where(kept, dh_stays, {rest})" if "h" in zoned.states else rest
+        body.append(f"dh_next = {stays}")
         parts.insert(0, Part(terms, own, body, []))
     step = ["time = tl.where(reverse, step, steps - 1 - step)", ROWS, KEPT_IN_STEPS, EARLIER, LATER]
     step += [HANDED] if cell.products else []
     carried = {"dh_next": ("dh", "state * P + hidden", "(batch < B) & is_hidden")}
     for s in cell.other_states:
         carried[f"d{s}_next"] = (f"d{s}", "state * H + units", "(batch < B) & is_unit")
+    for s in zoned.states:
+        if _takes_later(cell, s):
+            carried[f"d{s}_later"] = (f"d{s}_later", "state * H + units", "(batch < B) & is_unit")
     for k, u in enumerate(cell.unit_parameters):
         place = f"((tile * R + recurrence) * {U} + {k}) * H + units"
         carried[f"total_{u}"] = ("dunit", place, "is_unit")
     initial = list(dict.fromkeys(initial))
-    units = _units(cell)
-    return Steps(cell, "backward", units, initial, carried, step, parts, "steps + 1", afresh=True)
+    start = _units(cell) + _parts(names)
+    return Steps(cell, "backward", start, initial, carried, step, parts, "steps + 1", afresh=True)
 
 
 def _gradient_of_h(names: _Names) -> tuple[list[Term], list[Load], list[str]]:
@@ -647,8 +756,16 @@ def _gradient_of_h(names: _Names) -> tuple[list[Term], list[Load], list[str]]:
     body = []
     if terms:
         body.append("dh_next += masked(dproduct_h, h_mask_ptr, h_mask)")
-    body.append("dh = dh_next + dy")
-    return terms, [_DY], body
+    body += ["dh = dh_next + dy", *_split(names, "h"), *_with_later(names, "h")]
+    return terms, [_DY, *_stay(names, "h")], body
+
+
+def _with_later(names: _Names, state: str) -> list[str]:
+    """What texts of later phases left of the gradient of a zoned state. They take what the text
+    gave, so it is no part of what the step after this one left."""
+    if state in names.zoned.states and _takes_later(names.cell, state):
+        return [f"d{state} += d{state}_later"]
+    return []
 
 
 def _from_gates(
@@ -671,15 +788,14 @@ def _from_gates(
     )
 
 
-def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> Part:
+def _backward_phase(names: _Names, k: int, initial: list[str]) -> Part:
     """The product that a phase's incoming gradient is, and its backward text.
 
     The last phase's is of the gate gradients of the step that ran before, an earlier phase's of the
     gate gradients of the phase that multiplied its result.
     initial: takes up what stands before the first step.
     """
-    names = _Names(cell, projected)
-    phase = cell.phases[k]
+    cell, projected, phase = names.cell, names.projected, names.cell.phases[k]
     terms: list[Term] = []
     own: list[Load] = []
     body: list[str] = []
@@ -703,8 +819,8 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
     own = own + received
     for s in cell.other_states:
         if s in phase.returns:
-            own.append(_state_gradient(s))
-            body.append(f"d{s} = d{s}_next + d{s}_all")
+            own += [_state_gradient(s), *_stay(names, s)]
+            body += [f"d{s} = d{s}_next + d{s}_all", *_split(names, s), *_with_later(names, s)]
     body += _gradients(names, k, in_parts=True)
     for name in _shares(cell, k):
         value, share = name[1:], _from_phase(name, k)
@@ -713,6 +829,9 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
             if max(_takers(cell, value)) != k:
                 share = f"{share} + {shared(*place)}"
             body.append(store(*place, share))
+        elif value in names.zoned.states:
+            sign = "" if max(_takes_later(cell, value)) == k else "+"
+            body.append(f"d{value}_later {sign}= tl.where(live, {share}, 0.0)")
         elif value in cell.states:
             body.append(f"d{value}_next += tl.where(live, {share}, 0.0)")
     for s in cell.states:
@@ -721,6 +840,8 @@ def _backward_phase(cell: Cell, projected: bool, k: int, initial: list[str]) -> 
         name, rest = f"d{s}_prev", f"tl.where(live, 0.0, d{s}_next)"
         share = _from_phase(name, k) if name in phase.gradients else ""
         if s in phase.returns:
+            if s in names.zoned.states:
+                share = f"{share} + d{s}_stays" if share else f"d{s}_stays"
             body.append(f"d{s}_next = {f'tl.where(kept, {share}, {rest})' if share else rest}")
         elif share:
             body.append(f"d{s}_next += tl.where(kept, {share}, 0.0)")
@@ -737,17 +858,34 @@ def terms_of(cell: Cell, projected: bool, backward: bool) -> list[Term]:
     return [term for part in steps.parts for term in part.terms]
 
 
-#: The kinds of loop: text of (cell, projected, k). k: of a step the part; of a grid the Pieces in
-#: which its programs hold their weights, or None; of a walk whether it asks for a step's values in
-#: the step before.
-TEXTS: dict[str, Callable[[Cell, bool, Any], str]] = {
-    "forward_walk": lambda cell, projected, k: forward_walk(cell, projected, k, given=False),
-    "forward_given": lambda cell, projected, k: forward_walk(cell, projected, k, given=True),
-    "forward_step": lambda cell, projected, k: step_kernel(_forward(cell, projected), k),
-    "forward_grid": lambda cell, projected, k: grid_kernel(_forward(cell, projected), k),
-    "backward_walk": lambda cell, projected, k: backward_walk(cell, projected, k),
-    "backward_step": lambda cell, projected, k: step_kernel(_backward(cell, projected), k),
-    "backward_grid": lambda cell, projected, k: grid_kernel(_backward(cell, projected), k),
+def _forward_text(cell: Cell, projected: bool, k: Any, zoned: Zoned = UNZONED) -> str:
+    return forward_walk(cell, projected, k, False, zoned)
+
+
+def _given_text(cell: Cell, projected: bool, k: Any, zoned: Zoned = UNZONED) -> str:
+    return forward_walk(cell, projected, k, True, zoned)
+
+
+def _in_parts(kernel: Callable[[Steps, Any], str], steps: Callable[..., Steps]) -> Text:
+    def text(cell: Cell, projected: bool, k: Any, zoned: Zoned = UNZONED) -> str:
+        return kernel(steps(cell, projected, zoned), k)
+
+    return text
+
+
+#: The text of (cell, projected, k, zoned). k: of a step the part; of a grid the Pieces in which its
+#: programs hold their weights, or None; of a walk whether it asks for a step's values in the step
+#: before.
+Text = Callable[..., str]
+#: The kinds of loop.
+TEXTS: dict[str, Text] = {
+    "forward_walk": _forward_text,
+    "forward_given": _given_text,
+    "forward_step": _in_parts(step_kernel, _forward),
+    "forward_grid": _in_parts(grid_kernel, _forward),
+    "backward_walk": backward_walk,
+    "backward_step": _in_parts(step_kernel, _backward),
+    "backward_grid": _in_parts(grid_kernel, _backward),
 }
 
 __all__ = ["TEXTS", "Pieces", "terms_of"]

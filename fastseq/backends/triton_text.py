@@ -10,6 +10,9 @@ extra, dextra (N, R, E, H); m and the states other than h (N, R, H); y, dh_all (
 (2, R, B, P): h, masked, as the products of even and odd steps take it, h_0 at first. Weights: w_hh
 (R, G_hh, H, P), w_hr (R, P, H), b_hh (R, G_hh, H), unit (R, U, H).
 
+With zoneout, for a state ``c``: ``stay_c`` (R, capacity, H), not 0 where it stays as it was, or
+``part`` (states), how much of each does; ``c_unzoned`` (N, R, H), what the text gave.
+
 Gates that are neighbours in a buffer are one tile (BLOCK_B, n * BLOCK_H), n two or four: one load
 or store, one product, and one change of layout where there would be n. ``side_n`` and ``of_n``
 (1, n * BLOCK_H) say which gate and unit a column of it belongs to, ``gate_n`` and ``unit_n`` those
@@ -22,24 +25,41 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..cells import Cell
 
 #: In the order of a kernel's arguments; a kernel has those that its text names.
 POINTERS = (
     "gates s w_hh w_hr b_hh unit h_0 h_mask reset reverse lengths offsets y extra m h_n "
-    "operand dgates dextra dproduct handed dh_all dy dh dunit counter fault"
+    "operand dgates dextra dproduct handed dh_all dy dh dunit part counter fault"
 ).split()
 SIZES = ("step", "tiles", "patience", "fault", "T", "B", "R", "H", "P", "capacity")
 CONSTANTS = ("SAVE", "WIDE", "PRECISION", "PAIRED", "BLOCK_B", "BLOCK_H", "BLOCK_P", "BLOCK_K")
 
 
+class Zoned(NamedTuple):
+    """The states that zoneout keeps: unit by unit, as was drawn, or in part."""
+
+    states: tuple[str, ...] = ()
+    drawn: bool = True
+
+
+UNZONED = Zoned()
+
+
 def state_pointers(cell: Cell) -> list[str]:
-    """Of the states other than h: first, at every step, last; and their gradients."""
-    return [
+    """Of the states other than h: first, at every step, last; and their gradients. Of all states
+    what zoneout wants."""
+    others = [
         name
         for state in cell.other_states
         for name in (f"{state}_0", f"{state}_all", f"{state}_n", f"d{state}", f"d{state}_all")
+    ]
+    return others + [
+        name
+        for state in cell.states
+        for name in (f"stay_{state}", f"{state}_unzoned", f"d{state}_later")
     ]
 
 
@@ -63,8 +83,9 @@ OWN_NAMES = frozenset(
     time tl together2 together4 units units_down wait within""".split()
 )
 MADE_NAMES = (
-    r"(w_hh|b_hh|total|dproduct)_\w+|w_hr\w*|(side|of|gate|unit|operand|forward|backward)_\d+|"
-    r"\w+_(ahead|next|last|first|all|ptr|of_\d+)|[A-Z_\d]+"
+    r"(w_hh|b_hh|total|dproduct|stay|part)_\w+|w_hr\w*|"
+    r"(side|of|gate|unit|operand|forward|backward)_\d+|"
+    r"\w+_(ahead|next|last|first|all|ptr|zoned|stays|later|of_\d+)|[A-Z_\d]+"
 )
 
 

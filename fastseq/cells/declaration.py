@@ -161,6 +161,12 @@ class Cell:
         return any("h_prev" in phase.takes for phase in self.phases)
 
     @cached_property
+    def taken_back(self) -> tuple[bool, ...]:
+        """Of each state whether a backward text takes its value after the step."""
+        taken = {name for phase in self.phases for name in phase.takes_back}
+        return tuple(state in taken for state in self.states)
+
+    @cached_property
     def can_project(self) -> bool:
         """Whether h may have another size than the gates: nothing pointwise meets h, and w_hh
         multiplies nothing else."""

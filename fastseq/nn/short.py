@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import short_way
-from ..backends.contract import BATCH_FIRST, ONE_STEP, TIME_FIRST, Request
+from ..backends.contract import BATCH_FIRST, NOTHING, ONE_STEP, TIME_FIRST, Request
 from ..ops import whole
 from ..ops.modes import (
     autocasts,
@@ -109,7 +109,7 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     own = module._fastseq or options(module)
     begin: Any = ()
     if not own.plain:
-        if own.rates is not None:
+        if own.rates is not None and (module.training or own.rates.zoneout):
             return None
         if hx is None and own.learn_state:
             begin = learned.plain_states(module, input)
@@ -186,7 +186,7 @@ def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Ten
         request, weights = _of_cell(cell)
     except KeyError:
         return None
-    return found[1].layers(request, input, None, hx, weights, (), False)[1]
+    return found[1].layers(request, input, None, hx, weights, NOTHING, False)[1]
 
 
 def _of_cell(cell: Any) -> tuple[Request, tuple[Any, ...]]:

@@ -43,6 +43,12 @@ def needs_no_operator(*tensors: Tensor | None) -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
+def parts_of(layout: Layout, tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """States, weights, and where the states stay."""
+    n, last = layout.n_states, layout.n_states + layout.n_weights
+    return tensors[:n], tensors[n:last], tensors[last:]
+
+
 def operator(
     layout: Layout,
     x: Tensor,
@@ -52,7 +58,7 @@ def operator(
     *tensors: Tensor | None,
 ) -> list[Tensor]:
     """The operator: y, final states, trajectory and what it saves."""
-    n = layout.n_states
+    states, weights, stay = parts_of(layout, tensors)
     run: Any = library.recurrence
     if not needs_no_operator(x, *tensors):
         run = library.overload(torch.ops.fastseq.recurrence, layout, x)
@@ -61,11 +67,13 @@ def operator(
         layout.backend,
         x,
         batch_sizes,
-        tensors[:n],
-        tensors[n:],
+        states,
+        weights,
         layout.reverse,
         reset,
         h_mask,
+        stay,
+        layout.part,
         layout.memory,
         layout.deterministic,
         layout.save,
@@ -81,7 +89,7 @@ def _takes_anything(function: Any) -> Any:
 
 
 class RecurrenceFunction(torch.autograd.Function):
-    """(layout, x, batch_sizes, reset, h_mask, *states, *weights)
+    """(layout, x, batch_sizes, reset, h_mask, *states, *weights, *stay)
     -> (y, *states, *trajectory, *saved)"""
 
     @staticmethod
@@ -139,16 +147,18 @@ def _beneath(function: Any, tensors: Sequence[Any]) -> Any:
 def eager_outputs(layout: Layout, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """What :func:`recurrence` gives a caller, in the eager form. inputs: all but the layout."""
     x, batch_sizes, reset, h_mask, *rest = inputs
-    n = layout.n_states
+    states, weights, stay = parts_of(layout, rest)
     call = make_call(
         layout.cell,
         x,
         batch_sizes,
-        rest[:n],
-        rest[n:],
+        states,
+        weights,
         layout.reverse,
         reset,
         h_mask,
+        stay,
+        layout.part,
         layout.memory,
     )
     result = eager.forward(call, save=False, trajectory=layout.trajectory)
@@ -215,9 +225,10 @@ def spread(
     n_states = len(CELLS[layout.cell].states)
     dstates = [rest.pop(0) for _ in range(n_states)] if wanted[1] else [None] * n_states
     grads += dstates[: layout.n_states]
-    for weight in inputs[4 + layout.n_states :]:
+    first = 4 + layout.n_states
+    for weight in inputs[first : first + layout.n_weights]:
         grads.append(rest.pop(0) if wanted[2] and weight is not None else None)
-    return grads
+    return grads + [None] * layout.n_stay
 
 
 class RecurrenceBackwardFunction(torch.autograd.Function):
@@ -227,6 +238,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
     @_takes_anything
     def forward(layout, wanted, *tensors):
         x, batch_sizes, reset, h_mask, *rest = tensors[: layout.n_inputs]
+        states, weights, stay = parts_of(layout, rest)
         end = layout.n_inputs + layout.n_outputs
         dy, *others = tensors[layout.n_inputs : end]
         outputs = tensors[end:]
@@ -240,11 +252,13 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
                 layout.backend,
                 x,
                 batch_sizes,
-                rest[: layout.n_states],
-                rest[layout.n_states :],
+                states,
+                weights,
                 layout.reverse,
                 reset,
                 h_mask,
+                stay,
+                layout.part,
                 layout.memory,
                 layout.deterministic,
                 outputs,
@@ -275,7 +289,8 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
         layout = ctx.layout
         inputs = ctx.saved_tensors[: layout.n_inputs]
         grads = ctx.saved_tensors[layout.n_inputs :]
-        live_inputs = [k for k in (0, *range(4, len(inputs))) if inputs[k] is not None]
+        last = layout.n_inputs - layout.n_stay
+        live_inputs = [k for k in (0, *range(4, last)) if inputs[k] is not None]
         live_grads = [k for k, g in enumerate(grads) if g is not None]
         n_live = len(live_inputs)
 
@@ -293,8 +308,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
             placed: list[Any] = [None] * len(inputs)
             for k, gradient in zip(live_inputs, pull(arguments[n_live:]), strict=True):
                 placed[k] = gradient
-            states = placed[4 : 4 + layout.n_states]
-            weights = placed[4 + layout.n_states :]
+            states, weights, _ = parts_of(layout, placed[4:])
             flat = [placed[0]] if ctx.wanted[0] else []
             flat += states if ctx.wanted[1] else []
             flat += [w for w in weights if w is not None] if ctx.wanted[2] else []

@@ -40,7 +40,7 @@ def forward(apply: Apply, layout: Layout, V: int, dims: Dims, tensors: Tensors) 
     _check(dims)
     batch_sizes = tensors[1]
     lead = 2 if batch_sizes is None else 1
-    own_weights = any(d is not None for d in dims[4 + layout.n_states :])
+    own_weights = any(d is not None for d in dims[_weights(layout)])
     own_x = dims[0] is not None
     if not own_weights:
         outputs = apply(layout, *_folded_inputs(layout, V, dims, tensors))
@@ -66,7 +66,7 @@ def backward(
     rest_dims = dims[n:]
     lead = 2 if tensors[1] is None else 1
     seen = layout.n_outputs
-    own_weights = any(d is not None for d in dims[4 + layout.n_states : n])
+    own_weights = any(d is not None for d in dims[_weights(layout)])
     if not wanted[2] and not own_weights:
         ranks = [
             t.dim() - (d is not None) for t, d in zip(rest[seen:], rest_dims[seen:], strict=True)
@@ -93,6 +93,12 @@ def backward(
         found = states + stacked
         return tuple(found), (0,) * len(found)
     return _loop(lambda *one: apply(layout, wanted, *one), V, dims, tensors)
+
+
+def _weights(layout: Layout) -> slice:
+    """Where the weights stand among the inputs; behind them is where the states stay."""
+    first = 4 + layout.n_states
+    return slice(first, first + layout.n_weights)
 
 
 def _check(dims: Dims) -> None:
@@ -134,14 +140,15 @@ def _unfold(tensors: Sequence[Tensor], axes: list[int], V: int) -> Batched:
 
 def _folded_inputs(layout: Layout, V: int, dims: Dims, tensors: Tensors) -> Tensors:
     x, batch_sizes, reset, h_mask, *rest = tensors
-    n = layout.n_states
+    n, last = layout.n_states, layout.n_states + layout.n_weights
     return [
         _fold(x, dims[0], 1 if batch_sizes is None else 0, V),
         None if batch_sizes is None else batch_sizes * V,
         _fold(reset, dims[2], 1, V),
         _fold(h_mask, dims[3], 1, V),
         *(_fold(s, d, 1, V) for s, d in zip(rest[:n], dims[4 : 4 + n], strict=True)),
-        *rest[n:],
+        *rest[n:last],
+        *(_fold(s, d, 1, V) for s, d in zip(rest[last:], dims[4 + last :], strict=True)),
     ]
 
 
@@ -163,21 +170,21 @@ def _ensemble_inputs(
     layout: Layout, V: int, dims: Dims, tensors: Tensors
 ) -> tuple[Layout, Tensors]:
     """One call of V*R recurrences over the one x."""
-    n = layout.n_states
+    own = _weights(layout)
 
     def together(k: int) -> Any:
         t = tensors[k]
         return None if t is None else _in_front(t, dims[k], V).flatten(0, 1).contiguous()
 
-    first = 4 + n
     members = [
         [None] * V if t is None else _in_front(t, d, V).unbind(0)
-        for t, d in zip(tensors[first:], dims[first:], strict=True)
+        for t, d in zip(tensors[own], dims[own], strict=True)
     ]
     weights = [w for member in zip(*members, strict=True) for w in member]
     many = layout._replace(reverse=layout.reverse * V, n_weights=len(weights))
-    middle = [together(k) for k in range(2, first)]
-    return many, [*tensors[:2], *middle, *weights]
+    middle = [together(k) for k in range(2, own.start)]
+    stay = [together(k) for k in range(own.stop, len(tensors))]
+    return many, [*tensors[:2], *middle, *weights, *stay]
 
 
 def _joined(layout: Layout, V: int, inputs: Tensors) -> int:
@@ -186,7 +193,8 @@ def _joined(layout: Layout, V: int, inputs: Tensors) -> int:
         return 0
     x, batch_sizes, reset, h_mask, *rest = inputs
     n = layout.n_states
-    each = len(rest[n:]) // V
+    each = layout.n_weights
+    stay = rest[n + V * each :]
 
     def count(members: int) -> int:
         R = len(layout.reverse) * members
@@ -199,6 +207,8 @@ def _joined(layout: Layout, V: int, inputs: Tensors) -> int:
             layout.reverse * members,
             reset,
             h_mask,
+            [None if s is None else s[:R] for s in stay],
+            layout.part,
             layout.memory,
         )
         return len(saved_layout(layout.backend, call, x.shape[:-1], layout.trajectory))

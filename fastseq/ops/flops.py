@@ -46,6 +46,8 @@ def recurrence_backward_flops(
     reverse,
     reset,
     h_mask,
+    stay,
+    part,
     memory,
     deterministic,
     outputs,

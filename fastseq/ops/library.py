@@ -31,7 +31,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _LAYER = (
     "str cell, str backend, Tensor x, Tensor? batch_sizes, Tensor[] states, Tensor?[] weights, "
-    "bool[] reverse, Tensor? reset, Tensor? h_mask, str memory, bool deterministic"
+    "bool[] reverse, Tensor? reset, Tensor? h_mask, Tensor?[] stay, float[] part, str memory, "
+    "bool deterministic"
 )
 
 #: The overload for what saves something of a size that is known when it has run: inductor, which
@@ -62,12 +63,14 @@ class Layout(NamedTuple):
     trajectory: bool
     n_states: int  # how many of the tensors are initial states
     n_weights: int  # and how many are weights
+    n_stay: int = 0  # and how many say where a state stays
+    part: tuple[float, ...] = ()  # of each state, that stays
     save: bool = True  # whether forward keeps what backward wants
 
     @property
     def n_inputs(self) -> int:
-        """x, batch_sizes, reset, h_mask, states and weights."""
-        return 4 + self.n_states + self.n_weights
+        """x, batch_sizes, reset, h_mask, states, weights and where the states stay."""
+        return 4 + self.n_states + self.n_weights + self.n_stay
 
     @property
     def n_outputs(self) -> int:
@@ -139,6 +142,8 @@ def make_call(
     reverse: Sequence[bool],
     reset: Tensor | None,
     h_mask: Tensor | None,
+    stay: Sequence[Tensor | None],
+    part: Sequence[float],
     memory: str,
     deterministic: bool = False,
 ) -> Call:
@@ -153,6 +158,8 @@ def make_call(
         h_mask,
         memory,  # type: ignore[arg-type]
         deterministic,
+        stay,
+        tuple(part),
     )
 
 
@@ -178,18 +185,31 @@ def recurrence(
     reverse: Sequence[bool],
     reset: Tensor | None,
     h_mask: Tensor | None,
+    stay: Sequence[Tensor | None],
+    part: Sequence[float],
     memory: str,
     deterministic: bool,
     save: bool,
     trajectory: bool,
 ) -> list[Tensor]:
     refuse_tangents()
-    states = states or []  # AOTInductor hands None for an empty list
+    states, stay, part = states or [], stay or [], part or []  # AOTInductor: None for an empty list
     if negated(x, h_mask, *states, *weights):
         x, h_mask = as_numbers((x, h_mask))
         states, weights = as_numbers(states), as_numbers(weights)
     call = make_call(
-        cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
+        cell,
+        x,
+        batch_sizes,
+        states,
+        weights,
+        reverse,
+        reset,
+        h_mask,
+        stay,
+        part,
+        memory,
+        deterministic,
     )
     with as_given(), named_range(cell, backend):
         result = available(backend).forward(call, save, trajectory)
@@ -206,6 +226,8 @@ def recurrence_backward(
     reverse: Sequence[bool],
     reset: Tensor | None,
     h_mask: Tensor | None,
+    stay: Sequence[Tensor | None],
+    part: Sequence[float],
     memory: str,
     deterministic: bool,
     outputs: Sequence[Tensor],
@@ -215,12 +237,24 @@ def recurrence_backward(
     trajectory: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    stay, part = stay or [], part or []
     if negated(x, h_mask, dy, *states, *weights, *dstates, *dtrajectory):
         x, h_mask, dy = as_numbers((x, h_mask, dy))
         states, weights = as_numbers(states), as_numbers(weights)
         dstates, dtrajectory = as_numbers(dstates), as_numbers(dtrajectory)
     call = make_call(
-        cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
+        cell,
+        x,
+        batch_sizes,
+        states,
+        weights,
+        reverse,
+        reset,
+        h_mask,
+        stay,
+        part,
+        memory,
+        deterministic,
     )
     with as_given(), named_range(cell, backend, " backward"):
         gradients = available(backend).backward(
@@ -300,13 +334,26 @@ def recurrence_fake(
     reverse,
     reset,
     h_mask,
+    stay,
+    part,
     memory,
     deterministic,
     save,
     trajectory,
 ):
     call = make_call(
-        cell, x, batch_sizes, states, weights, reverse, reset, h_mask, memory, deterministic
+        cell,
+        x,
+        batch_sizes,
+        states,
+        weights,
+        reverse,
+        reset,
+        h_mask,
+        stay,
+        part,
+        memory,
+        deterministic,
     )
     R, H, P = len(call.weights), call.H, call.P
     lead = tuple(x.shape[:-1])
@@ -336,6 +383,8 @@ def recurrence_backward_fake(
     reverse,
     reset,
     h_mask,
+    stay,
+    part,
     memory,
     deterministic,
     outputs,

@@ -3,23 +3,25 @@
 Whether a unit is kept is one word of Philox4x32-10 (Salmon et al. 2011, Parallel Random Numbers: As
 Easy as 1, 2, 3), whose key is the seed and whose counter names the unit: what is masked, in which
 layer and direction, of which sequence, at which step. No state goes from one number to the next, so
-a mask depends on no backend, no order of the batch and no split of it.
+a mask depends on no backend, no order of the batch and no split of it. A backend that draws does so
+for plain tensors (:class:`..backends.contract.Draws`), torch's operations for all others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import Masks, ways
+from ..backends import choice
+from ..backends.contract import ways
 from ..backends.tracing import is_tracing, unrecorded
+from . import modes
 from .geometry import packed_positions
 from .library import library, register_fake
-from .stack import Stack
+from .stack import Stack, Zoneout
 
 _WORD = 0xFFFFFFFF
 #: Less 2^32: the product of a word with one of these fits into 64 bits with a sign.
@@ -62,21 +64,39 @@ def keep(
     seed: int64, its 64 bits are the key. ids, steps: (rows,) int64. The counter of unit u is
     (u // 4, id, site + 2^16 (id // 2^32), step), and u % 4 chooses among its four words.
     """
+    threshold, kept = int(p * 2.0**32), None
+    if modes.is_ordinary(seed, ids, steps):
+        drawing = choice.draws(ids.device.type)
+        kept = drawing and drawing.keep(seed, sites, ids, steps, units, threshold)
+    return by_operations(seed, sites, ids, steps, units, threshold) if kept is None else kept
+
+
+def by_operations(
+    seed: Tensor,
+    sites: Sequence[int],
+    ids: Tensor,
+    steps: Tensor | None,
+    units: int,
+    threshold: int,
+) -> Tensor:
+    """:func:`keep` by torch's operations, on every device and in every mode."""
     on, blocks = ids.device, (units + 3) // 4
     at_once = max(1, _AT_ONCE // (len(sites) * max(blocks, 1)))
     if on.type == "cpu" and not is_tracing() and ids.shape[0] > at_once:
         parts = ids.split(at_once)
         when = [None] * len(parts) if steps is None else steps.split(at_once)
-        return torch.cat(
-            [keep(seed, sites, *part, units, p) for part in zip(parts, when, strict=True)], 1
-        )
+        drawn = [
+            by_operations(seed, sites, *part, units, threshold)
+            for part in zip(parts, when, strict=True)
+        ]
+        return torch.cat(drawn, 1)
     seed, ids = seed.to(on), ids[:, None]
     site = _constants(sites, on)[:, None, None]
     step = torch.zeros_like(ids) if steps is None else steps[:, None]
     block = torch.arange(blocks, device=on)
     counter = block, ids & _WORD, site | (ids >> 32 & 0xFFFF) << 16, step
     words = torch.stack(philox(counter, (seed & _WORD, seed >> 32 & _WORD)), -1)
-    return words.flatten(-2)[..., :units] >= int(p * 2.0**32)
+    return words.flatten(-2)[..., :units] >= threshold
 
 
 @unrecorded
@@ -117,31 +137,31 @@ class Rates(NamedTuple):
     zoneout: tuple[float, ...] = ()
 
 
-def of_layer(
-    masks: Masks,
-    layer: int,
+def stays(
+    zoneout: Zoneout | None,
+    layers: Sequence[int],
     directions: int,
     x: Tensor,
     batch_sizes: Tensor | None,
     sizes: Sequence[int],
-) -> Masks:
-    """A layer's, drawn for the rows of x. sizes: of its states."""
-    if masks.seed is None:
-        return replace(masks, stay=[list(masks.zoneout)] * directions)
-    B = masks.ids.shape[0]
+) -> tuple[list[Tensor | None], tuple[float, ...]]:
+    """``stay`` and ``part`` of a call of these layers, for the rows of x. sizes: of the states."""
+    if zoneout is None:
+        return [], ()
+    if zoneout.seed is None:
+        return [], zoneout.rates
+    B = zoneout.ids.shape[0]
     if batch_sizes is None:
         step = torch.arange(x.shape[0], device=x.device).repeat_interleave(B)
-        ids = masks.ids.repeat(x.shape[0])
+        ids = zoneout.ids.repeat(x.shape[0])
     else:
         step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
-        ids = masks.ids.index_select(0, sequence)
-    stay: list[list[Tensor | float]] = [[] for _ in range(directions)]
-    for k, (rate, size) in enumerate(zip(masks.zoneout, sizes, strict=True)):
-        sites = [site(ZONEOUT + k, layer, d) for d in range(directions)]
-        kept = _keep(masks.seed, sites, ids, step, size, rate)
-        for way, kept_way in zip(stay, kept.unbind(0), strict=True):
-            way.append(~kept_way)
-    return replace(masks, stay=stay)
+        ids = zoneout.ids.index_select(0, sequence)
+    stay: list[Tensor | None] = []
+    for k, (rate, size) in enumerate(zip(zoneout.rates, sizes, strict=True)):
+        sites = [site(ZONEOUT + k, layer, d) for layer in layers for d in range(directions)]
+        stay.append(~_keep(zoneout.seed, sites, ids, step, size, rate) if rate else None)
+    return stay, ()
 
 
 def site(kind: int, layer: int, direction: int = 0) -> int:
@@ -175,7 +195,7 @@ def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) ->
     request = stack.request
     seed = seed_of_call(request.training, seed, ids)
     if rates.zoneout:
-        stack.masks = Masks(rates.zoneout, seed, ids)
+        stack.zoneout = Zoneout(rates.zoneout, seed, ids)
     if seed is None:
         return
     D, layers, dtype = request.directions, range(request.layers), stack.data.dtype

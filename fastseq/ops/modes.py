@@ -77,7 +77,19 @@ def is_plain() -> bool:
     )
 
 
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether tensors are numbers in memory and nothing else, and no tracer or transform has to see
+    what is made of them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_tracing()
+    ) and _ORDINARY.issuperset(map(type, tensors))
+
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+_ORDINARY = frozenset((Tensor, type(None)))
 
 
 def only_default_devices() -> bool:

@@ -72,7 +72,7 @@ def reason_against(stack: Stack) -> str | None:
         return "ONNX's operators cannot reset a state in mid-sequence (reset=)"
     if stack.h_mask is not None:
         return "ONNX's operators cannot mask the recurrent operand (h_mask)"
-    if stack.masks is not None:
+    if stack.zoneout is not None:
         return "ONNX's operators blend no states (zoneout)"
     if request.trajectory:
         return "ONNX's LSTM gives no cell state but the last (all_states=True)"

@@ -11,7 +11,7 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..backends import DIFFERENTIABLE, STEPPING, choice, load
-from ..backends.contract import TIME_FIRST, Problem, Weights, ways
+from ..backends.contract import NOTHING, TIME_FIRST, Given, Problem, Weights, ways
 from ..backends.stacked import dropped, one_by_one
 from ..backends.tracing import is_tracing
 from . import autograd, masks, modes, onnx, whole
@@ -136,7 +136,7 @@ def _one_step(stack: Stack, module: Any) -> tuple[Tensor, list[Tensor], list[Ten
     """One step of a cell by a backend whose autograd is torch's."""
     geometry: Any = stack.geometry
     x, states = geometry.batch(stack.x), [geometry.batch(s) for s in stack.states]
-    _, finals, _ = module.layers(stack.request, x, None, states, stack.weights, (), False)
+    _, finals, _ = module.layers(stack.request, x, None, states, stack.weights, NOTHING, False)
     finals = [geometry.single(s) for s in finals]
     return finals[0], finals, []
 
@@ -159,26 +159,50 @@ def _to_rows(stack: Stack) -> None:
         stack.h_mask = geometry.sorted(stack.h_mask, 1)
     if stack.input_masks is not None:
         stack.input_masks = [geometry.sorted(mask, 0) for mask in stack.input_masks]
-    if stack.masks is not None:
-        stack.masks.ids = geometry.sorted(stack.masks.ids, 0)
+    if stack.zoneout is not None:
+        stack.zoneout.ids = geometry.sorted(stack.zoneout.ids, 0)
 
 
 def _in_one_call(stack: Stack, name: str, module: Any) -> Outputs | None:
     """All layers in one call; None where the backend does not take these tensors."""
-    if stack.input_masks is not None and stack.request.layers > 1:
-        return None
     x, request, sizes = stack.x, stack.request, stack.geometry.batch_sizes
-    if stack.input_masks is not None:
-        x = masks.mask_input(x, stack.input_masks[0], sizes)
     if not hasattr(module, "layers_backward"):
-        y, finals, _ = module.layers(request, x, sizes, stack.states, stack.weights, (), False)
+        if stack.input_masks is not None:
+            if request.layers > 1:
+                return None
+            x = masks.mask_input(x, stack.input_masks[0], sizes)
+        y, finals, _ = module.layers(request, x, sizes, stack.states, stack.weights, NOTHING, False)
         return y, list(finals), []
     # the caller's own tensor: a view of a subclass may be none, as when a checkpoint runs again
     if not modes.is_plain() or type(stack.data) not in (Tensor, torch.nn.Parameter):
         return None
     states, weights = tuple(stack.states), tuple(stack.weights)
-    out = whole.run((name, module), request, x, sizes, states, weights)
-    return None if out is None else (out[0], list(out[1]), [])
+    out = whole.run((name, module), request, x, sizes, states, weights, given=_given(stack))
+    if out is None:
+        return None
+    n = len(request.definition.states)
+    return out[0], list(out[1][:n]), list(out[1][n:])
+
+
+def _given(stack: Stack) -> Given:
+    """What the stack has besides input, states and weights, as a backend takes it."""
+    request, sizes, D = stack.request, stack.geometry.batch_sizes, stack.request.directions
+    reset = None
+    if stack.reset is not None:
+        reset = spread_reset(stack.reset, sizes, D, stack.x.shape[0])
+    stay, part = _stays(stack, range(request.layers), stack.x)
+    return Given((), tuple(stack.input_masks or ()), reset, stack.h_mask, tuple(stay), part)
+
+
+def _stays(
+    stack: Stack, layers: Sequence[int], x: Tensor
+) -> tuple[list[Tensor | None], tuple[float, ...]]:
+    """Where the states of these layers stay as they were, and what part of them does."""
+    if stack.zoneout is None:
+        return [], ()
+    widths = [stack.P, *[stack.H] * len(stack.cell.other_states)]
+    sizes, D = stack.geometry.batch_sizes, stack.request.directions
+    return masks.stays(stack.zoneout, layers, D, x, sizes, widths)
 
 
 def _one_by_one(stack: Stack, task: Problem, name: str, module: Any) -> Outputs:
@@ -199,7 +223,7 @@ def _one_by_one(stack: Stack, task: Problem, name: str, module: Any) -> Outputs:
     ) -> tuple[Tensor, list[Tensor]]:
         one = request._replace(layers=1, dropout=0.0)
         flat = [w for way in weights for w in way.given()]
-        y, finals, _ = module.layers(one, x, sizes, states, flat, (), False)
+        y, finals, _ = module.layers(one, x, sizes, states, flat, NOTHING, False)
         return y, list(finals)
 
     def by_operator(
@@ -207,13 +231,10 @@ def _one_by_one(stack: Stack, task: Problem, name: str, module: Any) -> Outputs:
     ) -> tuple[Tensor, list[Tensor]]:
         nonlocal along
         h_mask = None if stack.h_mask is None else stack.h_mask.narrow(0, layer * D, D)
-        drawn = None
-        if stack.masks is not None:
-            widths = [stack.P, *[stack.H] * len(request.definition.other_states)]
-            drawn = masks.of_layer(stack.masks, layer, D, x, sizes, widths)
+        stay, part = _stays(stack, (layer,), x)
         trajectory = request.trajectory and layer == request.layers - 1
         y, finals, along = _layer(
-            stack, name, task.training, x, states, weights, reset, h_mask, drawn, trajectory
+            stack, name, task.training, x, states, weights, reset, h_mask, stay, part, trajectory
         )
         return y, finals
 
@@ -235,7 +256,9 @@ def _one_by_one(stack: Stack, task: Problem, name: str, module: Any) -> Outputs:
     return y, finals, along
 
 
-def _layer(stack, name, training, x, states, weights, reset, h_mask, drawn, trajectory) -> Outputs:
+def _layer(
+    stack, name, training, x, states, weights, reset, h_mask, stay, part, trajectory
+) -> Outputs:
     """One layer by a backend behind our own operator, or by one that autograd sees through."""
     request, sizes = stack.request, stack.geometry.batch_sizes
     reverse = (False, True)[: request.directions]
@@ -246,9 +269,18 @@ def _layer(stack, name, training, x, states, weights, reset, h_mask, drawn, traj
 
         def forward(x, states, flat):
             call = make_call(
-                request.cell, x, sizes, states, flat, reverse, reset, h_mask, request.memory
+                request.cell,
+                x,
+                sizes,
+                states,
+                flat,
+                reverse,
+                reset,
+                h_mask,
+                stay,
+                part,
+                request.memory,
             )
-            call.masks = drawn
             result = module.forward(call, False, trajectory)
             return (result.y, *result.states, *result.trajectory)
 
@@ -268,8 +300,10 @@ def _layer(stack, name, training, x, states, weights, reset, h_mask, drawn, traj
             trajectory,
             len(states),
             len(flat),
+            len(stay),
+            part,
         )
-        arguments = (layout, x, sizes, reset, h_mask, *states, *flat)
+        arguments = (layout, x, sizes, reset, h_mask, *states, *flat, *stay)
         if training:
             outputs = autograd.differentiable_recurrence(*arguments)
         else:

@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda_rule
-from ..backends.contract import ONE_STEP, Masks, Problem, Request
+from ..backends.contract import ONE_STEP, Problem, Request
 from ..backends.tracing import unrecorded
 from ..cells import CELLS, Cell
 from . import modes
 from .geometry import Geometry
+
+
+@dataclass
+class Zoneout:
+    """How states stay as they were.
+
+    rates: of each state. seed: 64 bits, or None outside of training, where that part of a state
+        stays. ids: (B,), the sequences' names.
+    """
+
+    rates: tuple[float, ...]
+    seed: Tensor | None
+    ids: Tensor
 
 
 @dataclass
@@ -28,7 +41,7 @@ class Stack:
     reset: (T, B) bool or None; where it holds a new sequence begins, in either direction.
     h_mask: (layers * D, B, P) or None; multiplies h_{t-1} before its product with w_hh.
     input_masks: one a layer, (B, its input size), or None; multiplies its input at every step.
-    masks: which states stay as they were, or None.
+    zoneout: which states stay as they were, or None.
 
     Of reset and the masks the batch is in the order of the caller's.
     """
@@ -41,7 +54,7 @@ class Stack:
     reset: Tensor | None = None
     h_mask: Tensor | None = None
     input_masks: Sequence[Tensor] | None = None
-    masks: Masks | None = None
+    zoneout: Zoneout | None = None
     #: Whether autocast took the tensors to another type.
     cast: bool = False
     #: The numbers of the input, however they lie.
@@ -137,7 +150,7 @@ def problem(stack: Stack) -> Problem:
         stack.single,
         stack.reset is not None,
         stack.h_mask is not None,
-        () if stack.masks is None else stack.masks.zoneout,
+        () if stack.zoneout is None else stack.zoneout.rates,
         False,  # input_product
         1,  # heads
         request.trajectory,

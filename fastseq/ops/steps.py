@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..backends.contract import ONE_STEP, Request, Wanted
+from ..backends.contract import NOTHING, ONE_STEP, Request, Wanted
 
 #: Of how many rows a product is made, at least: with more it gets no faster, and they take memory.
 ROWS = 1024
@@ -192,7 +192,7 @@ def multiply(
             for k in range(count)
         ),
         weights,
-        (),
+        NOTHING,
         _together([one.y for one in left], sizes),
         tuple(_together(of, sizes) for of in zip(*[one.saved for one in left], strict=True)),
         _together([one.dy for one in left], sizes),

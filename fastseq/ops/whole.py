@@ -14,10 +14,20 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import is_outer_product
-from ..backends.contract import BATCH_FIRST, ONE_STEP, Request, Wanted, Weights, ways
-from ..backends.stacked import one_by_one
+from ..backends.contract import (
+    BATCH_FIRST,
+    NOTHING,
+    ONE_STEP,
+    Given,
+    Request,
+    Wanted,
+    Weights,
+    ways,
+)
+from ..backends.stacked import of_layer, one_by_one
 from . import steps
 from .autograd import Layout, differentiable_recurrence, gradients_again, is_batched
+from .masks import mask_input
 from .modes import is_plain
 
 
@@ -33,8 +43,10 @@ def run(
     states: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
     step: bool = False,
+    given: Given = NOTHING,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """y, time first, and the final states (layers * D, B, ...); None where the long way is due.
+    """y, time first, and the final states (layers * D, B, ...), behind them those of the
+    trajectory; None where the long way is due.
 
     Of a call that :func:`.modes.is_plain`. backend: its name and module, a
     :class:`.contract.WholeStacks` with ``layers_backward``, which says what the tensors are. states
@@ -70,11 +82,20 @@ def run(
         try:
             if of is None:
                 y, *finals = StackFunction.apply(
-                    backend, request, len(states), None, None, x, batch_sizes, *states, *weights
+                    backend,
+                    request,
+                    given,
+                    len(states),
+                    None,
+                    None,
+                    x,
+                    batch_sizes,
+                    *states,
+                    *weights,
                 )
             else:
                 y, *finals = StackFunction.apply(
-                    backend, request, len(states), of, of.token, x, None, *states
+                    backend, request, given, len(states), of, of.token, x, None, *states
                 )
             # A node of its own, 5 us: else a hook on a state that nothing uses is called with None.
             # In a loop of a cell that is the last c; each h is used.
@@ -83,8 +104,9 @@ def run(
         except Declined:
             out = None
     else:
-        masks = _draw(request, x, batch_sizes, weights) if request.dropout else ()
-        out = backend[1].layers(request, x, batch_sizes, states, weights, masks, False)
+        if request.dropout:
+            given = given._replace(dropout=_draw(request, x, batch_sizes, weights))
+        out = backend[1].layers(request, x, batch_sizes, states, weights, given, False)
     if out is None and drawn is not None:
         torch.set_rng_state(drawn)  # as if nothing had been drawn
     return out and out[:2]
@@ -110,40 +132,41 @@ def _draw(
 
 
 class StackFunction(torch.autograd.Function):
-    """((name, module), request, number of states, None, None, x, batch_sizes, *states, *weights)
-    -> (y, *final states)
+    """((name, module), request, given, number of states, None, None, x, batch_sizes, *states,
+    *weights) -> (y, *final states, *trajectory)
 
     Of one step, with its weights' :class:`.steps.Weights` and token: (..., of, token, x, None,
     *states), and what the gradient of the weights needs is left there.
     """
 
     @staticmethod
-    def forward(ctx, backend, request, n, of, token, x, batch_sizes, *tensors):
+    def forward(ctx, backend, request, given, n, of, token, x, batch_sizes, *tensors):
         states, weights = tensors[:n], tensors[n:]
         if of is not None:
             weights = of.tensors
             tensors = states + weights
-        masks = _draw(request, x, batch_sizes, weights) if request.dropout else ()
-        out = backend[1].layers(request, x, batch_sizes, states, weights, masks, True)
+        if request.dropout:
+            given = given._replace(dropout=_draw(request, x, batch_sizes, weights))
+        out = backend[1].layers(request, x, batch_sizes, states, weights, given, True)
         if out is None:
             raise Declined
         y, finals, saved = out
-        first = 2 + len(tensors)
-        ctx.call = backend, request, of, 2 + n, first, first + len(masks)
+        ctx.call = backend, request, given, of, 2 + n, 2 + len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, batch_sizes, *tensors, *masks, y, *saved)
+        # reset and h_mask are the caller's own: an edit before backward is found
+        ctx.save_for_backward(x, batch_sizes, *tensors, y, given.reset, given.h_mask, *saved)
         return (y.clone() if request.editable else y, *finals)
 
     @staticmethod
     def backward(ctx, *grads):
-        (name, module), request, of, end, first, last = ctx.call
+        (name, module), request, given, of, end, last = ctx.call
         kept = ctx.saved_tensors
-        x, batch_sizes, states, weights = kept[0], kept[1], kept[2:end], kept[end:first]
-        masks, y, saved = kept[first:last], kept[last], kept[last + 1 :]
+        x, batch_sizes, states, weights = kept[0], kept[1], kept[2:end], kept[end:last]
+        y, saved = kept[last], kept[last + 3 :]
         need = ctx.needs_input_grad
         if all(g is None for g in grads):
             return (None,) * len(need)
-        needs = need[5:]
+        needs = need[6:]
         if of is not None:
             awaited = of.awaited()
             needs += tuple([awaited and n for n in of.needs])
@@ -153,32 +176,32 @@ class StackFunction(torch.autograd.Function):
             def again(inputs):
                 x, batch_sizes, *rest = inputs
                 n = end - 2
-                return _one_by_one(name, request, x, batch_sizes, rest[:n], rest[n:], masks)
+                return _one_by_one(name, request, x, batch_sizes, rest[:n], rest[n:], given)
 
             inputs = (x, batch_sizes, *states, *weights)
             again_found = gradients_again(again, inputs, needs, grads)
             if of is not None and any(needs[end:]):
                 of.now().add(again_found[end:])
             token = None if of is None else of.gradient
-            return (None, None, None, None, token, *again_found[: len(need) - 5])
+            return (None, None, None, None, None, token, *again_found[: len(need) - 6])
         dy, *dstates = [g if g is None else g.resolve_neg().contiguous() for g in grads]
         wanted = Wanted(needs[0], any(needs[2:end]), of is None and any(needs[end:]))
         found = module.layers_backward(
-            request, x, batch_sizes, states, weights, masks, y, saved, dy, tuple(dstates), wanted
+            request, x, batch_sizes, states, weights, given, y, saved, dy, tuple(dstates), wanted
         )
         if found is None:
             raise RuntimeError("fastseq: the saved tensors came back with another shape or type")
-        dx, given = found[0], len(states)
-        dfinals, dweights = found[1 : 1 + given], found[1 + len(dstates) :]
+        dx, n = found[0], len(request.definition.states)
+        dfinals, dweights = found[1 : 1 + len(states)], found[1 + n :]
         if dx is not None and request.order == BATCH_FIRST and dx.dim() == 3:
             dx = dx.transpose(0, 1)
         if of is not None:
             if any(needs[end:]):
                 left = steps.Left(x, states, y, saved, dy, tuple(dstates))
                 of.leave(module, request, weights, left)
-            return (None, None, None, None, of.gradient, dx, None, *dfinals)
+            return (None, None, None, None, None, of.gradient, dx, None, *dfinals)
         dweights = dweights or (None,) * len(weights)
-        return (None, None, None, None, None, dx, None, *dfinals, *dweights)
+        return (None, None, None, None, None, None, dx, None, *dfinals, *dweights)
 
 
 def _is_ordinary(gradient: Tensor | None) -> bool:
@@ -192,7 +215,7 @@ def _one_by_one(
     batch_sizes: Tensor | None,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    given: Given,
 ) -> list[Tensor]:
     """What :class:`StackFunction` gives, of the same masks."""
     missing = None  # the dimension that a layer has and this call has not
@@ -204,31 +227,42 @@ def _one_by_one(
         x = x.transpose(0, 1)
     if missing is not None:
         x, states = x.unsqueeze(missing), [s.unsqueeze(missing) for s in states]
-    reverse = (False, True)[: request.directions]
+    reverse, D = (False, True)[: request.directions], request.directions
+    along: list[Tensor] = []
 
     def before(layer: int, x: Tensor) -> Tensor:
-        if not layer or not masks:
-            return x
-        mask = masks[layer - 1].view(x.shape).to(x.dtype)
-        return x * (mask / (1.0 - request.dropout) if request.dropout < 1 else mask)
+        if layer and given.dropout:
+            mask = given.dropout[layer - 1].view(x.shape).to(x.dtype)
+            x = x * (mask / (1.0 - request.dropout) if request.dropout < 1 else mask)
+        if given.input_masks:
+            x = mask_input(x, given.input_masks[layer], batch_sizes)
+        return x
 
     def run(
         layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
     ) -> tuple[Tensor, list[Tensor]]:
         flat = [w for way in weights for w in way.flat()]
+        own = of_layer(given, layer, D)
+        trajectory = request.trajectory and layer == request.layers - 1
         layout = Layout(
             request.cell,
             name,
             reverse,
             "full",
             request.deterministic,
-            False,
+            trajectory,
             len(states),
             len(flat),
+            len(own.stay),
+            own.part,
         )
-        y, *last = differentiable_recurrence(layout, x, batch_sizes, None, None, *states, *flat)
-        return y, last
+        y, *last = differentiable_recurrence(
+            layout, x, batch_sizes, own.reset, own.h_mask, *states, *flat, *own.stay
+        )
+        n = len(request.definition.states)
+        along.extend(last[n:])
+        return y, last[:n]
 
     y, finals = one_by_one(request, x, states, ways(request, weights), run, before)
-    outputs = [y, *finals]
+    outputs = [y, *finals, *along]
     return outputs if missing is None else [o.squeeze(missing) for o in outputs]

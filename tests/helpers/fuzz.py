@@ -107,7 +107,11 @@ def fuzzed(seed, cells=tuple(CELLS)):
     wanted = pick.choice(["all", *WANTED])
     if cell in KINKED and not double:  # judged in float64 alone
         wanted = "none"
-    return Fuzzed(drawn, options, forms, wanted, pick.choice([1, 1, 2, 3]))
+    threads = pick.choice([1, 1, 2, 3])
+    if maybe(0.25):
+        drawn["zoneout"] = [pick.choice([0.0, 0.2, 0.5, 1.0]) for _ in CELLS[cell].states]
+        drawn["evaluates"] = maybe(0.4)
+    return Fuzzed(drawn, options, forms, wanted, threads)
 
 
 def names_wanted(case, wanted):

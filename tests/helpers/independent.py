@@ -14,6 +14,8 @@ lengths     (B,) or None; a sequence of length 0 keeps its state, y is zero behi
 reset       (T, B) bool or None; True where a step begins a new sequence: the state is zeroed
             between that step and the one before it in time, whichever way time runs
 h_mask      (B, P) or None; multiplies h_{t-1} where W_hh multiplies it
+stay        None, or of each state what of it stays as it was before the step (Krueger et al. 2017,
+            zoneout): (T, B, size) bool, a number, which is the part of it that does, or None
 ==========  ======================================================================================
 
 and returns y (T, B, P), the final states, and every further state at every step, (T, B, H) each.
@@ -22,7 +24,14 @@ and returns y (T, B, P), the final states, and every further state at every step
 import torch
 
 
-def over_time(step, x, states, reverse, lengths, reset):
+def zoned(new, old, stay):
+    """d * s_{t-1} + (1 - d) * s_t, of a mask d or of its expectation."""
+    if stay is None:
+        return new
+    return torch.where(stay, old, new) if torch.is_tensor(stay) else stay * old + (1 - stay) * new
+
+
+def over_time(step, x, states, reverse, lengths, reset, stay=None):
     """Walk each sequence alone; ``step(x_t, b, *states)`` returns the new states."""
     T, B = x.shape[:2]
     sequences, finals = [], []
@@ -35,8 +44,11 @@ def over_time(step, x, states, reverse, lengths, reset):
             begins = t + 1 if reverse else t  # the boundary that is crossed on entering step t
             if reset is not None and begins < length and reset[begins, b]:
                 state = tuple(torch.zeros_like(s) for s in state)
-            state = step(x[t, b], b, *state)
-            along[t] = state
+            new = step(x[t, b], b, *state)
+            if stay is not None:
+                here = [s[t, b] if torch.is_tensor(s) else s for s in stay]
+                new = tuple(zoned(*parts) for parts in zip(new, state, here, strict=True))
+            state = along[t] = new
         sequences.append([torch.stack(values) for values in zip(*along, strict=True)])
         finals.append(state)
     y, *others = (torch.stack(values, 1) for values in zip(*sequences, strict=True))
@@ -217,14 +229,18 @@ CELLS = {
 }
 
 
-def recurrence(cell, x, states, weights, reverse=False, lengths=None, reset=None, h_mask=None):
+def recurrence(
+    cell, x, states, weights, reverse=False, lengths=None, reset=None, h_mask=None, stay=None
+):
     """One cell over one input, in one direction."""
-    time = {"reverse": reverse, "lengths": lengths, "reset": reset}
+    time = {"reverse": reverse, "lengths": lengths, "reset": reset, "stay": stay}
     return CELLS[cell](x, states, *weights, h_mask=h_mask, **time)
 
 
-def layers(cell, x, states, weights, directions=1, lengths=None, reset=None, h_mask=None):
-    """Layers by directions; states and h_mask have a leading dimension of layers * directions.
+def layers(
+    cell, x, states, weights, directions=1, lengths=None, reset=None, h_mask=None, stay=None
+):
+    """Layers by directions; states and masks have a leading dimension of layers * directions.
 
     The further states at every step are the last layer's, the directions side by side.
     """
@@ -234,8 +250,10 @@ def layers(cell, x, states, weights, directions=1, lengths=None, reset=None, h_m
         for d in range(directions):
             k = first + d
             mask = None if h_mask is None else h_mask[k]
+            zone = stay and [s[k] if torch.is_tensor(s) else s for s in stay]
             start = [s[k] for s in states]
-            ways.append(recurrence(cell, x, start, weights[k], d == 1, lengths, reset, mask))
+            time = d == 1, lengths, reset, mask, zone
+            ways.append(recurrence(cell, x, start, weights[k], *time))
         x = torch.cat([way[0] for way in ways], -1)
         finals += [way[1] for way in ways]
         others = [torch.cat(values, -1) for values in zip(*(way[2] for way in ways), strict=True)]

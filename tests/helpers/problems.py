@@ -1,6 +1,7 @@
 """Layers with random numbers in them, run by any backend and by the independent writing."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import independent
@@ -11,9 +12,10 @@ from rules import check_all
 from fastseq.backends import choice, load
 from fastseq.backends.contract import Problem, Request, Weights
 from fastseq.cells import CELLS
+from fastseq.ops import masks
 from fastseq.ops.geometry import Dense, Padded
 from fastseq.ops.run import run
-from fastseq.ops.stack import Stack, problem
+from fastseq.ops.stack import Stack, Zoneout, problem
 
 NAMED = ("eager", "torch", "native", "numba", "reference")
 if os.environ.get("TRITON_INTERPRET") == "1":  # then it serves the CPU, slowly
@@ -39,7 +41,14 @@ OF_FOUR_STEPS = {
     "ragged": {"lengths": [2, 4, 3], "directions": 2},
     "zero lengths": {"lengths": [0, 4, 0], "directions": 2},
     "all at once": {"lengths": [2, 0, 4], "reset": True, "h_mask": True, "directions": 2},
+    "zoneout": {"zoneout": (0.4, 0.0, 0.6), "directions": 2},
+    "zoneout of others": {"zoneout": (0.0, 0.5, 0.0), "directions": 2},
+    "zoneout in evaluation": {"zoneout": (0.1, 0.3, 0.2), "evaluates": True, "directions": 2},
 }
+#: Zoneout with everything else, and in evaluation.
+ZONED_AT_ONCE = OF_FOUR_STEPS["all at once"] | {"zoneout": 0.4}
+OF_FOUR_STEPS["zoneout at once"] = ZONED_AT_ONCE
+OF_FOUR_STEPS["zoneout at once in evaluation"] = ZONED_AT_ONCE | {"evaluates": True}
 #: Cells whose texts have a kink, on which side of which a gradient is the rounding decides.
 KINKED = tuple(
     name
@@ -60,6 +69,7 @@ DECLINES = {
         "transform",
         "dual",
         "projection to H",
+        "zoneout",
     },
     "native": {"dual"},
     "numba": {"dual"},
@@ -76,6 +86,8 @@ def features(task):
     """What of a problem a backend might decline, in the words of DECLINES."""
     named = {task.cell, task.mode}
     named |= {name for name in ("reset", "h_mask", "trajectory") if getattr(task, name)}
+    if task.zoneout:
+        named.add("zoneout")
     if task.memory == "lean" and task.training:
         named.add("memory='lean' in training")
     if task.T == 0:
@@ -115,6 +127,9 @@ class Layers:
     lengths: torch.Tensor | None = None
     reset: torch.Tensor | None = None
     h_mask: torch.Tensor | None = None
+    #: The rates of the states, or none, and what the masks are drawn from, None in evaluation.
+    zoneout: tuple = ()
+    seed: int | None = None
     options: dict = field(default_factory=dict)
 
     def to(self, dtype):
@@ -165,7 +180,29 @@ class Layers:
             geometry = Padded(self.x, False, self.lengths)
         weights = [w for way in self.weights for w in way.given()]
         given = self.x, list(self.states), weights, geometry
-        return Stack(request, *given, self.reset, self.h_mask)
+        zoneout = None
+        if self.zoneout:
+            seed = None if self.seed is None else torch.tensor(self.seed)
+            ids = torch.arange(self.x.shape[1], device=self.x.device)
+            zoneout = Zoneout(self.zoneout, seed, ids)
+        return Stack(request, *given, self.reset, self.h_mask, zoneout=zoneout)
+
+    def stay(self):
+        """What of each state stays as it was: (layers * D, T, B, size) bool, a part, or None."""
+        if not self.zoneout or self.seed is None:
+            return list(self.zoneout) or None
+        T, B = self.x.shape[:2]
+        steps, ids = torch.arange(T).repeat_interleave(B), torch.arange(B).repeat(T)
+        found = []
+        for k, (rate, name) in enumerate(zip(self.zoneout, CELLS[self.cell].states, strict=True)):
+            sites = [
+                masks.site(masks.ZONEOUT + k, *divmod(way, self.directions))
+                for way in range(len(self.weights))
+            ]
+            size = self.P if name == "h" else self.H
+            kept = masks.keep(torch.tensor(self.seed), sites, ids, steps, size, rate)
+            found.append(~kept.view(-1, T, B, size) if rate else None)
+        return found
 
     def settle(self, backend, **options):
         settle(backend, problem(self.stack(backend, **options)))
@@ -190,6 +227,7 @@ class Layers:
             self.lengths,
             self.reset,
             self.h_mask,
+            self.stay(),
         )
         return self._named(y, finals, along if trajectory else [])
 
@@ -222,12 +260,18 @@ def draw(
     lengths=None,
     reset=False,
     h_mask=False,
+    zoneout=(),
+    evaluates=False,
     dtype=torch.float64,
     seed=0,
     scale=1.0,
     grad=True,
 ):
-    """Random layers, with torch.nn's initial weights; those of the input times ``scale``."""
+    """Random layers, with torch.nn's initial weights; those of the input times ``scale``.
+
+    zoneout: a rate of every state, or one for each, of which the cell takes as many as it has.
+    evaluates: zoneout takes its expectation.
+    """
     random = torch.Generator().manual_seed(seed)
     definition = CELLS[cell]
     G, G_hh = definition.G, len(definition.recurrent_gates)
@@ -263,6 +307,8 @@ def draw(
     mask = None
     if h_mask:
         mask = (torch.rand(count, B, size, generator=random) > 0.3).to(dtype) * 1.5
+    n = len(definition.states)
+    rates = tuple(zoneout)[:n] if isinstance(zoneout, Sequence) else (zoneout,) * n
     return Layers(
         cell,
         tensor(T, B, I),
@@ -272,6 +318,8 @@ def draw(
         None if lengths is None else torch.as_tensor(lengths),
         (torch.rand(T, B, generator=random) < 0.3) if reset else None,
         mask,
+        rates if any(rates) else (),
+        None if evaluates else seed,
     )
 
 

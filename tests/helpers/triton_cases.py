@@ -5,6 +5,7 @@ Each cell runs each case; the type goes round, and --full takes them all.
 """
 
 import copy
+import itertools
 import re
 from contextlib import suppress
 
@@ -23,7 +24,7 @@ import fastseq
 from fastseq.backends import faults, load, triton_kernels, triton_source, triton_text, triton_tiling
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.cells import CELLS, WORDS
-from fastseq.ops import whole
+from fastseq.ops import masks, whole
 from fastseq.ops.library import saved_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -34,6 +35,7 @@ SPECIAL = {
     "B17": {"B": 17, "T": 2},
     **OF_FOUR_STEPS,
 }
+ZONED = {name: SPECIAL.pop(name) for name in OF_FOUR_STEPS if name.startswith("zoneout")}
 STATEFUL = OF_FOUR_STEPS["all at once"]
 
 
@@ -155,6 +157,56 @@ def test_words_beyond_the_last_unit(form):
         theirs |= gradients(theirs, case.leaves())
         ours |= gradients(ours, case.leaves())
         check_all(ours, theirs, truth, torch.float32)
+
+
+#: In the ordinary run few, which between them have all that zoneout has in each form.
+OF_ZONEOUT = [
+    ("walk", "lstm", "zoneout", torch.float16),
+    ("walk", "rnn_tanh", "zoneout at once", torch.bfloat16),
+    ("walk", "indrnn", "zoneout in evaluation", torch.float64),
+    ("grid", "lstm", "zoneout of others", torch.float64),
+    ("grid", "gru_reset_before", "zoneout at once", torch.float32),
+    ("resident", "lstm", "zoneout at once in evaluation", torch.bfloat16),
+    ("step", "peephole_lstm", "zoneout at once", torch.float32),
+]
+
+
+def cases_of_zoneout():
+    """And of each form and cell one, in which the kinds and the types go round."""
+    found = dict.fromkeys(OF_ZONEOUT, ())
+    every = itertools.product(("walk", "grid", "resident", "step"), CELLS)
+    for at, (form, cell) in enumerate(every):
+        special, dtype = [*ZONED][at % len(ZONED)], DTYPES[at // 2 % len(DTYPES)]
+        if any(draw(cell, T=1, B=1, H=1, **ZONED[special]).zoneout):  # of a state that it has
+            found.setdefault((form, cell, special, dtype), (full,))
+    return [
+        pytest.param(*case, marks=marks, id="-".join(map(str, case)))
+        for case, marks in found.items()
+    ]
+
+
+@pytest.mark.parametrize("form, cell, special, dtype", cases_of_zoneout(), indirect=["form"])
+def test_zoneout(form, cell, special, dtype):
+    case = draw(cell, T=4, H=18, dtype=dtype, **ZONED[special])
+    against_the_independent(case, "triton", special, trajectory=True)
+
+
+@pytest.mark.parametrize(
+    "form, cell, P, memory, evaluates",
+    [
+        ("walk", "lstm", 5, "full", False),
+        ("grid", "lstm", 5, "full", True),
+        ("walk", "rnn_tanh", None, "lean", False),
+        ("walk", "lstm", None, "lean", True),
+        pytest.param("step", "lstm", 5, "lean", False, marks=full),
+        pytest.param("grid", "mgu", None, "lean", False, marks=full),
+    ],
+    indirect=["form"],
+)
+def test_zoneout_of_what_is_projected_or_made_again(form, cell, P, memory, evaluates):
+    zoned = ZONED["zoneout at once"] | {"evaluates": evaluates}
+    case = draw(cell, T=4, H=18, P=P, dtype=torch.bfloat16, **zoned)
+    against_the_independent(case, "triton", f"P={P}", memory=memory)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -308,25 +360,26 @@ PIECES = triton_text.Pieces(
     tuple((f"{n}{w}", 2) for n in ("", "2 * ", "3 * ", "4 * ") for w in "HP"), 1
 )
 GRIDS = [
-    (cell, projected, backward, pieces)
+    (cell, projected, backward, pieces, zoned)
     for cell in CELLS
     for projected in (False, True)
     for backward in ("forward", "backward")
     for pieces in (None, PIECES)
+    for zoned in (triton_text.UNZONED, triton_text.Zoned(CELLS[cell].states))
     if not projected or cell in ("lstm", "rnn_tanh")
 ]
 
 
 @pytest.mark.parametrize("product", ["handed_ptr", "dgates_ptr"])  # in TF32, and else
-@pytest.mark.parametrize("cell, projected, backward, pieces", GRIDS)
+@pytest.mark.parametrize("cell, projected, backward, pieces, zoned", GRIDS)
 def test_what_programs_hand_over_is_read_after_a_meeting(
-    cell, projected, backward, pieces, product
+    cell, projected, backward, pieces, zoned, product
 ):
     """In the text of a grid's step, twice over: no load of a buffer that it writes goes by the
     first-level cache. What others read (at ``inner``) was stored before its program arrived, and
     is read after the next wait; what a program stored itself, after one of its barriers. The input
     products alone are read before: by the program that will write there."""
-    text = triton_source.TEXTS[f"{backward}_grid"](CELLS[cell], projected, pieces)
+    text = triton_source.TEXTS[f"{backward}_grid"](CELLS[cell], projected, pieces, zoned)
     step = text[text.index("for step in") :].splitlines()
     step = [line for line in step[1:] if line.startswith(" " * 12)]
     step = [line.replace("dproduct_ptr", "dgates_ptr") for line in step]  # often one buffer
@@ -562,22 +615,78 @@ def test_vocabulary_passes_nan():
         assert y.isnan().all(), name
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_a_stack_is_one_call(kind, monkeypatch):
-    """With the bits of its layers one by one; tests/test_stacked.py has more, of cuda."""
+OWN = {"zoneout": 0.4, "recurrent_dropout": 0.3}
+
+
+@pytest.mark.parametrize(
+    "kind, own, dtype",
+    [
+        ("LSTM", {}, torch.float32),
+        ("GRU", {}, torch.float32),
+        ("LSTM", OWN, torch.bfloat16),
+        pytest.param("LSTM", OWN, torch.float32, marks=full),
+    ],
+)
+def test_a_stack_is_one_call(kind, own, dtype, monkeypatch):
+    """With the bits of its layers one by one, and with what is a layer's own: resets and all states
+    besides its masks. tests/test_stacked.py has more, of cuda."""
     torch.manual_seed(0)
-    m = getattr(fastseq, kind)(3, 5, num_layers=2, bidirectional=True, backend="triton")
-    x = torch.randn(3, 2, 3, requires_grad=True)
+    sizes = {"num_layers": 2, "bidirectional": True, "dtype": dtype}
+    m = getattr(fastseq, kind)(3, 5, **sizes, **own, backend="triton")
+    x = torch.randn(3, 2, 3, dtype=dtype, requires_grad=True)
+    reset = torch.tensor([[False, False], [True, False], [False, True]])
+    asked = {"reset": reset, "seed": 5, "all_states": True} if own else {}
 
     def found():
-        y, state = m(x)
-        outputs = [y, *(state if isinstance(state, tuple) else (state,))]
+        y, state, *along = m(x, **asked)
+        outputs = [y, *(state if isinstance(state, tuple) else (state,)), *along]
         return outputs, torch.autograd.grad([o.sum() for o in outputs], [x, *m.parameters()])
 
     outputs, grads = found()
     assert "StackFunction" in outputs[0].grad_fn.name()
-    monkeypatch.setattr(whole, "run", lambda *call: None)
+    monkeypatch.setattr(whole, "run", lambda *call, **given: None)
     outputs_too, grads_too = found()
     assert "StackFunction" not in outputs_too[0].grad_fn.name()
     ours, theirs = [*outputs, *grads], [*outputs_too, *grads_too]
     assert len(ours) == len(theirs) and all(map(same_bits, ours, theirs))
+
+
+# Masks
+
+
+def test_a_mask_has_the_known_answer():
+    """Of Random123, the authors' library: the words of counter 0 and key 0."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    for unit, word in enumerate((0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)):
+        for threshold, kept in ((word, True), (word + 1, False)):
+            found = load("triton").keep(zero[0], [0], zero, None, 4, threshold)
+            assert found.shape == (1, 1, 4) and found[0, 0, unit] == kept
+
+
+@pytest.mark.parametrize(
+    "seed, units, sites",
+    [
+        (0, 130, [3]),
+        (-1, 5, [3, 11, 19]),
+        (0x0123456789ABCDEF, 8, [0, 5]),
+        (-(2**63), 1, [77, 0, 1]),
+    ],
+    ids=str,
+)
+def test_masks_have_the_bits_of_torch_operations(seed, units, sites):
+    """Of sites in a row or not, ids of 48 bits, and signed words of the key."""
+    ids = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**47 + 5, -3, *range(12)])
+    when = torch.arange(len(ids)) * 2**26
+    for steps, threshold in ((None, 2**31), (when, 2**31 - 1), (when, 15 * 2**28), (None, 2**32)):
+        given = torch.tensor(seed), sites, ids, steps, units, threshold
+        found = load("triton").keep(*given)
+        assert found.dtype is torch.bool
+        assert torch.equal(found, masks.by_operations(*given)), threshold
+    assert load("triton").keep(torch.tensor(seed), sites, ids[:0], None, 4, 7).shape[1:] == (0, 4)
+
+
+def test_masks_that_are_elsewhere_are_left_alone():
+    here = torch.zeros(2, dtype=torch.int64)
+    there = here.to("meta")
+    assert load("triton").keep(here[0], [0], there, None, 4, 7) is None
+    assert load("triton").keep(there[0], [0], here, None, 4, 7) is None

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastseq.backends import triton as backend
-from fastseq.backends import triton_kernels, triton_source
+from fastseq.backends import triton_kernels, triton_masks, triton_source
 from fastseq.backends.contract import Call, OutputGradients, Wanted
 from fastseq.backends.triton_tiling import Device, Tiling, pieces_of, tiling
 from fastseq.cells import CELLS
@@ -67,7 +67,8 @@ TOO_WIDE = r"x(\d+)x\w+, #ttg.dot_op<{opIdx = 0, parent = #\w+, kWidth = (\d+)}>
 
 def cases(full):
     """(target, cell, kind, H, P, B, everything): one H of each class that the tilings tell apart;
-    an odd one, with every option on, takes the most registers."""
+    an odd one, with every option on, takes the most registers. everything: or "zoned", with zoneout
+    besides."""
     if full:
         for target in TARGETS:
             for cell in CELLS:
@@ -78,7 +79,9 @@ def cases(full):
                         yield target, cell, kind, H, None, B, True
             for kind in kinds_of(target):
                 yield from ((target, "lstm", kind, H, P, 3, True) for H, P in PAIRS)
+                yield from ((target, cell, kind, H, None, 3, "zoned") for cell, H in ZONED)
         return
+    yield from (("sm_90", cell, "bfloat16", H, None, 3, "zoned") for cell, H in ZONED)
     for cell in ("lstm", "gru_reset_before", "indrnn"):
         yield "sm_90", cell, "bfloat16", 63, None, 3, True
     for cell in ("lstm", "gru", "gru_reset_before", "rnn_tanh"):
@@ -104,6 +107,9 @@ def cases(full):
 
 
 PAIRS = ((63, 31), (300, 200))
+#: A walk where rows start anywhere, and one that asks ahead; a grid, and steps; a grid that holds
+#: its weights.
+ZONED = (("lstm", 63), ("rnn_tanh", 64), ("gru_reset_before", 300), ("lstm", 512))
 
 
 def cases_of_sizes():
@@ -143,6 +149,9 @@ def recorded(target, cell, kind, H, P, B, everything, full=True):
         torch.zeros(case.directions, rows, dtype=torch.bool) if everything else None,
         case.h_mask,
     )
+    if everything == "zoned":
+        sizes = [(s.shape[0], rows, s.shape[2]) for s in case.states]
+        call.stay = [torch.zeros(size, dtype=torch.bool) for size in sizes]
     for form in ("grid", "step") if full or H == 300 else ("grid",):
         with backend.larger_as(form):
             result = backend.forward(call, True, everything)
@@ -271,6 +280,25 @@ def products(cell, H, P, t: Tiling, dtype, backward):
     return columns * t.block_k // (8 * inner)
 
 
+def compiled_masks():
+    """The kernel that draws masks: of a seed on the CPU, with steps, and of one on the device."""
+    lines, rows = [], torch.zeros(3, dtype=torch.int64)
+    numbers = dict.fromkeys(("low", "high", "site", "stride", "threshold", "rows"), 3)
+    sizes = {"ROWS": triton_masks.ROWS, "COUNTERS": triton_masks.COUNTERS}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    for seed, steps, units in ((None, rows, 64), (rows[:1], None, 7)):
+        given = {"seed_ptr": seed, "ids_ptr": rows, "steps_ptr": steps, "units": units}
+        given |= numbers | sizes | {"out_ptr": torch.zeros(3, dtype=torch.uint8)}
+        kernel = triton_masks.KEEP
+        made = source(kernel, {name: given[name] for name in kernel.arguments})
+        for target in TARGETS:
+            out = triton.compile(made, target=TARGETS[target][0], options=options)
+            taken = resources(out)
+            taken.pop("step", None)
+            lines.append(f"{'BAD' if taken['spilled'] else 'ok'} keep_kernel {target} {taken}")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
@@ -283,6 +311,9 @@ def main():
     todo = cases_of_sizes() if given.sizes else cases(given.full)
     todo = [c for c in todo if given.only in " ".join(map(str, c))][:: given.every]
     failed = 0
+    if not given.sizes and given.only in "keep_kernel":
+        print("\n".join(found := compiled_masks()))
+        failed += sum(line.startswith("BAD") for line in found)
     with ProcessPoolExecutor(given.jobs) as pool:
         for lines in pool.map(partial(compiled, full=given.full), todo):
             print("\n".join(lines), flush=True)

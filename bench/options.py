@@ -1,0 +1,107 @@
+"""What a layer's options cost beside the plain layer: ``python -m bench.options [--write]``.
+
+A training step, forward and backward, of layers of the same weights, in turn: one without options,
+one with each, one with all. The masks are drawn anew at every call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastseq
+
+from . import table
+from .measure import ROUNDS, in_turn
+from .pages import note, write
+
+SHAPES = ((64, 1, 512), (256, 16, 128), (512, 64, 50))  # H = I, B and T
+KINDS = ("LSTM", "GRU")
+HEADER = ["", "backend", "plain ms"]
+
+
+class Option(NamedTuple):
+    """layer: what the layer is made with. reset, all_states: what a call is given."""
+
+    layer: dict[str, float] = {}
+    reset: bool = False
+    all_states: bool = False
+
+
+OPTIONS = {
+    "zoneout": Option({"zoneout": 0.1}),
+    "recurrent dropout": Option({"recurrent_dropout": 0.25}),
+    "input dropout": Option({"input_dropout": 0.25}),
+    "weight dropout": Option({"weight_dropout": 0.5}),
+    "reset": Option(reset=True),
+    "all states": Option(all_states=True),
+}
+OPTIONS["all"] = Option(
+    {name: rate for option in OPTIONS.values() for name, rate in option.layer.items()}, True, True
+)
+
+
+def call(layer: nn.Module, option: Option, x: Tensor, **given: Any) -> list[Tensor]:
+    """y, and with ``all_states`` the cell states; every 16th step begins a new sequence."""
+    if option.reset:
+        given["reset"] = (torch.arange(x.shape[0]) % 16 == 15)[:, None].expand(x.shape[:2])
+    if option.all_states and isinstance(layer, fastseq.LSTM):
+        y, _, c = layer(x, all_states=True, **given)
+        return [y, c]
+    return [layer(x, **given)[0]]
+
+
+def training(layer: nn.Module, option: Option, x: Tensor, gradient: Tensor) -> None:
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    outputs = call(layer, option, x)
+    torch.autograd.backward(outputs, [gradient] * len(outputs))
+
+
+def row(kind: str, backend: str, H: int, B: int, T: int, seconds: float) -> list[str]:
+    torch.manual_seed(0)
+    x, gradient = torch.randn(T, B, H, requires_grad=True), torch.randn(T, B, H)
+    make: Callable[..., nn.Module] = getattr(fastseq, kind)
+    plain = make(H, H, backend=backend)
+    timed = [partial(training, plain, Option(), x, gradient)]
+    for name, option in OPTIONS.items():
+        layer, truth = (make(H, H, backend=way, **option.layer) for way in (backend, "eager"))
+        for module in (layer, truth):
+            module.load_state_dict(plain.state_dict())
+        few = x.detach()[:4]
+        found = zip(call(layer, option, few, seed=1), call(truth, option, few, seed=1), strict=True)
+        if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in found):
+            raise ValueError(f"{name}: {kind} of {backend} computes something else")
+        timed.append(partial(training, layer, option, x, gradient))
+    base, *times = in_turn(timed, seconds)
+    line = [f"{kind} T{T} B{B} H{H}", backend, f"{1e3 * base:.3g}"]
+    return [*line, *(f"{t / base:.2f}" for t in times)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.options", description=__doc__)
+    parser.add_argument("--backends", default="native numba")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=4.0, help="what a row takes")
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    found = []
+    for kind in KINDS:
+        for shape in SHAPES:
+            for backend in options.backends.split():
+                found.append(row(kind, backend, *shape, options.seconds))
+                print("  ".join(found[-1]), flush=True)
+    how = f"Medians of at least {ROUNDS} rounds in turn, float32, I = H; times over the plain layer's."
+    text = f"{table.markdown([*HEADER, *OPTIONS], found)}\n\n{note(how)}"
+    return write("options", text) if options.write else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
