@@ -134,6 +134,15 @@ def test_left_to_us_something_always_runs(cell, device, mode):
         assert choice.judge(task, None).chosen is not None
 
 
+@pytest.mark.parametrize("mode", ["plain", "compile"])
+def test_left_to_us_zoneout_runs_on_triton_where_it_serves(mode):
+    """Of a GPU that this machine may not have."""
+    pytest.importorskip("triton")
+    task = PLAIN._replace(device="cuda", zoneout=(0.1,), mode=mode)
+    assert choice.judge(task, None).chosen == "triton"
+    assert choice.judge(task._replace(dtype=torch.complex64), None).chosen == "eager"
+
+
 def test_a_name_that_does_not_exist():
     words = r"backend: expected one of torch, native, numba.*, got 'cudnn'"
     with pytest.raises(ValueError, match=words):
