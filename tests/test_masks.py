@@ -23,6 +23,7 @@ T, B, I, H, P = 6, 4, 5, 7, 3  # noqa: E741  (the field's letters)
 SEED = 0x0123456789ABCDEF
 WORD = 2**32
 BACKENDS = (None, "eager", "numba", "native", "reference")
+#: Those that draw masks on the CPU.
 DRAWING = [name for name in choice.DRAWING["cpu"] if hasattr(load(name), "keep")]
 
 
