@@ -252,17 +252,26 @@ in_one_call_constant._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 @lru_cache(maxsize=4096)
 def short_way(
-    cell: str, dtype: torch.dtype, device: str, backend: Backend, lean: bool, single: bool
+    cell: str,
+    dtype: torch.dtype,
+    device: str,
+    backend: Backend,
+    lean: bool,
+    single: bool,
+    masked: bool = False,
+    zoneout: tuple[float, ...] = (),
 ) -> tuple[str, Any] | None:
     """Name and module of the backend that runs plain calls of these in one call whatever their
     sizes, or None where the sizes, or more than these, decide.
 
     The modules ask before they look at anything else. A plain call has nothing but an input, a
-    state and weights, in plain code, without reset, masks, lengths or a trajectory.
+    state and weights, in plain code, without reset, lengths or a trajectory. masked, zoneout: what
+    a layer's own options ask for.
     """
     T = 1 if single else None
     memory: Memory = "lean" if lean else "full"
     problem = Problem(cell, dtype, device, T, None, None, None, None, single=single, memory=memory)
+    problem = problem._replace(h_mask=masked, zoneout=zoneout)
     found = []
     for training in (False, True):
         chosen = judge(problem._replace(training=training), backend).chosen

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..backends.choice import short_way
-from ..backends.contract import BATCH_FIRST, NOTHING, ONE_STEP, TIME_FIRST, Request
-from ..ops import whole
+from ..backends.contract import BATCH_FIRST, NOTHING, ONE_STEP, TIME_FIRST, Given, Request
+from ..ops import masks, whole
+from ..ops.masks import Rates
 from ..ops.modes import (
     autocasts,
     foreign,
@@ -54,13 +55,18 @@ def _made(values: tuple[Any, ...]) -> Request:
     return tuple.__new__(Request, values)
 
 
-def _backend(module: Any, own: Any, input: Any, lean: bool, single: bool) -> tuple[str, Any] | None:
-    """Name and module of the backend, where a call may go the short way."""
+def _backend(
+    module: Any, own: Any, input: Any, lean: bool, single: bool, rates: Rates | None = None
+) -> tuple[str, Any] | None:
+    """Name and module of the backend, where a call may go the short way. rates: what it masks."""
     if type(input) is not torch.Tensor or input.is_nested:
         return None
     device = "cpu" if input.is_cpu else input.device.type  # its type alone takes 0.2 us more
+    ask: tuple[Any, ...] = (module._fastseq_cell, input.dtype, device, own.backend, lean, single)
+    if rates is not None:
+        ask = (*ask, rates.recurrent_dropout > 0, rates.zoneout)
     try:
-        found = short_way(module._fastseq_cell, input.dtype, device, own.backend, lean, single)
+        found = short_way(*ask)
     except (TypeError, ValueError):  # no backend is called so, which the long way says
         return None
     if found is None or not hasattr(found[1], "layers_backward") or not is_plain():
@@ -75,14 +81,15 @@ def _run(
     states: Any,
     weights: Any,
     single: bool,
+    given: Given = NOTHING,
 ) -> Any | None:
     """One call of the backend; a second with states copied where they are, say, expanded."""
     try:
-        out = whole.run(found, request, input, None, states, weights, single)
+        out = whole.run(found, request, input, None, states, weights, single, given)
         if out is None and states:
             dense = tuple([s.contiguous() for s in states])
             if any(d is not s for d, s in zip(dense, states, strict=True)):
-                out = whole.run(found, request, input, None, dense, weights, single)
+                out = whole.run(found, request, input, None, dense, weights, single, given)
     except (AttributeError, RuntimeError):
         tensors = (input, *states, *weights)
         if foreign(tensors) or not all(isinstance(t, Tensor) for t in tensors):
@@ -108,15 +115,16 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
             return layers(module, input, hx)
     own = module._fastseq or options(module)
     begin: Any = ()
+    rates = None
     if not own.plain:
         if own.rates is not None and (module.training or own.rates.zoneout):
-            return None
+            rates = own.rates
         if hx is None and own.learn_state:
             begin = learned.plain_states(module, input)
             if begin is None:
                 return None
     lean = own.memory != "full" and torch.is_grad_enabled()
-    found = _backend(module, own, input, lean, False)
+    found = _backend(module, own, input, lean, False, rates)
     if found is None:
         return None
     parameters = module._parameters
@@ -139,6 +147,8 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     else:
         return None
     request = _made(asked(module, own))
+    if rates is not None:
+        return _masked(found, request, rates, input, states, weights)
     single = torch.is_grad_enabled() and _is_a_step(request, input)
     out = _run(found, request, input, states, weights, single)
     if out is None:
@@ -147,6 +157,32 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     if request.order == BATCH_FIRST and input.dim() == 3:
         y = y.transpose(0, 1)
     return y, finals if len(finals) > 1 else finals[0]
+
+
+def _masked(
+    found: tuple[str, Any],
+    request: Request,
+    rates: Rates,
+    input: Tensor,
+    states: Any,
+    weights: tuple[Tensor, ...],
+) -> Any | None:
+    """The same of a layer that masks; ``torch.get_rng_state`` is as it was where the answer is
+    None, so that the long way draws the same."""
+    if input.dim() != 3 or input.shape[2] != weights[0].shape[1]:
+        return None
+    first = request.order == BATCH_FIRST
+    x, request = (
+        (input.transpose(0, 1), request._replace(order=TIME_FIRST)) if first else (input, request)
+    )
+    before = torch.get_rng_state()
+    given, weights = masks.given_plainly(request, rates, x, weights)
+    out = _run(found, request, x, states, weights, False, given)
+    if out is None:
+        torch.set_rng_state(before)
+        return None
+    y, finals = out
+    return y.transpose(0, 1) if first else y, finals if len(finals) > 1 else finals[0]
 
 
 def step(cell: Any, input: Any, states: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:

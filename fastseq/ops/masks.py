@@ -10,18 +10,19 @@ for plain tensors (:class:`..backends.contract.Draws`), torch's operations for a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import choice
-from ..backends.contract import ways
+from ..backends.contract import Given, Request, ways
 from ..backends.tracing import is_tracing, unrecorded
 from . import modes
 from .geometry import packed_positions
 from .library import library, register_fake
-from .stack import Stack, Zoneout
+from .stack import Stack, Zoneout, sizes_of
 
 _WORD = 0xFFFFFFFF
 #: Less 2^32: the product of a word with one of these fits into 64 bits with a sign.
@@ -151,18 +152,44 @@ def stays(
     if zoneout.seed is None:
         return [], zoneout.rates
     B = zoneout.ids.shape[0]
-    if batch_sizes is None:
-        step = torch.arange(x.shape[0], device=x.device).repeat_interleave(B)
-        ids = zoneout.ids.repeat(x.shape[0])
-    else:
+    if batch_sizes is not None:
         step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
-        ids = zoneout.ids.index_select(0, sequence)
-    stay: list[Tensor | None] = []
-    for k, (rate, size) in enumerate(zip(zoneout.rates, sizes, strict=True)):
-        sites = [site(ZONEOUT + k, layer, d) for layer in layers for d in range(directions)]
-        kept = _keep(zoneout.seed, sites, ids, step, size, rate) if rate else None
-        stay.append(kept if kept is None else kept.bitwise_not_())
+    elif modes.is_ordinary(x, zoneout.ids) and x.is_cpu and x.shape[0] * B <= _KEPT:
+        step, sequence = _kept_positions(x.shape[0], B)
+    else:
+        step, sequence = _positions(x.shape[0], B, x.device)
+    ids = zoneout.ids.index_select(0, sequence)
+
+    def drawn(states: Sequence[int]) -> Sequence[Tensor]:
+        """Of states of one size and rate."""
+        places = [(layer, d) for layer in layers for d in range(directions)]
+        sites = [site(ZONEOUT + k, *place) for k in states for place in places]
+        first = states[0]
+        kept = _keep(zoneout.seed, sites, ids, step, sizes[first], zoneout.rates[first])
+        return kept.bitwise_not_().unflatten(0, (len(states), len(places))).unbind(0)
+
+    stay: list[Tensor | None] = [None] * len(sizes)
+    for alike in sorted(set(zip(sizes, zoneout.rates, strict=True))):
+        states = [k for k, s in enumerate(zip(sizes, zoneout.rates, strict=True)) if s == alike]
+        if alike[1]:
+            for k, one in zip(states, drawn(states), strict=True):
+                stay[k] = one
     return stay, ()
+
+
+#: Of so many rows their places are kept for the next call, which takes 20 us to make them.
+_KEPT = 2**16
+
+
+def _positions(T: int, B: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """The step and the sequence of each row of a dense input."""
+    step = torch.arange(T, device=device).repeat_interleave(B)
+    return step, torch.arange(B, device=device).repeat(T)
+
+
+@lru_cache(maxsize=8)
+def _kept_positions(T: int, B: int) -> tuple[Tensor, Tensor]:
+    return _positions(T, B, "cpu")
 
 
 def site(kind: int, layer: int, direction: int = 0) -> int:
@@ -197,37 +224,70 @@ def apply(stack: Stack, rates: Rates, seed: Tensor | int | None, ids: Tensor) ->
     seed = seed_of_call(request.training, seed, ids)
     if rates.zoneout:
         stack.zoneout = Zoneout(rates.zoneout, seed, ids)
-    if seed is None:
-        return
-    D, layers, dtype = request.directions, range(request.layers), stack.data.dtype
-    every = [(layer, d) for layer in layers for d in range(D)]
-    weights = ways(request, stack.weights)
+    if seed is not None:
+        dtype = stack.data.dtype
+        stack.h_mask, stack.input_masks, stack.weights = _drawn(
+            request, rates, seed, ids, stack.weights, stack.P, dtype
+        )
+
+
+def given_plainly(
+    request: Request, rates: Rates, x: Tensor, weights: tuple[Tensor, ...]
+) -> tuple[Given, tuple[Tensor, ...]]:
+    """What a plain call of x (T, B, I) is given, and its weights: as :func:`apply` masks a stack,
+    with a seed of the call."""
+    ids = torch.arange(x.shape[1], device=x.device)
+    _, H, P = sizes_of(weights, request.definition)
+    seed = seed_of_call(request.training, None, ids)
+    h_mask, input_masks, masked = None, None, weights
+    if seed is not None:
+        h_mask, input_masks, own = _drawn(request, rates, seed, ids, weights, P, x.dtype)
+        masked = tuple(own)
+    zoneout = Zoneout(rates.zoneout, seed, ids) if rates.zoneout else None
+    sizes = [P, *[H] * len(request.definition.other_states)]
+    stay, part = stays(zoneout, range(request.layers), request.directions, x, None, sizes)
+    return Given((), tuple(input_masks or ()), None, h_mask, tuple(stay), part), masked
+
+
+def _drawn(
+    request: Request,
+    rates: Rates,
+    seed: Tensor,
+    ids: Tensor,
+    weights: Sequence[Tensor],
+    P: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Sequence[Tensor] | None, Sequence[Tensor]]:
+    """The mask of h and those of the layers' inputs, where there are, and the weights, masked."""
+    D = request.directions
+    every = [(layer, d) for layer in range(request.layers) for d in range(D)]
+    h_mask, input_masks = None, None
     if p := rates.recurrent_dropout:
         sites = [site(RECURRENT, *place) for place in every]
-        stack.h_mask = _scaled(_keep(seed, sites, ids, None, stack.P, p), p, dtype)
+        h_mask = _scaled(_keep(seed, sites, ids, None, P, p), p, dtype)
     if p := rates.input_dropout:
-        widths = _input_widths(stack)
-        stack.input_masks = [
-            of_input(seed, layer, ids, width, p, dtype) for layer, width in enumerate(widths)
+        input_masks = [
+            of_input(seed, layer, ids, width, p, dtype)
+            for layer, width in enumerate(_input_widths(request, weights))
         ]
     if p := rates.weight_dropout:
+        given = ways(request, weights)
         sites = [site(WEIGHT, *place) for place in every]
-        w_hh: list[Any] = [way.w_hh for way in weights]
+        w_hh: list[Any] = [way.w_hh for way in given]
         rows = torch.arange(w_hh[0].shape[0], device=ids.device)
-        masks = _scaled(_keep(seed, sites, rows, None, stack.P, p), p, w_hh[0].dtype)
+        masks = _scaled(_keep(seed, sites, rows, None, P, p), p, w_hh[0].dtype)
         masked = [
             way._replace(w_hh=w * mask)
-            for way, w, mask in zip(weights, w_hh, masks.unbind(0), strict=True)
+            for way, w, mask in zip(given, w_hh, masks.unbind(0), strict=True)
         ]
-        stack.weights = [w for way in masked for w in way.given()]
+        weights = [w for way in masked for w in way.given()]
+    return h_mask, input_masks, weights
 
 
 @unrecorded
-def _input_widths(stack: Stack) -> list[int]:
+def _input_widths(request: Request, weights: Sequence[Tensor]) -> list[int]:
     """Of each layer."""
-    return [
-        way.w_ih.shape[1] for way in ways(stack.request, stack.weights)[:: stack.request.directions]
-    ]
+    return [way.w_ih.shape[1] for way in ways(request, weights)[:: request.directions]]
 
 
 def mask_input(x: Tensor, mask: Tensor, batch_sizes: Tensor | None) -> Tensor:

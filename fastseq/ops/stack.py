@@ -88,7 +88,7 @@ class Stack:
 
     def _of_weights(self) -> tuple[int, int, int]:
         if self.sizes is None:
-            self.sizes = _sizes(self.weights, self.cell)
+            self.sizes = sizes_of(self.weights, self.cell)
         return self.sizes
 
     def needs_grad(self) -> bool:
@@ -104,7 +104,7 @@ class Stack:
 
 
 @unrecorded
-def _sizes(weights: Sequence[Tensor], cell: Cell) -> tuple[int, int, int]:
+def sizes_of(weights: Sequence[Tensor], cell: Cell) -> tuple[int, int, int]:
     """The width of the first layer's input, H and P."""
     rows, width = weights[0].shape
     H = rows // len(cell.gates)
