@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ HEADER = ["", "backend", "plain ms"]
 class Option(NamedTuple):
     """layer: what the layer is made with. reset, all_states: what a call is given."""
 
-    layer: dict[str, float] = {}
+    layer: Mapping[str, float] = MappingProxyType({})
     reset: bool = False
     all_states: bool = False
 
@@ -47,20 +48,25 @@ OPTIONS["all"] = Option(
 )
 
 
-def call(layer: nn.Module, option: Option, x: Tensor, **given: Any) -> list[Tensor]:
-    """y, and with ``all_states`` the cell states; every 16th step begins a new sequence."""
+def begins(x: Tensor) -> Tensor:
+    """(T, B): every 16th step begins a new sequence."""
+    return (torch.arange(x.shape[0]) % 16 == 15)[:, None].repeat(1, x.shape[1])
+
+
+def call(layer: nn.Module, option: Option, x: Tensor, reset: Tensor, **given: Any) -> list[Tensor]:
+    """y, and with ``all_states`` the cell states."""
     if option.reset:
-        given["reset"] = (torch.arange(x.shape[0]) % 16 == 15)[:, None].expand(x.shape[:2])
+        given["reset"] = reset
     if option.all_states and isinstance(layer, fastseq.LSTM):
         y, _, c = layer(x, all_states=True, **given)
         return [y, c]
     return [layer(x, **given)[0]]
 
 
-def training(layer: nn.Module, option: Option, x: Tensor, gradient: Tensor) -> None:
+def training(layer: nn.Module, option: Option, x: Tensor, reset: Tensor, gradient: Tensor) -> None:
     layer.zero_grad(set_to_none=True)
     x.grad = None
-    outputs = call(layer, option, x)
+    outputs = call(layer, option, x, reset)
     torch.autograd.backward(outputs, [gradient] * len(outputs))
 
 
@@ -68,17 +74,17 @@ def row(kind: str, backend: str, H: int, B: int, T: int, seconds: float) -> list
     torch.manual_seed(0)
     x, gradient = torch.randn(T, B, H, requires_grad=True), torch.randn(T, B, H)
     make: Callable[..., nn.Module] = getattr(fastseq, kind)
-    plain = make(H, H, backend=backend)
-    timed = [partial(training, plain, Option(), x, gradient)]
+    plain, reset = make(H, H, backend=backend), begins(x)
+    timed = [partial(training, plain, Option(), x, reset, gradient)]
     for name, option in OPTIONS.items():
         layer, truth = (make(H, H, backend=way, **option.layer) for way in (backend, "eager"))
         for module in (layer, truth):
             module.load_state_dict(plain.state_dict())
-        few = x.detach()[:4]
-        found = zip(call(layer, option, few, seed=1), call(truth, option, few, seed=1), strict=True)
+        few = x.detach()[:4], begins(x[:4])
+        found = zip(*(call(m, option, *few, seed=1) for m in (layer, truth)), strict=True)
         if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in found):
             raise ValueError(f"{name}: {kind} of {backend} computes something else")
-        timed.append(partial(training, layer, option, x, gradient))
+        timed.append(partial(training, layer, option, x, reset, gradient))
     base, *times = in_turn(timed, seconds)
     line = [f"{kind} T{T} B{B} H{H}", backend, f"{1e3 * base:.3g}"]
     return [*line, *(f"{t / base:.2f}" for t in times)]
@@ -98,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
             for backend in options.backends.split():
                 found.append(row(kind, backend, *shape, options.seconds))
                 print("  ".join(found[-1]), flush=True)
-    how = f"Medians of at least {ROUNDS} rounds in turn, float32, I = H; times over the plain layer's."
+    how = (
+        f"Medians of at least {ROUNDS} rounds in turn, float32, I = H; times over the plain one's."
+    )
     text = f"{table.markdown([*HEADER, *OPTIONS], found)}\n\n{note(how)}"
     return write("options", text) if options.write else 0
 

@@ -357,6 +357,71 @@ def long_sequence(side: Side) -> None:
         differs(layer(x)[0][:100], side.loop(layer, x[:100])[0])
 
 
+# Stacks
+
+STACKS = "Stacks"
+
+
+def stacked(side: Side, widths: tuple[int, ...] = (H, 6), **options: Any) -> Any:
+    """Layers of these widths one on another."""
+    torch.manual_seed(0)
+    if side.library == "fastseq":
+        container = importlib.import_module("fastseq").Stacked
+        return container.of(side.constructor, I, widths, **options)
+    if options:
+        raise No("torch.nn has no such container")
+    sizes = (I, *widths)
+    return nn.Sequential(*[side.constructor(*pair) for pair in zip(sizes, widths, strict=False)])
+
+
+def check_stack(side: Side, stack: Any, x: Tensor, connect: Callable) -> None:
+    """connect: (number of the layer, its input, its output) -> the input of the next one."""
+    y, truth = stack(x)[0], x.double()
+    for k, layer in enumerate(stack.layers):
+        truth = connect(k, truth, side.loop(layer, truth)[0])
+    leaves = [w for layer in stack.layers for w in weights_of(layer)]
+    differs(y, truth)
+    differs(gradients(y, leaves), gradients(truth, leaves), "gradients")
+
+
+@probe(STACKS, "layers of different widths, called as one")
+def widths_differ(side: Side) -> None:
+    check_stack(side, stacked(side), an_input(), lambda k, x, y: y)
+
+
+@probe(STACKS, "residual connections between layers")
+def residual(side: Side) -> None:
+    stack = stacked(side, (I, I, I), connections="residual")
+    check_stack(side, stack, an_input(), lambda k, x, y: x + y)
+
+
+@probe(STACKS, "highway connections between layers")
+def highway(side: Side) -> None:
+    stack = stacked(side, (I, I), connections="highway")
+
+    def connect(k: int, x: Tensor, y: Tensor) -> Tensor:
+        own = stack.connections[k].transform
+        gate = (x @ own.weight.double().t() + own.bias.double()).sigmoid()
+        return gate * y + (1 - gate) * x
+
+    check_stack(side, stack, an_input(), connect)
+
+
+@probe(STACKS, "a stack for each direction of a ragged batch, joined at the end")
+def two_stacks(side: Side) -> None:
+    stack, x = stacked(side, bidirectional="stacks"), an_input(SHORT, B, I)
+    y = stack(x, lengths=torch.tensor(LENGTHS))[0]
+    for b, n in enumerate(LENGTHS):
+        one, halves = x[:n, b : b + 1].double(), []
+        for layers, truth in ((stack.layers, one), (stack.reverse_layers, one.flip(0))):
+            for layer in layers:
+                truth = side.loop(layer, truth)[0]
+            halves.append(truth[:, 0])
+        differs(y[:n, b], torch.cat([halves[0], halves[1].flip(0)], 1))
+        if y[n:, b].any():
+            raise Wrong("padding that is not zero")
+
+
 # Types
 
 TYPES = "Numbers"

@@ -6,7 +6,7 @@
 // saves is made again from its y, bit for bit.
 //
 // The cell of trial.h has more than one of all that a cell may have several of; it is compared with
-// plain loops over scalars besides, forward and backward.
+// plain loops over scalars besides, forward and backward. Some shapes zone states out.
 //
 //   driver base | avx2 | avx512 | avx512_bf16 [SIZE]
 //
@@ -71,12 +71,13 @@ struct Form {
   const char* name;
   int gates, recurrent, C, E, U;
   bool keeps_gates, is_square;  // is_square: h has the gates' size
+  const bool* taken_back;
 };
 
 template <class Cell>
 constexpr Form form_of() {
   return {Cell::NAME, Cell::G, Cell::FIRST[Cell::PHASES], Cell::C, Cell::E, Cell::U,
-          Cell::KEEPS_GATES, Cell::READS_H || Cell::PHASES > 1};
+          Cell::KEEPS_GATES, Cell::READS_H || Cell::PHASES > 1, Cell::TAKEN_BACK};
 }
 
 const Form forms[CELLS + 1] = {
@@ -86,10 +87,13 @@ const Form forms[CELLS + 1] = {
     form_of<driver::Trial>(),
 };
 
+enum Zoneout { NONE, FLAGS, PARTS };
+
 struct Shape {
   int64_t T, B, I, H, P;  // P 0: no projection
   int R;
   bool ragged, state, bias, reset, h_mask;
+  Zoneout zoneout = NONE;
 };
 const Shape shapes[] = {
     {1, 1, 1, 1, 0, 1, false, true, true, false, false},
@@ -103,6 +107,11 @@ const Shape shapes[] = {
     {2, 1, 3, 4, 0, 70, false, true, true, false, false},  // members of an ensemble
     {0, 3, 4, 5, 0, 2, false, true, true, false, false},
     {21, 6, 6, 18, 10, 2, true, true, true, true, true},  // even, more rows than a product takes
+    {4, 7, 3, 33, 0, 2, true, true, true, true, true, FLAGS},
+    {5, 4, 9, 20, 7, 2, false, true, true, true, false, FLAGS},
+    {5, 4, 9, 20, 7, 1, true, false, true, true, true, PARTS},
+    {3, 1, 6, 130, 0, 1, false, true, true, true, false, FLAGS},  // the units are shared out
+    {3, 2, 4, 260, 0, 1, false, true, false, false, false, PARTS},
 };
 
 // Exactly `size` numbers.
@@ -160,7 +169,7 @@ struct Problem {
   int each;  // weights of a recurrence
   Array<int64_t> sizes, offsets;
   Array<T> x, h_0, c_0[MOST_EACH], h_mask, dy, dc_all[MOST_EACH], dh_n, dc_n[MOST_EACH];
-  Array<uint8_t> reset;
+  Array<uint8_t> reset, stay[1 + MOST_EACH];
   std::vector<Array<T>> weights;  // w_ih, w_hh, b_ih, b_hh, w_hr, units of each recurrence
   std::vector<Array<uint16_t>> halves;  // the same in bfloat16
 
@@ -168,7 +177,7 @@ struct Problem {
     if (form.is_square) shape.P = 0;
     P = shape.P ? shape.P : shape.H;
     each = 5 + form.U;
-    const auto [T_, B, I, H, projection, R, ragged, state, bias, resets, masks] = shape;
+    const auto [T_, B, I, H, projection, R, ragged, state, bias, resets, masks, zoneout] = shape;
     offsets = Array<int64_t>(T_ + 1), sizes = Array<int64_t>(T_);
     for (int64_t t = 0; t < T_; ++t) {
       sizes[t] = ragged ? B - 1 - t * (B - 1) / T_ : B;  // the last sequence is empty
@@ -198,6 +207,10 @@ struct Problem {
       reset = Array<uint8_t>(R * N);
       for (int64_t k = 0; k < R * N; ++k) reset[k] = random() > 0.5;
     }
+    for (int k = 0; zoneout == FLAGS && k < 1 + form.C; ++k) {
+      stay[k] = Array<uint8_t>(R * N * (k ? H : P));
+      for (int64_t at = 0; at < stay[k].size(); ++at) stay[k][at] = random() > 0.2;
+    }
     dy = random.array<T>(N * R * P, 1);
     dh_n = random.array<T>(R * B * P, 1);
     for (int k = 0; k < form.C; ++k)
@@ -219,7 +232,14 @@ struct Problem {
     return in;
   }
   bool keeps_gates() const { return form.keeps_gates || shape.P; }
-  bool saves() const { return keeps_gates() || form.E || form.C; }
+  bool saves() const { return keeps_gates() || form.E || form.C || as_made(0); }
+  bool as_made(int state) const { return shape.zoneout != NONE && form.taken_back[state]; }
+  static T part(int state) { return static_cast<T>(0.25 + 0.125 * state); }
+  // How much of unit u of a state stays, in row `at` of recurrence r.
+  double stays(int state, int r, int64_t at, int64_t u) const {
+    if (shape.zoneout == PARTS) return part(state);
+    return shape.zoneout == FLAGS && stay[state][(r * N + at) * (state ? shape.H : P) + u];
+  }
 
   // With `known`, the y of an earlier call, only what is saved is made.
   bool forward(int threads, bool save, Weighing how, const T* known,
@@ -252,7 +272,12 @@ struct Problem {
       at.reset = reset.row(r, N), at.h_mask = h_mask.row(r, B * P);
       at.gates = keep(keeps_gates(), N * G * H);
       for (int k = 0; k < form.E; ++k) at.extra[k] = keep(true, N * H);
-      at.m = keep(shape.P, N * H);
+      at.m = keep(shape.P || as_made(0), N * H);
+      for (int k = 0; k < 1 + form.C; ++k) {
+        at.stay[k] = stay[k].row(r, N * (k ? H : P));
+        if (shape.zoneout == PARTS) at.part[k] = part(k);
+        if (k) at.made[k - 1] = keep(as_made(k), N * H);
+      }
     }
     ForwardCall<T> call{};
     call.cell = cell, call.R = shape.R, call.input = input(), call.recurrence = recurrence.data();
@@ -301,7 +326,7 @@ struct Problem {
 
 // The same of the trial cell, packed or dense, over scalars in the order of the equations.
 Outputs<double> trial_by_scalars(const Problem<double>& p) {
-  const auto [T_, B, I, H, projection, R, ragged, state, bias, resets, masks] = p.shape;
+  const auto [T_, B, I, H, projection, R, ragged, state, bias, resets, masks, zoneout] = p.shape;
   const int64_t P = p.P;
   const auto number = [](const Array<double>& a, int64_t k) { return a.data() ? a[k] : 0.0; };
   const auto alive = [&](int64_t t) { return p.sizes[t]; };
@@ -325,6 +350,15 @@ Outputs<double> trial_by_scalars(const Problem<double>& p) {
       };
       struct Unit {  // of a step and hidden unit
         double c_prev, n_prev, i, g, s_g, e, c, n, m;
+      };
+      const auto stays = [&](int k, int64_t at, int64_t u) {
+        return p.stays(k, static_cast<int>(r), at, u);
+      };
+      // What of a gradient, in the place of which the rest is left, goes to the state before the step.
+      const auto split = [&](int k, int64_t at, int64_t u, double* gradient) {
+        const double before = stays(k, at, u) * *gradient;
+        *gradient -= before;
+        return before;
       };
       Array<Unit> units(length * H);
       Array<double> fed(length * P), h(P), c(H), n(H);
@@ -353,13 +387,15 @@ Outputs<double> trial_by_scalars(const Problem<double>& p) {
         }
         for (int64_t u = 0; u < H; ++u) {
           const Unit& one = units[s * H + u];
-          out.c_all[0][(at * R + r) * H + u] = c[u] = one.c;
-          out.c_all[1][(at * R + r) * H + u] = n[u] = one.n;
+          c[u] = one.c + stays(1, at, u) * (one.c_prev - one.c);
+          n[u] = one.n + stays(2, at, u) * (one.n_prev - one.n);
+          out.c_all[0][(at * R + r) * H + u] = c[u], out.c_all[1][(at * R + r) * H + u] = n[u];
         }
         for (int64_t k = 0; k < P; ++k) {
-          h[k] = 0;
+          double made = 0;
           for (int64_t u = 0; u < H; ++u)
-            h[k] += (projection ? w[4][k * H + u] : double(k == u)) * units[s * H + u].m;
+            made += (projection ? w[4][k * H + u] : double(k == u)) * units[s * H + u].m;
+          h[k] = made + stays(0, at, k) * ((begins ? 0 : h[k]) - made);
           out.y[(at * R + r) * P + k] = h[k];
         }
       }
@@ -374,22 +410,26 @@ Outputs<double> trial_by_scalars(const Problem<double>& p) {
       for (int64_t s = length - 1; s >= 0; --s) {
         const int64_t at = row(s);
         const bool begins = resets && p.reset[r * p.N + at];
-        for (int64_t k = 0; k < P; ++k) dh[k] += p.dy[(at * R + r) * P + k];
-        Array<double> dh_prev(P);
+        Array<double> dh_prev(P), held(P);
+        for (int64_t k = 0; k < P; ++k) {
+          dh[k] += p.dy[(at * R + r) * P + k];
+          held[k] = split(0, at, k, &dh[k]);
+        }
         for (int64_t u = 0; u < H; ++u) {
           const Unit& one = units[s * H + u];
           double dm = projection ? 0 : dh[u];
           for (int64_t k = 0; projection && k < P; ++k)
             dm += w[4][k * H + u] * dh[k], dw[4][k * H + u] += dh[k] * one.m;
-          const double dn_all = dn[u] + p.dc_all[1][(at * R + r) * H + u] + dm;
-          const double dc_all = dc[u] + p.dc_all[0][(at * R + r) * H + u] + dm * one.i;
+          dc[u] += p.dc_all[0][(at * R + r) * H + u], dn[u] += p.dc_all[1][(at * R + r) * H + u];
+          const double held_c = split(1, at, u, &dc[u]), held_n = split(2, at, u, &dn[u]);
+          const double dn_all = dn[u] + dm, dc_all = dc[u] + dm * one.i;
           const double di = dm * one.c + dc_all * one.c_prev + dn_all * one.e;
           const double da_i = di * one.i * (1 - one.i);
           const double dx_g = (dc_all + dn_all * one.i * one.n_prev) * (1 - one.g * one.g);
           const double ds_g = dx_g * w[6][u];
           dw[5][u] += da_i * one.c_prev, dw[6][u] += dx_g * one.s_g + dn_all * one.n_prev;
-          dc[u] = begins ? 0 : dc_all * one.i + da_i * w[5][u];
-          dn[u] = begins ? 0 : dn_all * (one.i * one.g + w[6][u]);
+          dc[u] = begins ? 0 : dc_all * one.i + da_i * w[5][u] + held_c;
+          dn[u] = begins ? 0 : dn_all * (one.i * one.g + w[6][u]) + held_n;
           for (int64_t k = 0; k < I; ++k) {
             dw[0][u * I + k] += da_i * p.x[at * I + k], dw[0][(H + u) * I + k] += dx_g * p.x[at * I + k];
             out.dx[at * I + k] += da_i * w[0][u * I + k] + dx_g * w[0][(H + u) * I + k];
@@ -402,7 +442,7 @@ Outputs<double> trial_by_scalars(const Problem<double>& p) {
           if (bias) dw[2][u] += da_i, dw[2][H + u] += dx_g, dw[3][u] += da_i, dw[3][H + u] += ds_g;
         }
         for (int64_t k = 0; k < P; ++k)
-          dh[k] = begins ? 0 : dh_prev[k] * (masks ? p.h_mask[(r * B + b) * P + k] : 1);
+          dh[k] = begins ? 0 : dh_prev[k] * (masks ? p.h_mask[(r * B + b) * P + k] : 1) + held[k];
       }
       for (int64_t k = 0; k < P; ++k) out.dh[(r * B + b) * P + k] = dh[k];
       for (int64_t u = 0; u < H; ++u)
@@ -495,6 +535,26 @@ void check(Cell cell, const Shape& shape) {
   same(one, run(3, true, PACKED), "one thread where three were asked for", 0);
 }
 
+// Rows of odd sizes, of exactly as much memory as they take, drawn by as many threads as asked for.
+void check_masks() {
+  const int64_t sites[] = {3, 70};
+  for (int64_t units : {1, 7, 64, 333}) {
+    Array<int64_t> ids(37);
+    for (int64_t k = 0; k < ids.size(); ++k) ids[k] = k << 40 | k;
+    const auto drawn = [&](int threads) {
+      Array<uint8_t> out(2 * ids.size() * units);
+      DrawCall call{{1, 2}, 2, ids.size(), units, sites, ids.data(), nullptr, 1u << 31, out.data(), 0};
+      run(call, threads);
+      return out;
+    };
+    pool.parallel = parallel;
+    const Array<uint8_t> one = drawn(1);
+    compare("kept", one, drawn(3), 0);
+    pool.parallel = alone;
+    compare("kept", one, drawn(3), 0);
+  }
+}
+
 }  // namespace
 
 // One number behind the first of two pieces, into the room that they are rounded up to or beyond it.
@@ -518,6 +578,7 @@ int main(int count, char** names) {
       check<float>(static_cast<Cell>(cell), shape);
       check<double>(static_cast<Cell>(cell), shape);
     }
+  check_masks();
   std::printf("%d failures\n", failures);
   return failures > 0;
 }

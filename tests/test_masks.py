@@ -2,17 +2,20 @@
 
 import pickle
 from copy import deepcopy
+from types import SimpleNamespace
 
 import independent
 import pytest
 import torch
 from rules import check_alike, check_close
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 from twins import compiles_cpp, needs
 
 import fastseq
+from fastseq.backends import choice, load
 from fastseq.nn.recurrent import layer_weights
 from fastseq.ops import masks
 
@@ -20,8 +23,8 @@ T, B, I, H, P = 6, 4, 5, 7, 3  # noqa: E741  (the field's letters)
 SEED = 0x0123456789ABCDEF
 WORD = 2**32
 BACKENDS = (None, "eager", "numba", "native", "reference")
-#: Those whose loops zone states out.
-ZONING = (None, "eager", "numba", "reference")
+#: Those that draw masks on the CPU.
+DRAWING = [name for name in choice.DRAWING["cpu"] if hasattr(load(name), "keep")]
 
 
 # --- Philox in Python's own integers
@@ -113,11 +116,55 @@ def test_the_operator_keeps_torchs_rules():
 
 @pytest.mark.parametrize("steps", [None, torch.arange(1000) % 3], ids=["", "steps"])
 def test_large_masks_are_made_in_parts(monkeypatch, steps):
-    arguments = torch.tensor(SEED), [1, 2], torch.arange(1000), steps, 9, 0.5
-    whole = masks.keep(*arguments)
+    arguments = torch.tensor(SEED), [1, 2], torch.arange(1000), steps, 9, 2**31
+    whole = masks.by_operations(*arguments)
     for at_once in (1, 64, 6000):
         monkeypatch.setattr(masks, "_AT_ONCE", at_once)
-        assert torch.equal(masks.keep(*arguments), whole)
+        assert torch.equal(masks.by_operations(*arguments), whole)
+
+
+@pytest.mark.parametrize("units", [1, 7, 64, 300])
+@pytest.mark.parametrize("threshold", [0, 1, 2**30, 2**32 - 1, 2**32])
+@pytest.mark.parametrize("backend", DRAWING)
+def test_a_backend_draws_the_bits_of_torchs_operations(backend, threshold, units):
+    ids = torch.tensor([3, 0, WORD + 5, 2**48 - 1]).repeat(20)
+    for seed in (torch.tensor(SEED), torch.tensor(-2)):
+        for steps in (None, torch.arange(80) * 77):
+            arguments = seed, [0, 19, 2**16 - 1], ids, steps, units, threshold
+            found = load(backend).keep(*arguments)
+            assert found.dtype == torch.bool
+            assert torch.equal(found, masks.by_operations(*arguments))
+
+
+@pytest.mark.parametrize("backend", DRAWING)
+def test_what_a_backend_does_not_draw(backend):
+    """Whatever it declines torch's operations draw."""
+    ids = torch.arange(8)
+    for odd in (ids[::2], ids.int()[:4], ids[:4].to("meta")):
+        found = load(backend).keep(torch.tensor(SEED), [1], odd, None, 5, 2**31)
+        assert found is None or torch.equal(
+            found, masks.by_operations(torch.tensor(SEED), [1], odd.long(), None, 5, 2**31)
+        )
+    assert masks.keep(torch.tensor(SEED), [1], ids[::2], None, 5, 0.5).shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("through", ["function", "operator", "vmap", "fake"])
+def test_who_draws(monkeypatch, through):
+    """A backend, of plain tensors alone; the operator's kernel is the same."""
+    asked = []
+    drawing = SimpleNamespace(keep=lambda *given: asked.append(given))
+    monkeypatch.setattr(choice, "draws", lambda device: drawing)
+    arguments = torch.tensor(SEED), [0], torch.arange(3), None, 5, 0.3
+    if through == "function":
+        masks.keep(*arguments)
+    elif through == "operator":
+        torch.ops.fastseq.keep(*arguments)
+    elif through == "vmap":
+        torch.func.vmap(lambda seed: masks.keep(seed, *arguments[1:]))(torch.tensor([1, 2]))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            masks.keep(*arguments)
+    assert len(asked) == (through in ("function", "operator"))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -316,7 +363,7 @@ def test_an_input_that_is_masked_alone(backend, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("backend", ZONING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zoneout(backend, cell, form, memory, training):
     """Alone, and with the other masks; in evaluation by its expectation."""
     kind, options = CELLS[cell]
@@ -328,15 +375,16 @@ def test_zoneout(backend, cell, form, memory, training):
         check(layer.train(training), form)
 
 
-@pytest.mark.parametrize("backend", ZONING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_gradients_of_zoneout_by_differences(kind, backend):
     for training in (True, False):
         layer = make(kind, backend, zoneout=0.4, bidirectional=True).train(training)
         x, states = inputs(layer, batch=2)
         names, weights = zip(*layer.named_parameters(), strict=True)
+        n = len(states)
 
-        def outputs(x, *leaves, layer=layer, names=names, n=len(states)):
+        def outputs(x, *leaves, layer=layer, names=names, n=n):
             hx = leaves[:n] if n > 1 else leaves[0]
             given = dict(zip(names, leaves[n:], strict=True))
             y, last = torch.func.functional_call(layer, given, (x[:4], hx), {"seed": SEED})
@@ -344,6 +392,20 @@ def test_gradients_of_zoneout_by_differences(kind, backend):
 
         leaves = (x.detach().requires_grad_(), *states, *weights)
         assert torch.autograd.gradcheck(outputs, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+def test_the_same_units_stay_on_every_backend(backend):
+    """To the bit: where a unit stays, its output is that of the step before."""
+    x = torch.randn(T, B, I)
+
+    def moves(backend):
+        layer = make("GRU", backend, dtype=torch.float32, zoneout=0.5, bidirectional=True)
+        y, _ = layer(x, seed=SEED, row_ids=IDS)
+        return y[1:] != y[:-1]
+
+    found = moves(backend)
+    assert torch.equal(found, moves("eager")) and 0.4 < found.float().mean() < 0.6
 
 
 def test_zoneout_in_a_stream():
@@ -357,7 +419,7 @@ def test_zoneout_in_a_stream():
         check_alike(found, layer(x)[0])
 
 
-@pytest.mark.parametrize("backend", ZONING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zoneout_keeps_a_state_that_was_reset(backend):
     """At p = 1 nothing moves: the initial state, and zeros from a reset on."""
     layer = make("GRU", backend, zoneout=1.0)
@@ -369,13 +431,12 @@ def test_zoneout_keeps_a_state_that_was_reset(backend):
     assert not y[3:, 1].any() and not h_n[0, 1].any()
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
-def test_zoneout_needs_the_eager_form(backend):
-    layer = make("LSTM", backend, zoneout=0.1)
+def test_torch_has_no_zoneout():
+    layer = make("LSTM", "torch", zoneout=0.1)
     with pytest.raises(NotImplementedError, match="zoneout blends them; choose eager"):
         layer(torch.randn(T, B, I, dtype=torch.float64))
     layer.fastseq.backend = None
-    assert fastseq.explain(layer, torch.randn(T, B, I, dtype=torch.float64)) != backend
+    assert fastseq.explain(layer, torch.randn(T, B, I, dtype=torch.float64)) != "torch"
 
 
 @pytest.mark.parametrize("rates", [*RATES, "zoneout"])
@@ -414,7 +475,7 @@ def test_batch_split_and_order_change_nothing(kind, backend):
             check_alike(a[:, part], b)
 
 
-@pytest.mark.parametrize("backend", ZONING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zoneout_too(backend):
     layer = make("LSTM", backend, zoneout=0.5)
     x, states = inputs(layer)

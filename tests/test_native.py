@@ -24,6 +24,7 @@ import fastseq
 from fastseq.backends import load, openmp
 from fastseq.backends.contract import Call, OutputGradients, Result, Wanted, Weights
 from fastseq.cells import CELLS
+from fastseq.ops import masks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -56,6 +57,8 @@ SPECIAL = {
     "projected": {"P": 3, "directions": 2},
     "lean": {"lengths": [3, 0, 5]},
     "trajectory": {"directions": 2},
+    "zoneout": {"zoneout": (0.4, 0.3), "H": 35, "lengths": [2, 0, 5], "reset": True},
+    "zoneout in evaluation": {"zoneout": (0.4, 0.3), "evaluates": True, "directions": 2},
 }
 ONLY_LSTM = ("projected", "trajectory")
 CASES = [
@@ -85,6 +88,19 @@ def test_parity_on_every_instruction_set(instruction_set, cell, special, dtype):
     with torch.no_grad():
         bare = case.run("native", **options)
     check_all(bare, theirs, {name: exact[name] for name in bare}, dtype, "no_grad")
+
+
+@pytest.mark.parametrize("instruction_set", SETS, indirect=True)
+def test_masks_on_every_instruction_set(instruction_set):
+    """Many vectors and a rest of each row, on one thread and on two."""
+    ids = torch.arange(700) * 2**40 // 7
+    arguments = torch.tensor(-5), [3, 70], ids, ids.flip(0) % 2**32, 333, 2**31 + 12345
+    expected = masks.by_operations(*arguments)
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert torch.equal(native.keep(*arguments), expected)
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

@@ -50,6 +50,8 @@ OPTIONS = {
     "wide input": {"I": 300},
     "no state, no bias": {"state": False, "bias": False},
     "projected": {"P": 9},
+    "zoneout": {"zoneout": 0.3, "lengths": LENGTHS},
+    "zoneout in evaluation": {"zoneout": 0.3, "evaluates": True},
 }
 
 
@@ -107,7 +109,25 @@ CALLS = {
     "reset": {"reset": True, "lengths": [12, 9, 7]},
     "projected": {"P": 20},
     "directions": {"directions": 2, "B": 1},
+    "zoneout": {"zoneout": 0.3},
+    "zoneout of one": {"zoneout": 0.3, "B": 1},
 }
+
+
+@each_dtype
+@pytest.mark.parametrize("evaluates", [False, True], ids=["training", "evaluation"])
+@each_cell
+def test_zoneout_on_threads_and_from_the_output_alone(cell, evaluates, dtype, threads):
+    """Threads that share hidden units, or rows; and what lean backward makes again."""
+    given = {"zoneout": 0.3, "evaluates": evaluates, "dtype": dtype}
+    for B in (1, 5):
+        case = layer(cell, T=9, B=B, H=260, reset=True, **given)
+        threads(1)
+        alone, _ = values(case, deterministic=True)
+        threads(2)
+        equal(values(case, deterministic=True)[0], alone, f"B={B}, two threads")
+        lean, _ = values(case, deterministic=True, memory="lean")
+        equal(lean, alone, f"B={B}, lean")
 
 
 @each_dtype

@@ -61,8 +61,11 @@ def arguments(case, batch_sizes, weights, **others):
         "order": TIME_FIRST,
         "reset": None,
         "h_mask": None,
-        "masks": (),
+        "dropout": (),
         "kept": 1.0,
+        "input_masks": (),
+        "stay": (),
+        "part": (),
         "threads": 1,
         "deterministic": False,
         "bf16": False,
@@ -154,12 +157,16 @@ DECLINED = {
     "a state is missing": lacks_a_state,
     "states of one layer": wrong_states,
     "a cell that is not there": lambda case: {"cell": len(native._cpu.CELLS)},
-    "reset in a stack": lambda case: {"reset": torch.zeros(1, 4, 3, dtype=torch.bool)},
-    "h_mask in a stack": lambda case: {"h_mask": torch.ones_like(case.states[0])},
+    "reset of another size": lambda case: {"reset": torch.zeros(2, 4, 3, dtype=torch.bool)},
+    "h_mask of one layer": lambda case: {"h_mask": torch.ones_like(case.states[0][:1])},
     "a weight of another shape": lambda case: {
         "weights": [compact(case.weights)[0].T.contiguous(), *compact(case.weights)[1:]]
     },
-    "a mask of another size": lambda case: {"masks": (torch.ones(3, dtype=torch.bool),)},
+    "dropout of another size": lambda case: {"dropout": (torch.ones(3, dtype=torch.bool),)},
+    "an input mask of another size": lambda case: {"input_masks": (torch.ones_like(case.x),) * 2},
+    "stay of one layer": lambda case: {"stay": (torch.ones(1, 12, 18, dtype=torch.bool), None)},
+    "stay of one state": lambda case: {"stay": (torch.ones(2, 12, 18, dtype=torch.bool),)},
+    "part of one state": lambda case: {"part": (0.5,)},
     "x of a subclass": a_subclass,
 }
 
@@ -174,10 +181,8 @@ def test_declined(what):
         assert (native._cpu.forward(*given, False, False, None) is None) is declined
 
 
-@pytest.mark.parametrize("option", ["trajectory", "known"])
-def test_an_option_of_one_layer(option):
+def test_a_known_output_is_of_one_layer():
     case, batch_sizes = stack("lstm", "dense", directions=1)
     given = arguments(case, batch_sizes, compact(case.weights))
     y = native._cpu.forward(*given, False, False, None)[0]
-    trajectory, known = (True, None) if option == "trajectory" else (False, y)
-    assert native._cpu.forward(*given, False, trajectory, known) is None
+    assert native._cpu.forward(*given, False, False, y) is None

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -62,14 +63,48 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("zoneout", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_thread_count_does_not_change_the_output(name, two_threads):
-    m = layer(name, bidirectional=True)
-    x = torch.randn(150, 33, 24)
-    y2, _ = m(x)
+def test_thread_count_does_not_change_the_output(name, zoneout, two_threads):
+    m = layer(name, bidirectional=True, zoneout=zoneout)
+    x = torch.randn(150, 33, 24, requires_grad=True)
+
+    def call():
+        y, _ = m(x, seed=5)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), x)
+
+    of_two = call()
     torch.set_num_threads(1)
-    y1, _ = m(x)
-    assert torch.equal(y1, y2)
+    for one, other in zip(call(), of_two, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("units", [1, 3, 4, 7, 31, 32, 33, 64, 257])
+def test_masks_have_the_bits_of_torchs_operations(units, threads, two_threads, monkeypatch):
+    """Seeds with their highest bit set, row ids of 48 bits; by threads, and whole."""
+    from fastseq.backends import numba_masks
+    from fastseq.ops import masks
+
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(numba_masks, "_SHARE", 1)
+    ids = torch.tensor([3, 2**32 + 5, 2**48 - 1, 17, 0])
+    for seed in (0, -2, 0x0123456789ABCDEF):
+        for steps in (None, torch.tensor([0, 2**31, 7, 2, 1])):
+            for threshold in (0, 2**30, 2**32):
+                for some in (slice(None), slice(0, 0), slice(None, None, 2)):
+                    when = None if steps is None else steps[some]
+                    given = torch.tensor(seed), [0, 65535, 37], ids[some], when, units, threshold
+                    found = load("numba").keep(*given)
+                    assert torch.equal(found, masks.by_operations(*given))
+
+
+def test_masks_of_other_tensors_are_left_to_torch():
+    keep, seed, ids = load("numba").keep, torch.tensor(1), torch.arange(3)
+    assert keep(seed, [0], ids, None, 4, 5) is not None
+    assert keep(seed, [0], ids.to("meta"), None, 4, 5) is None
+    assert keep(seed, [0], ids.int(), None, 4, 5) is None
+    assert keep(seed, [0], ids, ids.int(), 4, 5) is None
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
@@ -204,7 +239,7 @@ CACHED = """
     x = torch.tensor([[[1.0]]])
     one = torch.ones(1, 1)
     y, _ = __import__("fastseq").rnn(x, (3 * one, one), backend="numba")
-    kernel = numba_loops.forward_kernel(CELLS["rnn_tanh"], numpy.float32)
+    kernel = numba_loops.forward_kernel(CELLS["rnn_tanh"], numpy.float32, None)
     print(f"{{y.item():.4f}}", kernel.compiled.cache_hits)
 """
 
@@ -260,8 +295,11 @@ def test_without_a_folder_for_the_cache():
 
 
 def test_every_cell_has_its_kernels():
-    from fastseq.backends.numba_loops import backward_source, forward_source
+    from fastseq.backends.numba_loops import Zone, backward_source, forward_source
 
+    zones = [Zone(kind, projected) for kind in ("stay", "part") for projected in (False, True)]
     for cell in CELLS.values():
-        for source in (forward_source(cell), backward_source(cell)):
-            compile(source, cell.name, "exec")
+        for zone in (None, *(z for z in zones if cell.can_project or not z.projected)):
+            for source in (forward_source(cell, zone), backward_source(cell, zone)):
+                compile(source, cell.name, "exec")
+                assert zone or not re.search("stay|part_[0-9]|made", source), "a plain kernel"

@@ -211,6 +211,98 @@ def test_the_numbers_dropped_are_those_of_torch_nn():
     check_alike(y, expected)
 
 
+MASKING = {
+    "zoneout": {"zoneout": 0.3},
+    "recurrent": {"recurrent_dropout": 0.4},
+    "input": {"input_dropout": 0.3},
+    "weight": {"weight_dropout": 0.5},
+    "reset": {},
+    "all_states": {},
+}
+MASKING["all"] = {name: rate for own in MASKING.values() for name, rate in own.items()}
+LAYOUTS = {
+    "plain": {},
+    "batch first": {"batch_first": True, "dropout": 0.4},
+    "projected": {"proj_size": 3},
+}
+
+
+def asked(option, kind, x):
+    """What a call is given besides."""
+    given = {"seed": 5}
+    if option in ("reset", "all"):
+        given["reset"] = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(4)) < 0.3
+    if option in ("all_states", "all") and kind == "LSTM":
+        given["all_states"] = True
+    return given
+
+
+def runs(m, given):
+    """m as :func:`outputs_and_gradients` calls it: the trajectory with the final states."""
+
+    def run(x, hx):
+        y, state, *along = m(x, hx, **given)
+        return y, (*flat(state), *along)
+
+    return run
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("option", MASKING)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_options_in_one_call(kind, option, layout, training):
+    """Each alone, and all together: the bits of the layers one by one."""
+    if layout == "projected" and kind != "LSTM":
+        pytest.skip("only the LSTM is projected")
+    layers = {"num_layers": 2, "bidirectional": True, "backend": "native"}
+    m = made(kind, layers | LAYOUTS[layout] | MASKING[option]).train(training)
+    x = torch.randn(*((3, 5) if m.batch_first else (5, 3)), 6, requires_grad=True)
+    given, hx = asked(option, kind, x), states_of(m, (3,))
+    assert is_whole(m(x, hx, **given)[0])
+    for more in ({}, {"lengths": torch.tensor([3, 5, 2])}):
+        run = runs(m, given | more)
+        ours = outputs_and_gradients(m, x, hx, run)
+        same(ours, layer_by_layer(outputs_and_gradients, m, x, hx, run))
+        with torch.no_grad():
+            torch.manual_seed(7)
+            y, state = run(x, hx)
+        same([y, *state], ours[: 1 + len(state)])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_second_derivatives_with_options(kind):
+    options = MASKING["all"] | {"num_layers": 2, "dropout": 0.4, "backend": "native"}
+    m = made(kind, options, torch.float64)
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    given = asked("all", kind, x)
+
+    def run(x):
+        torch.manual_seed(3)
+        y, _, *along = m(x, **given)
+        return (y, *along)
+
+    assert is_whole(run(x)[0])
+    cotangents = [torch.randn_like(o) for o in run(x)]
+    leaves = [x, *m.parameters()]
+    first, again = (
+        torch.autograd.grad(run(x), leaves, cotangents, create_graph=graph)
+        for graph in (False, True)
+    )
+    for plain, differentiable in zip(first, again, strict=True):
+        check_alike(differentiable.detach(), plain)
+    torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
+
+
+def test_edits_before_backward_of_what_a_call_was_given_are_noticed():
+    m = made("LSTM", {"backend": "native", "num_layers": 2})
+    x, reset = torch.randn(5, 3, 6), torch.zeros(5, 3, dtype=torch.bool)
+    _, _, c = m(x, all_states=True, reset=reset)
+    c.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        c.sum().backward()
+
+
 CELLS = {"LSTM": fastseq.LSTMCell, "GRU": fastseq.GRUCell, "RNN": fastseq.RNNCell}
 
 

@@ -27,6 +27,8 @@ DROPOUT = ("tests/test_calling.py::test_dropout_is_torchs_between_single_layers"
 NESTED = ("tests/test_nested.py::test_it_is_what_lengths_gives",)
 PACKED = ("tests/test_ragged.py::test_packed",)
 REFUSED = ("tests/test_declaration.py::test_refused",)
+OPTIONS = ("tests/test_whole.py::test_options_in_one_call",)
+DRAWN = ("tests/test_native.py::test_masks_on_every_instruction_set",)
 KERNELS, PRODUCT = "csrc/cpu/kernels.cpp", "csrc/cpu/product.h"
 BACKWARD, GRADIENTS = "csrc/cpu/backward.h", "csrc/cpu/gradients.h"
 NUMBA, NUMBA_LOOPS = "fastseq/backends/numba.py", "fastseq/backends/numba_loops.py"
@@ -515,7 +517,7 @@ MUTATIONS = (
     Mutation(
         "lengths: the names of the sequences are not sorted",
         RUN,
-        "stack.masks.ids = geometry.sorted(stack.masks.ids, 0)",
+        "stack.zoneout.ids = geometry.sorted(stack.zoneout.ids, 0)",
         "pass",
         ("tests/test_masks.py::test_zoneout",),
     ),
@@ -602,6 +604,87 @@ MUTATIONS = (
         "return kind | direction << 3 | layer << 4",
         "return kind | layer << 4",
         ("tests/test_masks.py::test_no_two_places_share_a_mask",),
+    ),
+    Mutation(
+        "masks: a backend draws for tensors that stand for others",
+        "fastseq/ops/masks.py",
+        "if modes.is_ordinary(seed, ids, steps):",
+        "if True:",
+        ("tests/test_masks.py::test_who_draws",),
+    ),
+    Mutation(
+        "draw: no row has the upper half of its name",
+        "csrc/cpu/draw.h",
+        " | static_cast<uint32_t>(name >> 32) << 16",
+        "",
+        DRAWN,
+    ),
+    Mutation(
+        "draw: a word that is the threshold is dropped",
+        "csrc/cpu/draw.h",
+        "none + call.threshold",
+        "none + call.threshold + 1",
+        ("tests/test_masks.py::test_a_backend_draws_the_bits_of_torchs_operations",),
+    ),
+    # Zoneout, and stacks with options
+    Mutation(
+        "zoneout: the parts of a gradient are swapped",
+        "csrc/cpu/step.h",
+        "*before = stays ? of : Vec<T>{}, *left = stays ? Vec<T>{} : of;",
+        "*left = stays ? of : Vec<T>{}, *before = stays ? Vec<T>{} : of;",
+        parity("native-lstm", "zoneout"),
+    ),
+    Mutation(
+        "zoneout: a reset is forgotten before blending",
+        "csrc/cpu/forward.h",
+        "const T* before = Way::resets(n) ? zeros : carried;",
+        "const T* before = carried;",
+        parity("native-lstm", "zoneout at once"),
+    ),
+    Mutation(
+        "zoneout: backward takes c as it was carried",
+        BACKWARD,
+        "row.c[k] = r.made[k] ? r.made[k] + n * H : call.c_all[k] + across * H;",
+        "row.c[k] = call.c_all[k] + across * H;",
+        parity("native-lstm", "zoneout at once"),
+    ),
+    Mutation(
+        "zoneout: what is held is forgotten",
+        BACKWARD,
+        "if (PHASE == 0 && zones) join(row, b + i, u0, u1);",
+        "",
+        parity("native-gru", "zoneout"),
+    ),
+    Mutation(
+        "zoneout: what is held of h is left behind at each step",
+        BACKWARD,
+        "carries_h(Cell::READS_H || r.zones(0))",
+        "carries_h(Cell::READS_H)",
+        parity("native-lstm", "zoneout"),
+    ),
+    Mutation(
+        "zoneout: native draws again for backward",
+        "fastseq/backends/native.py",
+        "        given.stay,\n        given.part,\n        torch.get_num_threads(),\n"
+        "        request.deterministic,\n        False,\n        y,\n",
+        "        tuple(s if s is None else s.roll(1, -1) for s in given.stay),\n"
+        "        given.part,\n        torch.get_num_threads(),\n"
+        "        request.deterministic,\n        False,\n        y,\n",
+        OPTIONS,
+    ),
+    Mutation(
+        "stack in one call: every layer takes the first one's h_mask",
+        "csrc/python/call.h",
+        "r.h_mask = h_mask_ + rows * in.P",
+        "r.h_mask = h_mask_ + d * in.batch * in.P",
+        OPTIONS,
+    ),
+    Mutation(
+        "stack in one call: the gradient of a masked input is not masked",
+        "csrc/python/call.h",
+        "      mask_input(layer, before, dx);\n",
+        "",
+        OPTIONS,
     ),
     # The CUDA kernels, on the host
     Mutation(
@@ -727,8 +810,8 @@ MUTATIONS = (
     Mutation(
         "autograd: second derivatives as if time ran forward",
         AUTOGRAD,
-        "        rest[n:],\n        layout.reverse,\n",
-        "        rest[n:],\n        (False,) * len(layout.reverse),\n",
+        "                weights,\n                layout.reverse,\n",
+        "                weights,\n                (False,) * len(layout.reverse),\n",
         ("tests/test_derivatives.py::test_gradgradcheck",),
     ),
     Mutation(
@@ -823,7 +906,7 @@ MUTATIONS = (
     Mutation(
         "layers: the kernels of whole stacks drop out",
         "fastseq/backends/native.py",
-        "return plain and not own and not lean",
+        "return plain and not lean",
         "return False",
         SERVED,
     ),
@@ -844,15 +927,15 @@ MUTATIONS = (
     Mutation(
         "whole: states that were not given get gradients",
         WHOLE,
-        "found[1 : 1 + given],",
+        "found[1 : 1 + len(states)],",
         "found[1 : 1 + len(dstates)],",
         ("tests/test_whole.py::test_only_what_wants_a_gradient_has_one",),
     ),
     Mutation(
         "whole: a second derivative drops nothing out",
         WHOLE,
-        "return x * (mask / (1.0 - request.dropout) if request.dropout < 1 else mask)",
-        "return x",
+        "x = x * (mask / (1.0 - request.dropout) if request.dropout < 1 else mask)",
+        "pass",
         ("tests/test_whole.py::test_second_derivatives",),
     ),
     Mutation(

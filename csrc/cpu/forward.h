@@ -8,8 +8,8 @@
 // Where a call is in bfloat16 and the processor multiplies pairs of it, all is float32 but what goes
 // into a product: copies of its rows in pairs, and packed weights. h is rounded as it is left.
 //
-// A call with zoneout has one more pass over the units of a panel, behind the text, which so leaves the
-// new states where backward wants them; `zone` blends them with those before the step.
+// With zoneout the text leaves the new states where backward wants them, and a pass over the step's rows,
+// `zone`, blends them with those before the step.
 //
 // A share owns its packed weights, the products of a chunk and c_n, which carries c; it writes its
 // rows and units of y, of every output named in call.h, and nothing else.
@@ -265,7 +265,7 @@ struct ForwardShare : Walk<T> {
         row.c_prev[k] = Way::resets(n) ? zeros : row.c[k];
         row.c_all[k] = call.c_all[k] ? call.c_all[k] + column(n) * H : nullptr;
         if (zones && r.zones(1 + k)) {
-          row.c[k] = r.made[k] ? r.made[k] + n * H : made[k] + (b + i) * H;
+          row.c[k] = made_c(k, n, b + i);
           row.c_all[k] = nullptr;
         }
       }
@@ -274,9 +274,7 @@ struct ForwardShare : Walk<T> {
                   : two_phases ? gates + (b + i) * Cell::G * H
                                : nullptr;
       for (int k = 0; k < Cell::E; ++k) row.extra[k] = extra_row(k, n, b + i);
-      row.h = r.m                       ? r.m + n * H
-              : projected || call.known ? m + (b + i) * H
-                                        : call.y + column(n) * P;
+      row.h = made_h(n, b + i);
       for (int j = 0; j < blocks; ++j) {
         const index u = (p * wx.blocks + j) * L;
         const T* x_part = x_tile + (i * blocks + j) * Cell::G * L;
@@ -286,23 +284,33 @@ struct ForwardShare : Walk<T> {
         else
           text<PHASE, false>(row, x_part, s_part, u, static_cast<int>(H - u));
       }
-      if (PHASE + 1 == Cell::PHASES && zones) {
-        const index u0 = p * wx.blocks * L, u1 = u0 + blocks * L;
-        zone(row, own, n, u0, u1 < H ? u1 : H);
-      }
     }
   }
 
-  // The units [u0, u1) of a row's states as they are handed on. h waits for its projection.
-  __attribute__((noinline)) void zone(const ForwardRow<T>& row, index own, index n, index u0,
-                                      index u1) {
-    if (r.zones(0) && !projected && !call.known)
-      blend(stay(0, n), row.h, row.h_prev, call.y + column(n) * P, u0, u1);
-    for (int k = 0; k < Cell::C; ++k) {
-      if (!r.zones(1 + k)) continue;
-      T* carried = r.c_n[k] + own * H;
-      blend(stay(1 + k, n), row.c[k], row.c_prev[k], carried, u0, u1);
-      if (call.c_all[k]) copy(carried + u0, u1 - u0, call.c_all[k] + column(n) * H + u0);
+  // Where the text puts h, and the k-th state beside it where that is zoned, of row n, the b-th of its
+  // step.
+  FASTSEQ_INLINE T* made_h(index n, index b) const {
+    if (r.m) return r.m + n * H;
+    return projected || call.known ? m + b * H : call.y + column(n) * P;
+  }
+  FASTSEQ_INLINE T* made_c(int k, index n, index b) const {
+    return r.made[k] ? r.made[k] + n * H : made[k] + b * H;
+  }
+
+  // The states of a step as they are handed on, of this share's units. h waits for its projection.
+  void zone(const Step& s) {
+    const index u0 = first_unit(), u1 = last_unit();
+    for (index b = 0; b < s.alive; ++b) {
+      const index own = place.first + b, n = s.now.base + own;
+      if (r.zones(0) && !projected && !call.known)
+        blend(stay(0, n), made_h(n, b), h_prev[b], call.y + column(n) * P, u0, u1);
+      for (int k = 0; k < Cell::C; ++k) {
+        if (!r.zones(1 + k)) continue;
+        T* carried = r.c_n[k] + own * H;
+        const T* before = Way::resets(n) ? zeros : carried;
+        blend(stay(1 + k, n), made_c(k, n, b), before, carried, u0, u1);
+        if (call.c_all[k]) copy(carried + u0, u1 - u0, call.c_all[k] + column(n) * H + u0);
+      }
     }
   }
 
@@ -377,6 +385,7 @@ struct ForwardShare : Walk<T> {
       if (!product_is_known()) pair_rows(pairs, h_row, s.alive, P, h_pairs);
       phase<0>(s, x_at, n);
       if constexpr (Cell::PHASES > 1) phase<1>(s, x_at, n);
+      if (zones) zone(s);
       if (projected && !call.known) project(s);
       if (!call.known) round(s);
     }

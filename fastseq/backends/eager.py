@@ -182,9 +182,7 @@ def _recurrence(
     stays = None
     if stay is not None:
         rows = x.shape[0]  # without padding
-        stays = [
-            s[:rows].split(sizes) if isinstance(s, Tensor) else [s] * len(sizes) for s in stay
-        ]
+        stays = [s[:rows].split(sizes) if isinstance(s, Tensor) else [s] * len(sizes) for s in stay]
     outputs: list[Tensor] = []
     along: list[list[Tensor]] = []
 

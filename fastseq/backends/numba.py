@@ -30,11 +30,12 @@ from .contract import (
 from .layout import as_made, declined, wide, zoned
 from .layout import by_recurrence as saved_layout
 from .numba_loops import LEVELS, Kernel, Zone, backward_kernel, forward_kernel, slots
+from .numba_masks import keep
 from .numba_products import NUMPY, Room, product
 from .numba_simd import simd
 from .numba_threads import row_ranges
 
-__all__ = ["backward", "forward", "saved_layout", "supports", "unavailable"]
+__all__ = ["backward", "forward", "keep", "saved_layout", "supports", "unavailable"]
 
 ABILITIES = Abilities(zoneout=True)
 
@@ -133,22 +134,28 @@ class _Task:
         self.h_mask = None if call.h_mask is None else _wide(call.h_mask, self.dtype)
         self.threads = min(torch.get_num_threads(), openmp.cores())
         self.zone: Zone | None = None
+        self.made = as_made(call)
         if any(zoned(call)):
             projected = call.weights[0].w_hr is not None
             self.zone = Zone("part" if call.part else "stay", projected)
             self.stay = [None if s is None else s.contiguous() for s in call.stay]
-            parts = torch.tensor(call.part, dtype=self.dtype, device="cpu")
-            self.parts, self.rests = parts, 1 - parts
-            self.nowhere = torch.zeros(max(self.H, self.P, 1), dtype=torch.bool, device="cpu")
+            self.nowhere = (
+                np.zeros(max(self.H, self.P), np.uint8)
+                if any(s is None for s in self.stay)
+                else _NO_ROWS
+            )
+            self.parts = np.array([*call.part, *(1 - part for part in call.part)], self.np_dtype)
 
     def zone_slots(self, r: int) -> dict[str, int]:
         """Where the states of a recurrence stay as they were, or what part of them does."""
-        if self.zone is None:
-            return {}
-        own = {"parts": _address(self.parts), "rests": _address(self.rests)}
+        parts = self.parts.ctypes.data
+        own = {"parts": parts, "rests": parts + len(self.call.part) * self.itemsize}
         for k, stay in enumerate(self.stay):
-            own[f"stay_{k}"] = _address(self.nowhere if stay is None else stay[r])
-            own[f"stay_{k}_stride"] = 0 if stay is None else stay.shape[2]
+            if stay is None:
+                own[f"stay_{k}"], own[f"stay_{k}_stride"] = self.nowhere.ctypes.data, 0
+            else:
+                own[f"stay_{k}"] = stay.data_ptr() + r * stay.stride(0)
+                own[f"stay_{k}_stride"] = stay.shape[2]
         return own
 
     def new(self, *shape: int) -> Tensor:
@@ -301,7 +308,7 @@ def _walk_forward(
     capacity, G_H = task.rows.capacity, task.cell.G * task.H
     G_hh = cell.G_hh
     in_loop = task.input_in_loop()
-    h_made, *others_made = as_made(task.call)
+    h_made, *others_made = task.made
     handed = [any(state in phase.takes for phase in cell.phases) for state in cell.states]
     kept, inputs, given = [], [], []
     for r, w in enumerate(task.weights):
@@ -380,16 +387,17 @@ def _walk_forward(
             if along:
                 own[f"c_{k}_all"] = _address(along[k]) + r * H * task.itemsize
                 own[f"c_{k}_stride"] = task.R * H
-        made: list[Tensor] = []
-        for k, (buffer, to_later) in enumerate(zip((m, *kept[r].made), handed, strict=True)):
-            if task.zone is None:
-                break
-            if buffer is None:  # nobody takes it, or a later phase alone
-                buffer = task.new(capacity, H) if to_later else row
-            made.append(buffer)
-            own[f"made_{k}"] = _address(buffer)
-            own[f"made_{k}_stride"] = 0 if buffer is row else H
-        own |= task.zone_slots(r)
+        made = []
+        if task.zone:
+            made = [
+                # where nobody takes it as the text gave it, or a later phase alone
+                (task.new(capacity, H) if to_later else row) if buffer is None else buffer
+                for buffer, to_later in zip((m, *kept[r].made), handed, strict=True)
+            ]
+            for k, buffer in enumerate(made):
+                own[f"made_{k}"] = _address(buffer)
+                own[f"made_{k}_stride"] = 0 if buffer is row else H
+            own |= task.zone_slots(r)
         return own, (s, x, row, bias, b_hh, operand, made)
 
     task.run(forward_kernel(cell, task.np_dtype, task.zone), fill)
@@ -437,7 +445,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     y = _wide(result.y, dtype).reshape(capacity, R * P)
     # an Elman cell keeps its output alone either way: nothing to make again
     projected = call.weights[0].w_hr is not None
-    makes_again = cell.other_states or cell.keeps_gates(projected) or any(as_made(call))
+    makes_again = cell.other_states or cell.keeps_gates(projected) or any(task.made)
     if call.memory == "lean" and makes_again:
         kept, along = _rebuild(task, y)
     else:
@@ -478,7 +486,7 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         dm = task.new(rows, H) if w.w_hr is not None else None
         dhanded = [task.new(rows, H) for _ in cell.handed_on]
         operand = None if task.h_mask is None else task.new(B, P)
-        left = [task.new(rows, H) for _ in cell.states] if task.zone else []
+        left = [task.new(rows, H) for _ in cell.states if task.zone and len(cell.phases) > 1]
         own = {
             "x": _address(kept[r].gates),
             "w_hr": _address(projections[r]),
@@ -519,14 +527,13 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
         if task.zone:
             own |= task.zone_slots(r)
             own |= {f"left_{k}": _address(buffer) for k, buffer in enumerate(left)}
-            made = [(_address(kept[r].m), H)]  # what is not zoned is as it was carried
-            if kept[r].m is None:
-                made = [(own["y"], own["y_stride"])]
-            for k, buffer in enumerate(kept[r].made):
-                carried = own[f"c_{k}_all"], own[f"c_{k}_stride"]
-                made.append(carried if buffer is None else (_address(buffer), H))
-            for k, (address, stride) in enumerate(made):
-                own[f"made_{k}"], own[f"made_{k}_stride"] = address, stride
+            # a state that is not zoned out is as it was carried
+            carried = [("y", "y_stride")]
+            carried += [(f"c_{k}_all", f"c_{k}_stride") for k in range(len(cell.other_states))]
+            for k, buffer in enumerate((kept[r].m, *kept[r].made)):
+                place, stride = carried[k]
+                own[f"made_{k}"] = own[place] if buffer is None else _address(buffer)
+                own[f"made_{k}_stride"] = own[stride] if buffer is None else H
         return own, (dm, dhanded, operand, left)
 
     task.run(backward_kernel(cell, task.np_dtype, task.zone), fill)

@@ -751,10 +751,10 @@ def compile_loop(cell: Cell, source: str, backward: bool, dtype: Any) -> Kernel:
 
 
 @cache
-def forward_kernel(cell: Cell, dtype: Any, zone: Zone | None = None) -> Kernel:
+def forward_kernel(cell: Cell, dtype: Any, zone: Zone | None) -> Kernel:
     return compile_loop(cell, forward_source(cell, zone), False, dtype)
 
 
 @cache
-def backward_kernel(cell: Cell, dtype: Any, zone: Zone | None = None) -> Kernel:
+def backward_kernel(cell: Cell, dtype: Any, zone: Zone | None) -> Kernel:
     return compile_loop(cell, backward_source(cell, zone), True, dtype)

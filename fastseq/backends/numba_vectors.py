@@ -88,6 +88,31 @@ def has_32_registers() -> bool:
     return "avx512f" in _target_features() or _is_arm64()
 
 
+def called(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """A call of one of LLVM's own functions."""
+    function_type = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(function, args)
+
+
+def splatted(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    """A vector with the same number in every lane."""
+    vector = ir.VectorType(scalar.type, lanes)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def first_lanes(builder: ir.IRBuilder, n: ir.Value, lanes: int) -> ir.Value:
+    """The mask of the first n lanes: none of them where n < 1, all where n is large."""
+    # 32-bit lanes: one comparison where 64-bit ones take two and a merge of their masks.
+    most = I64(lanes)
+    n = builder.select(builder.icmp_signed("<", n, most), n, most)
+    lane = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", lane, splatted(builder, builder.trunc(n, I32), lanes))
+
+
 class Writer:
     """Writes arithmetic on values of one `Vec` type into the LLVM function being built."""
 
@@ -104,9 +129,7 @@ class Writer:
         self.div = builder.fdiv
 
     def call(self, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-        function_type = ir.FunctionType(result, [arg.type for arg in args])
-        function = cgutils.get_or_insert_function(self.builder.module, function_type, name)
-        return self.builder.call(function, args)
+        return called(self.builder, name, result, *args)
 
     def constant(self, value: float) -> ir.Constant:
         return ir.Constant(self.type, [value] * self.lanes)
@@ -144,11 +167,7 @@ class Writer:
         return self.builder.bitcast(getattr(self.builder, name)(*operands), self.type)
 
     def broadcast(self, scalar: ir.Value) -> ir.Value:
-        vector = ir.VectorType(scalar.type, self.lanes)
-        undefined = ir.Constant(vector, ir.Undefined)
-        first = self.builder.insert_element(undefined, scalar, I32(0))
-        zeros = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(first, undefined, zeros)
+        return splatted(self.builder, scalar, self.lanes)
 
     def pointer(self, address: ir.Value, index: ir.Value) -> ir.Value:
         """The pointer to element `index` after an integer address or a pointer."""
@@ -157,12 +176,7 @@ class Writer:
         return self.builder.gep(address, [index])
 
     def first(self, n: ir.Value) -> ir.Value:
-        """The mask of the first n lanes: none of them where n < 1, all where n is large."""
-        # 32-bit lanes: one comparison where 64-bit ones take two and a merge of their masks.
-        most = I64(self.lanes)
-        n = self.builder.select(self.builder.icmp_signed("<", n, most), n, most)
-        lane = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
-        return self.builder.icmp_signed("<", lane, self.broadcast(self.builder.trunc(n, I32)))
+        return first_lanes(self.builder, n, self.lanes)
 
     def load(self, pointer: ir.Value, mask: ir.Value | None = None) -> ir.Value:
         pointer = self.builder.bitcast(pointer, self.type.as_pointer())
@@ -545,18 +559,14 @@ def memory(vec: Vec) -> dict[str, Any]:
 
     def blended(builder: ir.IRBuilder, args: Any, n: ir.Value | None) -> ir.Value:
         """The first vector where a byte is not 0, the second where it is."""
-        w = Writer(builder, vec)
-        byte = ir.IntType(8)
-        pointer = builder.inttoptr(args[0], byte.as_pointer())
-        pointer = builder.gep(pointer, [args[1]])
-        bytes_ = ir.VectorType(byte, vec.lanes)
-        pointer = builder.bitcast(pointer, bytes_.as_pointer())
+        bytes_ = ir.VectorType(ir.IntType(8), vec.lanes)
+        pointer = builder.inttoptr(builder.add(args[0], args[1]), bytes_.as_pointer())
         zero = ir.Constant(bytes_, [0] * vec.lanes)
         if n is None:
             found = builder.load(pointer, align=1)
         else:
-            name = f"llvm.masked.load.v{vec.lanes}i8.p0"
-            found = w.call(name, bytes_, pointer, I32(1), w.first(n), zero)
+            name, mask = f"llvm.masked.load.v{vec.lanes}i8.p0", first_lanes(builder, n, vec.lanes)
+            found = called(builder, name, bytes_, pointer, I32(1), mask, zero)
         return builder.select(builder.icmp_unsigned("!=", found, zero), args[2], args[3])
 
     @intrinsic

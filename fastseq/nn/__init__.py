@@ -2,6 +2,7 @@
 
 from . import scripting  # noqa: F401  (torch tells it of modules that are registered)
 from .cells import GRUCell, LSTMCell, RNNCell
+from .container import Stacked
 from .convert import Report, replace, restore
 from .counterparts import to_torch
 from .explain import explain
@@ -20,7 +21,7 @@ from .options import CellOptions, LayerOptions, set_options
 from .own import OwnCell, OwnLayer, cell
 from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
-from .streaming import Streaming, streaming
+from .streaming import StackedStreaming, Streaming, streaming
 
 __all__ = [
     "GRU",
@@ -45,6 +46,8 @@ __all__ = [
     "Recurrent",
     "Report",
     "SCRNCell",
+    "Stacked",
+    "StackedStreaming",
     "Streaming",
     "cell",
     "explain",

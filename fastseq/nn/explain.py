@@ -9,10 +9,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..backends import BACKENDS, choice
 from ..backends.contract import Problem
+from ..ops.geometry import values_of, with_values
 from ..ops.stack import Stack, problem
+from . import joined
 from .cells import RecurrentCell, cell_stack, cell_weights
-from .options import options
-from .recurrent import Recurrent, call_stack
+from .container import Stacked
+from .options import HasOptions, options
+from .recurrent import Recurrent, call_stack, call_weights
 from .scrn import SCRN, SCRNCell, stacks
 
 
@@ -31,18 +34,21 @@ def explain(
     that plans its kernels prints the plan.
 
     Args:
-        module: a layer or a cell of fastseq.
+        module: a layer or a cell of fastseq, or a Stacked of layers, of which each call that it
+            makes is printed.
         input: as for the call; only its shape, dtype and device count, and whether a gradient is
             wanted (``torch.no_grad()`` around this call explains inference).
         lengths, reset, all_states: as for the call.
 
     Returns:
-        The name of the backend, of an SCRN that of its hidden units, or None where those that
-        ``module.fastseq.backend`` names all decline.
+        The name of the backend, of an SCRN that of its hidden units, of a Stacked that of its last
+        call, or None where those that ``module.fastseq.backend`` names all decline.
 
     Raises:
         TypeError: the module is not one of fastseq's.
     """
+    if isinstance(module, Stacked):
+        return _of_stack(module, input, lengths=lengths, reset=reset)
     if isinstance(module, RecurrentCell):
         if isinstance(input, PackedSequence):
             raise TypeError("input: a cell takes a Tensor, got a PackedSequence")
@@ -60,6 +66,28 @@ def explain(
             "fastseq.replace(model) swaps torch.nn's"
         )
     return _printed(type(module).__name__, stack)
+
+
+def _of_stack(module: Stacked, input: Any, **given: Any) -> str | None:
+    chosen = None
+    for name, layers, part in module._fastseq_calls():
+        here, width = layers[part], layers[part.start].input_size
+        values = values_of(input)
+        x = with_values(input, values.new_zeros(*values.shape[:-1], width)) if part.start else input
+        first: Any = here[0]
+        if not isinstance(first, HasOptions):
+            print(f"{name}[{part.start}]: torch.nn's own {type(first).__name__}")
+            chosen = None
+        elif len(here) == 1:
+            print(f"{name}[{part.start}]:")
+            chosen = explain(first, x, **given)  # type: ignore[arg-type]
+        else:
+            print(f"{name}[{part.start}] to {name}[{part.stop - 1}]:")
+            weights = [w for layer in here for w in call_weights(layer)]
+            one = joined.Joined(here, module.dropout)
+            stack = call_stack(one, x, None, **given, seed=0, weights=weights)
+            chosen = _printed(type(here[0]).__name__, stack)
+    return chosen
 
 
 def _printed(what: str, stack: Stack) -> str | None:

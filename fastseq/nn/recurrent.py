@@ -292,22 +292,7 @@ def call_stack(
     """What the operations run, with everything that a caller gives checked."""
     if not isinstance(all_states, bool):
         raise TypeError(f"all_states: expected a bool, got {type(all_states).__name__}")
-    if isinstance(input, PackedSequence):
-        if input.data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
-        batched = True
-    elif not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
-    elif input.is_nested:
-        check_nested(module, input, lengths, reset)
-        batched = True
-    else:
-        rank = input.dim()
-        if rank not in (2, 3):
-            raise ValueError(
-                f"{module._get_name()}: Expected input to be 2D or 3D, got {rank}D instead"
-            )
-        batched = rank == 3
+    batched = check_input(module, input, lengths, reset)
     states = _states(module, hx, batched)
     geometry = geometry_of(input, module.batch_first, reset, states)
     if hx is None and options(module).learn_state:
@@ -324,6 +309,25 @@ def call_stack(
     stack.reset = check_reset(reset, stack)
     _mask(module, stack, row_ids, seed)
     return stack
+
+
+def check_input(module: Any, input: Any, lengths: Any, reset: Any) -> bool:
+    """The input is one that a layer takes; whether it has a batch."""
+    if isinstance(input, PackedSequence):
+        if input.data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+        return True
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
+    if input.is_nested:
+        check_nested(module, input, lengths, reset)
+        return True
+    rank = input.dim()
+    if rank not in (2, 3):
+        raise ValueError(
+            f"{module._get_name()}: Expected input to be 2D or 3D, got {rank}D instead"
+        )
+    return rank == 3
 
 
 @unrecorded

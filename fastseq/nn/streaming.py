@@ -11,6 +11,7 @@ from ..backends import choice
 from ..cells import CELLS
 from ..ops.modes import autocasts
 from . import learned
+from .container import Plain, Stacked
 from .options import options
 from .recurrent import Recurrent, call_request, call_weights
 from .scrn import SCRN, SCRNCell
@@ -108,12 +109,7 @@ class Streaming:
         x = _like("x", x, (self.batch, self.module.input_size), "(batch, input_size)", h)
         if out is not None:
             width, words = _output(self.module)
-            _like("out", out, (self.batch, width), f"(batch, {words})", h)
-            if out.requires_grad:
-                raise ValueError(
-                    "out: it requires a gradient, and a step of a handle has none; pass "
-                    "out.detach()"
-                )
+            _check_out(out, (self.batch, width), f"(batch, {words})", h)
         if self._stream is None:
             y = self._step_of_module(x, (h, *others))
         else:
@@ -124,10 +120,7 @@ class Streaming:
                     f"x: expected a plain tensor, got one of type {type(x).__name__} that has no "
                     "memory of its own; a handle keeps its state outside of torch.func's transforms"
                 )
-        if out is None:
-            return y
-        with torch.inference_mode(out.is_inference()):  # which can be written to in its mode alone
-            return out.copy_(y)
+        return y if out is None else _written(out, y)
 
     def _step_of_module(self, x: Tensor, states: tuple[Tensor, ...]) -> Tensor:
         module = self.module
@@ -151,6 +144,11 @@ class Streaming:
             ) from error
         # nobody else may hold it, as a subclass's forward might
         return y.squeeze(1 if module.batch_first else 0).clone()
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of a step."""
+        return next(iter(self._states.values()))
 
     @property
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
@@ -237,6 +235,91 @@ class Streaming:
         self._is_fresh = False
 
 
+class StackedStreaming:
+    """A :class:`fastseq.Stacked` run one step at a time, for inference: made by :func:`streaming`.
+
+    ``layers`` holds a :class:`Streaming` of each layer. The connections' weights are read at each
+    step.
+    """
+
+    def __init__(self, module: Stacked, batch: int) -> None:
+        if module.reverse_layers is not None:
+            raise ValueError(
+                "module: a reverse stack needs the whole sequence, so it cannot be streamed"
+            )
+        own = type(module).forward is Stacked.forward and "forward" not in module.__dict__
+        if not own or module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(
+                "module: a handle runs the layers by themselves, without the hooks and without "
+                "another forward of the stack; put them on a layer, or call the stack step by step"
+            )
+        self.module, self.batch = module, batch
+        layers: Any = module.layers
+        self.layers = [Streaming(layer, batch) for layer in layers]
+
+    def refresh(self) -> None:
+        """Read the weights and options of the layers again, after they were changed."""
+        for handle in self.layers:
+            handle.refresh()
+
+    @torch.no_grad()
+    def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """One step of all layers, as :meth:`Streaming.step`: x (batch, input_size), y and ``out``
+        (batch, output_size)."""
+        module: Any = self.module
+        if out is not None:
+            words = "(batch, output_size)"
+            _check_out(out, (self.batch, module.output_size), words, self.layers[0].like)
+        for handle, connection in zip(self.layers, module.connections, strict=True):
+            y = handle.step(x)
+            if not isinstance(connection, Plain):
+                with torch.autocast(y.device.type, enabled=False):
+                    y = connection(x.to(y.dtype), y)
+            x = y
+        return x if out is None else _written(out, x)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """A copy of the states as the stack takes and returns them, one for each layer; what is
+        assigned is copied, too."""
+        return tuple([handle.state for handle in self.layers])
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not isinstance(value, (tuple, list)) or len(value) != len(self.layers):
+            what = f"{len(value)} values" if isinstance(value, (tuple, list)) else _kind(value)
+            raise TypeError(
+                f"state: expected a tuple of {len(self.layers)} states, one for each layer, got "
+                f"{what}"
+            )
+        before = self.state
+        try:
+            for handle, state in zip(self.layers, value, strict=True):
+                handle.state = state
+        except (TypeError, ValueError):
+            for handle, state in zip(self.layers, before, strict=True):
+                handle.state = state
+            raise
+
+    def reset(self, rows: Any = None) -> None:
+        """Zero the states of ``rows`` or of all, as :meth:`Streaming.reset`."""
+        for handle in self.layers:
+            handle.reset(rows)
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], words: str, own: Tensor) -> None:
+    _like("out", out, shape, words, own)
+    if out.requires_grad:
+        raise ValueError(
+            "out: it requires a gradient, and a step of a handle has none; pass out.detach()"
+        )
+
+
+def _written(out: Tensor, y: Tensor) -> Tensor:
+    with torch.inference_mode(out.is_inference()):  # which can be written to in its mode alone
+        return out.copy_(y)
+
+
 def _weights(module: Any) -> list[Tensor]:
     return list(module.parameters()) if isinstance(module, SCRN) else call_weights(module)
 
@@ -304,7 +387,7 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def streaming(module: Recurrent | SCRN, batch: int = 1) -> Streaming:
+def streaming(module: Recurrent | SCRN | Stacked, batch: int = 1) -> Streaming | StackedStreaming:
     """A handle that runs ``module`` step by step and keeps its state, for inference.
 
     It begins with zeros, or with the state that a layer made with ``learn_state=True`` has learned.
@@ -313,7 +396,8 @@ def streaming(module: Recurrent | SCRN, batch: int = 1) -> Streaming:
     (by ``load_state_dict``, say) or the options of the module were changed.
 
     Args:
-        module: a layer of fastseq that is not bidirectional. Dropout between layers is off.
+        module: a layer of fastseq that is not bidirectional, or a :class:`fastseq.Stacked` of such,
+            whose handle has a state for each layer. Dropout between layers is off.
         batch: how many sequences run side by side.
 
     Returns:
@@ -331,4 +415,5 @@ def streaming(module: Recurrent | SCRN, batch: int = 1) -> Streaming:
             y = handle.step(x)      # (8, hidden_size), a tensor of its own
             handle.reset(ended)     # rows whose sequence has ended
     """
-    return Streaming(module, batch)
+    kind = StackedStreaming if isinstance(module, Stacked) else Streaming
+    return kind(module, batch)  # type: ignore[arg-type]

@@ -317,12 +317,78 @@ def values_of(x: Any) -> Tensor:
 
 def beside(like: Any, *parts: Any) -> Any:
     """The features of the parts side by side, in sequences that lie as ``like``'s."""
-    joined = torch.cat([values_of(part) for part in parts], -1)
+    return with_values(like, torch.cat([values_of(part) for part in parts], -1))
+
+
+def with_values(like: Any, values: Tensor) -> Any:
+    """The inverse of :func:`values_of`: sequences that lie as ``like``'s."""
     if isinstance(like, PackedSequence):
-        return like._replace(data=joined)
-    if like.is_nested:
-        return _nested(joined, like.offsets(), _bounds(like))
-    return joined
+        _, *lie = like
+        return PackedSequence(values, *lie)  # of _replace Dynamo makes an empty one
+    return _nested(values, like.offsets(), _bounds(like)) if like.is_nested else values
+
+
+def reversed_in_time(x: Any, batch_first: bool, lengths: Tensor | None = None) -> Any:
+    """Each of a caller's sequences with its last step first; the inverse of itself.
+
+    lengths: (B,) of a padded input, whose padding stays where it is.
+    """
+    if isinstance(x, PackedSequence):
+        rows = _reversed_rows(x.batch_sizes, x.data.shape[0])
+        return with_values(x, x.data.index_select(0, _on(x.data, rows)))
+    if x.is_nested:
+        values, offsets = x.values(), x.offsets()
+        row = torch.arange(values.shape[0], device=offsets.device)
+        sequence = torch.searchsorted(offsets, row, right=True) - 1
+        ends = offsets.index_select(0, sequence + 1) + offsets.index_select(0, sequence)
+        return with_values(x, values.index_select(0, _on(values, ends - 1 - row)))
+    first = batch_first and x.dim() == 3
+    if lengths is None:
+        return x.flip(1 if first else 0)
+    T, B = (x.shape[1], x.shape[0]) if first else (x.shape[0], x.shape[1])
+    step = torch.arange(T, device=x.device)[:, None]
+    ends = lengths.to(x.device)[None, :]
+    step = torch.where(step < ends, ends - 1 - step, step)
+    sequence = torch.arange(B, device=x.device)
+    rows = (sequence * T + step).t() if first else step * B + sequence
+    return x.reshape(T * B, x.shape[2]).index_select(0, rows.reshape(-1)).reshape(x.shape)
+
+
+def _reversed_rows(batch_sizes: Tensor, rows: int) -> Tensor:
+    """Of each packed row the one that stands in its place when its sequence is reversed."""
+    ends = batch_sizes.cumsum(0)
+    starts = ends - batch_sizes
+    row = torch.arange(rows, device=batch_sizes.device)
+    step = torch.searchsorted(ends, row, right=True)
+    sequence = row - starts.index_select(0, step)
+    other = packed_lengths(batch_sizes, sequence) - 1 - step
+    return starts.index_select(0, other) + sequence
+
+
+def packed_lengths(batch_sizes: Tensor, sequence: Tensor) -> Tensor:
+    """Of sequences in the order of the rows: how many steps have at least as many."""
+    shorter = torch.searchsorted(batch_sizes.flip(0), sequence, right=True)
+    return batch_sizes.shape[0] - shorter
+
+
+def reversed_reset(
+    reset: Tensor, x: Any, batch_first: bool, lengths: Tensor | None = None
+) -> Tensor:
+    """``reset`` of sequences x that were :func:`reversed_in_time`: the cut in front of a step is,
+    seen from the other end, the one in front of the step before it."""
+    if reset.dim() == 1:
+        return reversed_reset(reset[:, None], x, False)[:, 0]
+    if batch_first:
+        return reversed_reset(reset.t(), x, False, lengths).t()
+    T, B = reset.shape
+    if isinstance(x, PackedSequence):
+        lengths = packed_lengths(x.batch_sizes, torch.arange(B, device=x.batch_sizes.device))
+        if x.unsorted_indices is not None:
+            lengths = lengths.index_select(0, _on(lengths, x.unsorted_indices))
+    step = torch.arange(T, device=reset.device)[:, None]
+    ends: Any = T if lengths is None else lengths.to(reset.device)[None, :]
+    before = (ends - step).clamp(0, T - 1).expand(T, B)
+    return reset.gather(0, before) & (step > 0) & (step < ends)
 
 
 def _bounds(x: Any) -> tuple[int | None, int | None]:

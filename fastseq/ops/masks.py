@@ -160,7 +160,8 @@ def stays(
     stay: list[Tensor | None] = []
     for k, (rate, size) in enumerate(zip(zoneout.rates, sizes, strict=True)):
         sites = [site(ZONEOUT + k, layer, d) for layer in layers for d in range(directions)]
-        stay.append(~_keep(zoneout.seed, sites, ids, step, size, rate) if rate else None)
+        kept = _keep(zoneout.seed, sites, ids, step, size, rate) if rate else None
+        stay.append(kept if kept is None else kept.bitwise_not_())
     return stay, ()
 
 

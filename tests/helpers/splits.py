@@ -18,7 +18,7 @@ def layer(*args, **options):
     return draw(*args, grad=False, **options)
 
 
-def values(case, some=None, deterministic=True):
+def values(case, some=None, deterministic=True, memory="full"):
     """Of these sequences of a layer: outputs and gradients by name.
 
     What is side by side in time is padded with zeros, and every value but those of the weights has
@@ -53,7 +53,14 @@ def values(case, some=None, deterministic=True):
             out[at[0], at[1]] = rows
             return out
 
-    mask = case.h_mask
+    mask, stay, part = case.h_mask, (), ()
+    if case.seed is None:
+        part = case.zoneout
+    elif case.zoneout:
+        stay = [
+            s if s is None else torch.stack([rows(way[:, some]).flatten(0, -2) for way in s])
+            for s in case.stay()
+        ]
     call = Call(
         case.cell,
         rows(case.x[:, some]),
@@ -63,7 +70,10 @@ def values(case, some=None, deterministic=True):
         tuple(bool(r % 2) for r in range(R)),
         None if case.reset is None else torch.stack([rows(case.reset[:, some])] * R),
         None if mask is None else mask[:, some].contiguous(),
-        deterministic=deterministic,
+        memory,
+        deterministic,
+        stay,
+        part,
     )
     result = native.forward(call, True, False)
     dy = rows(gradient(T, B, R * case.P))
