@@ -32,7 +32,7 @@ from .measure import ROUNDS, in_turn
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "own-cell.md"
 T = 100
-SHAPES = ((64, 1), (256, 16), (512, 64))  # H = I, and B
+SHAPES = ((64, 1), (256, 16))  # H = I, and B
 HEADER = ["", "way", "loop ms", "own ms", "faster", "library ms", "own / library"]
 COMPILED = ["", "forward s", "training s"]
 
