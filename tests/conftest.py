@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fastseq.backends import load, openmp
-from fastseq.cells import CELLS
+from fastseq.cells import CELLS, unregister
 
 processors = openmp.processors  # as it is outside of the tests
 
@@ -50,6 +50,15 @@ def share_among_any_number():
     native = load("native")
     if not isinstance(native, str):
         native._cpu.use_pool(*openmp.addresses()[:3], 0, 0)
+
+
+@pytest.fixture
+def cells_go_again():
+    """Cells that a test defines are gone behind it: other tests ask all that there are."""
+    before = set(CELLS)
+    yield
+    for name in set(CELLS) - before:
+        unregister(name)
 
 
 def pytest_runtest_setup(item):

@@ -134,6 +134,15 @@ def test_left_to_us_something_always_runs(cell, device, mode):
         assert choice.judge(task, None).chosen is not None
 
 
+@pytest.mark.parametrize("mode", ["plain", "compile"])
+def test_left_to_us_zoneout_runs_on_triton_where_it_serves(mode):
+    """Of a GPU that this machine may not have."""
+    pytest.importorskip("triton")
+    task = PLAIN._replace(device="cuda", zoneout=(0.1,), mode=mode)
+    assert choice.judge(task, None).chosen == "triton"
+    assert choice.judge(task._replace(dtype=torch.complex64), None).chosen == "eager"
+
+
 def test_a_name_that_does_not_exist():
     words = r"backend: expected one of torch, native, numba.*, got 'cudnn'"
     with pytest.raises(ValueError, match=words):
@@ -187,10 +196,11 @@ def test_explain(capsys):
     assert "LSTM T=50 B=3 I=8 H=16" in printed
     assert "inference" in printed
     assert "torch      declines: torch cannot reset" in printed
-    assert f"{kernels:<10} runs, layer by layer" in printed  # for the reset
-    fastseq.explain(m, torch.randn(3, 50, 8))
     how = "layer by layer" if kernels == "numba" else "all layers in one call"
-    assert f"{kernels:<10} runs, {how}" in capsys.readouterr().out
+    assert f"{kernels:<10} runs, {how}" in printed
+    m.fastseq.memory = "lean"
+    fastseq.explain(m, torch.randn(3, 50, 8))
+    assert f"{kernels:<10} runs, layer by layer" in capsys.readouterr().out
 
 
 def test_explain_names_the_backend_that_runs():

@@ -9,7 +9,7 @@ from problems import draw
 
 from fastseq.backends import load
 from fastseq.cells import CELLS, GRU, INDRNN, LSTM, WORDS, Cell, Phase, register, unregister
-from fastseq.cells.check import _MEANING
+from fastseq.cells.check import MEANING
 from fastseq.ops.stack import problem
 
 
@@ -89,7 +89,7 @@ def test_what_is_derived():
     assert not LSTM.parts_differ and GRU.parts_differ and not INDRNN.parts_differ
     assert all(cell.beyond() is None for cell in CELLS.values())
     assert {name for name, cell in CELLS.items() if cell.scans} == {"leaky_integrator"}
-    assert set(_MEANING) == set(WORDS)
+    assert set(MEANING) == set(WORDS)
 
 
 NAMES = [

@@ -1,4 +1,4 @@
-"""The demo, with settings that take seconds."""
+"""The demo and the example of a cell of one's own, with settings that take seconds."""
 
 import importlib.util
 import sys
@@ -10,13 +10,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("char_lm", ROOT / "examples" / "char_lm.py")
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["char_lm"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return example("char_lm")
 
 
 TINY = "--hidden 16 --batch 4 --bptt 8 --steps 13 --sample 40".split()
@@ -107,3 +111,17 @@ def test_mistakes_on_the_command_line(demo, argv, message, capsys):
 def test_mistakes_found_on_the_way(demo, argv, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         demo.main([*TINY, *argv, "--out", str(tmp_path)])
+
+
+def test_a_cell_of_ones_own_trains_beside_its_loop_and_a_gru(capsys, cells_go_again):
+    module = example("own_cell")
+    module.main("--hidden 16 --length 6 --batch 4 --steps 7".split())
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("own ", "GRU "))]
+    assert [row[:-3] for row in rows] == [["own", "cell"], ["own", "loop"], ["GRU"]]
+    losses = [float(row[-1]) for row in rows]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) != losses[2]
+    assert "times as fast as the loop" in " ".join(out.split())
+    with pytest.raises(SystemExit):
+        module.main(["--steps", "0"])
+    assert "expected more than 0, got 0" in capsys.readouterr().err

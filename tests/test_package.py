@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -107,8 +108,10 @@ def test_nothing_tells_to_install_another_project():
 
 
 @pytest.mark.parametrize("code", blocks("README.md", "switching.md"))
-def test_the_code_of_the_pages_runs(code):
-    exec(compile(code, "page", "exec"), {})
+def test_the_code_of_the_pages_runs(code, tmp_path, cells_go_again):
+    """From a file, since the equations of a cell are read."""
+    (tmp_path / "page.py").write_text(code)
+    runpy.run_path(str(tmp_path / "page.py"))
 
 
 @pytest.mark.parametrize("code", blocks(*(page.name for page in PAGES)))

@@ -1,5 +1,5 @@
 """docs/recipes.md, docs/stacks.md: every block runs, and where torch.nn can run it, both give the
-same numbers."""
+same numbers. docs/own-cell.md: all blocks run, in the page's order."""
 
 import re
 import runpy
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
+OWN_CELL = (DOCS / "own-cell.md").read_text()
 #: heading or block, in the page's order. "later" marks one that fails until its subject is there.
 PARTS = re.compile(r"^###? ([^\n]+)$|^```python( later)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CLASS = re.compile(r"\bfastseq\.((?:LSTM|GRU|RNN)(?:Cell)?)\b")
@@ -91,6 +92,12 @@ def test_wrong_numbers_are_seen(tmp_path):
     test_a_recipe_gives_torchs_numbers(code, tmp_path)
     with pytest.raises(AssertionError, match="not close"):
         test_a_recipe_gives_torchs_numbers(wrong, tmp_path)
+
+
+def test_the_page_of_ones_own_cell_runs(tmp_path, cells_go_again):
+    """As one program."""
+    found = run("\n".join(match[3] for match in PARTS.finditer(OWN_CELL) if match[3]), tmp_path)
+    assert {"MinimalGated", "Peephole"} <= set(found)
 
 
 def test_many_recipes_are_held_against_torch():

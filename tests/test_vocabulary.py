@@ -9,7 +9,7 @@ from vocabulary import ENDS, F32, F64, PAIRS, TRUTH, held_at_the_ends
 from fastseq import reference
 from fastseq.backends import eager
 from fastseq.cells import WORDS
-from fastseq.cells.check import _MEANING
+from fastseq.cells.check import MEANING
 from fastseq.cells.derive import SLOPES
 from fastseq.cells.text import count_of
 
@@ -24,7 +24,7 @@ def by_eager(name, *given):
 
 
 def test_every_vocabulary_has_every_word():
-    for words in (reference.VOCABULARY, eager.VOCABULARY, _MEANING):
+    for words in (reference.VOCABULARY, eager.VOCABULARY, MEANING):
         assert set(words) == set(WORDS)
     assert {word for word in WORDS if count_of(word) == 2} == set(PAIRS)
     assert set(SLOPES) == {word for word in WORDS if word[0] != "d"}

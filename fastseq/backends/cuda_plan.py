@@ -331,15 +331,15 @@ def _unlike(problem: Problem) -> str | None:
     if name not in (*PRODUCT_CELLS, *POINTWISE_CELLS):
         if len(cell.phases) > 1:
             return (
-                f"{name} has {len(cell.phases)} phases, and cuda's kernels run cells of one; "
-                "choose triton"
+                f"{cell.called} has {len(cell.phases)} phases, and cuda's kernels run cells of "
+                "one; choose triton"
             )
         if len(cell.other_states) > 1:
             return (
-                f"{name} has {len(cell.other_states)} states beside h, and cuda's kernels carry 1; "
-                "choose triton"
+                f"{cell.called} has {len(cell.other_states)} states beside h, and cuda's kernels "
+                "carry 1; choose triton"
             )
-        return f"cuda's binary has no kernel of {name}, a cell of your own; choose triton"
+        return f"cuda's binary has no kernel of {cell.called}, a cell of your own; choose triton"
     if problem.projected:
         return f"cuda's kernels project no h (proj_size={problem.P}); choose triton"
     if problem.zoneout:

@@ -41,13 +41,22 @@ def supports(problem: Problem) -> str | None:
     return reason
 
 
+def _maximum(a: Any, b: Any) -> Tensor:
+    """Of a number, too, which torch.maximum does not take."""
+    if not isinstance(b, Tensor):
+        b = a.new_full((), b)
+    elif not isinstance(a, Tensor):
+        a = b.new_full((), a)
+    return torch.maximum(a, b)
+
+
 VOCABULARY = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "relu": torch.relu,
     "exp": torch.exp,
     "reciprocal": torch.reciprocal,
-    "maximum": torch.maximum,
+    "maximum": _maximum,
     "logsigmoid": torch.nn.functional.logsigmoid,
     "sqrt": torch.sqrt,
     "dsigmoid": lambda y: y * (1 - y),

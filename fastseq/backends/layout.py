@@ -43,12 +43,7 @@ def declined_anywhere(name: str, problem: Problem) -> str | None:
 
 def unprojected(problem: Problem) -> str | None:
     """Why a problem's h cannot be projected, if it is."""
-    cell = CELLS[problem.cell]
-    if not problem.projected or cell.can_project:
-        return None
-    if cell.reads_h:
-        return f"{cell.name} adds h_prev to gates of another size; it cannot be projected"
-    return f"{cell.name} multiplies values of the gates' size by w_hh; it cannot be projected"
+    return CELLS[problem.cell].unprojectable if problem.projected else None
 
 
 def by_recurrence(call: Call, rows: Shape, trajectory: bool) -> Layout:

@@ -142,7 +142,7 @@ def row_of(cell: Cell) -> tuple[Any, ...]:
 def _not_compiled(cell: Cell) -> str | None:
     """Why the extension cannot run a cell: it has those alone whose declaration it was built of."""
     if cell.name not in NUMBER:
-        return f"native has no kernel of {cell.name}, only of {', '.join(NUMBER)}"
+        return f"native has no kernel of {cell.called}, only of {', '.join(NUMBER)}"
     ours, compiled = row_of(cell), _cpu.CELLS[NUMBER[cell.name]]
     what = (
         "name",

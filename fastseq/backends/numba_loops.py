@@ -739,8 +739,8 @@ def compile_loop(cell: Cell, source: str, backward: bool, dtype: Any) -> Kernel:
     for k, phase in enumerate(cell.phases):
         text = phase.backward if backward else phase.forward
         assert text is not None  # supports() has declined
-        used = {n: vocabulary[n] for n in text.__code__.co_names if n in vocabulary}
-        names[f"text_{k}"] = numba.njit(**JIT, forceinline=True)(bind(text, label, **used))
+        bound = bind(text, label, **vocabulary)
+        names[f"text_{k}"] = numba.njit(**JIT, forceinline=True)(bound)
     scope: dict[str, Any] = {}
     exec(compile(source, __file__, "exec"), scope)  # the file is where Numba keeps its cache
     (text,) = (value for name, value in scope.items() if name.endswith("_loop"))

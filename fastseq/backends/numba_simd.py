@@ -33,6 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numba
 import numpy as np
 from numba import types
 
@@ -88,6 +89,8 @@ def simd(dtype: Any, lanes: int | None = None) -> SimpleNamespace:
                                 gradient passes where y <= 0 is false
     dmaximum                    of maximum(a, b) in a, of both; a half where they are equal
 
+    number(value)               for `bind`: the word that gives a number, all lanes the same
+
     gemm(a_ptr, a_stride, a_step, w_ptr, out_ptr, out_stride, rows, inner, columns, accumulate)
         out[r, j] = sum_k a[r, k] w[k, j], added to the old out[r, j] if accumulate. w is packed;
         the rows of a and out lie a_stride and out_stride elements apart; out overlaps neither a
@@ -112,12 +115,24 @@ def simd(dtype: Any, lanes: int | None = None) -> SimpleNamespace:
         raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
     vec = Vec(numba_types[dtype], lanes or vector_bytes() // dtype.itemsize)
     fingerprint = f"{dtype}x{vec.lanes}_{digest(*_SOURCES)[:16]}"
+    on_memory = memory(vec)
+    splat = on_memory["splat"]
+
+    def number(value: float) -> Any:
+        scalar = dtype.type(value)  # a literal would be of float64, and what it meets, too
+
+        def given() -> Any:
+            return splat(scalar)
+
+        return numba.njit(**JIT, forceinline=True)(given)
+
     return SimpleNamespace(
         LANES=vec.lanes,
         ITEMSIZE=dtype.itemsize,
         BLOCK=BLOCK_VECTORS * vec.lanes,
         fingerprint=fingerprint,
-        **memory(vec),
+        number=number,
+        **on_memory,
         **INTEGERS,
         **VOCABULARY,
         **products(vec, fingerprint),

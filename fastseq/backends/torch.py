@@ -52,7 +52,7 @@ def unavailable() -> str | None:
 
 def supports(problem: Problem) -> str | None:
     if problem.cell not in _CELLS:
-        return f"torch has no {problem.cell}; its cells are {', '.join(_CELLS)}"
+        return f"torch has no {CELLS[problem.cell].called}; its cells are {', '.join(_CELLS)}"
     if problem.projected and problem.cell not in _PROJECTED:
         return "torch projects the hidden state of an LSTM only"
     P, H = problem.P, problem.H

@@ -91,8 +91,8 @@ def _unspeakable(cell: Cell) -> str | None:
     names = taken_names(cell)
     if names:
         return (
-            f"triton's kernels call something of their own {', '.join(names)}, as {cell.name} does;"
-            " rename it in the cell"
+            f"triton's kernels call something of their own {', '.join(names)}, as {cell.called} "
+            "does; rename it in the cell"
         )
     text = unreadable(cell)
     if text:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import re
+import textwrap
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -16,6 +18,8 @@ import triton
 import triton.language as tl
 
 from ..cells import Cell, bind
+from ..cells.derive import compiled
+from ..cells.text import number_of
 from . import triton_source as source
 from .triton_text import UNZONED, Zoned, backward_text, forward_text
 
@@ -439,11 +443,23 @@ class Kernel:
 
 @cache
 def _jit_text(text: Any) -> Any:
-    bound = bind(text, "triton", **VOCABULARY)
+    bound = bind(_with_literals(text), "triton", **VOCABULARY)
     # the interpreter looks for the language, and for the function under the name in its text
     bound.__globals__["tl"] = tl
     bound.__name__ = text.__name__
     return triton.jit(bound)
+
+
+def _with_literals(text: Any) -> Any:
+    """A text with its numbers as literals, to which Triton gives the type of what they meet; what a
+    function returns has one of its own."""
+    numbers = {n: number_of(n) for n in text.__code__.co_names if number_of(n) is not None}
+    if not numbers:
+        return text
+    source = textwrap.dedent(inspect.getsource(text))
+    for name, value in numbers.items():
+        source = re.sub(rf"\b{name}\(\)", repr(value), source)
+    return compiled(text.__name__, source, text.__module__)
 
 
 def unreadable(cell: Cell) -> str | None:

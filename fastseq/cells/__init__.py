@@ -54,6 +54,19 @@ def register(cell: Cell) -> Cell:
     return cell
 
 
+def named(name: str) -> Cell:
+    """The cell of a name, which an operator of a program that was exported may give.
+
+    Raises LookupError where there is none.
+    """
+    if name not in CELLS:
+        raise LookupError(
+            f"cell {name!r}: not defined in this process; import the module whose "
+            f"@fastseq.cell defines {name.rpartition('_')[0] or name}, with the same equations"
+        )
+    return CELLS[name]
+
+
 def unregister(name: str) -> None:
     """Take a cell of your own out again. Raises ValueError for any other."""
     if name not in CELLS or name in _LIBRARY:
@@ -81,6 +94,7 @@ __all__ = [
     "arguments",
     "bind",
     "fingerprint",
+    "named",
     "register",
     "unregister",
 ]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from .program import Unreadable, read
-from .text import WORDS, Text, arguments, count_of
+from .text import WORDS, Text, arguments, count_of, is_word, number_of
 
 Cell: TypeAlias = Any  # of declaration.py, which imports this file
 Phase: TypeAlias = Any
@@ -44,7 +44,7 @@ def check(cell: Cell) -> None:
 
 def _need(cell: Cell, holds: Any, what: str, fault: str) -> None:
     if not holds:
-        raise ValueError(f"{cell.name}: {what} {fault}")
+        raise ValueError(f"{cell.called}: {what} {fault}")
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
@@ -111,7 +111,7 @@ def _names(cell: Cell) -> None:
         "would each mean two things, of a gate's part (a_g, x_g, s_g), a state, a state before the "
         "step, a unit parameter and a value; rename one",
     )
-    words = [n for n in every if n in WORDS]
+    words = [n for n in every if is_word(n)]
     _need(cell, not words, f"{words}", "are words of the vocabulary; rename the values")
     prev = [n for n in (*cell.gates, *every) if n.endswith("_prev") and n not in before]
     _need(cell, not prev, f"{prev}", "end in _prev, as states before the step alone do; rename")
@@ -145,7 +145,7 @@ def _form(cell: Cell, text: Text) -> None:
         what,
         f"reads {list(code.co_freevars)} of the function around it; take them as unit parameters",
     )
-    unknown = [n for n in code.co_names if n not in WORDS]
+    unknown = [n for n in code.co_names if not is_word(n)]
     _need(
         cell,
         not unknown,
@@ -161,7 +161,7 @@ def _source(cell: Cell, text: Text) -> None:
     except Unreadable:
         pass
     except ValueError as error:
-        raise ValueError(f"{cell.name}: {error}") from None
+        raise ValueError(f"{cell.called}: {error}") from None
 
 
 # Where values live
@@ -376,7 +376,7 @@ def _number(value: Any) -> _Number:
 
 
 #: A word, of complex numbers.
-_MEANING: dict[str, Callable[..., complex]] = {
+MEANING: dict[str, Callable[..., complex]] = {
     "sigmoid": lambda x: 1 / (1 + cmath.exp(-x)),
     "tanh": cmath.tanh,
     "relu": lambda x: x if x.real > 0 else 0j,
@@ -396,7 +396,8 @@ _STEP = 1e-30
 
 
 def _word(name: str) -> Callable[..., _Number]:
-    meaning, count = _MEANING[name], count_of(name)
+    number, count = number_of(name), count_of(name)
+    meaning = MEANING[name] if number is None else lambda: complex(number)
 
     def call(*given: Any) -> _Number:
         if len(given) != count:
@@ -418,14 +419,13 @@ def _run(
     cell: Cell, text: Text, names: tuple[str, ...], given: Mapping[str, _Number]
 ) -> dict[str, _Number]:
     """What a text returns, by the names that the declaration gives it."""
-    what = f"{text.__name__}:"
+    what, code = f"{text.__name__}:", text.__code__
+    meaning = _VOCABULARY | {n: _word(n) for n in code.co_names if number_of(n) is not None}
     try:
-        results = types.FunctionType(text.__code__, _VOCABULARY)(
-            *(given[n] for n in arguments(text))
-        )
+        results = types.FunctionType(code, meaning)(*(given[n] for n in arguments(text)))
     except (TypeError, AttributeError, NameError) as error:
         raise ValueError(
-            f"{cell.name}: {what} {error}; a text is made of assignments, + - * and words"
+            f"{cell.called}: {what} {error}; a text is made of assignments, + - * and words"
         ) from None
     plain = isinstance(results, tuple) and all(isinstance(r, _Number) for r in results)
     _need(cell, plain, what, f"must return a tuple of values, not {results!r}")

@@ -67,7 +67,7 @@ class Phase:
 class Cell:
     """A recurrent cell: its gates, states, phases, and what backward needs.
 
-    name: as users write it.
+    name: as users write it, and by which backends keep their kernels.
     gates: in the order of the rows of ``w_ih``.
     states: the first is the hidden state ``h``, which recurrent products and the next layer read.
     saved: values kept from forward for backward, and those that one phase hands on to a later one.
@@ -78,6 +78,7 @@ class Cell:
     unit_parameters: names of parameters of shape (H,).
     scans: whether ``h = a h_prev + b`` with a and b of x alone, so that time may go in parallel.
     source: the paper.
+    title: as users write it, where ``name`` has more.
 
     Raises ValueError for a declaration that a backend would misread.
     """
@@ -90,6 +91,7 @@ class Cell:
     source: str
     unit_parameters: tuple[str, ...] = ()
     scans: bool = False
+    title: str = ""
     #: Why a backward text that was not written could not be derived; the eager form alone, which
     #: autograd sees through, runs such a cell.
     underived: str | None = field(default=None, init=False, compare=False, repr=False)
@@ -101,6 +103,11 @@ class Cell:
             object.__setattr__(self, "phases", phases)
             object.__setattr__(self, "underived", why)
             check(self)
+
+    @property
+    def called(self) -> str:
+        """What a user is told of."""
+        return self.title or self.name
 
     @property
     def G(self) -> int:
@@ -165,6 +172,15 @@ class Cell:
         multiplies nothing else."""
         return not self.reads_h and all(phase.operand == "h_prev" for phase in self.phases)
 
+    @property
+    def unprojectable(self) -> str | None:
+        """Why h may have no other size, in words."""
+        if self.can_project:
+            return None
+        if self.reads_h:
+            return f"{self.called} adds h_prev to gates of another size; it cannot be projected"
+        return f"{self.called} multiplies values of the gates' size by w_hh; it cannot be projected"
+
     @cached_property
     def masks_h(self) -> bool:
         """Whether a product takes h, which may be masked."""
@@ -181,10 +197,10 @@ class Cell:
         autograd: of a backend whose derivatives are torch's, which wants no backward text.
         """
         if any(phase.normal for phase in self.phases):
-            return f"{self.name} normalises values over a row, for which no backend has a loop"
+            return f"{self.called} normalises values over a row, for which no backend has a loop"
         if not autograd and self.underived:
             return (
-                f"{self.name} has no backward text, and none can be derived ({self.underived}); "
+                f"{self.called} has no backward text, and none can be derived ({self.underived}); "
                 "write one, or choose eager, which needs none"
             )
         return None

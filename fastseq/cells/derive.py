@@ -64,6 +64,8 @@ class _Writer:
             line = self.made_by.get(value)
             if line is None:
                 raise CannotDerive(f"backward needs {value}; add it to saved")
+            if not line.operands:  # a number, which has no type until it meets a value
+                return line.written(())
             lost = [v for v in line.operands if v not in self.at_hand and v not in self.made_by]
             if lost:
                 raise CannotDerive(
@@ -115,6 +117,8 @@ class _Writer:
             for operand, own in zip(line.operands, signs, strict=True):
                 if operand in active:
                     self.add(operand, own, d)
+            return
+        if not line.operands:  # a number
             return
         if line.operation not in SLOPES:
             raise CannotDerive(f"{line.operation} is a derivative, whose own is not known")

@@ -1,7 +1,8 @@
 """The texts of the equations: what they take, and what binds them to a backend's vocabulary.
 
 A text is a plain function of one hidden unit at one time step, made of assignments, ``+ - *`` and
-words of the vocabulary, which are its free names, with no literal numbers. :func:`bind` gives the
+words of the vocabulary, which are its free names, with no literal numbers: Numba would widen
+float32 with one. A number is a word that takes nothing, ``number_0_5()``. :func:`bind` gives the
 words their meaning, so the same text runs on NumPy arrays, torch tensors, and inside Numba and
 Triton kernels.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import numbers
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +29,41 @@ WORDS = (
 
 def count_of(word: str) -> int:
     """How many values a word takes."""
+    if number_of(word) is not None:
+        return 0
     return 2 if word in ("maximum", "dmaximum") else 1
+
+
+_NUMBER = re.compile(r"number_(m?)(\d+)(?:_(\d+))?(?:e(m?)(\d+))?")
+
+
+def number_word(value: float) -> str:
+    """The word that gives a number: ``number_0_5`` 0.5, ``number_m1em05`` -1e-05."""
+    digits, _, power = repr(abs(float(value))).partition("e")
+    exponent = f"e{power.replace('-', 'm').lstrip('+')}" if power else ""
+    return f"number_{'m' if value < 0 else ''}{digits.replace('.', '_')}{exponent}"
+
+
+def number_of(name: str) -> float | None:
+    """The number that a word of this name gives; None for another name."""
+    found = _NUMBER.fullmatch(name)
+    if found is None:
+        return None
+    sign, whole, part, down, power = found.groups()
+    value = float(f"{whole}.{part or 0}e{'-' if down else ''}{power or 0}")
+    return -value if sign else value
+
+
+def is_word(name: str) -> bool:
+    """Whether every backend has it."""
+    return name in WORDS or number_of(name) is not None
+
+
+def _plain_number(value: float) -> Callable[[], float]:
+    def number() -> float:
+        return value
+
+    return number
 
 
 def arguments(text: Text) -> tuple[str, ...]:
@@ -84,10 +120,15 @@ def fingerprint(text: Text, vocabulary: dict[str, Any]) -> str:
 def bind(text: Text, label: str, /, **vocabulary: Any) -> Text:
     """The same text with its free names bound to ``vocabulary``.
 
+    vocabulary: the words. ``number`` makes of a number the function that gives it; without one it
+    is Python's.
     label: cell, backend and dtype. It becomes part of ``__qualname__`` together with a hash of all
     that is bound in, because Numba's disk cache keys on file, qualified name and bytecode but not
     on globals: without the hash a second vocabulary would run the first one's machine code.
     """
+    maker = vocabulary.get("number", _plain_number)
+    found = {name: number_of(name) for name in text.__code__.co_names}
+    vocabulary |= {name: maker(value) for name, value in found.items() if value is not None}
     missing = [
         name
         for name in text.__code__.co_names

@@ -18,6 +18,7 @@ from .literature import (
     PeepholeLSTMCell,
 )
 from .options import CellOptions, LayerOptions, set_options
+from .own import OwnCell, OwnLayer, cell
 from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
 from .streaming import StackedStreaming, Streaming, streaming
@@ -37,6 +38,8 @@ __all__ = [
     "LSTMCell",
     "LayerOptions",
     "MGUCell",
+    "OwnCell",
+    "OwnLayer",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
     "RNNCell",
@@ -46,6 +49,7 @@ __all__ = [
     "Stacked",
     "StackedStreaming",
     "Streaming",
+    "cell",
     "explain",
     "replace",
     "restore",

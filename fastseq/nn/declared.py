@@ -33,7 +33,7 @@ _NAMES = {
 
 def lacked(module: Any) -> str:
     """That torch.nn has none of the kind, in words."""
-    return f"torch.nn has no {module._fastseq_cell} among its cells"
+    return f"torch.nn has no {CELLS[module._fastseq_cell].called} among its cells"
 
 
 def begin_layer(module: Any, mode: str, *arguments: Any) -> None:
@@ -136,11 +136,10 @@ class DeclaredLayer(Declared, Recurrent, nn.RNNBase):
         learn_state: bool = False,
     ) -> None:
         cell = CELLS[self._fastseq_cell]
-        if proj_size and not (cell.can_project and cell.other_states):
-            name = type(self).__name__
-            raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
+        if proj_size:
+            self._fastseq_check_projection(cell)
         arguments = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        begin_layer(self, self._fastseq_cell.upper(), *arguments, proj_size)
+        begin_layer(self, cell.called.upper(), *arguments, proj_size)
 
         def shapes(width: int) -> dict[str, Any]:
             return self._fastseq_parameters(cell, bias, width, hidden_size, proj_size)
@@ -159,6 +158,12 @@ class DeclaredLayer(Declared, Recurrent, nn.RNNBase):
             init=init,
             learn_state=learn_state,
         )
+
+    def _fastseq_check_projection(self, cell: Cell) -> None:
+        """Raise ValueError where h cannot be projected, which torch.nn has for the LSTM alone."""
+        if not (cell.can_project and cell.other_states):
+            name = type(self).__name__
+            raise ValueError(f"proj_size argument is only supported for LSTM, not {name}")
 
     # torch.nn's own methods of an LSTM, for a subclass with a forward of its own
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

@@ -41,7 +41,7 @@ def gate_bias_(module: Any, gate: str, value: float = 0.0) -> Any:
     """
     cell = _cell_of(module)
     if gate not in cell.gates:
-        raise ValueError(f"{cell.name} has no gate {gate}; its gates are {', '.join(cell.gates)}")
+        raise ValueError(f"{cell.called} has no gate {gate}; its gates are {', '.join(cell.gates)}")
     for names in _ways(module):
         _set_bias(module, cell, names, gate, value)
     return module
@@ -73,10 +73,10 @@ def forget_gate_bias_(module: Any, value: float = 1.0) -> Any:
     )
     if "f" not in cell.gates:
         raise ValueError(
-            f"{cell.name} has no forget gate f; its gates are {', '.join(cell.gates)}{remedy}"
+            f"{cell.called} has no forget gate f; its gates are {', '.join(cell.gates)}{remedy}"
         )
     if kept.get("f") == -1:
-        raise ValueError(f"{cell.name} drops the state where its gate f is 1{remedy}")
+        raise ValueError(f"{cell.called} drops the state where its gate f is 1{remedy}")
     return gate_bias_(module, "f", value)
 
 
@@ -104,7 +104,7 @@ def chrono_(module: Any, max_steps: float, generator: torch.Generator | None = N
     cell = _cell_of(module)
     kept = keeping_gates(cell)
     if not kept:
-        raise ValueError(f"{cell.name} has no gate that keeps its state")
+        raise ValueError(f"{cell.called} has no gate that keeps its state")
     for names in _ways(module):
         for gate, sign in kept.items():
             weight = getattr(module, names["weight_ih"])
@@ -250,8 +250,8 @@ def _set_recurrent(module: Any, what: str, change: Callable[[Tensor], Any]) -> N
     cell = _cell_of(module)
     if not cell.recurrent_gates:
         raise ValueError(
-            f"{cell.name} has no recurrent matrix that could be {what}: its recurrent weights are "
-            "one number a unit; set these with torch.nn.init"
+            f"{cell.called} has no recurrent matrix that could be {what}: its recurrent weights "
+            "are one number a unit; set these with torch.nn.init"
         )
     for names in _ways(module):
         _write(module, names["weight_hh"], change, len(cell.recurrent_gates))

@@ -194,7 +194,7 @@ class LayerOptions(Options):
         self.__dict__.update(learn_state=check_learn_state(now, learn_state))
         if cell is not None:
             self.__dict__["states"] = cell.states
-            self.__dict__["diagonal"] = None if cell.products else cell.name
+            self.__dict__["diagonal"] = None if cell.products else cell.called
         self.__dict__["plain"] = not learn_state
         super().__init__(**values)
 

@@ -166,7 +166,8 @@ class Recurrent(learned.HasState, nn.Module):
             reset: (T, B) bool or None, (B, T) with ``batch_first``. True where a step begins a new
                 sequence: no state crosses from the step before, in either direction.
             all_states: also return, as a third value shaped like the output, the cell state of
-                every step of the last layer (LSTM).
+                every step of the last layer (LSTM), or a tuple of each state but h, where there
+                are several.
             row_ids: (B,) integers from 0 to 2^48 - 1 that name the sequences, of which the masks of
                 ``recurrent_dropout``, ``input_dropout`` and ``zoneout`` depend; their places in the
                 batch if None.
@@ -224,7 +225,9 @@ def call(
         stack.request = stack.request._replace(backend=backend)
     y, finals, along = run(stack)
     state = tuple(finals) if len(finals) > 1 else finals[0]
-    return (y, state, along[0]) if all_states else (y, state)
+    if not all_states:
+        return y, state
+    return y, state, tuple(along) if len(along) > 1 else along[0]
 
 
 def _is_torchs(
@@ -417,9 +420,11 @@ def _states(module: Any, hx: Any, batched: bool) -> list[Tensor]:
     else:
         if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
             kind = "batched 3-D" if batched else "unbatched 2-D"
+            wanted = "a pair" if len(names) == 2 else f"{len(names)} tensors"
+            wanted += f" ({', '.join(f'{name}_0' for name in names)})"
+            of = f"{rank}-D tensors" if len(names) == 2 else f"{rank}-D"
             raise RuntimeError(
-                f"For {kind} input, hx should be a pair (h_0, c_0) of {rank}-D tensors, "
-                f"got {described(hx)}"
+                f"For {kind} input, hx should be {wanted} of {of}, got {described(hx)}"
             )
         states = list(hx)
         for name, state in zip(names, states, strict=True):

@@ -25,7 +25,7 @@ from ..backends.contract import (
     Wanted,
     unflatten,
 )
-from ..cells import CELLS
+from ..cells import CELLS, named
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -152,7 +152,7 @@ def make_call(
         x,
         batch_sizes,
         states,
-        unflatten(CELLS[cell], weights),
+        unflatten(named(cell), weights),
         tuple(reverse),
         reset,
         h_mask,

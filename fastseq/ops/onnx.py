@@ -63,7 +63,7 @@ def reason_against(stack: Stack) -> str | None:
     """Why ONNX's operators do not serve; None if they do."""
     request = stack.request
     if request.cell not in STANDARDS:
-        return f"ONNX has no operator for {request.cell}"
+        return f"ONNX has no operator for {request.definition.called}"
     if request.projected:
         return "ONNX's LSTM has no projection (proj_size)"
     if not isinstance(stack.geometry, Dense):

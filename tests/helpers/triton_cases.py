@@ -260,17 +260,30 @@ def _call(cell, **options):
     reset = torch.zeros(2, 8, dtype=torch.bool)
     reset[:, 1] = True
     call = Call(cell, x, sizes, states, case.weights, (False, True), reset=reset)
+    if options.get("zoned"):
+        random = torch.Generator().manual_seed(2)
+        call.stay = [torch.rand(2, 8, s.shape[-1], generator=random) < 0.5 for s in states]
     return copy.copy(call)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+def test_zoneout_of_rows_with_padding(form):
+    """Where a mask lies depends on all rows, and is read of those before the padding."""
+    call = _call("lstm", zoned=True)
+    truth, ours = (load(name).forward(call, False, True) for name in ("eager", "triton"))
+    for a, b in zip((ours.y, *ours.states), (truth.y, *truth.states), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", [*CELLS, "lstm with zoneout"])
 def test_a_call_changes_nothing_and_repeats_its_bits(cell, form, monkeypatch):
     """NaN in all memory that is handed out shows in no output; rows of padding are zero; inputs
     and what was saved stay as they are; a second forward and backward give the same bits."""
     backend = load("triton")
     monkeypatch.setattr(torch, "empty", _full_of_nan(torch.empty))
-    call = _call(cell)
+    cell, _, zoned = cell.partition(" with ")
+    call = _call(cell, zoned=bool(zoned))
     given = [call.x, *call.states, *(w for ws in call.weights for w in ws.flat() if w is not None)]
+    given += call.stay
     before = [t.clone() for t in given]
     results = [backend.forward(call, True, True) for _ in range(2)]
     first = results[0]
