@@ -59,8 +59,8 @@ def launched(monkeypatch):
         for way in ("forward", "backward"):
             kernel_of = getattr(numba, f"{way}_kernel")
 
-            def kernel(cell, dtype, kernel_of=kernel_of, way=way):
-                return HeardKernel(kernel_of(cell, dtype), lambda run: spy(f"numba {way}", run))
+            def kernel(*which, kernel_of=kernel_of, way=way):
+                return HeardKernel(kernel_of(*which), lambda run: spy(f"numba {way}", run))
 
             monkeypatch.setattr(numba, f"{way}_kernel", kernel)
     for way in ("forward", "backward"):
@@ -118,7 +118,7 @@ def test_a_layer_runs_on_what_it_names(launched, backend, kind, way):
         pytest.skip("torch cannot reset a row")
     module = layer(kind, backend)
     train(LAYERS[way](module))
-    assert launched == expected(backend, way != "reset")
+    assert launched == expected(backend, True)
     assert all(p.grad is not None for p in module.parameters())
 
 

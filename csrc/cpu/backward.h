@@ -294,13 +294,13 @@ struct BackwardShare : Walk<T> {
       for (index u = u0; u < u1 && u < H; ++u) of[H + u] += of[u], of[u] = 0;
   }
 
-  FASTSEQ_INLINE void mask_tile(index b, int R, index p, int W) {
+  FASTSEQ_INLINE void mask_tile(index b, int R, index p, int W, T* tile) {
     if (!r.h_mask) return;
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < W; ++v) {
         const index u = (p * WIDEST + v) * L;
         const T* mask = r.h_mask + (place.first + b + i) * P + u;
-        T* at = tiles + (i * W + v) * L;
+        T* at = tile + (i * W + v) * L;
         store(at, load(at) * (P - u >= L ? load(mask) : load_part(mask, int(P - u))));
       }
   }
@@ -312,12 +312,16 @@ struct BackwardShare : Walk<T> {
     to_and_fro(place, s.t, s.alive == 1 ? TOGETHER_MOST : 1, [&](index first, index end) {
       for (index p = first; p < end; ++p) {
         const int W = unit_panels(H).blocks_of(p);
-        if (s.alive == 1 && panels.K && !nothing && !masks && W == WIDEST) {
+        if (s.alive == 1 && panels.K && !nothing && W == WIDEST) {
           const index whole = unit_panels(H).total_blocks() / WIDEST;
           const index last = end < whole ? end : whole;
           const int done = run_row<T, WIDEST>(pairs, last - p, row[0], w + panels.offset(p), panels.K,
                                               static_cast<const T*>(nullptr), tiles);
-          for (int i = 0; i < done; ++i) panel<PHASE>(s, 0, 1, p + i, W, tiles + i * WIDEST * L);
+          for (int i = 0; i < done; ++i) {
+            T* tile = tiles + i * WIDEST * L;
+            if (masks) mask_tile(0, 1, p + i, W, tile);
+            panel<PHASE>(s, 0, 1, p + i, W, tile);
+          }
           p += done - 1;
           continue;
         }
@@ -326,7 +330,7 @@ struct BackwardShare : Walk<T> {
           if (panels.K && !nothing) {
             run_tile(pairs, R, W, row + b, w + panels.offset(p), panels.K,
                      static_cast<const T*>(nullptr), tiles);
-            if (masks) mask_tile(b, R, p, W);
+            if (masks) mask_tile(b, R, p, W, tiles);
           } else {
             std::memset(tiles, 0, sizeof(T) * R * W * L);
           }
@@ -377,7 +381,7 @@ struct BackwardShare : Walk<T> {
                    static_cast<const T*>(nullptr), tiles);
         else
           std::memset(tiles, 0, sizeof(T) * R * W * L);
-        mask_tile(b, R, p, W);
+        mask_tile(b, R, p, W, tiles);
         for (int i = 0; i < R; ++i) {
           const index own = place.first + b + i, n = s.now.base + own;
           T* out = const_cast<T*>(second[b + i]);
@@ -433,7 +437,7 @@ struct BackwardShare : Walk<T> {
         const int R = rows_of_tile(b1 - b, tallest(W));
         run_tile(pairs, R, W, operand + (b - b0), w_hh[0] + panels.offset(p), panels.K,
                  static_cast<const T*>(nullptr), tiles);
-        mask_tile(b - place.first, R, p, W);
+        mask_tile(b - place.first, R, p, W, tiles);
         T* to[TALLEST];
         for (int i = 0; i < R; ++i) to[i] = d.dh + (b + i) * P + p * WIDEST * L;
         add_tile(tiles, R, W, P - p * WIDEST * L, to, true);
