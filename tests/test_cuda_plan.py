@@ -456,7 +456,7 @@ NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward")
             "gru_reset_before has 2 phases, and cuda's kernels run cells of one; choose triton",
         ),
         ({"projected": True, "P": 16}, "cuda's kernels project no h (proj_size=16); choose triton"),
-        ({"zoneout": (0.1, 0.1)}, "cuda's kernels have no zoneout; choose eager"),
+        ({"zoneout": (0.1, 0.1)}, "cuda's kernels have no zoneout"),
         (
             {"heads": 4},
             "cuda's kernels take one matrix w_hh, not 4 blocks on its diagonal; choose eager",

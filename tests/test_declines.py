@@ -194,7 +194,7 @@ def an_input(dtype=torch.float32):
     return torch.ones(T, B, I, dtype=dtype)
 
 
-ZONEOUT = "its loop hands the states on by itself, and zoneout blends them; choose eager"
+ZONEOUT = "its loop hands the states on by itself, and zoneout blends them"
 DETERMINISTIC = (
     "its bits may depend on the batch or the threads; deterministic=True takes native alone"
 )

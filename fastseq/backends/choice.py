@@ -175,7 +175,7 @@ def declines(module: Any, problem: Problem) -> str | None:
     """Why a backend's module does not run a problem, wherever it is; None if it does."""
     can = module.ABILITIES
     if problem.zoneout and not can.zoneout:
-        return "its loop hands the states on by itself, and zoneout blends them; choose eager"
+        return "its loop hands the states on by itself, and zoneout blends them"
     if problem.deterministic and not can.deterministic:
         return (
             "its bits may depend on the batch or the threads; deterministic=True takes native alone"

@@ -343,7 +343,7 @@ def _unlike(problem: Problem) -> str | None:
     if problem.projected:
         return f"cuda's kernels project no h (proj_size={problem.P}); choose triton"
     if problem.zoneout:
-        return "cuda's kernels have no zoneout; choose eager"
+        return "cuda's kernels have no zoneout"
     if problem.heads > 1:
         return (
             f"cuda's kernels take one matrix w_hh, not {problem.heads} blocks on its diagonal; "
