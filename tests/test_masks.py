@@ -137,6 +137,17 @@ def test_a_backend_draws_the_bits_of_torchs_operations(backend, threshold, units
 
 
 @pytest.mark.parametrize("backend", DRAWING)
+def test_a_word_that_is_the_threshold_is_kept(backend):
+    words = philox((0, 3, 1, 0), (SEED % WORD, SEED // WORD))
+    for unit, word in enumerate(words):
+        for threshold in (word, word + 1):
+            given = torch.tensor(SEED), [1], torch.tensor([3]), None, 4, threshold
+            found = load(backend).keep(*given)[0, 0, unit]
+            assert bool(found) == bool(masks.by_operations(*given)[0, 0, unit])
+            assert bool(found) == (threshold == word)
+
+
+@pytest.mark.parametrize("backend", DRAWING)
 def test_what_a_backend_does_not_draw(backend):
     """Whatever it declines torch's operations draw."""
     ids = torch.arange(8)

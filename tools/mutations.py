@@ -624,7 +624,7 @@ MUTATIONS = (
         "csrc/cpu/draw.h",
         "none + call.threshold",
         "none + call.threshold + 1",
-        ("tests/test_masks.py::test_a_backend_draws_the_bits_of_torchs_operations",),
+        ("tests/test_masks.py::test_a_word_that_is_the_threshold_is_kept",),
     ),
     # Zoneout, and stacks with options
     Mutation(
