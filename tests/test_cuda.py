@@ -231,7 +231,7 @@ def test_what_must_not_be_declined(cell, dtype):
         (problem(dtype=torch.float64), ["float64", "triton"]),
         (problem("gru_reset_before"), ["2 phases", "triton"]),
         (problem(projected=True, P=4), ["proj", "triton"]),
-        (problem(zoneout=(0.1, 0.1)), ["zoneout", "eager"]),
+        (problem(zoneout=(0.1, 0.1)), ["zoneout"]),
         (problem(mode="trace"), ["jit.trace"]),
         (problem(T=2**20, B=2**12), ["T=1048576", "4,294,967,296 rows", "split"]),
     ],

@@ -289,6 +289,18 @@ class Given(NamedTuple):
     stay: Sequence[Tensor | None] = ()
     part: tuple[float, ...] = ()
 
+    def tensors(self) -> list[Tensor | None]:
+        """All that there are, in one list."""
+        return [*self.dropout, *self.input_masks, self.reset, self.h_mask, *self.stay]
+
+    def map(self, function: Callable[[Any], Any]) -> Given:
+        """The same of each of :meth:`tensors`, in their order."""
+        dropout, input_masks = (tuple(map(function, of)) for of in self[:2])
+        reset, h_mask = function(self.reset), function(self.h_mask)
+        return Given(
+            dropout, input_masks, reset, h_mask, tuple(map(function, self.stay)), self.part
+        )
+
 
 NOTHING = Given()
 

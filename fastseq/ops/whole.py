@@ -151,18 +151,23 @@ class StackFunction(torch.autograd.Function):
         if out is None:
             raise Declined
         y, finals, saved = out
-        ctx.call = backend, request, given, of, 2 + n, 2 + len(tensors)
+        own: Sequence[Tensor | None] = ()
+        if given is not NOTHING:  # a graph that has let go of what it saved holds no masks either
+            own, given = given.tensors(), given.map(lambda _: None)
+        ctx.call = backend, request, given, of, 2 + n, 2 + len(tensors), len(own)
         ctx.set_materialize_grads(False)
-        # reset and h_mask are the caller's own: an edit before backward is found
-        ctx.save_for_backward(x, batch_sizes, *tensors, y, given.reset, given.h_mask, *saved)
+        ctx.save_for_backward(x, batch_sizes, *tensors, y, *own, *saved)
         return (y.clone() if request.editable else y, *finals)
 
     @staticmethod
     def backward(ctx, *grads):
-        (name, module), request, given, of, end, last = ctx.call
+        (name, module), request, given, of, end, last, count = ctx.call
         kept = ctx.saved_tensors
         x, batch_sizes, states, weights = kept[0], kept[1], kept[2:end], kept[end:last]
-        y, saved = kept[last], kept[last + 3 :]
+        y, saved = kept[last], kept[last + 1 + count :]
+        if count:
+            own = iter(kept[last + 1 :])
+            given = given.map(lambda _: next(own))
         need = ctx.needs_input_grad
         if all(g is None for g in grads):
             return (None,) * len(need)
