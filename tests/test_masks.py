@@ -777,3 +777,24 @@ def test_packed_in_order_takes_ids_in_order():
     dense = layer(x, row_ids=IDS, seed=SEED)[0]
     check_alike(y[:, 0], dense[:, 0])
     check_alike(y[:3, 1], dense[:3, 1])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("first", [False, True], ids=["time first", "batch first"])
+@pytest.mark.parametrize("rates", [*RATES, "zoneout"])
+def test_without_a_seed_a_layer_masks_as_with_the_one_it_draws(rates, first, training):
+    """A plain call goes the short way, one with a seed the long one; and where the short way is
+    found closed, as by a lazy negation, nothing was drawn."""
+    torch.manual_seed(0)
+    options = RATES.get(rates, {"zoneout": (0.3, 0.2)})
+    layer = fastseq.LSTM(I, H, num_layers=2, bidirectional=True, batch_first=first, **options)
+    layer.train(training)
+    x = torch.randn(T, B, I)
+    torch.manual_seed(SEED)
+    seed = torch.randint(2**63 - 1, ())
+    long = layer(x, seed=seed)
+    for given in (x, torch._neg_view(-x)):
+        torch.manual_seed(SEED)
+        y, (h, c) = layer(given)
+        for ours, theirs in ((y, long[0]), (h, long[1][0]), (c, long[1][1])):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -167,14 +167,13 @@ def _masked(
     states: Any,
     weights: tuple[Tensor, ...],
 ) -> Any | None:
-    """The same of a layer that masks; ``torch.get_rng_state`` is as it was where the answer is
-    None, so that the long way draws the same."""
+    """The same of a layer that masks. Where the answer is None nothing was drawn, so that the long
+    way draws the same."""
     if input.dim() != 3 or input.shape[2] != weights[0].shape[1]:
         return None
     first = request.order == BATCH_FIRST
-    x, request = (
-        (input.transpose(0, 1), request._replace(order=TIME_FIRST)) if first else (input, request)
-    )
+    x = input.transpose(0, 1) if first else input
+    request = request._replace(order=TIME_FIRST)
     before = torch.get_rng_state()
     given, weights = masks.given_plainly(request, rates, x, weights)
     out = _run(found, request, x, states, weights, False, given)
