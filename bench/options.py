@@ -1,7 +1,8 @@
 """What a layer's options cost beside the plain layer: ``python -m bench.options [--write]``.
 
 A training step, forward and backward, of layers of the same weights, in turn: one without options,
-one with each, one with all. The masks are drawn anew at every call.
+one with each, one with all. The masks are drawn anew at every call. With ``--device cuda`` the
+layers are triton's in bfloat16, and what is timed are replays of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import median
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 import fastseq
 
 from . import table
+from .gpu import timing
 from .measure import ROUNDS, in_turn
 from .pages import note, write
 
@@ -64,17 +67,25 @@ def call(layer: nn.Module, option: Option, x: Tensor, reset: Tensor, **given: An
 
 
 def training(layer: nn.Module, option: Option, x: Tensor, reset: Tensor, gradient: Tensor) -> None:
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
     outputs = call(layer, option, x, reset)
-    torch.autograd.backward(outputs, [gradient] * len(outputs))
+    torch.autograd.grad(outputs, [x, *layer.parameters()], [gradient] * len(outputs))
 
 
-def row(kind: str, backend: str, H: int, B: int, T: int, seconds: float) -> list[str]:
+def in_turn_as_graphs(calls: list[Callable[[], None]], seconds: float) -> list[float]:
+    """Medians, in seconds, as :func:`bench.measure.in_turn` on a GPU."""
+    recorded = dict(enumerate(timing.recorded(timing.warmed(each)) for each in calls))
+    samples = timing.in_turn(recorded, seconds / len(calls), lambda key: None)
+    return [median(samples[key]) / 1e3 for key in recorded]
+
+
+def row(kind: str, backend: str, device: str, H: int, B: int, T: int, seconds: float) -> list[str]:
     torch.manual_seed(0)
-    x, gradient = torch.randn(T, B, H, requires_grad=True), torch.randn(T, B, H)
-    make: Callable[..., nn.Module] = getattr(fastseq, kind)
-    plain, reset = make(H, H, backend=backend), begins(x)
+    on_gpu = device == "cuda"
+    given = {"device": device, "dtype": torch.bfloat16 if on_gpu else torch.float32}
+    near = {"rtol": 0.05, "atol": 0.05} if on_gpu else {"rtol": 1e-4, "atol": 1e-5}
+    x, gradient = torch.randn(T, B, H, requires_grad=True, **given), torch.randn(T, B, H, **given)
+    make: Callable[..., nn.Module] = partial(getattr(fastseq, kind), **given)
+    plain, reset = make(H, H, backend=backend), begins(x).to(device)
     timed = [partial(training, plain, Option(), x, reset, gradient)]
     for name, option in OPTIONS.items():
         layer, truth = (make(H, H, backend=way, **option.layer) for way in (backend, "eager"))
@@ -82,27 +93,30 @@ def row(kind: str, backend: str, H: int, B: int, T: int, seconds: float) -> list
             module.load_state_dict(plain.state_dict())
         few = x.detach()[:4], begins(x[:4])
         found = zip(*(call(m, option, *few, seed=1) for m in (layer, truth)), strict=True)
-        if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in found):
+        if not all(torch.allclose(*pair, **near) for pair in found):
             raise ValueError(f"{name}: {kind} of {backend} computes something else")
         timed.append(partial(training, layer, option, x, reset, gradient))
-    base, *times = in_turn(timed, seconds)
+    base, *times = (in_turn_as_graphs if on_gpu else in_turn)(timed, seconds)
     line = [f"{kind} T{T} B{B} H{H}", backend, f"{1e3 * base:.3g}"]
     return [*line, *(f"{t / base:.2f}" for t in times)]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.options", description=__doc__)
-    parser.add_argument("--backends", default="native numba")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backends", help="default: native numba; on a GPU: triton")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="what a row takes")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    on_gpu = options.device == "cuda"
+    backends = (options.backends or ("triton" if on_gpu else "native numba")).split()
     found = []
     for kind in KINDS:
         for shape in SHAPES:
-            for backend in options.backends.split():
-                found.append(row(kind, backend, *shape, options.seconds))
+            for backend in backends:
+                found.append(row(kind, backend, options.device, *shape, options.seconds))
                 print("  ".join(found[-1]), flush=True)
     how = (
         f"Medians of at least {ROUNDS} rounds in turn, float32, I = H; times over the plain one's."

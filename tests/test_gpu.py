@@ -22,7 +22,7 @@ import fastseq
 from fastseq.backends import choice, load
 from fastseq.backends.contract import Problem
 from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS
-from fastseq.cells import CELLS
+from fastseq.cells import CELLS, unregister
 from fastseq.ops import masks, whole
 from fastseq.ops.stack import problem
 
@@ -820,6 +820,67 @@ def test_zoneout_gives_the_same_bits_again_and_in_a_stack(form, H, monkeypatch):
         assert all(map(same_bits, stack, found()))
         monkeypatch.setattr(whole, "run", lambda *call, **given: None)
         assert all(map(same_bits, stack, found()))
+
+
+# A user's own cell, and stacks
+
+
+@pytest.fixture(scope="module")
+def own():
+    """Two phases, two states, a gate without a product, numbers, quotients and a unit parameter."""
+
+    @fastseq.cell
+    def OnDevice(a_f, x_n, x_z, c_prev, h_prev, u):
+        f = sigmoid(a_f) / (2 + exp(-u))  # noqa: F821
+        c = f * c_prev + (1 - f) * tanh(x_z)  # noqa: F821
+        n = tanh(x_n + U_n(c) + maximum(x_z, 0.1))  # noqa: F821
+        h = h_prev + f * (n - h_prev)
+        return h, c
+
+    yield OnDevice
+    unregister(OnDevice.definition.name)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form, H", OF_TRITON)
+def test_a_users_cell(own, form, H, dtype):
+    """Against the same equations in float64, as operations of torch on the CPU."""
+    torch.manual_seed(0)
+    same = own(16, H, backend="eager", dtype=DTYPES[dtype])
+    given = {"lengths": torch.tensor([6, 1, 4, 0, 6]), "reset": torch.rand(6, 5) < 0.3}
+    truth = copy.deepcopy(same).double()
+    ours = own(16, H, backend="triton", dtype=DTYPES[dtype], device="cuda")
+    ours.load_state_dict(same.state_dict())
+    x = torch.randn(6, 5, 16, generator=_random()).to(DTYPES[dtype])
+
+    def call(module, x):
+        return module(x, **{name: value.to(x.device) for name, value in given.items()})
+
+    with as_form(form):
+        mine = values(ours, x.cuda(), call)
+    exact = values(truth, x.double(), call)
+    check_all(mine, values(same, x, call), exact, x.dtype, f"own cell {form}")
+
+
+@pytest.mark.parametrize("connections", ["plain", "residual", "highway"])
+def test_a_stack_of_kinds(connections):
+    """By the kernels of the device, against float64 on the CPU."""
+    torch.manual_seed(0)
+    layers = [fastseq.LSTM(16, 64), fastseq.LSTM(64, 64), fastseq.GRU(64, 200)]
+    reverse = [fastseq.GRU(16, 64), fastseq.RNN(64, 64), fastseq.RNN(64, 64)]
+    same = fastseq.Stacked(layers, reverse=reverse, connections=connections).bfloat16()
+    truth, ours = copy.deepcopy(same).double(), copy.deepcopy(same).cuda()
+    lengths = torch.tensor([6, 1, 4, 0, 6])
+    x = torch.randn(6, 5, 16, generator=_random()).bfloat16()
+    found = []
+    for module, given in ((ours, x.cuda()), (same, x), (truth, x.double())):
+        y, *_ = module(given.requires_grad_(), lengths=lengths)
+        parameters = dict(module.named_parameters())
+        grads = torch.autograd.grad(y.sum(), [given, *parameters.values()])
+        named = zip(("y", "dx", *parameters), (y, *grads), strict=True)
+        found.append({name: value.detach().cpu() for name, value in named})
+    check_all(*found, x.dtype, f"stack, {connections}")
 
 
 def test_left_to_us_zoneout_runs_on_triton():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .budget import Clock
 from .machine import tool
-from .points import CONTENDERS, contender
+from .points import CONTENDERS, CTA, contender
 from .testing import ROOT, _apart, _end, environment
 
 #: How compute-sanitizer ends where it found something.
@@ -39,28 +39,45 @@ CHECKS = [
 SIZES = {"cta": 64, "walk": 64, "grid-resident": 256, "grid": 200, "step": 200}
 
 
+class Case(NamedTuple):
+    """A layer and a batch of it. B: more than a multiprocessor's share, where it is large."""
+
+    cell: str
+    type: str
+    H: int
+    B: int = 5
+    zoneout: float = 0.0
+
+
+def cases(form: str) -> list[Case]:
+    """What runs under the sanitizer."""
+    H = SIZES[form]
+    found = [Case("LSTM", "bfloat16", H), Case("GRU", "bfloat16", H), Case("LSTM", "float32", H)]
+    if form == CTA:
+        return [*found, Case("RNN", "float16", 128, 512), Case("LSTM", "float16", 32, 512)]
+    return [*found, Case("LSTM", "bfloat16", H, zoneout=0.2)]
+
+
 def exercise(form: str) -> None:
-    """What runs under the sanitizer: an LSTM and a GRU in bfloat16 and an LSTM in TF32, forward and
-    backward, on sequences of one length and of several."""
+    """Forward and backward, on sequences of one length and of several; float32 in TF32."""
     import torch
 
     import fastseq
 
     from . import forms
 
-    H = SIZES[form]
-    cases = [("LSTM", torch.bfloat16), ("GRU", torch.bfloat16), ("LSTM", torch.float32)]
-    for name, dtype in cases:
+    for case in cases(form):
         with forms.precision("tf32"), forms.as_form(form), forms.short_patience():
             torch.manual_seed(0)
-            given = {"device": "cuda", "dtype": dtype, "backend": contender(form)}
-            layer = getattr(fastseq, name)(24, H, **given)
-            x = torch.randn(4, 5, 24, device="cuda", dtype=dtype, requires_grad=True)
-            for lengths in (None, torch.tensor([4, 1, 3, 2, 4])):
+            given = {"device": "cuda", "dtype": getattr(torch, case.type)}
+            options = {"backend": contender(form), "zoneout": case.zoneout}
+            layer = getattr(fastseq, case.cell)(24, case.H, **given, **options)
+            x = torch.randn(4, case.B, 24, requires_grad=True, **given)
+            for lengths in (None, torch.arange(case.B) * 3 % 4 + 1):
                 y = layer(x, lengths=lengths)[0]
                 y.float().sum().backward()
         torch.cuda.synchronize()
-        print(f"{name} {dtype} {form}: ran", flush=True)
+        print(f"{case} {form}: ran", flush=True)
 
 
 def command(sanitizer: str, check: Check, preload: str | None) -> list[str]:
