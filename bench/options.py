@@ -53,7 +53,8 @@ OPTIONS["all"] = Option(
 
 def begins(x: Tensor) -> Tensor:
     """(T, B): every 16th step begins a new sequence."""
-    return (torch.arange(x.shape[0]) % 16 == 15)[:, None].repeat(1, x.shape[1])
+    steps = torch.arange(x.shape[0], device=x.device)
+    return (steps % 16 == 15)[:, None].repeat(1, x.shape[1])
 
 
 def call(layer: nn.Module, option: Option, x: Tensor, reset: Tensor, **given: Any) -> list[Tensor]:
@@ -85,7 +86,7 @@ def row(kind: str, backend: str, device: str, H: int, B: int, T: int, seconds: f
     near = {"rtol": 0.05, "atol": 0.05} if on_gpu else {"rtol": 1e-4, "atol": 1e-5}
     x, gradient = torch.randn(T, B, H, requires_grad=True, **given), torch.randn(T, B, H, **given)
     make: Callable[..., nn.Module] = partial(getattr(fastseq, kind), **given)
-    plain, reset = make(H, H, backend=backend), begins(x).to(device)
+    plain, reset = make(H, H, backend=backend), begins(x)
     timed = [partial(training, plain, Option(), x, reset, gradient)]
     for name, option in OPTIONS.items():
         layer, truth = (make(H, H, backend=way, **option.layer) for way in (backend, "eager"))

@@ -787,6 +787,13 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
     assert not passed and text == "11 clean; found something: racecheck walk"
     assert "sanitize: racecheck walk: FOUND something" in said
     assert "--exercise grid-resident --preload tests.helpers.fake_gpu" in log.read_text()
+    race = "echo 'Error: Race reported between Read access at {}+0xaf0'\n"
+    race += "echo '    and Write access at {}+0x29b0 [16 hazards]'\n"
+    for kernels, right in ((("nvjet_sm90_h",) * 2, True), (("nvjet_sm90_h", "lstm_walk"), False)):
+        script = 'case "$*" in *racecheck*cta*)\n' + race.format(*kernels) + "exit 9;; esac"
+        passed, text = answers(script)
+        assert passed is right and ("found something: racecheck cta" in text) is not right
+        assert answers(script.replace("racecheck", "initcheck"))[0] is False
     passed, text = answers('case "$*" in *initcheck*) sleep 60;; *synccheck*) exit 5;; esac')
     names = "synccheck cta, initcheck cta, synccheck grid-resident, initcheck walk"
     assert passed and text == f"8 clean; without a verdict: {names}"
