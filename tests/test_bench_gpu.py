@@ -786,7 +786,11 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
     passed, text = answers('case "$*" in *racecheck*step*|*racecheck*walk*) exit 9;; esac')
     assert not passed and text == "11 clean; found something: racecheck walk"
     assert "sanitize: racecheck walk: FOUND something" in said
-    assert "--exercise grid-resident --preload tests.helpers.fake_gpu" in log.read_text()
+    text = log.read_text()
+    assert "memcheck --error-exitcode 9" in text and "--exercise cta --preload" in text
+    assert "--exercise grid-resident --preload tests.helpers.fake_gpu" in text
+    odd = [line for line in text.splitlines() if "initcheck" in line and "checked" in line]
+    assert len(odd) == 2 and all("-odd --preload" in line for line in odd)
     race = "echo 'Error: Race reported between Read access at {}+0xaf0'\n"
     race += "echo '    and Write access at {}+0x29b0 [16 hazards]'\n"
     for kernels, right in ((("nvjet_sm90_h",) * 2, True), (("nvjet_sm90_h", "lstm_walk"), False)):

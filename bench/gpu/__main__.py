@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "--start", choices=("fork", "spawn"), default="fork", help="how children start"
     )
     found.add_argument("--preload", help="a module that every process imports first")
-    found.add_argument("--exercise", choices=sanitize.SIZES, help=argparse.SUPPRESS)
+    found.add_argument("--exercise", choices=sanitize.EXERCISES, help=argparse.SUPPRESS)
     return found
 
 

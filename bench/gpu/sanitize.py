@@ -25,10 +25,14 @@ FOUND = 9
 
 
 class Check(NamedTuple):
-    """tool: of compute-sanitizer. form: what runs under it, see :func:`exercise`."""
+    """tool: of compute-sanitizer. form: what runs under it."""
 
     tool: str
     form: str
+
+    @property
+    def exercise(self) -> str:
+        return self.form + (ODD if self.tool == "initcheck" else "")
 
 
 CHECKS = [
@@ -41,11 +45,13 @@ CHECKS = [
 #: The kernels that a report names, and those of them that are cuBLAS'.
 PLACES = re.compile(r"\bat (.+?)\+0x[0-9a-f]+")
 CUBLAS = re.compile("nvjet_|cublas|cutlass")
-#: The width of the input. At one that is divided by 8 cuBLAS writes x W_ih^T by TMA in 16 bits, of
-#: which initcheck knows nothing: it takes what is read afterwards for memory that nobody wrote.
-INPUT = 25
 #: The hidden size that takes a form.
 SIZES = {"cta": 64, "walk": 64, "grid-resident": 256, "grid": 200, "step": 200}
+#: What an odd size is named. Where eight divides the widths, cuBLAS writes a product in 16 bits by
+#: TMA, of which initcheck knows nothing: it takes the product for memory that nobody wrote, in
+#: torch's own layers too.
+ODD = "-odd"
+EXERCISES = [form + odd for form in SIZES for odd in ("", ODD)]
 
 
 class Case(NamedTuple):
@@ -58,30 +64,33 @@ class Case(NamedTuple):
     zoneout: float = 0.0
 
 
-def cases(form: str) -> list[Case]:
-    """What runs under the sanitizer."""
-    H = SIZES[form]
+def cases(form: str, less: int = 0) -> list[Case]:
+    """What runs under the sanitizer. less: of units."""
+    H = SIZES[form] - less
     found = [Case("LSTM", "bfloat16", H), Case("GRU", "bfloat16", H), Case("LSTM", "float32", H)]
     if form == CTA:
-        return [*found, Case("RNN", "float16", 128, 512), Case("LSTM", "float16", 32, 512)]
+        many = [Case("RNN", "float16", 128 - less, 512), Case("LSTM", "float16", 32 - less, 512)]
+        return found + many
     return [*found, Case("LSTM", "bfloat16", H, zoneout=0.2)]
 
 
-def exercise(form: str) -> None:
-    """Forward and backward, on sequences of one length and of several; float32 in TF32."""
+def exercise(name: str) -> None:
+    """Of a form's cases forward and backward, on sequences of one length and of several; float32 in
+    TF32. name: a form, or one with :data:`ODD` behind."""
     import torch
 
     import fastseq
 
     from . import forms
 
-    for case in cases(form):
+    form, less = name.removesuffix(ODD), int(name.endswith(ODD))
+    for case in cases(form, less):
         with forms.precision("tf32"), forms.as_form(form), forms.short_patience():
             torch.manual_seed(0)
             given = {"device": "cuda", "dtype": getattr(torch, case.type)}
             options = {"backend": contender(form), "zoneout": case.zoneout}
-            layer = getattr(fastseq, case.cell)(INPUT, case.H, **given, **options)
-            x = torch.randn(4, case.B, INPUT, requires_grad=True, **given)
+            layer = getattr(fastseq, case.cell)(24 + less, case.H, **given, **options)
+            x = torch.randn(4, case.B, 24 + less, requires_grad=True, **given)
             for lengths in (None, torch.arange(case.B) * 3 % 4 + 1):
                 y = layer(x, lengths=lengths)[0]
                 y.float().sum().backward()
@@ -91,7 +100,7 @@ def exercise(form: str) -> None:
 
 def command(sanitizer: str, check: Check, preload: str | None) -> list[str]:
     found = [sanitizer, "--tool", check.tool, "--error-exitcode", str(FOUND), sys.executable]
-    found += ["-m", "bench.gpu", "--exercise", check.form]
+    found += ["-m", "bench.gpu", "--exercise", check.exercise]
     return found + (["--preload", preload] if preload else [])
 
 
