@@ -29,59 +29,81 @@ FASTSEQ_INLINE Words multiply(Words a, Words b) {
 #endif
 }
 
-// The counters of COUNT vectors of blocks, from `block` on, and what is kept of the units of each: four
-// bytes a block.
-template <int COUNT>
-FASTSEQ_INLINE void draw(const DrawCall& call, index block, uint32_t id, uint32_t site, uint32_t step,
-                         uint8_t* out) {
-  constexpr int L = FASTSEQ_VECTOR_BYTES / 8;
+FASTSEQ_INLINE Words xor_of(Words a, Words b, Words c) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+// A vector's units: four for each of its counters, from `block` on, of one row of one site. Those of
+// the first `count` are asked for.
+struct Piece {
+  uint32_t block, id, site, step;
+  uint8_t* out;
+  index count;
+};
+
+// So many at once hide what a product makes the next one wait, whatever rows they are of.
+constexpr int TOGETHER = 4;
+constexpr index WIDTH = FASTSEQ_VECTOR_BYTES / 2;
+
+// What is kept of the units of TOGETHER pieces, a byte each.
+inline void draw(const DrawCall& call, const Piece* pieces) {
+  typedef int64_t Signed __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   const Words none{}, first = none + 0xD2511F53u, second = none + 0xCD9E8D57u;
-  Words lane, c[COUNT][4];
-  for (int l = 0; l < L; ++l) lane[l] = static_cast<uint64_t>(l);
-  for (int v = 0; v < COUNT; ++v) {
-    c[v][0] = lane + static_cast<uint64_t>(block + v * L);
-    c[v][1] = none + id, c[v][2] = none + site, c[v][3] = none + step;
+  Words lane, c[TOGETHER][4];
+  for (index l = 0; l < WIDTH / 4; ++l) lane[l] = static_cast<uint64_t>(l);
+  for (int v = 0; v < TOGETHER; ++v) {
+    c[v][0] = lane + pieces[v].block, c[v][1] = none + pieces[v].id;
+    c[v][2] = none + pieces[v].site, c[v][3] = none + pieces[v].step;
   }
   uint32_t k_0 = call.key[0], k_1 = call.key[1];
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round, k_0 += 0x9E3779B9u, k_1 += 0xBB67AE85u)
 #pragma GCC unroll 4
-    for (int v = 0; v < COUNT; ++v) {
+    for (int v = 0; v < TOGETHER; ++v) {
       const Words p = multiply(c[v][0], first), q = multiply(c[v][2], second);
-      c[v][0] = (q >> 32) ^ c[v][1] ^ (none + k_0), c[v][2] = (p >> 32) ^ c[v][3] ^ (none + k_1);
+      c[v][0] = xor_of(q >> 32, c[v][1], none + k_0), c[v][2] = xor_of(p >> 32, c[v][3], none + k_1);
       c[v][1] = q, c[v][3] = p;
     }
-  const Words threshold = none + call.threshold;
-  for (int v = 0; v < COUNT; ++v) {
-    Words kept{};  // a difference below zero has its highest bit
-    for (int w = 0; w < 4; ++w) kept |= (((c[v][w] & 0xffffffffu) - threshold) >> 63 ^ 1) << 8 * w;
+  const Signed least = (Signed)(none + call.threshold);
+  for (int v = 0; v < TOGETHER; ++v) {
+    Words kept{};
+    for (int w = 0; w < 4; ++w) {
+      const Words bit = none + (uint64_t(1) << 8 * w);
+      kept |= (Words)((Signed)(c[v][w] & 0xffffffffu) >= least) & bit;
+    }
     const Halves bytes = __builtin_convertvector(kept, Halves);
-    std::memcpy(out + v * sizeof bytes, &bytes, sizeof bytes);
+    std::memcpy(pieces[v].out, &bytes, pieces[v].count < WIDTH ? pieces[v].count : WIDTH);
   }
 }
 
 // The rows, of all sites one behind the other, that thread `id` of `count` draws.
 inline void draw_masks(const DrawCall& call, int id, int count) {
-  constexpr int TOGETHER = 4;
-  constexpr index WIDTH = TOGETHER * FASTSEQ_VECTOR_BYTES / 2;  // units
+  uint8_t nowhere[WIDTH];
+  Piece pieces[TOGETHER];
+  int waiting = 0;
   const index all = call.sites * call.rows;
   for (index n = all * id / count; n < all * (id + 1) / count; ++n) {
     const index row = n % call.rows;
     const uint64_t name = static_cast<uint64_t>(call.ids[row]);
-    const uint32_t site =
+    Piece piece{};
+    piece.id = static_cast<uint32_t>(name);
+    piece.site =
         static_cast<uint32_t>(call.site[n / call.rows]) | static_cast<uint32_t>(name >> 32) << 16;
-    const uint32_t step = call.steps ? static_cast<uint32_t>(call.steps[row]) : 0;
-    uint8_t* out = call.out + n * call.units;
-    index u = 0;
-    for (; u + WIDTH <= call.units; u += WIDTH)
-      draw<TOGETHER>(call, u / 4, static_cast<uint32_t>(name), site, step, out + u);
-    constexpr index ONE = FASTSEQ_VECTOR_BYTES / 2;
-    for (; u < call.units; u += ONE) {
-      uint8_t part[ONE];
-      draw<1>(call, u / 4, static_cast<uint32_t>(name), site, step, part);
-      std::memcpy(out + u, part, call.units - u < ONE ? call.units - u : ONE);
+    piece.step = call.steps ? static_cast<uint32_t>(call.steps[row]) : 0;
+    for (index u = 0; u < call.units; u += WIDTH) {
+      piece.block = static_cast<uint32_t>(u / 4);
+      piece.out = call.out + n * call.units + u, piece.count = call.units - u;
+      pieces[waiting++] = piece;
+      if (waiting == TOGETHER) draw(call, pieces), waiting = 0;
     }
   }
+  if (!waiting) return;
+  for (int v = waiting; v < TOGETHER; ++v) pieces[v] = {0, 0, 0, 0, nowhere, WIDTH};
+  draw(call, pieces);
 }
 
 }  // namespace FASTSEQ_ISA

@@ -104,17 +104,31 @@ FASTSEQ_INLINE void store_part(T* p, Vec<T> v, int n) {
 }
 #endif
 
-// n flags of a byte each, 0 or 1, as lanes of no bits or all; the other lanes have none.
+// n flags of a byte each, 0 or 1, as lanes to choose by; the other lanes have none. By instructions
+// where there are some: __builtin_convertvector of so few bytes goes through a register for each.
 template <class T>
 FASTSEQ_INLINE auto load_flags(const uint8_t* p, int n) {
   typedef typename Integer<T>::type Lanes __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  int8_t bytes[16] = {};
+  const void* from = p;
+  if (n < LANES<T>) from = std::memcpy(bytes, p, n);
+#if defined(__AVX512F__)
+  const __m128i* flags = static_cast<const __m128i*>(from);
+  if (sizeof(T) == 8) return (Lanes)_mm512_maskz_cvtepi8_epi64(0xff, _mm_loadl_epi64(flags));
+  return (Lanes)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(flags));
+#elif defined(__AVX2__)
+  if (sizeof(T) == 8) {
+    int four;
+    std::memcpy(&four, from, sizeof four);
+    return (Lanes)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(four));
+  }
+  return (Lanes)_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+#else
   typedef int8_t Bytes __attribute__((vector_size(LANES<T>)));
-  Bytes bytes{};
-  if (n == LANES<T>)
-    std::memcpy(&bytes, p, sizeof bytes);
-  else
-    std::memcpy(&bytes, p, n);
-  return -__builtin_convertvector(bytes, Lanes);
+  Bytes loaded;
+  std::memcpy(&loaded, from, sizeof loaded);
+  return __builtin_convertvector(loaded, Lanes);
+#endif
 }
 
 // a * b + c, rounded once where the instruction set can.

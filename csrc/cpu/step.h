@@ -190,7 +190,10 @@ struct Walk {
   // What of it W_hh multiplies: all, or what the mask leaves, which `masked` takes.
   FASTSEQ_INLINE const T* multiplied(const T* h, index own, T* masked) const {
     if (!r.h_mask) return h;
-    for (index i = 0; i < P; ++i) masked[i] = h[i] * r.h_mask[own * P + i];
+    const T* mask = r.h_mask + own * P;
+    each_vector<T>(0, P, [&](index u, int n) {
+      store_units(masked + u, load_units(h + u, n) * load_units(mask + u, n), n);
+    });
     return masked;
   }
 };

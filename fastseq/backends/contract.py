@@ -289,17 +289,18 @@ class Given(NamedTuple):
     stay: Sequence[Tensor | None] = ()
     part: tuple[float, ...] = ()
 
-    def tensors(self) -> list[Tensor | None]:
-        """All that there are, in one list."""
-        return [*self.dropout, *self.input_masks, self.reset, self.h_mask, *self.stay]
+    def taken(self) -> tuple[list[Tensor | None], tuple[Any, ...]]:
+        """All tensors that there are, and what :func:`given_again` makes the same of them by."""
+        tensors = [*self.dropout, *self.input_masks, *self.stay, self.reset, self.h_mask]
+        return tensors, (len(self.dropout), len(self.input_masks), self.part)
 
-    def map(self, function: Callable[[Any], Any]) -> Given:
-        """The same of each of :meth:`tensors`, in their order."""
-        dropout, input_masks = (tuple(map(function, of)) for of in self[:2])
-        reset, h_mask = function(self.reset), function(self.h_mask)
-        return Given(
-            dropout, input_masks, reset, h_mask, tuple(map(function, self.stay)), self.part
-        )
+
+def given_again(tensors: Sequence[Any], by: tuple[Any, ...]) -> Given:
+    """The same as :meth:`Given.taken` took apart."""
+    a, b, part = by
+    reset, h_mask = tensors[-2:]
+    masks, stay = tensors[a : a + b], tensors[a + b : -2]
+    return Given(tuple(tensors[:a]), tuple(masks), reset, h_mask, tuple(stay), part)
 
 
 NOTHING = Given()

@@ -172,8 +172,9 @@ def _masked(
     if input.dim() != 3 or input.shape[2] != weights[0].shape[1]:
         return None
     first = request.order == BATCH_FIRST
-    x = input.transpose(0, 1) if first else input
-    request = request._replace(order=TIME_FIRST)
+    x = input
+    if first:
+        x, request = input.transpose(0, 1), request._replace(order=TIME_FIRST)
     before = torch.get_rng_state()
     given, weights = masks.given_plainly(request, rates, x, weights)
     out = _run(found, request, x, states, weights, False, given)

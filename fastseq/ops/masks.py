@@ -137,6 +137,36 @@ class Rates(NamedTuple):
     weight_dropout: float = 0.0
     zoneout: tuple[float, ...] = ()
 
+    @property
+    def drop(self) -> bool:
+        """Whether any of the dropouts does."""
+        return any(self[:3])
+
+
+class Zoned(NamedTuple):
+    """States that stay at one rate and have one size, and the sites of their masks."""
+
+    states: tuple[int, ...]
+    sites: tuple[int, ...]
+    size: int
+    rate: float
+
+
+def _zoned(
+    rates: Sequence[float], layers: Sequence[int], directions: int, sizes: Sequence[int]
+) -> list[Zoned]:
+    places = [(layer, d) for layer in layers for d in range(directions)]
+    found = []
+    for size, rate in sorted(set(zip(sizes, rates, strict=True))):
+        states = [k for k, of in enumerate(zip(sizes, rates, strict=True)) if of == (size, rate)]
+        sites = [site(ZONEOUT + k, *place) for k in states for place in places]
+        if rate:
+            found.append(Zoned(tuple(states), tuple(sites), size, rate))
+    return found
+
+
+_known_zoned = lru_cache(maxsize=256)(_zoned)
+
 
 def stays(
     zoneout: Zoneout | None,
@@ -151,29 +181,21 @@ def stays(
         return [], ()
     if zoneout.seed is None:
         return [], zoneout.rates
-    B = zoneout.ids.shape[0]
+    ids, zoned = zoneout.ids, _zoned
+    B = x.shape[1] if ids is None else ids.shape[0]
     if batch_sizes is not None:
         step, sequence = (p.to(x.device) for p in packed_positions(batch_sizes, x.shape[0], B))
-    elif modes.is_ordinary(x, zoneout.ids) and x.is_cpu and x.shape[0] * B <= _KEPT:
+    elif x.is_cpu and x.shape[0] * B <= _KEPT and modes.is_ordinary(x, zoneout.seed):
         step, sequence = _kept_positions(x.shape[0], B)
+        zoned = _known_zoned
     else:
         step, sequence = _positions(x.shape[0], B, x.device)
-    ids = zoneout.ids.index_select(0, sequence)
-
-    def drawn(states: Sequence[int]) -> Sequence[Tensor]:
-        """Of states of one size and rate."""
-        places = [(layer, d) for layer in layers for d in range(directions)]
-        sites = [site(ZONEOUT + k, *place) for k in states for place in places]
-        first = states[0]
-        kept = _keep(zoneout.seed, sites, ids, step, sizes[first], zoneout.rates[first])
-        return kept.bitwise_not_().unflatten(0, (len(states), len(places))).unbind(0)
-
+    rows = sequence if ids is None else ids.index_select(0, sequence)
     stay: list[Tensor | None] = [None] * len(sizes)
-    for alike in sorted(set(zip(sizes, zoneout.rates, strict=True))):
-        states = [k for k, s in enumerate(zip(sizes, zoneout.rates, strict=True)) if s == alike]
-        if alike[1]:
-            for k, one in zip(states, drawn(states), strict=True):
-                stay[k] = one
+    for states, sites, size, rate in zoned(zoneout.rates, layers, directions, sizes):
+        kept = _keep(zoneout.seed, sites, rows, step, size, rate)
+        for k, one in zip(states, kept.bitwise_not_().chunk(len(states)), strict=True):
+            stay[k] = one
     return stay, ()
 
 
@@ -192,9 +214,21 @@ def _kept_positions(T: int, B: int) -> tuple[Tensor, Tensor]:
     return _positions(T, B, "cpu")
 
 
+def _in_order(count: int, like: Tensor) -> Tensor:
+    """The names of so many rows, that are plainly numbered."""
+    if like.is_cpu and count <= _KEPT and modes.is_ordinary(like):
+        return _kept_positions(1, count)[1]
+    return torch.arange(count, device=like.device)
+
+
 def site(kind: int, layer: int, direction: int = 0) -> int:
     """The counter's word for what is masked, 16 bits."""
     return kind | direction << 3 | layer << 4
+
+
+def _sites(kind: int, layers: int, directions: int) -> list[int]:
+    """Of all layers and directions."""
+    return [site(kind, layer, d) for layer in range(layers) for d in range(directions)]
 
 
 def seed_of_call(training: bool, seed: Tensor | int | None, like: Tensor) -> Tensor | None:
@@ -236,15 +270,17 @@ def given_plainly(
 ) -> tuple[Given, tuple[Tensor, ...]]:
     """What a plain call of x (T, B, I) is given, and its weights: as :func:`apply` masks a stack,
     with a seed of the call."""
-    ids = torch.arange(x.shape[1], device=x.device)
     _, H, P = sizes_of(weights, request.definition)
-    seed = seed_of_call(request.training, None, ids)
+    seed = seed_of_call(request.training, None, x)
     h_mask, input_masks, masked = None, None, weights
-    if seed is not None:
+    if seed is not None and rates.drop:
+        ids = _in_order(x.shape[1], x)
         h_mask, input_masks, own = _drawn(request, rates, seed, ids, weights, P, x.dtype)
         masked = tuple(own)
-    zoneout = Zoneout(rates.zoneout, seed, ids) if rates.zoneout else None
-    sizes = [P, *[H] * len(request.definition.other_states)]
+    if not rates.zoneout:
+        return Given((), tuple(input_masks or ()), None, h_mask), masked
+    zoneout = Zoneout(rates.zoneout, seed, None)
+    sizes = (P, *(H,) * len(request.definition.other_states))
     stay, part = stays(zoneout, range(request.layers), request.directions, x, None, sizes)
     return Given((), tuple(input_masks or ()), None, h_mask, tuple(stay), part), masked
 
@@ -259,11 +295,9 @@ def _drawn(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Sequence[Tensor] | None, Sequence[Tensor]]:
     """The mask of h and those of the layers' inputs, where there are, and the weights, masked."""
-    D = request.directions
-    every = [(layer, d) for layer in range(request.layers) for d in range(D)]
     h_mask, input_masks = None, None
     if p := rates.recurrent_dropout:
-        sites = [site(RECURRENT, *place) for place in every]
+        sites = _sites(RECURRENT, request.layers, request.directions)
         h_mask = _scaled(_keep(seed, sites, ids, None, P, p), p, dtype)
     if p := rates.input_dropout:
         input_masks = [
@@ -272,9 +306,9 @@ def _drawn(
         ]
     if p := rates.weight_dropout:
         given = ways(request, weights)
-        sites = [site(WEIGHT, *place) for place in every]
+        sites = _sites(WEIGHT, request.layers, request.directions)
         w_hh: list[Any] = [way.w_hh for way in given]
-        rows = torch.arange(w_hh[0].shape[0], device=ids.device)
+        rows = _in_order(w_hh[0].shape[0], ids)
         masks = _scaled(_keep(seed, sites, rows, None, P, p), p, w_hh[0].dtype)
         masked = [
             way._replace(w_hh=w * mask)
@@ -310,4 +344,4 @@ def _draw_seed(like: Tensor) -> Tensor:
 
 def _scaled(kept: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """What is kept, times 1 / (1 - p)."""
-    return kept.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
+    return kept.to(dtype).mul_(1 / (1 - p) if p < 1 else 0.0)

@@ -159,7 +159,7 @@ def _to_rows(stack: Stack) -> None:
         stack.h_mask = geometry.sorted(stack.h_mask, 1)
     if stack.input_masks is not None:
         stack.input_masks = [geometry.sorted(mask, 0) for mask in stack.input_masks]
-    if stack.zoneout is not None:
+    if stack.zoneout is not None and stack.zoneout.ids is not None:
         stack.zoneout.ids = geometry.sorted(stack.zoneout.ids, 0)
 
 
@@ -200,7 +200,7 @@ def _stays(
     """Where the states of these layers stay as they were, and what part of them does."""
     if stack.zoneout is None:
         return [], ()
-    widths = [stack.P, *[stack.H] * len(stack.cell.other_states)]
+    widths = (stack.P, *(stack.H,) * len(stack.cell.other_states))
     sizes, D = stack.geometry.batch_sizes, stack.request.directions
     return masks.stays(stack.zoneout, layers, D, x, sizes, widths)
 

@@ -22,12 +22,12 @@ class Zoneout:
     """How states stay as they were.
 
     rates: of each state. seed: 64 bits, or None outside of training, where that part of a state
-        stays. ids: (B,), the sequences' names.
+        stays. ids: (B,), the sequences' names; None: they are numbered.
     """
 
     rates: tuple[float, ...]
     seed: Tensor | None
-    ids: Tensor
+    ids: Tensor | None
 
 
 @dataclass

@@ -22,6 +22,7 @@ from ..backends.contract import (
     Request,
     Wanted,
     Weights,
+    given_again,
     ways,
 )
 from ..backends.stacked import of_layer, one_by_one
@@ -152,22 +153,21 @@ class StackFunction(torch.autograd.Function):
             raise Declined
         y, finals, saved = out
         own: Sequence[Tensor | None] = ()
+        by = None
         if given is not NOTHING:  # a graph that has let go of what it saved holds no masks either
-            own, given = given.tensors(), given.map(lambda _: None)
-        ctx.call = backend, request, given, of, 2 + n, 2 + len(tensors), len(own)
+            own, by = given.taken()
+        ctx.call = backend, request, by, of, 2 + n, 2 + len(tensors), len(own)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, batch_sizes, *tensors, y, *own, *saved)
         return (y.clone() if request.editable else y, *finals)
 
     @staticmethod
     def backward(ctx, *grads):
-        (name, module), request, given, of, end, last, count = ctx.call
+        (name, module), request, by, of, end, last, count = ctx.call
         kept = ctx.saved_tensors
         x, batch_sizes, states, weights = kept[0], kept[1], kept[2:end], kept[end:last]
         y, saved = kept[last], kept[last + 1 + count :]
-        if count:
-            own = iter(kept[last + 1 :])
-            given = given.map(lambda _: next(own))
+        given = NOTHING if by is None else given_again(kept[last + 1 : last + 1 + count], by)
         need = ctx.needs_input_grad
         if all(g is None for g in grads):
             return (None,) * len(need)
