@@ -477,8 +477,12 @@ class quiet_collector:
         gc.enable()
 
 
-def in_turn(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median seconds of each call, one after the other for so long, and ROUNDS times at least."""
+def in_turn(calls: Sequence[Callable[[], Any]], seconds: float, warm: bool = False) -> list[float]:
+    """Median seconds of each call, one after the other for so long, and ROUNDS times at least.
+
+    warm: each timed call follows an untimed one. What one of many operations leaves behind, in the
+    caches and with the allocator, is else the next one's to clear away.
+    """
     samples: list[list[float]] = [[] for _ in calls]
     with quiet_collector():
         for call in calls:
@@ -486,6 +490,8 @@ def in_turn(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(samples[0]) < ROUNDS:
             for call, times in zip(calls, samples, strict=True):
+                if warm:
+                    call()
                 before = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - before)

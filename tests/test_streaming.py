@@ -580,6 +580,35 @@ def test_the_short_way_is_as_torch(kind, directions, T, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("first", [False, True], ids=["time first", "batch first"])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("kind", [*LAYERS, "PeepholeLSTM"])
+def test_resets_and_all_states_have_the_bits_of_the_long_way(kind, directions, first):
+    """The long way is taken by a call that names its rows."""
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "bidirectional": directions == 2, "batch_first": first}
+    m = getattr(fastseq, kind)(5, 7, **options)
+    x, reset = torch.randn(6, 3, 5), torch.rand(6, 3) < 0.3
+    if first:
+        x, reset = x.transpose(0, 1), reset.t()
+    of_c = [True, False] if "LSTM" in kind else [False]
+    for given in [
+        (r, all_states) for r in (None, reset, reset.contiguous()) for all_states in of_c
+    ]:
+        assert short_way.layers(m, x, None, *given) is not None
+        named = dict(zip(("reset", "all_states"), given, strict=True))
+        found = []
+        for rows in ({}, {"row_ids": [0, 1, 2]}):
+            out = m(x, **named, **rows)
+            outputs = [t for part in out for t in states(part)]
+            loss = sum((o * o).sum() for o in outputs)
+            found.append([*outputs, *torch.autograd.grad(loss, list(m.parameters()))])
+        ours, theirs = found
+        assert [o.shape for o in ours] == [o.shape for o in theirs]
+        assert all(map(torch.equal, ours, theirs)), given
+
+
+@needs_native
 def test_what_is_not_plain_goes_the_long_way():
     m = fastseq.LSTM(5, 7, num_layers=2)
     x = torch.randn(4, 3, 5)
@@ -604,6 +633,20 @@ def test_what_is_not_plain_goes_the_long_way():
         ("x", None),
     ):
         assert short(m, *given) is None, given
+    r = torch.zeros(4, 3, dtype=torch.bool)
+    assert short(m, x, None, r, True) is not None and short(m, x, None, r, None) is not None
+    for given in (
+        (r[:3],),
+        (r.t(),),
+        (r.float(),),
+        (r.tolist(),),
+        (r.to("meta"),),
+        (r, 1),
+        (r, "yes"),
+    ):
+        assert short(m, x, None, *given) is None, given
+    assert short(m, x[:, 0], None, r[:, :1]) is None
+    assert short(fastseq.GRU(5, 7), x, None, None, True) is None  # which has no other state
     with torch.autocast("cpu"):
         assert short(m, x, None) is None
     with torch.profiler.profile():

@@ -260,18 +260,20 @@ def short_way(
     single: bool,
     masked: bool = False,
     zoneout: tuple[float, ...] = (),
+    reset: bool = False,
+    all_states: bool = False,
 ) -> tuple[str, Any] | None:
     """Name and module of the backend that runs plain calls of these in one call whatever their
     sizes, or None where the sizes, or more than these, decide.
 
     The modules ask before they look at anything else. A plain call has nothing but an input, a
-    state and weights, in plain code, without reset, lengths or a trajectory. masked, zoneout: what
-    a layer's own options ask for.
+    state and weights, in plain code, without lengths. masked, zoneout: what a layer's own options
+    ask for. reset, all_states: what a call is given, and gives.
     """
     T = 1 if single else None
     memory: Memory = "lean" if lean else "full"
     problem = Problem(cell, dtype, device, T, None, None, None, None, single=single, memory=memory)
-    problem = problem._replace(h_mask=masked, zoneout=zoneout)
+    problem = problem._replace(h_mask=masked, zoneout=zoneout, reset=reset, trajectory=all_states)
     found = []
     for training in (False, True):
         chosen = judge(problem._replace(training=training), backend).chosen

@@ -181,11 +181,9 @@ class Recurrent(learned.HasState, nn.Module):
         if (
             not torch.compiler.is_compiling()
             and lengths is None
-            and reset is None
             and row_ids is None
             and seed is None
-            and not all_states
-            and (out := short.layers(self, input, hx)) is not None
+            and (out := short.layers(self, input, hx, reset, all_states)) is not None
         ):
             return out
         weights, backend = None, options(self).backend

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..backends.choice import short_way
 from ..backends.contract import BATCH_FIRST, NOTHING, ONE_STEP, TIME_FIRST, Given, Request
 from ..ops import masks, whole
+from ..ops.geometry import spread_reset
 from ..ops.masks import Rates
 from ..ops.modes import (
     autocasts,
@@ -56,15 +57,23 @@ def _made(values: tuple[Any, ...]) -> Request:
 
 
 def _backend(
-    module: Any, own: Any, input: Any, lean: bool, single: bool, rates: Rates | None = None
+    module: Any,
+    own: Any,
+    input: Any,
+    lean: bool,
+    single: bool,
+    rates: Rates | None = None,
+    reset: bool = False,
+    all_states: bool = False,
 ) -> tuple[str, Any] | None:
     """Name and module of the backend, where a call may go the short way. rates: what it masks."""
     if type(input) is not torch.Tensor or input.is_nested:
         return None
     device = "cpu" if input.is_cpu else input.device.type  # its type alone takes 0.2 us more
     ask: tuple[Any, ...] = (module._fastseq_cell, input.dtype, device, own.backend, lean, single)
-    if rates is not None:
-        ask = (*ask, rates.recurrent_dropout > 0, rates.zoneout)
+    if rates is not None or reset or all_states:
+        masks = (False, ()) if rates is None else (rates.recurrent_dropout > 0, rates.zoneout)
+        ask = (*ask, *masks, reset, all_states)
     try:
         found = short_way(*ask)
     except (TypeError, ValueError):  # no backend is called so, which the long way says
@@ -106,13 +115,17 @@ def _is_a_step(request: Request, input: Tensor) -> bool:
     return rank in (2, 3) and input.shape[request.order == BATCH_FIRST and rank == 3] == 1
 
 
-def layers(module: Any, input: Any, hx: Any) -> Any | None:
-    """What ``module(input, hx)`` returns; None where the long way is due."""
+def layers(
+    module: Any, input: Any, hx: Any, reset: Any = None, all_states: Any = False
+) -> Any | None:
+    """What ``module(input, hx, reset=reset, all_states=all_states)`` returns; None where the long
+    way is due."""
     if torch._C._len_torch_function_stack():
         if not only_default_devices():
             return None
         with without_default_devices():
-            return layers(module, input, hx)
+            return layers(module, input, hx, reset, all_states)
+    all_states = all_states or False
     own = module._fastseq or options(module)
     begin: Any = ()
     rates = None
@@ -124,7 +137,8 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
             if begin is None:
                 return None
     lean = own.memory != "full" and torch.is_grad_enabled()
-    found = _backend(module, own, input, lean, False, rates)
+    resets = reset is not None
+    found = _backend(module, own, input, lean, False, rates, resets, all_states)
     if found is None:
         return None
     parameters = module._parameters
@@ -146,9 +160,9 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
         states = tuple(hx)
     else:
         return None
-    request = _made(asked(module, own))
-    if rates is not None:
-        return _masked(found, request, rates, input, states, weights)
+    request = _made(asked(module, own, all_states))
+    if rates is not None or resets or all_states:
+        return _given(found, request, rates, reset, input, states, weights)
     single = torch.is_grad_enabled() and _is_a_step(request, input)
     out = _run(found, request, input, states, weights, single)
     if out is None:
@@ -159,30 +173,51 @@ def layers(module: Any, input: Any, hx: Any) -> Any | None:
     return y, finals if len(finals) > 1 else finals[0]
 
 
-def _masked(
+def _given(
     found: tuple[str, Any],
     request: Request,
-    rates: Rates,
+    rates: Rates | None,
+    reset: Any,
     input: Tensor,
     states: Any,
     weights: tuple[Tensor, ...],
 ) -> Any | None:
-    """The same of a layer that masks. Where the answer is None nothing was drawn, so that the long
-    way draws the same."""
+    """The same of a layer that masks, or of a call that resets or asks for all states. Where the
+    answer is None nothing was drawn, so that the long way draws the same."""
+    count = len(request.definition.states)
     if input.dim() != 3 or input.shape[2] != weights[0].shape[1]:
+        return None
+    if request.trajectory is not False and (request.trajectory is not True or count == 1):
         return None
     first = request.order == BATCH_FIRST
     x = input
     if first:
         x, request = input.transpose(0, 1), request._replace(order=TIME_FIRST)
-    before = torch.get_rng_state()
-    given, weights = masks.given_plainly(request, rates, x, weights)
+    given, before = NOTHING, None
+    if reset is not None:
+        if type(reset) is not torch.Tensor or reset.dtype is not torch.bool:
+            return None
+        if reset.shape != input.shape[:2] or reset.device != input.device:
+            return None
+        reset = spread_reset(reset.transpose(0, 1) if first else reset, None, request.directions, 0)
+    if rates is not None:
+        before = torch.get_rng_state()
+        given, weights = masks.given_plainly(request, rates, x, weights)
+    if reset is not None:
+        given = given._replace(reset=reset)
     out = _run(found, request, x, states, weights, False, given)
     if out is None:
-        torch.set_rng_state(before)
+        if before is not None:
+            torch.set_rng_state(before)
         return None
     y, finals = out
-    return y.transpose(0, 1) if first else y, finals if len(finals) > 1 else finals[0]
+    finals, along = finals[:count], finals[count:]
+    state = finals if count > 1 else finals[0]
+    if first:
+        y, along = y.transpose(0, 1), tuple([c.transpose(0, 1) for c in along])
+    if not request.trajectory:
+        return y, state
+    return y, state, along if len(along) > 1 else along[0]
 
 
 def step(cell: Any, input: Any, states: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
