@@ -250,9 +250,11 @@ class _Task:
         h = torch.cat([columns, self.states[0][r]]).index_select(0, index)
         if self.reset is not None:
             h.masked_fill_(self.reset[r, : self.rows.N, None], 0)
-        if self.h_mask is not None:
+        if self.h_mask is not None and self.rows.ragged:
             row = torch.from_numpy(self.rows.places()[1])
             h *= self.h_mask[r].index_select(0, row)
+        elif self.h_mask is not None:
+            h.view(-1, self.B, self.P).mul_(self.h_mask[r])
         return h
 
 

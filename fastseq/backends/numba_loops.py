@@ -277,6 +277,20 @@ def _operand(cell: Cell, phase: Phase) -> tuple[str, str]:
     return f"{extra} + (base + first_row) * {extra}_stride * ITEMSIZE", f"{extra}_stride"
 
 
+def _masked_rows(source: str, out: str, added: str) -> str:
+    """The rows of a step, (rows, P) side by side, times those of h_mask."""
+    value, last = (
+        f"{of}({source}, j) * {of}(h_mask, j)" + (f" + {of}({added}, j)" if added else "")
+        for of in ("load", "load1")
+    )
+    return f"""\
+end = (first_row + rows) * P
+for j in range(first_row * P, end - LANES + 1, LANES):
+    store({out}, j, {value})
+for j in range(end - rows * P % LANES, end):
+    store1({out}, j, {last})"""
+
+
 def _forward_product(cell: Cell, k: int, phase: Phase) -> list[str]:
     first, last = cell.product_rows(phase)
     if not last:
@@ -289,10 +303,7 @@ def _forward_product(cell: Cell, k: int, phase: Phase) -> list[str]:
         f"""\
 if w_{k}:
     if h_mask:
-        for b in range(first_row, first_row + rows):
-            for i in range(P):
-                value = load1(h, b * P + i) * load1(h_mask, b * P + i)
-                store1(operand, b * P + i, value)
+{_indent(_masked_rows("h", "operand", ""), 2)}
         source = operand
     else:
         source = h
@@ -584,10 +595,7 @@ for b in range(first_row, first_row + rows):
 if w_{k}:
     if h_mask:
         {source}operand + first_row * P * ITEMSIZE, P, rows, {inner}, P, False)
-        for b in range(first_row, first_row + rows):
-            for i in range(P):
-                value = load1(operand, b * P + i) * load1(h_mask, b * P + i)
-                store1(dh, b * P + i, value{" + load1(dh, b * P + i)" if adds else ""})
+{_indent(_masked_rows("operand", "dh", "dh" if adds else ""), 2)}
     else:
         {source}dh + first_row * P * ITEMSIZE, P, rows, {inner}, P, {adds})"""
         ]
