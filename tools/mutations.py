@@ -37,6 +37,7 @@ GEOMETRY, RUN, WHOLE = "fastseq/ops/geometry.py", "fastseq/ops/run.py", "fastseq
 FORWARD_CUDA, BACKWARD_CUDA, TILE = (f"csrc/cuda/{n}.h" for n in ("forward", "backward", "tile"))
 RACES = ("tests/test_cuda_on_host.py::test_a_few_under[thread]",)
 LOOPS = ("tests/test_cuda_on_host.py::test_a_few_under[address]",)
+LONG_WAY = ("tests/test_streaming.py::test_resets_and_all_states_have_the_bits_of_the_long_way",)
 CHECKS, SHORT = "fastseq/ops/checks.py", "fastseq/nn/short.py"
 AUTOGRAD, EAGER = "fastseq/ops/autograd.py", "fastseq/backends/eager.py"
 
@@ -916,6 +917,27 @@ MUTATIONS = (
         "y = y.transpose(0, 1)",
         "pass",
         ("tests/test_calling.py::test_batch_first",),
+    ),
+    Mutation(
+        "layers: the short way forgets where sequences begin",
+        SHORT,
+        "given = given._replace(reset=reset)",
+        "pass",
+        LONG_WAY,
+    ),
+    Mutation(
+        "layers: the short way hands back all states time first",
+        SHORT,
+        "tuple([c.transpose(0, 1) for c in along])",
+        "along",
+        LONG_WAY,
+    ),
+    Mutation(
+        "layers: the short way does not read a reset batch first",
+        SHORT,
+        "reset.transpose(0, 1) if first else reset",
+        "reset.reshape(x.shape[:2])",
+        LONG_WAY,
     ),
     Mutation(
         "layers: the short way is open under autocast",
