@@ -283,3 +283,21 @@ def test_by_torchscript():
     program = SimpleNamespace(model_proto=onnx.load_from_string(file.getvalue()))
     assert operators(program) == {"LSTM": 1}
     check_same(program, module, (torch.randn(9, 4, I),))
+
+
+@pytest.mark.parametrize(
+    "connections",
+    [*(pytest.param(c, marks=pytest.mark.full) for c in ("plain", "residual")), "highway"],
+)
+def test_a_stack_of_kinds(connections):
+    """An operator for each layer, and torch's own for what stands between; any batch."""
+    torch.manual_seed(0)
+    layers = [fastseq.LSTM(I, H), fastseq.LSTM(H, H), fastseq.GRU(H, 6)]
+    reverse = [fastseq.RNN(I, H), fastseq.GRU(H, H), fastseq.GRU(H, 6)]
+    stack = fastseq.Stacked(layers, reverse=reverse, connections=connections, dropout=0.5)
+    x = torch.randn(4, 3, I)
+    program = export(stack, (x,), dynamic_shapes=({0: DYNAMIC, 1: DYNAMIC},))
+    found = operators(program)
+    assert (found["LSTM"], found["GRU"], found["RNN"]) == (2, 3, 1)
+    for T, B in ((4, 3), (7, 2), (1, 1)):
+        check_same(program, stack, (torch.randn(T, B, I),))
