@@ -41,6 +41,8 @@ SPECIAL = {
         "directions": 2,
     },
 }
+#: Zoneout it declines.
+CASES = [name for name, options in SPECIAL.items() if "zoneout" not in options]
 #: What an ordinary run takes of each cell, beside its turn in the types.
 SHORT = ("H32", "all at once B9")
 
@@ -68,9 +70,9 @@ def in_turn():
     cell, in one type each, which goes round."""
     found = []
     for k, cell in enumerate(CELLS_OF_CUDA):
-        for place, special in enumerate(SPECIAL):
+        for place, special in enumerate(CASES):
             for turn, dtype in enumerate(DTYPES):
-                ordinary = special in SHORT or (place - k) % len(SPECIAL) == 0
+                ordinary = special in SHORT or (place - k) % len(CASES) == 0
                 ordinary = ordinary and (k + place) % len(DTYPES) == turn
                 name = f"{cell}-{special}-{str(dtype)[6:]}"
                 marks = () if ordinary else full

@@ -308,7 +308,7 @@ def _drawn(
         given = ways(request, weights)
         sites = _sites(WEIGHT, request.layers, request.directions)
         w_hh: list[Any] = [way.w_hh for way in given]
-        rows = _in_order(w_hh[0].shape[0], ids)
+        rows = torch.arange(w_hh[0].shape[0], device=ids.device)
         masks = _scaled(_keep(seed, sites, rows, None, P, p), p, w_hh[0].dtype)
         masked = [
             way._replace(w_hh=w * mask)
