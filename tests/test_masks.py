@@ -798,3 +798,32 @@ def test_without_a_seed_a_layer_masks_as_with_the_one_it_draws(rates, first, tra
         y, (h, c) = layer(given)
         for ours, theirs in ((y, long[0]), (h, long[1][0]), (c, long[1][1])):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "numba", "eager"])
+@pytest.mark.parametrize("rates", [*RATES, "zoneout"])
+def test_a_batch_of_none(rates, backend):
+    if isinstance(load(backend), str):
+        pytest.skip(load(backend))
+    layer = fastseq.GRU(I, H, backend=backend, **RATES.get(rates, {"zoneout": 0.3}))
+    x = torch.randn(T, 0, I, requires_grad=True)
+    y, _ = layer(x)
+    y.sum().backward()
+    assert y.shape == (T, 0, H) and x.grad.shape == x.shape
+    assert all(not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (15, 4, 1), (15, 4)])
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize("rates", [*RATES, "zoneout", "reset"])
+def test_weights_of_other_shapes_are_named(rates, name, shape):
+    """By the layer's own words, with whatever is asked for, and nothing is drawn."""
+    options = {"reset": {}, "zoneout": {"zoneout": 0.3}} | RATES
+    layer = fastseq.GRU(7, 5, **options[rates])
+    setattr(layer, name, torch.nn.Parameter(torch.zeros(shape)))
+    given = {"reset": torch.zeros(T, B, dtype=torch.bool)} if rates == "reset" else {}
+    before = torch.get_rng_state()
+    x = torch.zeros(T, B, 7)
+    with pytest.raises(RuntimeError, match=f"{name}: expected .* got "):
+        layer(x, **given)
+    assert torch.equal(before, torch.get_rng_state())

@@ -254,7 +254,7 @@ class _Task:
             row = torch.from_numpy(self.rows.places()[1])
             h *= self.h_mask[r].index_select(0, row)
         elif self.h_mask is not None:
-            h.view(-1, self.B, self.P).mul_(self.h_mask[r])
+            h.view(self.rows.T, self.B, self.P).mul_(self.h_mask[r])
         return h
 
 

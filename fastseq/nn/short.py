@@ -185,7 +185,7 @@ def _given(
     """The same of a layer that masks, or of a call that resets or asks for all states. Where the
     answer is None nothing was drawn, so that the long way draws the same."""
     count = len(request.definition.states)
-    if input.dim() != 3 or input.shape[2] != weights[0].shape[1]:
+    if input.dim() != 3 or weights[0].dim() != 2 or input.shape[2] != weights[0].shape[1]:
         return None
     if request.trajectory is not False and (request.trajectory is not True or count == 1):
         return None
@@ -202,7 +202,11 @@ def _given(
         reset = spread_reset(reset.transpose(0, 1) if first else reset, None, request.directions, 0)
     if rates is not None:
         before = torch.get_rng_state()
-        given, weights = masks.given_plainly(request, rates, x, weights)
+        try:
+            given, weights = masks.given_plainly(request, rates, x, weights)
+        except (IndexError, RuntimeError, ValueError):  # weights that do not fit one another
+            torch.set_rng_state(before)
+            return None
     if reset is not None:
         given = given._replace(reset=reset)
     out = _run(found, request, x, states, weights, False, given)
