@@ -3,7 +3,9 @@
 //
 //   T, B, R, H     steps, sequences, recurrences, hidden units
 //   rows           N, of all sequences, and of padding behind them
-//   tile           how many sequences a CTA has, 4 or 8
+//   tile           how many sequences a CTA has, 4 or 8; a team of CTAs: up to what it has room for
+//   first          the first sequence of the launch
+//   team           how many CTAs share a recurrence, each with a slice of the hidden units
 //   reverse        bit r % 32: recurrence r runs backward in time
 //   save           whether forward leaves what backward reads: gates, extras
 //   lengths        (B,) of sequences sorted by decreasing length, or 0 where all have T steps
@@ -18,6 +20,7 @@
 //   w_hh           forward  (R, G_hh, HC, HC) Number: rows of gates, inner units of h_{t-1}
 //                  backward (R, HC, G_hh, HC) Number: rows of h_{t-1}, inner gates
 //                  HC: H as the kernel has it, zeros beyond H
+//                  of a team both (R, G_hh, H, H), as torch has it
 //   b_hh           (R, G_hh, H) Number, or 0: of gates that take x and s apart
 //   unit           (R, U, H) Number: parameters per hidden unit
 //   reset          (R, N) bytes, or 0: where not 0, the states that enter the row are zeroed
@@ -29,6 +32,10 @@
 //   dbias          (tiles, R, G + apart, H) float32, or 0: dgates summed over time and the
 //                  sequences of a tile of the batch, and dproduct of the gates that take x and s apart
 //   dunit          (tiles, R, U, H) float32: of unit parameters, likewise
+//   packets        of a grid's teams: what they hand to each other, zeros at first; team.h has the
+//                  sizes
+//   fault, code    where in the host's memory a CTA that waited in vain writes, and what
+//   patience       after how many looks it waits no more
 #pragma once
 #include <stdint.h>
 
@@ -39,6 +46,8 @@
   X(int64_t, H) \
   X(int64_t, rows) \
   X(int64_t, tile) \
+  X(int64_t, first) \
+  X(int64_t, team) \
   X(int64_t, reverse) \
   X(int64_t, save) \
   X(const int64_t*, lengths) \
@@ -65,7 +74,11 @@
   X(void*, dgates) \
   X(void*, dproduct) \
   X(float*, dbias) \
-  X(float*, dunit)
+  X(float*, dunit) \
+  X(void*, packets) \
+  X(int32_t*, fault) \
+  X(int64_t, code) \
+  X(int64_t, patience)
 
 namespace fastseq {
 

@@ -16,6 +16,28 @@
 //   neighbour(v, mask)                    v of the lane that differs in mask (of all lanes at once)
 //   mma(d, a, b0, b1, Type)               d += a b on tensor cores, of all lanes of a warp at once
 //   load<V>(p), store<V>(p, v)            a vector of bytes at an aligned place
+//   meet_warp()                           of the lanes of a warp, for what they store and load
+//
+// CTAs that share a recurrence hand numbers to each other in two ways. Within a cluster, by pushing
+// into each other's shared memory:
+//
+//   rank(), ranks()                       which CTA of its cluster, and how many it has
+//   meet_cluster()                        a barrier of all threads of the cluster
+//   Box                                   of shared memory: counts the bytes that are pushed
+//   open(box)                             makes it, by one thread, before meet_cluster(); its phases
+//                                         have the parities 0, 1, 0, ...
+//   expect(box, bytes)                    by one thread, once a phase: it ends when they have come
+//   has_come(box, parity)                 whether the phase of that parity has ended: what was pushed
+//                                         is there then; may wait a little for it
+//   push(to, box, rank, w)                16 bytes to that CTA of the cluster, which counts them; `to`
+//                                         and `box` are where this CTA has the same
+//
+// And across the grid, all of which is on the GPU at once, through packets in global memory:
+//
+//   load_packet(p), store_packet(p, w)    16 bytes as one, which no other CTA sees in part
+//   look_again()                          between two looks at what has not come yet
+//
+//   tell(place, code)                     into the host's memory, that something went wrong
 #pragma once
 #include <stdint.h>
 
@@ -43,6 +65,10 @@ struct Bf16 {
 };
 struct F16 {
   uint16_t bits;
+};
+// What counts the bytes that are pushed into a CTA.
+struct alignas(8) Box {
+  uint64_t state;
 };
 // Two neighbours, which are loaded and stored as one.
 template <class Number>
@@ -123,6 +149,88 @@ DEVICE V load(const void* p) {
 template <class V>
 DEVICE void store(void* p, V v) {
   *static_cast<V*>(p) = v;
+}
+
+DEVICE void meet_warp() { __syncwarp(); }
+
+DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Before sm_90 there are no clusters, and no kernel that asks for one is launched.
+#if __CUDA_ARCH__ >= 900
+DEVICE int rank() {
+  uint32_t found;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(found));
+  return int(found);
+}
+DEVICE int ranks() {
+  uint32_t found;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(found));
+  return int(found);
+}
+DEVICE void meet_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+DEVICE void open(Box* box) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+DEVICE void expect(Box* box, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)),
+               "r"(bytes)
+               : "memory");
+}
+DEVICE bool has_come(Box* box, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(shared_address(box)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+DEVICE uint32_t address_at(const void* p, int rank) {
+  uint32_t found;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(shared_address(p)), "r"(rank));
+  return found;
+}
+DEVICE void push(void* to, Box* box, int rank, Words4 v) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address_at(to, rank)),
+      "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]), "r"(address_at(box, rank))
+      : "memory");
+}
+#else
+DEVICE int rank() { return 0; }
+DEVICE int ranks() { return 1; }
+DEVICE void meet_cluster() { __trap(); }
+DEVICE void open(Box*) {}
+DEVICE void expect(Box*, int) {}
+DEVICE bool has_come(Box*, int) { return true; }
+DEVICE void push(void*, Box*, int, Words4) {}
+#endif
+
+DEVICE Words4 load_packet(const Words4* p) {
+  Words4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p)
+               : "memory");
+  return v;
+}
+DEVICE void store_packet(Words4* p, Words4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]),
+               "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
+}
+DEVICE void look_again() {}
+DEVICE void tell(int32_t* place, int32_t code) {
+  asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(place), "r"(code) : "memory");
 }
 
 DEVICE float bits_to_float(uint32_t w) { return __uint_as_float(w); }

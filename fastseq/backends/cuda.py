@@ -64,8 +64,9 @@ __all__ = ["backward", "explain", "forward", "saved_layout", "supports", "unavai
 ABILITIES = Abilities()
 #: What a kernel is given, in this order: csrc/cuda/arguments.h.
 FIELDS = (
-    "T B R H rows tile reverse save lengths offsets gates extra y c_all h_0 c_0 h_n c_n w_hh b_hh "
-    "unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit"
+    "T B R H rows tile first team reverse save lengths offsets gates extra y c_all h_0 c_0 h_n c_n "
+    "w_hh b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit packets "
+    "fault code patience"
 ).split()
 #: The driver that runs what nvcc 13 makes.
 DRIVER = 580
