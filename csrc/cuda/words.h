@@ -6,6 +6,8 @@
 //                                         shall fit on a multiprocessor
 //   thread(), tile_x(), tile_y(), tile_z()        where it is: in its CTA, and the CTA in the grid
 //   tiles_z()                             how many CTAs the grid has that way
+//   thread_again()                        thread(), so that what is computed from it takes no register
+//                                         until then
 //   shared()                              the CTA's memory, aligned to 128 bytes
 //   meet()                                a barrier of all threads of the CTA
 //   meet_pair(n)                          of the two warps 2 n and 2 n + 1, n < 15
@@ -38,6 +40,8 @@
 //   look_again()                          between two looks at what has not come yet
 //
 //   tell(place, code)                     into the host's memory, that something went wrong
+//   mark(place), is_marked(place)         a number of shared memory that any thread may write and
+//                                         read at any time: it is not 0
 #pragma once
 #include <stdint.h>
 
@@ -95,6 +99,11 @@ namespace fastseq {
 namespace FASTSEQ_ISA {
 
 DEVICE int thread() { return threadIdx.x; }
+DEVICE int thread_again() {
+  int found;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(found));
+  return found;
+}
 DEVICE int tile_x() { return blockIdx.x; }
 DEVICE int tile_y() { return blockIdx.y; }
 DEVICE int tile_z() { return blockIdx.z; }
@@ -231,6 +240,10 @@ DEVICE void store_packet(Words4* p, Words4 v) {
 DEVICE void look_again() {}
 DEVICE void tell(int32_t* place, int32_t code) {
   asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(place), "r"(code) : "memory");
+}
+DEVICE void mark(int32_t* place) { *static_cast<volatile int32_t*>(place) = 1; }
+DEVICE bool is_marked(const int32_t* place) {
+  return *static_cast<const volatile int32_t*>(place) != 0;
 }
 
 DEVICE float bits_to_float(uint32_t w) { return __uint_as_float(w); }

@@ -1,0 +1,326 @@
+// What a team of CTAs is, which share a recurrence that no single one holds: where each stands, how it
+// holds its part of the weights, and how rows come and go.
+//
+// A team owns some sequences of one recurrence for all of time, the columns of its products. Each of
+// its CTAs owns a slice of the hidden units, UNITS of them, and the rows of w_hh of all their gates.
+//
+//   forward    multiplies its rows with all of h_{t-1}, runs the text of its units, and hands their h
+//              on to everyone
+//   backward   runs the text of its units, and multiplies their gates' gradients with the same rows:
+//              a part of dh_{t-1} of all units, which it hands to the CTAs that own them
+//
+// So both ways hold the same weights, as torch has them, and what goes round is h, or sums of float32.
+//
+// The rows of a product are cut into tiles of 16, and the inner length into parts, so that each of the
+// eight warps has as much of the weights as any other. Sums go through shared memory to the threads
+// that run the text, one element (unit, sequence) after another. As many weights as leave the compiler
+// enough registers are held in them; the rest stands in shared memory.
+//
+// Sizes that only take room are known when the kernel runs: hidden units, sequences, CTAs of a team.
+#pragma once
+#include "backward.h"
+#include "forward.h"
+
+namespace fastseq {
+namespace FASTSEQ_ISA {
+
+// How the CTAs of a team reach each other. UNITS: of a slice. INNER: bytes of h at most. OPERANDS:
+// places for h, of which peers write one while the other is read.
+struct ByCluster {
+  static constexpr int UNITS = 32, OPERANDS = 2;
+  CONSTANT static int inner(int size) { return 512 * size; }
+};
+struct ByGrid {
+  static constexpr int UNITS = 16, OPERANDS = 1;
+  CONSTANT static int inner(int) { return 4096; }
+};
+
+CONSTANT int up_to(int n, int to) { return (n + to - 1) / to * to; }
+// From a row of an operand to the next: pairs of rows start half the banks apart.
+CONSTANT int pitch_of(int inner) { return inner % 128 ? inner : inner + 64; }
+
+template <class Cell, class Type, class By_>
+struct Slice {
+  using Number = typename Type::Number;
+  using Value = Real<Type::QUICK>;
+  using By = By_;
+  static constexpr int SIZE = sizeof(Number), PARTS = Type::PARTS, UNITS = By::UNITS;
+  static constexpr int G = Cell::G, G_HH = Cell::FIRST[1], C = Cell::C, E = Cell::E, U = Cell::U;
+  static constexpr bool MULTIPLIES = true, READS_Y = Cell::READS_H || !Cell::KEEPS_GATES;
+  static constexpr bool DIFFERS = Cell::APART > 0 || G_HH < G;
+  static_assert(G_HH > 0 && Cell::PHASES == 1 && C <= 1 && PARTS < 2, "what a team walks");
+
+  static constexpr int WARPS = 8, THREADS = WARPS * LANES;
+  // Elements that a warp has at once: neighbours are units of one sequence.
+  static constexpr int PAGE = LANES;
+  // Registers of a thread that hold weights.
+  static constexpr int ROOM = 128;
+
+  static constexpr int ROWS = G_HH * UNITS, ROW_TILES = ROWS / 16;
+  // Forward: row tiles of a warp, how many warps share the inner length of them, and how many pairs
+  // of fragments each warp takes of it, BLOCK at a time.
+  static constexpr int TILES = ROW_TILES < 4 ? (ROW_TILES == 3 ? 3 : 1) : ROW_TILES % 3 ? 2 : 3;
+  static constexpr int SPLIT = WARPS * TILES / ROW_TILES, BLOCK = SPLIT < 4 ? 8 / SPLIT : 2;
+  static constexpr int MOST_PAIRS = By::inner(SIZE) / 64 / SPLIT;
+  static constexpr int HELD = least(MOST_PAIRS, ROOM / (8 * TILES) / BLOCK * BLOCK);
+  // From a column of the sums to the next: what two lanes write together is in banks of its own.
+  static constexpr int SUMS = ROWS + 4;
+  static_assert(SPLIT * ROW_TILES == WARPS * TILES && HELD % BLOCK == 0, "warps have the same work");
+
+  // Backward: the inner length is that of the slice's gates, the row tiles are those of all units.
+  static constexpr int INNER = up_to(ROWS * SIZE, 64), PAIRS = INNER / 64;
+  static constexpr int PITCH = pitch_of(INNER);
+  static constexpr int MOST_TILES = By::inner(SIZE) / SIZE / 16 / WARPS;
+  static constexpr int TOGETHER = 2;  // tiles whose products are made side by side
+  static constexpr int HELD_TILES = least(MOST_TILES, ROOM / (8 * PAIRS) / TOGETHER * TOGETHER);
+  static constexpr int SUBS = UNITS / 16;  // tiles of a slice
+  static_assert(HELD_TILES > 0, "something is held");
+
+  // A step's pieces of a row in the ring, as in Tile.
+  static constexpr int UNIT = UNITS * SIZE, WIDE = UNITS * 4, STAGES = 4;
+  static constexpr int AT_EXTRA = G * UNIT, AT_DY = AT_EXTRA + E * UNIT, AT_H = AT_DY + UNIT;
+  static constexpr int AT_C = AT_H + READS_Y * UNIT, AT_DC = AT_C + C * WIDE;
+  static constexpr int ROW = AT_EXTRA + 16, ROW_BACK = AT_DC + C * WIDE + 16;
+};
+
+// Where things stand in a CTA's shared memory: a function of sizes. pairs: of a warp, of the inner
+// length; tiles: of a warp, backward.
+struct Room {
+  int columns, pairs, tiles, pitch, operand, weights;
+  int at_weights, at_operands, at_sums, at_states, at_stages, at_pages, at_lengths, bytes;
+};
+constexpr int AT_LOST = 16, AT_WEIGHTS = 128;  // behind two boxes; and behind what is small
+
+// inner: bytes of a row of h of all slices.
+template <class S>
+CONSTANT Room forward_room(int team, int sequences) {
+  Room r{};
+  const int inner = up_to(team * S::UNIT, 64 * S::SPLIT * S::BLOCK);
+  r.columns = up_to(sequences, EIGHT);
+  r.pairs = inner / 64 / S::SPLIT;
+  r.pitch = pitch_of(inner);
+  r.operand = r.columns * r.pitch;
+  r.weights = (r.pairs > S::HELD ? r.pairs - S::HELD : 0) * S::TILES * 32 * S::THREADS;
+  r.at_weights = AT_WEIGHTS;
+  r.at_operands = r.at_weights + r.weights;
+  r.at_sums = r.at_operands + S::By::OPERANDS * r.operand;
+  r.at_states = r.at_sums + S::SPLIT * r.columns * S::SUMS * 4;
+  r.at_pages = r.at_states + 2 * r.columns * S::UNITS * 4;  // h and the other state
+  r.at_lengths = r.at_pages + S::WARPS * S::PAGE * 4;       // and flags of resets
+  r.at_stages = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
+  r.bytes = r.at_stages + S::STAGES * r.columns * S::ROW;
+  return r;
+}
+// Sums come from all of a cluster's CTAs, into two places; in a grid each warp adds up some of them.
+template <class S>
+CONSTANT Room backward_room(int team, int sequences) {
+  Room r{};
+  r.columns = up_to(sequences, EIGHT);
+  r.tiles = up_to((team * S::SUBS + S::WARPS - 1) / S::WARPS, S::TOGETHER);
+  r.pitch = S::PITCH;
+  r.operand = r.columns * r.pitch;
+  r.weights = (r.tiles > S::HELD_TILES ? r.tiles - S::HELD_TILES : 0) * S::PAIRS * 32 * S::THREADS;
+  r.at_weights = AT_WEIGHTS;
+  r.at_operands = r.at_weights + r.weights;
+  r.at_sums = r.at_operands + r.operand;
+  const int elements = r.columns * S::UNITS * 4, places = S::By::OPERANDS == 2 ? 2 * team : S::WARPS;
+  r.at_states = r.at_sums + places * elements;
+  r.at_pages = r.at_lengths = r.at_states + 5 * elements;
+  r.at_stages = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
+  r.bytes = r.at_stages + S::STAGES * r.columns * S::ROW_BACK;
+  return r;
+}
+
+// A CTA's part in a team, and a thread's in the CTA.
+template <class S>
+struct Member {
+  const Arguments& a;
+  const int lane = thread() % LANES, warp = thread() / LANES, g = lane / 4, q = lane % 4;
+  const int H = int(a.H), team = int(a.team);
+  const int rank = tile_x() % team, tile = tile_x() / team, recurrence = tile_y();
+  const int first = int(a.first) + tile * int(a.tile);  // of the team's sequences
+  const int count = least(int(a.tile), int(a.B) - first);
+  const int origin = rank * S::UNITS;               // the slice's first unit
+  const int width = least(H - origin, S::UNITS);    // how many it has
+  const bool reverse = (a.reverse >> (recurrence % 32)) & 1;
+  const int stride = int(a.R) * H;  // from a row to the next, of H numbers each recurrence
+
+  DEVICE explicit Member(const Arguments& a) : a(a) {}
+
+  DEVICE int length(int column) const {
+    if (column >= count) return 0;
+    return a.lengths ? int(a.lengths[first + column]) : int(a.T);
+  }
+  // The first row of a step of the team. There are fewer than 2^31.
+  DEVICE int row(int time) const {
+    return (a.offsets ? int(a.offsets[time]) : time * int(a.B)) + first;
+  }
+  // Where an element's number is: of the states, and of a row of H numbers each recurrence.
+  DEVICE int64_t state(int column, int unit) const {
+    return (int64_t(recurrence) * a.B + first + column) * H + origin + unit;
+  }
+  DEVICE int64_t beside(int column, int unit) const {
+    return int64_t(column) * stride + recurrence * H + origin + unit;
+  }
+  // Of the slice's rows of w_hh, one: of a gate of a unit; null beyond the last.
+  DEVICE const typename S::Number* weights(int row) const {
+    const int gate = row / S::UNITS, unit = row % S::UNITS;
+    if (gate >= S::G_HH || unit >= width) return nullptr;
+    return static_cast<const typename S::Number*>(a.w_hh) +
+           ((int64_t(recurrence) * S::G_HH + gate) * H + origin + unit) * H;
+  }
+};
+
+DEVICE uint32_t bits_of(Bf16 v) { return v.bits; }
+DEVICE uint32_t bits_of(F16 v) { return v.bits; }
+DEVICE uint32_t bits_of(float v) { return float_to_bits(round_tf32(v)); }  // as an operand
+
+// 16 bytes of an operand: of the number k of them, from `of(k)`.
+template <class Number, class Of>
+DEVICE Words4 operand_words(const Of& of) {
+  Words4 w;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (sizeof(Number) == 2)
+      w.w[j] = bits_of(of(2 * j)) | bits_of(of(2 * j + 1)) << 16;
+    else
+      w.w[j] = bits_of(of(j));
+  }
+  return w;
+}
+
+// A warp's weights: `tiles` row tiles by `pairs` of the inner length, of which HELD_TILES by HELD_PAIRS
+// are held in registers, the rest in shared memory in the order in which it is read.
+template <class S, int HELD_TILES, int HELD_PAIRS>
+struct Held {
+  struct Pair {
+    uint32_t w[2][4];
+  };
+  Pair held[HELD_TILES][HELD_PAIRS];
+  unsigned char* rest;  // this lane's
+
+  DEVICE unsigned char* resting(int fragment) const { return rest + fragment * S::THREADS * 16; }
+
+  // words(tile, lower, pair): this lane's 16 bytes of row g (lower: g + 8) of a tile
+  template <class Of>
+  DEVICE static void split(Pair& to, const Of& words, int tile, int pair) {
+    const Words4 upper = words(tile, false, pair), lower = words(tile, true, pair);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      to.w[k][0] = upper.w[2 * k], to.w[k][1] = lower.w[2 * k];
+      to.w[k][2] = upper.w[2 * k + 1], to.w[k][3] = lower.w[2 * k + 1];
+    }
+  }
+  template <class Of>
+  DEVICE void hold(const Of& words) {
+#pragma unroll
+    for (int m = 0; m < HELD_TILES; ++m)
+#pragma unroll
+      for (int pair = 0; pair < HELD_PAIRS; ++pair) split(held[m][pair], words, m, pair);
+  }
+  template <class Of>
+  DEVICE void rest_of(const Of& words, int fragment, int tile, int pair) const {
+    Pair both;
+    split(both, words, tile, pair);
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      store(resting(2 * fragment + k),
+            Words4{{both.w[k][0], both.w[k][1], both.w[k][2], both.w[k][3]}});
+  }
+  DEVICE Pair load_rest(int fragment) const {
+    Pair both;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const Words4 w = load<Words4>(resting(2 * fragment + k));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) both.w[k][j] = w.w[j];
+    }
+    return both;
+  }
+  DEVICE static void add(float (&first)[4], float (&second)[4], const Pair& w, const Words4& b) {
+    mma(first, w.w[0], b.w[0], b.w[1], typename S::Number());
+    mma(second, w.w[1], b.w[2], b.w[3], typename S::Number());
+  }
+};
+
+// COUNT pieces of `bytes` each of `rows` rows, one after another, by all threads: each(row, piece, at,
+// how many bytes at once). Where a piece has all of its BYTES and 16 divides its place, in vectors of 16.
+template <class S, int COUNT, int BYTES, class Each>
+DEVICE void each_piece(int rows, int bytes, int alignment, const Each& each) {
+  const int me = thread_again();
+  if (bytes == BYTES && alignment % 16 == 0) {
+    constexpr int VECTORS = BYTES / 16;
+#pragma unroll 1
+    for (int k = me; k < rows * COUNT * VECTORS; k += S::THREADS)
+      each(k / (COUNT * VECTORS), k / VECTORS % COUNT, k % VECTORS * 16, 16);
+    return;
+  }
+  const int all = bytes | alignment, grain = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 2;
+#pragma unroll 1
+  for (int k = me / LANES; k < rows * COUNT; k += S::WARPS)
+#pragma unroll 1
+    for (int at = me % LANES * grain; at < bytes; at += LANES * grain)
+      each(k / COUNT, k % COUNT, at, grain);
+}
+DEVICE void fetch_bytes(unsigned char* to, const unsigned char* from, int grain) {
+  if (grain == 16)
+    copy<16>(to, from);
+  else if (grain == 4)
+    copy<4>(to, from);
+  else
+    store(to, load<uint16_t>(from));
+}
+DEVICE void put_bytes(unsigned char* to, const unsigned char* from, int grain) {
+  if (grain == 16)
+    store(to, load<Words4>(from));
+  else if (grain == 4)
+    store(to, load<uint32_t>(from));
+  else
+    store(to, load<uint16_t>(from));
+}
+// What divides a place and the way from a piece to the next.
+DEVICE int alignment_of(const void* p, int64_t pitch) {
+  return (int(reinterpret_cast<uintptr_t>(p)) | int(pitch)) & 15;
+}
+
+// Whether states are zeroed at a step, of each column: a thread looks for one column's two steps ahead,
+// and puts it where all see it behind the step's barrier.
+template <class S>
+struct Resets {
+  const Member<S>& me;
+  unsigned char* const flags;
+  const int columns;
+
+  DEVICE Resets(const Member<S>& me, unsigned char* flags, int columns)
+      : me(me), flags(flags), columns(columns) {}
+
+  DEVICE bool look(int time) const {
+    const int column = thread();
+    return me.a.reset && time < me.length(column) &&
+           me.a.reset[me.recurrence * me.a.rows + me.row(time) + column] != 0;
+  }
+  DEVICE void put(int step, bool is_reset) const {
+    if (me.a.reset && thread() < me.count) flags[(step & 1) * columns + thread()] = is_reset;
+  }
+  DEVICE bool of(int step, int column) const {
+    return me.a.reset && flags[(step & 1) * columns + column] != 0;
+  }
+};
+
+// Waits in vain no longer than the caller's patience, and tells. Nobody of a CTA waits after that, and
+// what it makes is NaN.
+template <class Ready>
+DEVICE void wait_for(const Arguments& a, int32_t* lost, const Ready& ready) {
+  for (int64_t looks = 0; !ready(); ++looks) {
+    if (is_marked(lost)) return;
+    if (looks >= a.patience) {
+      mark(lost);
+      if (a.fault) tell(a.fault, int32_t(a.code));
+      return;
+    }
+    look_again();
+  }
+}
+
+}  // namespace FASTSEQ_ISA
+}  // namespace fastseq
