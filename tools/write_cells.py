@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastseq.backends.cuda_kernels import KERNELS, PREVIOUS  # noqa: E402
+from fastseq.backends.cuda_kernels import KERNELS, PREVIOUS, TEAMS  # noqa: E402
 from fastseq.cells import CELLS, Cell, Phase, arguments  # noqa: E402
 from fastseq.cells.text import Text  # noqa: E402
 
@@ -296,10 +296,11 @@ def listed(cells: Iterable[Cell]) -> str:
     return f"{NOTE}\n#pragma once\n\n#define FASTSEQ_CELLS(X){rows}\n"
 
 
-def kernel_list(kernels: Iterable[tuple[str, str, str, int]]) -> str:
+def kernel_list(kernels: Iterable[tuple[str, str, str, int | str]]) -> str:
     """csrc/cuda/list.h: the units, which are compiled each on its own, and the kernels of each.
 
-    ``kernels``: (way, name of the cell, type, hidden units) of each, in their order.
+    ``kernels``: (way, name of the cell, type, hidden units or a team's regime) of each, in their
+    order.
     """
     units: dict[str, list[str]] = {}
     for way, name, kind, width in kernels:
@@ -322,7 +323,11 @@ def written(cells: Iterable[Cell] = tuple(CELLS.values())) -> dict[Path, str]:
         FOLDER / "generated.h": generated(walked),
         FOLDER / "list.h": listed(walked),
         CUDA_LIST: kernel_list(
-            [*((k.way, k.cell, k.type, k.HC) for k in KERNELS.values()), *PREVIOUS]
+            [
+                *((k.way, k.cell, k.type, k.HC) for k in KERNELS.values()),
+                *((k.way, k.cell, k.type, k.regime) for k in TEAMS.values()),
+                *PREVIOUS,
+            ]
         ),
     }
 

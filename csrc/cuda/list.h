@@ -40,7 +40,19 @@
   X(forward, rnn_tanh, RnnTanh, float32, 32) \
   X(backward, rnn_tanh, RnnTanh, float32, 32) \
   X(forward, rnn_tanh, RnnTanh, float32, 64) \
-  X(backward, rnn_tanh, RnnTanh, float32, 64)
+  X(backward, rnn_tanh, RnnTanh, float32, 64) \
+  X(forward, rnn_tanh, RnnTanh, bfloat16, cluster) \
+  X(backward, rnn_tanh, RnnTanh, bfloat16, cluster) \
+  X(forward, rnn_tanh, RnnTanh, bfloat16, grid) \
+  X(backward, rnn_tanh, RnnTanh, bfloat16, grid) \
+  X(forward, rnn_tanh, RnnTanh, float16, cluster) \
+  X(backward, rnn_tanh, RnnTanh, float16, cluster) \
+  X(forward, rnn_tanh, RnnTanh, float16, grid) \
+  X(backward, rnn_tanh, RnnTanh, float16, grid) \
+  X(forward, rnn_tanh, RnnTanh, tf32, cluster) \
+  X(backward, rnn_tanh, RnnTanh, tf32, cluster) \
+  X(forward, rnn_tanh, RnnTanh, tf32, grid) \
+  X(backward, rnn_tanh, RnnTanh, tf32, grid)
 
 #define FASTSEQ_KERNELS_rnn_relu(X) \
   X(forward, rnn_relu, RnnRelu, bfloat16, 32) \
@@ -64,7 +76,19 @@
   X(forward, rnn_relu, RnnRelu, float32, 32) \
   X(backward, rnn_relu, RnnRelu, float32, 32) \
   X(forward, rnn_relu, RnnRelu, float32, 64) \
-  X(backward, rnn_relu, RnnRelu, float32, 64)
+  X(backward, rnn_relu, RnnRelu, float32, 64) \
+  X(forward, rnn_relu, RnnRelu, bfloat16, cluster) \
+  X(backward, rnn_relu, RnnRelu, bfloat16, cluster) \
+  X(forward, rnn_relu, RnnRelu, bfloat16, grid) \
+  X(backward, rnn_relu, RnnRelu, bfloat16, grid) \
+  X(forward, rnn_relu, RnnRelu, float16, cluster) \
+  X(backward, rnn_relu, RnnRelu, float16, cluster) \
+  X(forward, rnn_relu, RnnRelu, float16, grid) \
+  X(backward, rnn_relu, RnnRelu, float16, grid) \
+  X(forward, rnn_relu, RnnRelu, tf32, cluster) \
+  X(backward, rnn_relu, RnnRelu, tf32, cluster) \
+  X(forward, rnn_relu, RnnRelu, tf32, grid) \
+  X(backward, rnn_relu, RnnRelu, tf32, grid)
 
 #define FASTSEQ_KERNELS_rnn_sigmoid(X) \
   X(forward, rnn_sigmoid, RnnSigmoid, bfloat16, 32) \
@@ -88,7 +112,19 @@
   X(forward, rnn_sigmoid, RnnSigmoid, float32, 32) \
   X(backward, rnn_sigmoid, RnnSigmoid, float32, 32) \
   X(forward, rnn_sigmoid, RnnSigmoid, float32, 64) \
-  X(backward, rnn_sigmoid, RnnSigmoid, float32, 64)
+  X(backward, rnn_sigmoid, RnnSigmoid, float32, 64) \
+  X(forward, rnn_sigmoid, RnnSigmoid, bfloat16, cluster) \
+  X(backward, rnn_sigmoid, RnnSigmoid, bfloat16, cluster) \
+  X(forward, rnn_sigmoid, RnnSigmoid, bfloat16, grid) \
+  X(backward, rnn_sigmoid, RnnSigmoid, bfloat16, grid) \
+  X(forward, rnn_sigmoid, RnnSigmoid, float16, cluster) \
+  X(backward, rnn_sigmoid, RnnSigmoid, float16, cluster) \
+  X(forward, rnn_sigmoid, RnnSigmoid, float16, grid) \
+  X(backward, rnn_sigmoid, RnnSigmoid, float16, grid) \
+  X(forward, rnn_sigmoid, RnnSigmoid, tf32, cluster) \
+  X(backward, rnn_sigmoid, RnnSigmoid, tf32, cluster) \
+  X(forward, rnn_sigmoid, RnnSigmoid, tf32, grid) \
+  X(backward, rnn_sigmoid, RnnSigmoid, tf32, grid)
 
 #define FASTSEQ_KERNELS_lstm(X) \
   X(forward, lstm, Lstm, bfloat16, 32) \
@@ -110,7 +146,19 @@
   X(forward, lstm, Lstm, float32, 32) \
   X(backward, lstm, Lstm, float32, 32) \
   X(forward, lstm, Lstm, float32, 64) \
-  X(backward, lstm, Lstm, float32, 64)
+  X(backward, lstm, Lstm, float32, 64) \
+  X(forward, lstm, Lstm, bfloat16, cluster) \
+  X(backward, lstm, Lstm, bfloat16, cluster) \
+  X(forward, lstm, Lstm, bfloat16, grid) \
+  X(backward, lstm, Lstm, bfloat16, grid) \
+  X(forward, lstm, Lstm, float16, cluster) \
+  X(backward, lstm, Lstm, float16, cluster) \
+  X(forward, lstm, Lstm, float16, grid) \
+  X(backward, lstm, Lstm, float16, grid) \
+  X(forward, lstm, Lstm, tf32, cluster) \
+  X(backward, lstm, Lstm, tf32, cluster) \
+  X(forward, lstm, Lstm, tf32, grid) \
+  X(backward, lstm, Lstm, tf32, grid)
 
 #define FASTSEQ_KERNELS_peephole_lstm(X) \
   X(forward, peephole_lstm, PeepholeLstm, bfloat16, 32) \
@@ -132,7 +180,19 @@
   X(forward, peephole_lstm, PeepholeLstm, float32, 32) \
   X(backward, peephole_lstm, PeepholeLstm, float32, 32) \
   X(forward, peephole_lstm, PeepholeLstm, float32, 64) \
-  X(backward, peephole_lstm, PeepholeLstm, float32, 64)
+  X(backward, peephole_lstm, PeepholeLstm, float32, 64) \
+  X(forward, peephole_lstm, PeepholeLstm, bfloat16, cluster) \
+  X(backward, peephole_lstm, PeepholeLstm, bfloat16, cluster) \
+  X(forward, peephole_lstm, PeepholeLstm, bfloat16, grid) \
+  X(backward, peephole_lstm, PeepholeLstm, bfloat16, grid) \
+  X(forward, peephole_lstm, PeepholeLstm, float16, cluster) \
+  X(backward, peephole_lstm, PeepholeLstm, float16, cluster) \
+  X(forward, peephole_lstm, PeepholeLstm, float16, grid) \
+  X(backward, peephole_lstm, PeepholeLstm, float16, grid) \
+  X(forward, peephole_lstm, PeepholeLstm, tf32, cluster) \
+  X(backward, peephole_lstm, PeepholeLstm, tf32, cluster) \
+  X(forward, peephole_lstm, PeepholeLstm, tf32, grid) \
+  X(backward, peephole_lstm, PeepholeLstm, tf32, grid)
 
 #define FASTSEQ_KERNELS_coupled_lstm(X) \
   X(forward, coupled_lstm, CoupledLstm, bfloat16, 32) \
@@ -154,7 +214,19 @@
   X(forward, coupled_lstm, CoupledLstm, float32, 32) \
   X(backward, coupled_lstm, CoupledLstm, float32, 32) \
   X(forward, coupled_lstm, CoupledLstm, float32, 64) \
-  X(backward, coupled_lstm, CoupledLstm, float32, 64)
+  X(backward, coupled_lstm, CoupledLstm, float32, 64) \
+  X(forward, coupled_lstm, CoupledLstm, bfloat16, cluster) \
+  X(backward, coupled_lstm, CoupledLstm, bfloat16, cluster) \
+  X(forward, coupled_lstm, CoupledLstm, bfloat16, grid) \
+  X(backward, coupled_lstm, CoupledLstm, bfloat16, grid) \
+  X(forward, coupled_lstm, CoupledLstm, float16, cluster) \
+  X(backward, coupled_lstm, CoupledLstm, float16, cluster) \
+  X(forward, coupled_lstm, CoupledLstm, float16, grid) \
+  X(backward, coupled_lstm, CoupledLstm, float16, grid) \
+  X(forward, coupled_lstm, CoupledLstm, tf32, cluster) \
+  X(backward, coupled_lstm, CoupledLstm, tf32, cluster) \
+  X(forward, coupled_lstm, CoupledLstm, tf32, grid) \
+  X(backward, coupled_lstm, CoupledLstm, tf32, grid)
 
 #define FASTSEQ_KERNELS_gru(X) \
   X(forward, gru, Gru, bfloat16, 32) \
@@ -178,7 +250,19 @@
   X(forward, gru, Gru, float32, 32) \
   X(backward, gru, Gru, float32, 32) \
   X(forward, gru, Gru, float32, 64) \
-  X(backward, gru, Gru, float32, 64)
+  X(backward, gru, Gru, float32, 64) \
+  X(forward, gru, Gru, bfloat16, cluster) \
+  X(backward, gru, Gru, bfloat16, cluster) \
+  X(forward, gru, Gru, bfloat16, grid) \
+  X(backward, gru, Gru, bfloat16, grid) \
+  X(forward, gru, Gru, float16, cluster) \
+  X(backward, gru, Gru, float16, cluster) \
+  X(forward, gru, Gru, float16, grid) \
+  X(backward, gru, Gru, float16, grid) \
+  X(forward, gru, Gru, tf32, cluster) \
+  X(backward, gru, Gru, tf32, cluster) \
+  X(forward, gru, Gru, tf32, grid) \
+  X(backward, gru, Gru, tf32, grid)
 
 #define FASTSEQ_KERNELS_indrnn(X) \
   X(forward, indrnn, Indrnn, bfloat16, 64) \

@@ -283,6 +283,167 @@ WIDER: dict[tuple[str, str], tuple[int, ...]] = {
 }
 
 
+Regime = Literal["cta", "cluster", "grid"]
+
+
+@dataclass(frozen=True)
+class TeamKernel:
+    """One instantiation of a team's: several CTAs share a recurrence over a tile of the batch, each
+    with a slice of the hidden units. Sizes that only take room are arguments of its functions.
+
+    The numbers are those of csrc/cuda/team.h, Slice and Room; a test compares them.
+    """
+
+    way: Way
+    cell: str
+    type: Type
+    regime: Regime
+
+    #: Of a CTA, whatever the cell.
+    warps = 8
+    threads = 256
+    #: Registers of a thread that hold weights.
+    room = 128
+    stages = 4
+    #: The launch bounds allow all that a thread can address.
+    registers = MOST_REGISTERS
+
+    @cached_property
+    def name(self) -> str:
+        return f"{self.way}_{self.cell}_{self.type}_{self.regime}"
+
+    @property
+    def definition(self) -> Cell:
+        return CELLS[self.cell]
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.type]
+
+    @property
+    def units(self) -> int:
+        """Hidden units of a slice."""
+        return SLICE[self.regime]
+
+    @property
+    def most(self) -> int:
+        """The hidden units of the largest layer."""
+        return 512 if self.regime == "cluster" else 4096 // self.itemsize
+
+    def team(self, H: int) -> int:
+        """CTAs that share a recurrence of H units."""
+        return -(-H // self.units)
+
+    @cached_property
+    def rows(self) -> int:
+        """Of a slice's part of w_hh."""
+        return self.definition.G_hh * self.units
+
+    @cached_property
+    def tiles(self) -> int:
+        """Forward: row tiles of a warp."""
+        count = self.rows // 16
+        return 3 if count % 3 == 0 else 2 if count >= 4 else 1
+
+    @cached_property
+    def split(self) -> int:
+        """Forward: warps that share the inner length of a row tile."""
+        return self.warps * self.tiles // (self.rows // 16)
+
+    @property
+    def block(self) -> int:
+        """Forward: pairs of fragments whose operand is loaded at once."""
+        return max(2, 8 // self.split)
+
+    @cached_property
+    def held(self) -> int:
+        """What of a warp's weights is in registers: forward pairs of each row tile, backward row
+        tiles."""
+        if self.way == "forward":
+            most = self.most * self.itemsize // 64 // self.split
+            return min(most, self.room // (8 * self.tiles) // self.block * self.block)
+        return min(self.most // 16 // self.warps, self.room // (8 * self.pairs) // 2 * 2)
+
+    @property
+    def inner(self) -> int:
+        """Backward: bytes of a product's inner length, the slice's gates."""
+        return _up_to(self.rows * self.itemsize, 64)
+
+    @property
+    def pairs(self) -> int:
+        """Backward: of fragments, of a row tile."""
+        return self.inner // 64
+
+    def walked(self, H: int) -> int:
+        """Of a warp: forward pairs of the inner length, backward row tiles."""
+        team = self.team(H)
+        if self.way == "forward":
+            inner = _up_to(team * self.units * self.itemsize, 64 * self.split * self.block)
+            return inner // 64 // self.split
+        return _up_to(-(-team * (self.units // 16) // self.warps), 2)
+
+    def weights(self, H: int) -> tuple[int, int]:
+        """Bytes of a CTA's weights: in registers and in shared memory."""
+        walked = self.walked(H)
+        each = (self.tiles if self.way == "forward" else self.pairs) * 32 * self.threads
+        return min(walked, self.held) * each, max(0, walked - self.held) * each
+
+    @property
+    def row(self) -> int:
+        """Bytes of a step of a sequence in the ring, as of :class:`Kernel`."""
+        cell, unit = self.definition, self.units * self.itemsize
+        if self.way == "forward":
+            return cell.G * unit + _ROW_PAD
+        pieces = cell.G + len(cell.extras) + 1 + reads_y(cell)
+        return pieces * unit + 2 * len(cell.other_states) * self.units * 4 + _ROW_PAD
+
+    def operand(self, H: int, sequences: int) -> int:
+        """Bytes of one operand: forward h of all units, backward the gates' gradients of a slice."""
+        inner = self.walked(H) * 64 * self.split if self.way == "forward" else self.inner
+        return _up_to(sequences, 8) * (inner if inner % 128 else inner + _OPERAND_PAD)
+
+    def shared(self, H: int, sequences: int) -> int:
+        """Bytes of shared memory that a CTA takes, for so many sequences of a team."""
+        columns = _up_to(sequences, 8)
+        elements = columns * self.units * 4
+        found = 128 + self.weights(H)[1]
+        if self.way == "forward":
+            found += (2 if self.regime == "cluster" else 1) * self.operand(H, sequences)
+            found += self.split * columns * (self.rows + 4) * 4 + 2 * elements
+            found += self.warps * 32 * 4
+        else:
+            places = 2 * self.team(H) if self.regime == "cluster" else self.warps
+            found += self.operand(H, sequences) + places * elements + 5 * elements
+        found = _up_to(found + columns * 4 + 2 * columns, 16)
+        return found + self.stages * columns * self.row
+
+    def packets(self, H: int, sequences: int) -> int:
+        """Bytes of global memory through which a grid's team hands on, both places; 0 of a
+        cluster's."""
+        if self.regime == "cluster":
+            return 0
+        team = self.team(H)
+        if self.way == "forward":
+            pages = -(-sequences * self.units // 32)
+            return 2 * 16 * pages * team * (6 if self.itemsize == 2 else 8)
+        return 2 * 16 * _up_to(sequences, 8) * self.units // 4 * team * team
+
+    def handed(self, H: int, sequences: int) -> int:
+        """Bytes that a CTA takes in at a step, without what packets add."""
+        size = self.itemsize if self.way == "forward" else 4
+        return self.team(H) * self.units * sequences * size
+
+
+def _up_to(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+#: Hidden units of a CTA of a team.
+SLICE: dict[str, int] = {"cluster": 32, "grid": 16}
+#: A cluster has no more CTAs than this.
+MOST_OF_A_CLUSTER = 16
+
+
 def _all() -> list[Kernel]:
     sizes: list[tuple[str, Type, int]] = []
     for cell in PRODUCT_CELLS:
@@ -296,6 +457,19 @@ def _all() -> list[Kernel]:
 
 #: Every kernel that is built, by name.
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
+
+#: float32's own products, four of TF32 parts each, are one CTA's alone.
+TEAM_TYPES: tuple[Type, ...] = ("bfloat16", "float16", "tf32")
+TEAMS: dict[str, TeamKernel] = {
+    kernel.name: kernel
+    for cell in PRODUCT_CELLS
+    for type in TEAM_TYPES
+    for regime in ("cluster", "grid")
+    for kernel in (
+        TeamKernel("forward", cell, type, regime),
+        TeamKernel("backward", cell, type, regime),
+    )  # type: ignore[arg-type]
+}
 
 #: Beside these: what w_hh multiplied at every row, by so many threads, which is no cell's.
 PREVIOUS_THREADS = 256
