@@ -835,7 +835,7 @@ def test_how_many_clusters_a_device_has_at_once(cuda, play):
     def asked(size):
         return (
             f"cuOccupancyMaxActiveClusters {a} grid {size} 1 1 block 256 1 1 shared 60000 "
-            f"stream (nil) cluster {size} 1 1"
+            f"cluster {size} 1 1"
         )
 
     assert calls == [

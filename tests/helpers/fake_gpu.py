@@ -228,9 +228,7 @@ class Extension(types.ModuleType):
     def kernels(self):
         return (*cuda_kernels.KERNELS, *("_".join(map(str, p)) for p in cuda_kernels.PREVIOUS))
 
-    def launch(
-        self, name, device, stream, grid, threads, shared, arguments, cluster, together
-    ):
+    def launch(self, name, device, stream, grid, threads, shared, arguments, cluster, together):
         alive()
         if name not in self.kernels():
             raise ValueError(f"name: no kernel {name!r} was built")

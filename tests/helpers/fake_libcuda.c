@@ -166,9 +166,9 @@ CUresult cuOccupancyMaxActiveClusters(int* count, void* kernel, const struct con
   write_attributes(attributes, sizeof attributes, c);
   *count = 32 / c->grid[0];
   return said("cuOccupancyMaxActiveClusters",
-              "%s grid %u %u %u block %u %u %u shared %u stream %p%s", (char*)kernel, c->grid[0],
-              c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared, c->stream,
-              attributes);
+              "%s grid %u %u %u block %u %u %u shared %u%s%s", (char*)kernel, c->grid[0],
+              c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
+              c->stream ? " stream" : "", attributes);
 }
 CUresult cuLaunchKernelEx(const struct config* c, void* kernel, void** parameters, void** extra) {
   const int64_t* fields = parameters[0];
