@@ -169,6 +169,16 @@ PyObject* image(PyObject*, PyObject* object) {
   return nullptr;
 }
 
+// Makes the kernel ready for such a launch, then calls.
+template <class Function>
+Outcome when_ready(Kernel& kernel, int device, const Launch& launch, Function function) {
+  const bool ready = is_ready(kernel, device, launch);
+  return released([&] {
+    const Outcome made = ready ? Outcome{} : make_ready(kernel, device, launch);
+    return made ? function() : made;
+  });
+}
+
 PyObject* launch(PyObject* const* a) {
   Kernel& kernel = kernel_of(a[0]);
   const int device = number(a[1], "device", 0, MOST_DEVICES - 1);
@@ -182,20 +192,29 @@ PyObject* launch(PyObject* const* a) {
   for (int k = 0; k < 3; ++k)
     given.grid[k] = number(PyTuple_GetItem(a[3], k), "grid", 1, k ? 65535 : 2147483647);
   given.threads = number(a[4], "threads", 1, 1024);
-  given.shared = number(a[5], "shared", 0, 1 << 24);
+  given.shared = number(a[5], "shared", 0, MOST_SHARED);
   read_arguments(a[6], given.arguments);
+  given.cluster = number(a[7], "cluster", 1, MOST_CLUSTER);
+  if (given.grid[0] % given.cluster) {
+    PyErr_Format(PyExc_ValueError, "grid: %u CTAs in x cannot be in clusters of %u", given.grid[0],
+                 given.cluster);
+    throw PythonError();
+  }
+  const int together = PyObject_IsTrue(a[8]);
+  if (together < 0) throw PythonError();
+  given.together = together;
   need_driver();
   enter(device);
-  const bool ready = is_ready(kernel, device, given.shared);
-  const Outcome outcome = released([&] {
-    const Outcome made = ready ? Outcome{} : make_ready(kernel, device, given.shared);
-    return made ? launch_kernel(kernel, given) : made;
-  });
+  const Outcome outcome =
+      when_ready(kernel, device, given, [&] { return launch_kernel(kernel, given); });
   if (outcome) Py_RETURN_NONE;
-  char of[160];
+  char of[200], clusters[40] = "";
+  if (given.cluster > 1)
+    std::snprintf(clusters, sizeof clusters, " in clusters of %u", given.cluster);
   std::snprintf(of, sizeof of,
-                " on device %d, grid (%u, %u, %u), %u threads, %u bytes of shared memory", device,
-                given.grid[0], given.grid[1], given.grid[2], given.threads, given.shared);
+                " on device %d, grid (%u, %u, %u)%s, %u threads, %u bytes of shared memory%s",
+                device, given.grid[0], given.grid[1], given.grid[2], clusters, given.threads,
+                given.shared, given.together ? ", all at once" : "");
   raise(kernel, of, outcome);
   return nullptr;
 }
@@ -237,22 +256,43 @@ PyObject* attributes(PyObject* const* a) {
 PyObject* occupancy(PyObject* const* a) {
   Kernel& kernel = kernel_of(a[0]);
   const int device = number(a[1], "device", 0, MOST_DEVICES - 1);
-  const int threads = number(a[2], "threads", 1, 1024);
-  const int shared = number(a[3], "shared", 0, 1 << 24);
+  Launch asked;
+  asked.threads = number(a[2], "threads", 1, 1024);
+  asked.shared = number(a[3], "shared", 0, MOST_SHARED);
   need_driver();
   enter(device);
   int ctas = 0;
-  const Outcome outcome = released([&]() -> Outcome {
-    if (!is_ready(kernel, device, shared)) {
-      const Outcome made = make_ready(kernel, device, shared);
-      if (!made) return made;
-    }
-    FASTSEQ_TRY(cuOccupancyMaxActiveBlocksPerMultiprocessor, &ctas,
-                reinterpret_cast<CUfunction>(kernel.handle.load()), threads, shared);
+  const Outcome outcome = when_ready(kernel, device, asked, [&]() -> Outcome {
+    FASTSEQ_TRY(cuOccupancyMaxActiveBlocksPerMultiprocessor, &ctas, function_of(kernel),
+                static_cast<int>(asked.threads), asked.shared);
     return {};
   });
   if (!outcome) raise(kernel, "", outcome);
   return PyLong_FromLong(ctas);
+}
+
+PyObject* clusters(PyObject* const* a) {
+  Kernel& kernel = kernel_of(a[0]);
+  const int device = number(a[1], "device", 0, MOST_DEVICES - 1);
+  Launch asked;
+  asked.grid[0] = asked.cluster = number(a[2], "size", 1, MOST_CLUSTER);
+  asked.threads = number(a[3], "threads", 1, 1024);
+  asked.shared = number(a[4], "shared", 0, MOST_SHARED);
+  need_driver();
+  enter(device);
+  int count = 0;
+  const Outcome outcome = when_ready(kernel, device, asked, [&]() -> Outcome {
+    const Config config(asked, true);
+    FASTSEQ_TRY(cuOccupancyMaxActiveClusters, &count, function_of(kernel), config);
+    return {};
+  });
+  if (outcome) return PyLong_FromLong(count);
+  char of[120];
+  std::snprintf(of, sizeof of,
+                " on device %d, clusters of %u, %u threads, %u bytes of shared memory", device,
+                asked.cluster, asked.threads, asked.shared);
+  raise(kernel, of, outcome);
+  return nullptr;
 }
 
 template <PyObject* (*FUNCTION)(PyObject* const*), int COUNT>
@@ -275,10 +315,13 @@ PyCFunction fast(Function function) {
 
 // By these a build of other sources is told: whoever changes what a function takes or gives changes
 // its text, here and in Python.
-constexpr char LAUNCH[] = "(name, device, stream, (x, y, z), threads, shared, arguments)";
+constexpr char LAUNCH[] =
+    "(name, device, stream, (x, y, z), threads, shared, arguments, cluster, together)";
 constexpr char ATTRIBUTES[] =
     "(name, device) -> {registers, local, shared, threads, binary}";
 constexpr char OCCUPANCY[] = "(name, device, threads, shared) -> CTAs of a multiprocessor";
+constexpr char CLUSTERS[] =
+    "(name, device, size, threads, shared) -> clusters on the device at once";
 
 PyMethodDef methods[] = {
     {"driver", find_driver, METH_NOARGS, "() -> version | why there is none"},
@@ -288,9 +331,10 @@ PyMethodDef methods[] = {
     {"kernels", kernel_names, METH_NOARGS, "() -> (name, ...)"},
     {"units", unit_names, METH_NOARGS, "() -> (name, ...)"},
     {"image", image, METH_O, "(unit) -> fat binary"},
-    {"launch", fast(counted<launch, 7>), METH_FASTCALL, LAUNCH},
+    {"launch", fast(counted<launch, 9>), METH_FASTCALL, LAUNCH},
     {"attributes", fast(counted<attributes, 2>), METH_FASTCALL, ATTRIBUTES},
     {"occupancy", fast(counted<occupancy, 4>), METH_FASTCALL, OCCUPANCY},
+    {"clusters", fast(counted<clusters, 5>), METH_FASTCALL, CLUSTERS},
     {nullptr, nullptr, 0, nullptr},
 };
 

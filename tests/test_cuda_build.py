@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import setuptools
 from cuda_binary import Binary, cuobjdump, read, understood
 from trees import FAKE, INPLACE, ROOT, copy_to, pythons, run, script, tool
 
+from fastseq.backends import imported
 from fastseq.backends.cuda_kernels import KERNELS
 
 NOTE = ROOT / "fastseq" / "_cuda.txt"
@@ -255,7 +257,7 @@ def test_nvcc_of_this_machine_compiled_the_kernels(monkeypatch):
 def listed():
     """The names of csrc/cuda/list.h."""
     text = (ROOT / "csrc" / "cuda" / "list.h").read_text()
-    entries = re.findall(r"X\((\w+), (\w+), \w+, (\w+), (\d+)\)", text)
+    entries = re.findall(r"X\((\w+), (\w+), \w+, (\w+), (\w+)\)", text)
     return ["_".join(entry) for entry in entries]
 
 
@@ -273,6 +275,11 @@ def test_its_arguments_are_those_of_the_header(cuda):
     assert cuda.fields().split() == fields and len(fields) > 20
 
 
+class NoTruth:
+    def __bool__(self):
+        raise TypeError("neither true nor false")
+
+
 def test_what_it_is_asked_wrongly_is_told(cuda):
     (name, *_), nothing = cuda.kernels(), bytes(8 * len(cuda.fields().split()))
 
@@ -285,6 +292,8 @@ def test_what_it_is_asked_wrongly_is_told(cuda):
             "threads": 32,
             "shared": 0,
             "arguments": nothing,
+            "cluster": 1,
+            "together": False,
         }
         cuda.launch(*(asked | other).values())
 
@@ -302,11 +311,29 @@ def test_what_it_is_asked_wrongly_is_told(cuda):
         launch(shared=-1)
     with pytest.raises(ValueError, match="device: expected 0 to 63, got 64"):
         launch(device=64)
-    for wrong in ({"name": 1}, {"stream": None}, {"threads": "x"}, {"arguments": "x"}):
+    for size in (0, 17, -8):
+        with pytest.raises(ValueError, match=f"cluster: expected 1 to 16, got {size}"):
+            launch(cluster=size)
+    for size in (0, 17):
+        with pytest.raises(ValueError, match=f"size: expected 1 to 16, got {size}"):
+            cuda.clusters(name, 0, size, 32, 0)
+    for x in (1, 6, 10):
+        with pytest.raises(ValueError, match=f"grid: {x} CTAs in x cannot be in clusters of 4"):
+            launch(grid=(x, 4, 4), cluster=4)
+    for wrong in (
+        {"name": 1},
+        {"stream": None},
+        {"threads": "x"},
+        {"arguments": "x"},
+        {"cluster": None},
+        {"together": NoTruth()},
+    ):
         with pytest.raises(TypeError):
             launch(**wrong)
-    with pytest.raises(TypeError, match="expected 7 arguments, got 0"):
+    with pytest.raises(TypeError, match="expected 9 arguments, got 0"):
         cuda.launch()
+    with pytest.raises(TypeError, match="expected 5 arguments, got 0"):
+        cuda.clusters()
     with pytest.raises(ValueError, match="no image of 'other' was built"):
         cuda.image("other")
 
@@ -440,9 +467,11 @@ assert "torch" not in sys.modules
 ARGUMENTS = (77).to_bytes(8, "little") + bytes(8 * len(_cuda.fields().split()) - 8)
 A, B, OTHER = {names}
 
-def launch(name, device=0, shared=0, grid=(1, 2, 3), arguments=ARGUMENTS):
+def launch(
+    name, device=0, shared=0, grid=(1, 2, 3), arguments=ARGUMENTS, cluster=1, together=False
+):
     try:
-        _cuda.launch(name, device, 7, grid, 128, shared, arguments)
+        _cuda.launch(name, device, 7, grid, 128, shared, arguments, cluster, together)
     except RuntimeError as error:
         print(error)
 """
@@ -499,8 +528,20 @@ def names(cuda):
     return a, b, next(name for name in cuda.kernels() if "_gru_" in name)
 
 
-def launched(name, shared=0):
-    return f"cuLaunchKernelEx {name} grid 1 2 3 block 128 1 1 shared {shared} stream 0x7 first 77"
+def launched(name, shared=0, x=1, more=""):
+    return (
+        f"cuLaunchKernelEx {name} grid {x} 2 3 block 128 1 1 shared {shared} stream 0x7 first 77"
+        f"{more}"
+    )
+
+
+def allowed(name, shared, device=0):
+    return f"cuKernelSetAttribute 8 = {shared} of {name} on {device}"
+
+
+def allowed_large(name, device=0):
+    """Clusters of more than eight."""
+    return f"cuKernelSetAttribute 14 = 1 of {name} on {device}"
 
 
 def readied(name):
@@ -550,14 +591,56 @@ def test_shared_memory_is_asked_for_where_it_grows(cuda, play):
     a, *_ = names(cuda)
     given = (1024, 1024, 512, 90000, 1024)
     _, calls = play(f"for shared in {given}: launch(A, shared=shared)")
+    assert calls == [
+        *IMAGE, *readied(a), allowed(a, 1024), launched(a, 1024),
+        launched(a, 1024), launched(a, 512),
+        allowed(a, 90000), launched(a, 90000), launched(a, 1024),
+    ]  # fmt: skip
 
-    def allowed(shared):
-        return f"cuKernelSetAttribute 8 = {shared} of {a} on 0"
+
+def test_clusters_and_all_at_once_are_asked_for_where_they_are_wanted(cuda, play):
+    a, *_ = names(cuda)
+    said, calls = play(
+        "launch(A, grid=(8, 2, 3), cluster=4)\n"
+        "launch(A, grid=(8, 2, 3), cluster=8)\n"
+        "launch(A, together=True)\n"
+        "launch(A, together=1)\n"
+        "launch(A, grid=(8, 2, 3), cluster=2, together=True)\n"
+        "launch(A, together=0)\n"
+    )
+    assert not said
+    assert calls == [
+        *IMAGE, *readied(a),
+        launched(a, x=8, more=" cluster 4 1 1"),
+        launched(a, x=8, more=" cluster 8 1 1"),
+        launched(a, more=" cooperative 1"),
+        launched(a, more=" cooperative 1"),
+        launched(a, x=8, more=" cluster 2 1 1 cooperative 1"),
+        launched(a),
+    ]  # fmt: skip
+
+
+def test_large_clusters_are_allowed_once_on_each_device(cuda, play):
+    a, b, _ = names(cuda)
+    said, calls = play(
+        "import os\n"
+        "def large(name, size=16, **how): launch(name, grid=(size, 2, 3), cluster=size, **how)\n"
+        "launch(A, shared=9); large(A, shared=5); large(A, 9); large(A, shared=20)\n"
+        "launch(A, shared=15); large(A); large(B, shared=9); large(B)\n"
+        "os.environ['FAKE_CONTEXT'] = '1'; large(A, device=1); large(A, device=1)"
+    )
+    assert not said
+
+    def large(name, shared=0, size=16):
+        return launched(name, shared, size, f" cluster {size} 1 1")
 
     assert calls == [
-        *IMAGE, *readied(a), allowed(1024), launched(a, 1024),
-        launched(a, 1024), launched(a, 512),
-        allowed(90000), launched(a, 90000), launched(a, 1024),
+        *IMAGE, *readied(a), allowed(a, 9), launched(a, 9),
+        allowed_large(a), large(a, 5), large(a, size=9),
+        allowed(a, 20), large(a, 20),
+        launched(a, 15), large(a),
+        *readied(b), allowed(b, 9), allowed_large(b), large(b, 9), large(b),
+        *readied(a)[1:], allowed_large(a, 1), large(a), large(a),
     ]  # fmt: skip
 
 
@@ -566,8 +649,8 @@ def test_each_device_is_made_ready_and_shares_the_image(cuda, play):
     code = "launch(A, shared=9); os.environ['FAKE_CONTEXT'] = '1'; launch(A, 1, shared=9)"
     _, calls = play(f"import os; {code}")
     assert calls == [
-        *IMAGE, *readied(a), f"cuKernelSetAttribute 8 = 9 of {a} on 0", launched(a, 9),
-        *readied(a)[1:], f"cuKernelSetAttribute 8 = 9 of {a} on 1", launched(a, 9),
+        *IMAGE, *readied(a), allowed(a, 9), launched(a, 9),
+        *readied(a)[1:], allowed(a, 9, device=1), launched(a, 9),
     ]  # fmt: skip
 
 
@@ -647,6 +730,30 @@ threads = [Thread(target=work, args=(k,)) for k in range(8)]
         assert not said and allowed == sorted(set(allowed)) and allowed[-1] == 8000
 
 
+def test_threads_that_want_large_clusters_and_shared_memory_get_both_once(cuda, play):
+    """Whichever comes first, neither takes back what the other was allowed."""
+    a, *_ = names(cuda)
+    code = """
+from threading import Barrier, Thread
+barrier = Barrier(8)
+def work(k):
+    barrier.wait()
+    launch(A, shared=5000 * (k % 2), grid=(16, 2, 3), cluster=16 if k < 4 else 4)
+threads = [Thread(target=work, args=(k,)) for k in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    for _ in range(3):
+        said, calls = play(code, FAKE_SLOW="2000")
+        assert not said
+        set_ = [line for line in calls if line.startswith("cuKernelSetAttribute")]
+        assert sorted(set_) == sorted([allowed(a, 5000), allowed_large(a)])
+        launches = [line for line in calls if line.startswith("cuLaunchKernelEx")]
+        assert len(launches) == 8 and sum("cluster 16" in line for line in launches) == 4
+        first = next(k for k, line in enumerate(calls) if "cluster 16" in line)
+        assert calls.index(allowed_large(a)) < first
+
+
 @pytest.mark.parametrize(
     "function",
     ["cuInit", "cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelGetFunction", "cuFuncLoad",
@@ -661,6 +768,31 @@ def test_an_error_says_what_was_launched_how(cuda, play, function):
     )
     assert said == [sentence, sentence], "and it is tried again"
     assert sum(line.startswith(function) for line in calls) == 2
+
+
+def test_an_error_says_how_ctas_were_to_be_together(cuda, play):
+    a, *_ = names(cuda)
+    code = (
+        "launch(A, grid=(16, 2, 3), cluster=16)\n"
+        "launch(A, together=True)\n"
+        "launch(A, grid=(8, 2, 3), shared=9, cluster=4, together=True)\n"
+    )
+
+    def sentences(function):
+        why = f"{function}: CUDA_ERROR_INVALID_VALUE (1), invalid argument"
+        threads = "128 threads, {} bytes of shared memory".format
+        return [
+            f"{a} on device 0, grid (16, 2, 3) in clusters of 16, {threads(0)}: {why}",
+            f"{a} on device 0, grid (1, 2, 3), {threads(0)}, all at once: {why}",
+            f"{a} on device 0, grid (8, 2, 3) in clusters of 4, {threads(9)}, all at once: {why}",
+        ]
+
+    said, _ = play(code, FAKE_FAIL="cuLaunchKernelEx=1")
+    assert said == sentences("cuLaunchKernelEx")
+    said, calls = play(code, FAKE_FAIL="cuKernelSetAttribute=1")
+    first, _, last = sentences("cuKernelSetAttribute")
+    assert said == [first, last]
+    assert calls[-2:] == [launched(a, more=" cooperative 1"), allowed(a, 9)]
 
 
 def test_a_device_for_which_nothing_was_built_is_told_for_what_it_was(cuda, play):
@@ -693,3 +825,68 @@ def test_attributes_and_occupancy(cuda, play):
     assert f"cuKernelSetAttribute 8 = 60000 of {a} on 0" in calls
     said, _ = play("print(_cuda.attributes(A, 2))", FAKE_FAIL="cuInit=0")
     assert said == [str(found)]
+
+
+def test_how_many_clusters_a_device_has_at_once(cuda, play):
+    a, *_ = names(cuda)
+    said, calls = play("for size in (1, 4, 16, 16): print(_cuda.clusters(A, 0, size, 256, 60000))")
+    assert said == ["32", "8", "2", "2"]
+
+    def asked(size):
+        return (
+            f"cuOccupancyMaxActiveClusters {a} grid {size} 1 1 block 256 1 1 shared 60000 "
+            f"cluster {size} 1 1"
+        )
+
+    assert calls == [
+        *IMAGE, *readied(a), allowed(a, 60000), asked(1), asked(4),
+        allowed_large(a), asked(16), asked(16),
+    ]  # fmt: skip
+    for function in ("cuFuncLoad", "cuKernelSetAttribute", "cuOccupancyMaxActiveClusters"):
+        said, _ = play(
+            "try: _cuda.clusters(A, 0, 16, 256, 9)\nexcept RuntimeError as error: print(error)",
+            FAKE_FAIL=f"{function}=1",
+        )
+        assert said == [
+            f"{a} on device 0, clusters of 16, 256 threads, 9 bytes of shared memory: {function}: "
+            "CUDA_ERROR_INVALID_VALUE (1), invalid argument"
+        ]
+
+
+# A build that is not the tree's
+
+
+def test_the_build_of_the_tree_is_told_from_others(cuda, monkeypatch):
+    backend = imported("cuda")
+    if isinstance(backend, str):
+        pytest.skip(backend)
+    assert {name: getattr(cuda, name).__doc__ for name in backend.SIGNATURES} == backend.SIGNATURES
+
+    class Other:
+        """As the extension, and without one function, or with other arguments of it."""
+
+        def __init__(self, name, text):
+            self._name, self._text = name, text
+
+        def __getattr__(self, name):
+            if name != self._name:
+                return getattr(cuda, name)
+            if self._text is None:
+                raise AttributeError(name)
+            return SimpleNamespace(__doc__=self._text)
+
+    class OtherFields(Other):
+        def fields(self):
+            return cuda.fields().replace("packets", "parcels")
+
+    reason = (
+        "the CUDA kernels were built from the sources of another version of fastseq; build them"
+        " again: make build, or pip install ."
+    )
+    older = "(name, device, stream, (x, y, z), threads, shared, arguments)"
+    others = Other("launch", older), Other("clusters", None), OtherFields("", "")
+    for other in others:
+        monkeypatch.setattr(backend, "_cuda", other)
+        assert backend.unavailable() == reason
+    monkeypatch.setattr(backend, "_cuda", Other("", ""))
+    assert backend.unavailable() != reason

@@ -374,7 +374,7 @@ def test_cta_a_launch_that_fails_names_its_kernel():
         sizes = (1, 1, 1), KERNELS[name].threads, 1 << 23
         plan = rf"on device 0, grid \(1, 1, 1\), {sizes[1]} threads, 8388608 bytes of shared memory"
         with pytest.raises(RuntimeError, match=f"{name} {plan}"):
-            cuda._cuda.launch(name, *queue, *sizes, arguments)
+            cuda._cuda.launch(name, *queue, *sizes, arguments, 1, False)
         torch.cuda.synchronize()
         assert same_bits(before, module(x)[0])
 

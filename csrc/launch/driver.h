@@ -36,6 +36,7 @@ __asm__(".symver dlerror,dlerror@GLIBC_2.17");
   X(cuKernelGetAttribute) \
   X(cuKernelSetAttribute) \
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor) \
+  X(cuOccupancyMaxActiveClusters) \
   X(cuLaunchKernelEx)
 
 namespace {

@@ -1,8 +1,9 @@
 // The kernels that were compiled, of each cell one image (a unit), and their way onto a device.
 //
-// An image is loaded when a kernel of it is first launched, for all devices at once; on each device a
-// kernel is made ready at its first launch there, or when it takes more shared memory than before. Both
-// may happen while a graph is captured. What is ready is launched without a lock.
+// An image is loaded when a kernel of it is first launched, for all devices at once. On each device
+// a kernel is made ready at its first launch there, and again when it takes more shared memory, or
+// larger clusters, than it was allowed. All of that may happen while a graph is captured. What is
+// ready is launched without a lock.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -27,6 +28,9 @@ FASTSEQ_UNITS(FASTSEQ_IMAGE)
 namespace {
 
 constexpr int MOST_DEVICES = 64;
+constexpr int MOST_SHARED = 1 << 24;  // bytes, more than any device has
+constexpr int MOST_CLUSTER = 16;      // CTAs
+constexpr int PORTABLE_CLUSTER = 8;   // CTAs; a kernel has to be allowed more, on each device
 
 struct Unit {
   const char* name;
@@ -47,12 +51,17 @@ enum UnitNumber {
 #undef FASTSEQ_UNIT
 };
 
+// Set in Kernel::ready where a kernel may have clusters beyond the portable size.
+constexpr unsigned LARGE_CLUSTERS = 1u << 31;
+static_assert(MOST_SHARED + 1u < LARGE_CLUSTERS);
+
 struct Kernel {
   const char* name;
   int unit;
   std::atomic<CUkernel> handle{nullptr};
-  // 1 + the shared memory, in bytes, that it may have on a device; 0 where it is not ready
-  std::atomic<int> ready[MOST_DEVICES]{};
+  // 1 + the shared memory, in bytes, that it may have on a device, and LARGE_CLUSTERS; 0 where it
+  // is not ready. One word, so that one look tells all.
+  std::atomic<unsigned> ready[MOST_DEVICES]{};
 };
 
 Kernel kernels[] = {
@@ -99,48 +108,88 @@ Outcome load(Kernel& kernel) {
   return {};
 }
 
-bool is_ready(const Kernel& kernel, int device, int shared) {
-  return kernel.ready[device].load(std::memory_order_acquire) > shared;
+struct Launch {
+  unsigned grid[3] = {1, 1, 1}, threads = 1, shared = 0;
+  unsigned cluster = 1;   // CTAs in x of a cluster; 1: the CTAs are in none
+  bool together = false;  // all CTAs are on the device at once, or the driver refuses
+  CUstream stream = nullptr;
+  fastseq::Arguments arguments;
+};
+
+bool is_ready(const Kernel& kernel, int device, const Launch& launch) {
+  const unsigned allowed = kernel.ready[device].load(std::memory_order_acquire);
+  return (allowed & ~LARGE_CLUSTERS) > launch.shared &&
+         (launch.cluster <= PORTABLE_CLUSTER || allowed & LARGE_CLUSTERS);
 }
 
 // So that the kernel can be launched on the device, whose context is current. The driver would
 // otherwise load it at the first launch, which takes memory.
-Outcome make_ready(Kernel& kernel, int device, int shared) {
+Outcome make_ready(Kernel& kernel, int device, const Launch& launch) {
   const std::lock_guard<std::mutex> lock(loading);
-  if (is_ready(kernel, device, shared)) return {};  // another thread was quicker
+  if (is_ready(kernel, device, launch)) return {};  // another thread was quicker
   const Relaxed relaxed;
   const Outcome loaded = load(kernel);
   if (!loaded) return loaded;
   const CUkernel handle = kernel.handle.load();
-  if (!is_ready(kernel, device, 0)) {
+  const unsigned before = kernel.ready[device].load();
+  unsigned bytes = before & ~LARGE_CLUSTERS, large = before & LARGE_CLUSTERS;
+  if (!bytes) {
     CUfunction function;
     FASTSEQ_TRY(cuKernelGetFunction, &function, handle);
     FASTSEQ_TRY(cuFuncLoad, function);
+    bytes = 1;
   }
-  if (shared)
-    FASTSEQ_TRY(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared,
+  if (launch.shared >= bytes) {
+    FASTSEQ_TRY(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                static_cast<int>(launch.shared), handle, device);
+    bytes = launch.shared + 1;
+  }
+  if (launch.cluster > PORTABLE_CLUSTER && !large) {
+    FASTSEQ_TRY(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1,
                 handle, device);
-  kernel.ready[device].store(shared + 1);
+    large = LARGE_CLUSTERS;
+  }
+  kernel.ready[device].store(bytes | large);
   return {};
 }
 
-struct Launch {
-  unsigned grid[3], threads, shared;
-  CUstream stream;
-  fastseq::Arguments arguments;
+// As the driver takes it. The attributes are those that were asked for, and no others.
+class Config {
+ public:
+  Config(const Launch& launch, bool in_clusters) {
+    config_.gridDimX = launch.grid[0], config_.gridDimY = launch.grid[1];
+    config_.gridDimZ = launch.grid[2];
+    config_.blockDimX = launch.threads, config_.blockDimY = config_.blockDimZ = 1;
+    config_.sharedMemBytes = launch.shared;
+    config_.hStream = launch.stream;
+    if (in_clusters)
+      add(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION).clusterDim = {launch.cluster, 1, 1};
+    if (launch.together) add(CU_LAUNCH_ATTRIBUTE_COOPERATIVE).cooperative = 1;
+  }
+  Config(const Config&) = delete;
+  Config& operator=(const Config&) = delete;
+  operator const CUlaunchConfig*() const { return &config_; }
+
+ private:
+  CUlaunchAttributeValue& add(CUlaunchAttributeID id) {
+    CUlaunchAttribute& attribute = attributes_[config_.numAttrs++];
+    attribute = {};
+    attribute.id = id;
+    config_.attrs = attributes_;
+    return attribute.value;
+  }
+  CUlaunchConfig config_ = {};
+  CUlaunchAttribute attributes_[2];
 };
 
-Outcome launch_kernel(Kernel& kernel, Launch& launch) {
-  CUlaunchConfig config = {};
-  config.gridDimX = launch.grid[0], config.gridDimY = launch.grid[1];
-  config.gridDimZ = launch.grid[2];
-  config.blockDimX = launch.threads, config.blockDimY = config.blockDimZ = 1;
-  config.sharedMemBytes = launch.shared;
-  config.hStream = launch.stream;
+CUfunction function_of(const Kernel& kernel) {
+  return reinterpret_cast<CUfunction>(kernel.handle.load(std::memory_order_relaxed));
+}
+
+Outcome launch_kernel(const Kernel& kernel, Launch& launch) {
+  const Config config(launch, launch.cluster > 1);
   void* parameters[] = {&launch.arguments};
-  FASTSEQ_TRY(cuLaunchKernelEx, &config,
-              reinterpret_cast<CUfunction>(kernel.handle.load(std::memory_order_relaxed)),
-              parameters, nullptr);
+  FASTSEQ_TRY(cuLaunchKernelEx, config, function_of(kernel), parameters, nullptr);
   return {};
 }
 

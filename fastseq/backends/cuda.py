@@ -68,6 +68,13 @@ FIELDS = (
     "w_hh b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit packets "
     "fault code patience"
 ).split()
+#: What the extension's functions say of themselves: one that was built from other sources may take
+#: and give something else.
+SIGNATURES = {
+    "launch": "(name, device, stream, (x, y, z), threads, shared, arguments, cluster, together)",
+    "occupancy": "(name, device, threads, shared) -> CTAs of a multiprocessor",
+    "clusters": "(name, device, size, threads, shared) -> clusters on the device at once",
+}
 #: The driver that runs what nvcc 13 makes.
 DRIVER = 580
 DEVICES = ("cuda", "meta")
@@ -78,7 +85,8 @@ _pack = struct.Struct(f"<{len(FIELDS)}q").pack
 
 
 def unavailable() -> str | None:
-    if _cuda.fields().split() != FIELDS:
+    found = {name: getattr(getattr(_cuda, name, None), "__doc__", None) for name in SIGNATURES}
+    if _cuda.fields().split() != FIELDS or found != SIGNATURES:
         return (
             "the CUDA kernels were built from the sources of another version of fastseq; build them"
             " again: make build, or pip install ."
@@ -144,7 +152,7 @@ def launch(
         v if type(v) is int else 0 if v is None else v.data_ptr()  # type: ignore[union-attr]
         for v in map(values.get, FIELDS)
     ]
-    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*numbers))
+    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*numbers), 1, False)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:

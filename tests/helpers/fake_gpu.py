@@ -228,7 +228,7 @@ class Extension(types.ModuleType):
     def kernels(self):
         return (*cuda_kernels.KERNELS, *("_".join(map(str, p)) for p in cuda_kernels.PREVIOUS))
 
-    def launch(self, name, device, stream, grid, threads, shared, arguments):
+    def launch(self, name, device, stream, grid, threads, shared, arguments, cluster, together):
         alive()
         if name not in self.kernels():
             raise ValueError(f"name: no kernel {name!r} was built")
@@ -238,7 +238,16 @@ class Extension(types.ModuleType):
                 "shared memory: CUDA_ERROR_INVALID_VALUE (1)"
             )
         assert min(grid) > 0 and len(arguments) == 8 * len(compiled.FIELDS)
+        assert 1 <= cluster <= 16 and grid[0] % cluster == 0
         LAUNCHES.append((name, grid))
+
+    def occupancy(self, name, device, threads, shared):
+        alive()
+        return 1
+
+    def clusters(self, name, device, size, threads, shared):
+        alive()
+        return 132 // size
 
     def attributes(self, name, device):
         kernel = cuda_kernels.KERNELS.get(name)
@@ -248,6 +257,8 @@ class Extension(types.ModuleType):
 
 fastseq._cuda = sys.modules["fastseq._cuda"] = Extension()
 compiled = imported("cuda")
+for _name, _text in compiled.SIGNATURES.items():
+    getattr(Extension, _name).__doc__ = _text
 compiled.DEVICES = ("cuda", "cpu", "meta")
 compiled.device_at_hand = lambda index=None: cuda_kernels.H100
 compiled._queue = lambda device: (0, 0)

@@ -5,7 +5,7 @@
    FAKE_FAIL     name=code: what that function returns
    FAKE_CONTEXT  the device whose context is current, or "none", or "primary" where device 0 has one
                  that is not current
-   FAKE_SLOW     how many microseconds it takes to load
+   FAKE_SLOW     how many microseconds it takes to load, and to set an attribute
    FAKE_VERSION  of CUDA, 13000 if not given
 
    -DOLD leaves out what drivers of CUDA 11 lack. */
@@ -20,10 +20,21 @@
 typedef int CUresult;
 enum { INVALID_CONTEXT = 201 };
 
+enum { COOPERATIVE = 2, CLUSTER_DIMENSION = 4 };
+
+struct attribute {
+  int id, pad;
+  union {
+    char all[64];
+    unsigned cluster[3];
+    int cooperative;
+  } value;
+};
+
 struct config {
   unsigned grid[3], block[3], shared;
   void* stream;
-  void* attributes;
+  const struct attribute* attributes;
   unsigned attribute_count;
 };
 
@@ -46,6 +57,22 @@ static CUresult said(const char* function, const char* format, ...) {
   const size_t length = strlen(function);
   if (fail && !strncmp(fail, function, length) && fail[length] == '=') return atoi(fail + length + 1);
   return 0;
+}
+
+/* A blank before each that is there. */
+static void write_attributes(char* to, size_t size, const struct config* c) {
+  size_t length = 0;
+  *to = 0;
+  for (unsigned k = 0; k < c->attribute_count; ++k) {
+    const struct attribute* a = c->attributes + k;
+    if (a->id == CLUSTER_DIMENSION)
+      length += snprintf(to + length, size - length, " cluster %u %u %u", a->value.cluster[0],
+                         a->value.cluster[1], a->value.cluster[2]);
+    else if (a->id == COOPERATIVE)
+      length += snprintf(to + length, size - length, " cooperative %d", a->value.cooperative);
+    else
+      length += snprintf(to + length, size - length, " attribute %d", a->id);
+  }
 }
 
 static void load(void) {
@@ -134,10 +161,21 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void* kernel, i
   return said("cuOccupancyMaxActiveBlocksPerMultiprocessor", "%s %d %zu", (char*)kernel, threads,
               shared);
 }
+CUresult cuOccupancyMaxActiveClusters(int* count, void* kernel, const struct config* c) {
+  char attributes[128];
+  write_attributes(attributes, sizeof attributes, c);
+  *count = 32 / c->grid[0];
+  return said("cuOccupancyMaxActiveClusters",
+              "%s grid %u %u %u block %u %u %u shared %u%s%s", (char*)kernel, c->grid[0],
+              c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
+              c->stream ? " stream" : "", attributes);
+}
 CUresult cuLaunchKernelEx(const struct config* c, void* kernel, void** parameters, void** extra) {
   const int64_t* fields = parameters[0];
-  return said("cuLaunchKernelEx", "%s grid %u %u %u block %u %u %u shared %u stream %p first %lld%s",
-              (char*)kernel, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1],
-              c->block[2], c->shared, c->stream, (long long)fields[0],
-              c->attribute_count || extra ? " and more" : "");
+  char attributes[128];
+  write_attributes(attributes, sizeof attributes, c);
+  return said("cuLaunchKernelEx",
+              "%s grid %u %u %u block %u %u %u shared %u stream %p first %lld%s%s", (char*)kernel,
+              c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
+              c->stream, (long long)fields[0], attributes, extra ? " and more" : "");
 }
