@@ -4,7 +4,7 @@
 //   T, B, R, H     steps, sequences, recurrences, hidden units
 //   rows           N, of all sequences, and of padding behind them
 //   tile           how many sequences a CTA has, 4 or 8; a team of CTAs: up to what it has room for
-//   first          the first sequence of the launch
+//   first, start   the first sequence of the launch, and its first recurrence; of teams alone
 //   team           how many CTAs share a recurrence, each with a slice of the hidden units
 //   reverse        bit r % 32: recurrence r runs backward in time
 //   save           whether forward leaves what backward reads: gates, extras
@@ -47,6 +47,7 @@
   X(int64_t, rows) \
   X(int64_t, tile) \
   X(int64_t, first) \
+  X(int64_t, start) \
   X(int64_t, team) \
   X(int64_t, reverse) \
   X(int64_t, save) \

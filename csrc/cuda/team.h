@@ -137,7 +137,8 @@ struct Member {
   const Arguments& a;
   const int lane = thread() % LANES, warp = thread() / LANES, g = lane / 4, q = lane % 4;
   const int H = int(a.H), team = int(a.team);
-  const int rank = tile_x() % team, tile = tile_x() / team, recurrence = tile_y();
+  const int rank = tile_x() % team, tile = tile_x() / team;
+  const int recurrence = int(a.start) + tile_y();
   const int first = int(a.first) + tile * int(a.tile);  // of the team's sequences
   const int count = least(int(a.tile), int(a.B) - first);
   const int origin = rank * S::UNITS;               // the slice's first unit

@@ -19,7 +19,9 @@ value and each state other than h; with ``memory="lean"`` y alone, and backward 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,20 @@ from . import faults
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .cuda_kernels import (
     H100,
+    MOST_OF_A_CLUSTER,
     PREVIOUS_THREADS,
+    TEAMS,
     Device,
     Kernel,
+    Regime,
     Way,
     device_of,
     kernel_of,
     rows_of_a_cta,
     unit_tiles,
 )
-from .cuda_plan import Precision, decline, plan
+from .cuda_plan import Precision, decline, plan, regime_of
+from .cuda_teams import Arrangement, arrange
 from .gpu_layer import Layer
 from .layout import declined_anywhere
 from .layout import side_by_side as saved_layout
@@ -64,9 +70,9 @@ __all__ = ["backward", "explain", "forward", "saved_layout", "supports", "unavai
 ABILITIES = Abilities()
 #: What a kernel is given, in this order: csrc/cuda/arguments.h.
 FIELDS = (
-    "T B R H rows tile first team reverse save lengths offsets gates extra y c_all h_0 c_0 h_n c_n "
-    "w_hh b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit packets "
-    "fault code patience"
+    "T B R H rows tile first start team reverse save lengths offsets gates extra y c_all h_0 c_0 "
+    "h_n c_n w_hh b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit "
+    "packets fault code patience"
 ).split()
 #: What the extension's functions say of themselves: one that was built from other sources may take
 #: and give something else.
@@ -80,6 +86,10 @@ DRIVER = 580
 DEVICES = ("cuda", "meta")
 #: Steps' directions are bits of one number.
 _DIRECTIONS = 32
+#: How often a CTA looks for what others hand to it before it gives up: some seconds.
+_patience = {"cluster": 1 << 20, "grid": 1 << 24}
+#: In which regime all layers run, of tests and measurements; None: as planned.
+_asked: Regime | None = None
 _TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _pack = struct.Struct(f"<{len(FIELDS)}q").pack
 
@@ -115,7 +125,32 @@ def supports(problem: Problem) -> str | None:
 
 def explain(problem: Problem) -> str:
     """How a problem that it supports runs."""
-    return str(plan(problem, device_at_hand(), _precision(problem.tf32)))
+    return str(plan(problem, device_at_hand(), _precision(problem.tf32), regime=_asked))
+
+
+@contextmanager
+def larger_as(regime: Regime) -> Iterator[None]:
+    """Layers run in this regime, whatever the plan says; for tests and measurements.
+
+    A layer that the regime does not hold raises where it is launched.
+    """
+    global _asked
+    before, _asked = _asked, regime
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+@contextmanager
+def patience(looks: int) -> Iterator[None]:
+    """How often a CTA of a team looks for what others hand to it before it gives up."""
+    before = dict(_patience)
+    _patience.update(dict.fromkeys(_patience, looks))
+    try:
+        yield
+    finally:
+        _patience.update(before)
 
 
 def _precision(tf32: bool) -> Precision:
@@ -124,7 +159,23 @@ def _precision(tf32: bool) -> Precision:
 
 @lru_cache(maxsize=64)
 def _device(index: int) -> Device:
-    return device_of(torch.cuda.get_device_properties(index))
+    found = device_of(torch.cuda.get_device_properties(index))
+    limits = _cuda.limits(index)
+    if found.capability >= (9, 0):
+        # whatever the cell, a team's CTA has a multiprocessor to itself
+        kernel = TEAMS["forward_lstm_bfloat16_cluster"]
+        given = kernel.threads, found.shared_memory
+        counts = [_clusters(kernel.name, index, n, *given) for n in range(1, MOST_OF_A_CLUSTER + 1)]
+        found = replace(found, clusters=(0, *counts))
+    return replace(found, mps=bool(limits["mps"]), cooperative=bool(limits["cooperative"]))
+
+
+def _clusters(name: str, index: int, size: int, threads: int, shared: int) -> int:
+    """How many clusters of a size the device holds; 0 where the driver refuses that size."""
+    try:
+        return _cuda.clusters(name, index, size, threads, shared)
+    except RuntimeError:
+        return 0
 
 
 def device_at_hand(index: int | None = None) -> Device:
@@ -144,15 +195,18 @@ def launch(
     threads: int,
     shared: int,
     values: dict[str, int | Tensor | None],
+    cluster: int = 1,
+    together: bool = False,
 ) -> None:
-    """One kernel on torch's current stream of a device."""
+    """One kernel on torch's current stream of a device. cluster: CTAs in x that are one; together:
+    whether all CTAs are on the device at once."""
     if min(grid) == 0:
         return
     numbers = [
         v if type(v) is int else 0 if v is None else v.data_ptr()  # type: ignore[union-attr]
         for v in map(values.get, FIELDS)
     ]
-    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*numbers), 1, False)
+    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*numbers), cluster, together)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
@@ -185,7 +239,7 @@ def _bits(reverse: tuple[bool, ...]) -> int:
 class _Task(Layer):
     """One call as the kernels take it."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, training: bool) -> None:
         kind, precision = _TYPES.get(call.x.dtype, "float32"), "ieee"
         if kind == "float32":
             tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
@@ -209,17 +263,32 @@ class _Task(Layer):
         }
         for state, start in zip(self.cell.states, call.states, strict=False):
             self.values[f"{state}_0"] = _aligned(start)
+        self.at_hand = device_at_hand(self.device.index)
+        sizes = (self.cell.name, self.type, self.H, self.B, self.R)
+        self.regime = _asked or regime_of(*sizes, training, self.at_hand)
         self.unit_tiles = unit_tiles(self.cell, self.H)
-        multiprocessors = device_at_hand(self.device.index).multiprocessors
-        tile = rows_of_a_cta(self.B, self.R * self.unit_tiles, multiprocessors)
-        self.tiles, self.values["tile"] = -(-self.B // tile), tile
 
-    def kernel(self, way: Way) -> Kernel:
-        return kernel_of(way, self.cell.name, self.type, self.H)
+    def tiles(self, way: Way) -> int:
+        """Of the batch: how many CTAs, or teams, walk a recurrence."""
+        if self.regime != "cta":
+            return self.arrangement(way).tiles if self.B else 0
+        return -(-self.B // self._rows())
+
+    def _rows(self) -> int:
+        others = self.R * self.unit_tiles
+        return rows_of_a_cta(self.B, others, self.at_hand.multiprocessors)
+
+    def arrangement(self, way: Way) -> Arrangement:
+        """Of a team's way."""
+        kernel = TEAMS[f"{way}_{self.cell.name}_{self.type}_{self.regime}"]
+        return arrange(kernel, self.H, self.B, self.R, self.at_hand)
+
+    def w_hh(self) -> Tensor | None:
+        return self.stacked([w.w_hh for w in self.call.weights])
 
     def weights(self, kernel: Kernel) -> Tensor | None:
-        """w_hh as a kernel holds it, with zeros around."""
-        w_hh = self.stacked([w.w_hh for w in self.call.weights])
+        """w_hh as a kernel of one CTA holds it, with zeros around."""
+        w_hh = self.w_hh()
         if w_hh is None:
             return None
         H, HC, gates = self.H, kernel.HC, self.cell.G_hh
@@ -234,10 +303,30 @@ class _Task(Layer):
         return padded
 
     def walk(self, way: Way, **values: Any) -> None:
-        kernel = self.kernel(way)
-        grid = (self.tiles, self.R, self.unit_tiles)
-        given = self.values | values | {"w_hh": self.weights(kernel)}
+        given = self.values | values
+        if self.regime != "cta":
+            return self._walk_by_teams(self.arrangement(way), given)
+        kernel = kernel_of(way, self.cell.name, self.type, self.H)
+        grid = (self.tiles(way), self.R, self.unit_tiles)
+        given |= {"w_hh": self.weights(kernel), "tile": self._rows()}
         launch(kernel.name, self.device, grid, kernel.threads, kernel.shared, given)
+
+    def _walk_by_teams(self, teams: Arrangement, given: dict[str, int | Tensor | None]) -> None:
+        if not self.B:
+            return
+        kernel = teams.kernel
+        given["w_hh"] = _aligned(self.w_hh())
+        given |= {"tile": teams.sequences, "team": teams.team, "fault": faults.flag(self.device)}
+        given |= {"code": faults.code(kernel.name), "patience": _patience[kernel.regime]}
+        each = kernel.packets(self.H, teams.sequences)
+        room = [each * one.tiles * self.R for one in teams.launches]
+        # zeros: of no exchange; each launch has its own
+        packets = torch.zeros(sum(room), dtype=torch.uint8, device=self.device)
+        for one, part in zip(teams.launches, packets.split(room), strict=True):
+            grid = (teams.team * one.tiles, one.recurrences, 1)
+            given |= {"first": one.first, "start": one.start, "packets": part}
+            sizes = (grid, kernel.threads, teams.shared)
+            launch(kernel.name, self.device, *sizes, given, teams.cluster, teams.together)
 
     def previous_h(self, y: Tensor) -> Tensor:
         """What w_hh multiplied at every row, (N, R, H)."""
@@ -272,7 +361,7 @@ def _walk_forward(
 @torch.no_grad()
 def forward(call: Call, save: bool, trajectory: bool) -> Result:
     faults.raise_if_set(call.x.device)
-    task = _Task(call)
+    task = _Task(call, save)
     full = save and call.memory == "full"
     with task.on_device():
         y = task.padded(task.rows(task.R * task.H))
@@ -283,7 +372,7 @@ def forward(call: Call, save: bool, trajectory: bool) -> Result:
 @torch.no_grad()
 def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
     faults.raise_if_set(call.x.device)
-    task = _Task(call)
+    task = _Task(call, True)
     task.check(result, grads)
     with task.on_device():
         return _backward(task, result, grads, wanted)
@@ -310,7 +399,7 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
     dgates = new(N, R, cell.G * H, dtype=task.dtype)
     apart = cell.parts_differ and bool(cell.recurrent_gates)
     dproduct = new(N, R, cell.G_hh * H, dtype=task.dtype) if apart else dgates
-    tiles, w = task.tiles, task.call.weights[0]
+    tiles, w = task.tiles("backward"), task.call.weights[0]
     biased = w.b_ih is not None or w.b_hh is not None
     U, apart_gates = len(cell.unit_parameters), len(cell.apart_gates)
     dunit = new(tiles, R, U, H, dtype=task.wide) if U else None

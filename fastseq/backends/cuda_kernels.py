@@ -59,7 +59,9 @@ class Device:
     shared_memory: bytes that one CTA may have (opt-in); shared_memory_total: of a multiprocessor.
     clock: in GHz, at most. bandwidth: of its memory, GB/s. threads, ctas: that a multiprocessor can
     hold. mma_clocks: that it takes for one mma (m16n8k16 in 16 bits, m16n8k8 in TF32) when all its
-    tensor cores are busy.
+    tensor cores are busy. clusters: how many clusters of so many CTAs, a multiprocessor to each,
+    are on it at once; () where the driver was not asked. mps: whether other processes share it, by
+    NVIDIA's MPS. cooperative: whether a whole grid can be started at once.
     """
 
     name: str
@@ -73,6 +75,18 @@ class Device:
     threads: int = 2048
     ctas: int = 32
     mma_clocks: float = 2.0
+    clusters: tuple[int, ...] = ()
+    mps: bool = False
+    cooperative: bool = True
+
+    def at_once(self, size: int) -> int:
+        """Clusters of so many CTAs at once. Where the driver was not asked, as an H100 answered: 7
+        of 16, since a cluster stays within one part of the GPU, of 16 or 18 multiprocessors."""
+        if self.capability < (9, 0) or size > MOST_OF_A_CLUSTER:
+            return 0
+        if self.clusters:
+            return self.clusters[size] if size < len(self.clusters) else 0
+        return self.multiprocessors // (size if size <= 8 else size + 2)
 
 
 def device_of(properties: Any) -> Device:
@@ -398,7 +412,7 @@ class TeamKernel:
         return pieces * unit + 2 * len(cell.other_states) * self.units * 4 + _ROW_PAD
 
     def operand(self, H: int, sequences: int) -> int:
-        """Bytes of one operand: forward h of all units, backward the gates' gradients of a slice."""
+        """Bytes of one operand: forward h of all units, backward a slice's gates' gradients."""
         inner = self.walked(H) * 64 * self.split if self.way == "forward" else self.inner
         return _up_to(sequences, 8) * (inner if inner % 128 else inner + _OPERAND_PAD)
 

@@ -4,12 +4,12 @@
 The kernels and what they take are in :mod:`.cuda_kernels`, the times in :mod:`.cuda_time`. The
 times are modelled, fitted to calls that were measured on an H200.
 
-Of the regimes in which a layer can run one is built:
+The regimes in which a layer can run:
 
 - ``cta``: one CTA owns 8 sequences of a recurrence for all of time, or 4 where every CTA then has a
-  multiprocessor of its own, with all weights on the chip
-- ``cluster``: a cluster of CTAs shares the weights and hands h around. Not built.
-- ``grid``: so does the whole grid. Not built.
+  multiprocessor of its own, with all weights on the chip; where a layer fits, this one
+- ``cluster`` and ``grid``: a team of CTAs shares the weights and hands h around
+  (:mod:`.cuda_teams`); where one CTA does not hold a layer, the one that is modelled to be faster
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from ..cells import CELLS, Cell
-from . import cuda_time
+from . import cuda_teams, cuda_time
 from .contract import Problem
 from .cuda_kernels import (
     A100,
@@ -39,6 +39,7 @@ from .cuda_kernels import (
     ROWS,
     Device,
     Kernel,
+    Regime,
     Type,
     Way,
     classes,
@@ -68,12 +69,10 @@ __all__ = [
     "type_of",
 ]
 
-Regime = Literal["cta", "cluster", "grid"]
 #: Of float32's products, as torch.backends.cudnn.rnn.fp32_precision names them.
 Precision = Literal["ieee", "tf32"]
 
-#: Up to this H a cluster of 16 CTAs would hold the weights of any cell in 16 bits.
-_CLUSTER = 512
+_TEAMS: tuple[Regime, ...] = ("cluster", "grid")
 #: What a grid may have in y and z, and in x.
 _MOST_YZ, _MOST_X = 65535, 2**31 - 1
 #: What a CTA takes of a multiprocessor's shared memory beside its own.
@@ -377,16 +376,19 @@ def _too_large(problem: Problem, device: Device, cell: Cell, type: Type, H: int)
     most = largest(name, type, problem.training, device)
     if H <= most or (most and not cell.recurrent_gates):
         return None
+    if any(cuda_teams.declined(name, type, r, H, device) is None for r in _TEAMS):
+        return None
     hint = "choose triton"
-    if type == "float32" and H <= largest(name, "tf32", problem.training, device):
+    if type == "float32" and any_holds(name, "tf32", H, problem.training, device):
         hint = "allow TF32 (torch.backends.cudnn.rnn.fp32_precision = 'tf32'), or choose triton"
     alike = "" if most == largest(name, type, False, device) else " in training"
     if H > max(classes(name, type)):
-        regime: Regime = "cluster" if H <= _CLUSTER else "grid"
-        return (
-            f"H={H}: regime {regime}, not yet built; one CTA holds up to H={most} in {type} of "
-            f"{name}{alike} on {device.name}; {hint}"
-        )
+        why = [f"one CTA holds up to H={most} in {type} of {name}{alike} on {device.name}"]
+        if type == "float32":
+            why.append("clusters and grids multiply in TF32 or 16 bits")
+        else:
+            why += [f"{cuda_teams.declined(name, type, r, H, device)}" for r in _TEAMS]
+        return "; ".join([f"H={H}: {why[0]}", *why[1:], hint])
     HC = min(n for n in classes(name, type) if n >= H)
     way: Way = "backward" if _fits("forward", name, type, HC, device) else "forward"
     fits = f"up to H={most} fits{alike}" if most else f"no H fits{alike}"
@@ -394,6 +396,31 @@ def _too_large(problem: Problem, device: Device, cell: Cell, type: Type, H: int)
         f"H={H} in {type} of {name}: {way} takes {_kernel(way, name, type, HC).shared:,} bytes of "
         f"shared memory, and a CTA of {device.name} has {device.shared_memory:,}; {fits}; {hint}"
     )
+
+
+def any_holds(cell: str, type: str, H: int, training: bool, device: Device) -> bool:
+    """Whether a layer of H units runs in some regime."""
+    if H <= largest(cell, type, training, device):
+        return True
+    return any(cuda_teams.declined(cell, type, r, H, device) is None for r in _TEAMS)
+
+
+@lru_cache(maxsize=1024)
+def regime_of(
+    cell: str, type: str, H: int, B: int, R: int, training: bool, device: Device
+) -> Regime:
+    """In which regime a layer runs that some regime holds: that of one CTA where it does, else the
+    one whose forward and backward are modelled to take less time."""
+    if not CELLS[cell].recurrent_gates or H <= largest(cell, type, training, device):
+        return "cta"
+    able = [r for r in _TEAMS if cuda_teams.declined(cell, type, r, H, device) is None]
+
+    def step(regime: Regime) -> float:
+        ways: tuple[Way, ...] = ("forward", "backward")
+        kernels = [cuda_teams.kernel_of(way, cell, type, regime) for way in ways]
+        return sum(cuda_teams.arrange(k, H, B, R, device).step for k in kernels if k is not None)
+
+    return min(able, key=step)
 
 
 def _too_many(problem: Problem, name: str, cell: Cell, H: int) -> str | None:
@@ -418,11 +445,12 @@ def plan(
     device: Device,
     precision: Precision = "ieee",
     registers: Mapping[str, int] | None = None,
-) -> Plan | str:
+    regime: Regime | None = None,
+) -> Plan | cuda_teams.TeamPlan | str:
     """How ``cuda`` runs a problem on a device, or why it does not.
 
     registers: of a thread, by kernel name, as the compiler counted them; else those that the launch
-        bounds allow.
+        bounds allow. regime: the one that is asked for; None for the planner's.
 
     Where T or B is not known the plan has no totals; where H is not there is none, and the text
     says so: :func:`decline` says whether anything else speaks against the problem.
@@ -436,6 +464,12 @@ def plan(
     type = type_of(problem, precision)
     runs_on = binary(device.capability)
     assert type is not None and runs_on is not None
+    B = 8 if problem.B is None else problem.B
+    regime = regime or regime_of(cell.name, type, H, B, problem.R, problem.training, device)
+    if regime != "cta":
+        ways: tuple[Way, ...] = ("forward", "backward")
+        moved = [_row_bytes(way, cell, ITEMSIZE[type], H, problem) for way in ways]
+        return cuda_teams.plan(problem, regime, type, runs_on, device, *moved)
     forward = kernel_of("forward", cell.name, type, H)
     HC = forward.HC
     backward = None
