@@ -148,7 +148,7 @@ def test_a_forgotten_barrier_shows(host):
     [
         ("one_buffer", "copy: written to before it arrived"),
         ("unaligned", "copy: an address is not aligned to 16"),
-        ("outside", "copy: not to the CTA's shared memory"),
+        ("outside", "copy: not in the CTA's shared memory"),
         ("beside", "written beside the shared memory"),
         ("other_word", "lanes of a warp are at different words"),
         ("leaves", "left the kernel"),

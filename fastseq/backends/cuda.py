@@ -144,7 +144,7 @@ def launch(
         v if type(v) is int else 0 if v is None else v.data_ptr()  # type: ignore[union-attr]
         for v in map(values.get, FIELDS)
     ]
-    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*numbers))
+    _cuda.launch(name, *_queue(device), grid, threads, shared, _pack(*numbers), 1, False)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
