@@ -2,12 +2,16 @@
 on the host finds.
 """
 
+import os
 import struct
+import subprocess
 
 import pytest
 import torch
 
-from tests.helpers.cuda_on_host import library_of_words
+from tests.helpers.cuda_on_host import CUDA, WORDS, compiler, library_of_words
+
+ALONE = WORDS.with_name("cuda_words_alone.cpp")
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +19,13 @@ def host():
     return library_of_words()
 
 
-def launch(host, name, threads=32, ctas=1, shared=0, **values):
+def launch(host, name, threads=32, ctas=1, shared=0, cluster=1, together=False, **values):
     """Fields that are left out are 0."""
     fields = [values.pop(field, 0) for field in host.fields().split()]
     assert not values
     words = [f.data_ptr() if isinstance(f, torch.Tensor) else f for f in fields]
     arguments = struct.pack(f"{len(words)}q", *words)
-    host.launch(name, 0, 0, (ctas, 1, 1), threads, shared, arguments)
+    host.launch(name, 0, 0, (ctas, 1, 1), threads, shared, arguments, cluster, together)
 
 
 def fragments(matrix, each):
@@ -148,7 +152,7 @@ def test_a_forgotten_barrier_shows(host):
     [
         ("one_buffer", "copy: written to before it arrived"),
         ("unaligned", "copy: an address is not aligned to 16"),
-        ("outside", "copy: not to the CTA's shared memory"),
+        ("outside", "copy: not in the CTA's shared memory"),
         ("beside", "written beside the shared memory"),
         ("other_word", "lanes of a warp are at different words"),
         ("leaves", "left the kernel"),
@@ -168,8 +172,186 @@ def test_launches_that_cannot_be(host):
         ("whole warps", {"threads": 33}),
         ("more shared memory", {"threads": 64, "shared": 1 << 20}),
         ("the grid is empty", {"threads": 64, "ctas": 0}),
+        ("expected whole clusters of at most 16, got 2", {"threads": 64, "ctas": 3, "cluster": 2}),
+        ("got 17", {"threads": 64, "ctas": 17, "cluster": 17}),
+        ("got 0", {"threads": 64, "cluster": 0}),
+        ("129 CTAs .* at most 8192", {"threads": 64, "ctas": 129, "together": True}),
     ):
         with pytest.raises(RuntimeError, match=words):
             launch(host, "stream", **settings)
     with pytest.raises(RuntimeError, match="no kernel is called strem"):
         launch(host, "strem")
+
+
+def test_a_warp_meets(host):
+    own = torch.randn(32)
+    for _ in range(5):
+        ours = torch.empty(32)
+        launch(host, "beside", shared=128, h_0=own, y=ours)
+        assert torch.equal(ours, own.view(16, 2).flip(1).flatten())
+    with pytest.raises(RuntimeError, match="lanes of a warp are at different words"):
+        launch(host, "beside", shared=128, h_0=own, y=ours, save=1)
+
+
+# CTAs that share a recurrence
+
+PUSHES = (
+    "none no_wait one_buffer too_many too_few leaves not_open opened_twice expected_twice "
+    "no_meeting unaligned outside no_rank written_over meets_alone under_way"
+).split()
+PACKETS = "none no_wait one_buffer flag beside plain unaligned never".split()
+SEEDS = range(5)
+
+
+def expected(h, steps):
+    for _ in range(steps):
+        weights = torch.arange(1.0, len(h) + 1)[:, None]
+        h = (weights * h).sum(0).flip(0) + torch.arange(float(len(h)))[:, None]
+    return h
+
+
+def pushes(host, mistake="none", team=3, teams=1, T=6, seed=1, patience=1000):
+    """Whether the numbers are right and nobody waited in vain."""
+    given = torch.randint(0, 3, (teams, team, 64)).float()
+    ours, fault = torch.full((teams, team, 64), torch.nan), torch.zeros(1, dtype=torch.int32)
+    values = {"h_0": given, "y": ours, "T": T, "save": PUSHES.index(mistake)}
+    values |= {"fault": fault, "code": 7, "patience": patience}
+    host.seed(seed)
+    shared = 256 + 512 * team + 16
+    launch(host, "pushes", 64, team * teams, shared, cluster=team, **values)
+    if fault.item():
+        assert fault.item() == 7
+        return False
+    return all(torch.equal(y, expected(h, T)) for y, h in zip(ours, given, strict=True))
+
+
+@pytest.mark.parametrize("team", [1, 2, 3, 4])
+def test_what_is_pushed_comes(host, team):
+    """In several clusters, one after another and side by side."""
+    assert all(pushes(host, team=team, teams=3, seed=seed) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("mistake", ["no_wait", "one_buffer"])
+def test_pushes_without_order_show(host, mistake):
+    assert not all(pushes(host, mistake, seed=seed) for seed in SEEDS)
+
+
+def test_what_does_not_come_is_not_waited_for(host):
+    assert not pushes(host, "too_few", patience=5)
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("too_many", "more bytes have come than were expected|before what was pushed"),
+        ("leaves", "left the kernel"),
+        ("not_open", "Box: not open"),
+        ("opened_twice", "Box: opened twice"),
+        ("expected_twice", r"Box: expect\(\) twice in a phase"),
+        ("unaligned", "push: an address is not aligned to 16"),
+        ("outside", "push: not in the CTA's shared memory"),
+        ("no_rank", "push: the cluster has no CTA 3"),
+        ("written_over", "Box: written over"),
+        ("meets_alone", "left the kernel"),
+        ("under_way", "push: written to before it has come"),
+    ],
+)
+def test_mistakes_of_pushes_end_the_launch(host, mistake, words):
+    with pytest.raises(RuntimeError, match=f"^pushes: .*({words})"):
+        for seed in SEEDS:
+            pushes(host, mistake, seed=seed, patience=20)
+    assert pushes(host)
+
+
+def packets(host, mistake="none", team=3, T=4, seed=1, first=0, memory=None, **options):
+    """As ``pushes``. ``memory``: of the packets of launches one after another."""
+    given = torch.randint(0, 3, (team, 64)).float()
+    ours, fault = torch.full((team, 64), torch.nan), torch.zeros(1, dtype=torch.int32)
+    if memory is None:
+        memory = torch.zeros(2 * team, 64, 4, dtype=torch.int32)
+    if mistake == "flag":
+        memory = torch.zeros(4 * team, 64, 4, dtype=torch.int32)
+    values = {"h_0": given, "y": ours, "T": T, "save": PACKETS.index(mistake), "team": team}
+    values |= {"packets": memory, "first": first, "fault": fault, "code": 7}
+    values["patience"] = options.pop("patience", 1000)
+    values["c_all"] = torch.zeros(2 * team, 64)
+    host.seed(seed)
+    launch(host, "packets", 64, team, **{"together": True} | options, **values)
+    if fault.item():
+        assert fault.item() == 7
+        return False
+    return torch.equal(ours, expected(given, T))
+
+
+def test_packets_come(host):
+    """Also in the memory of a launch before, by numbers of steps that go on."""
+    memory = torch.zeros(6, 64, 4, dtype=torch.int32)
+    for seed in SEEDS:
+        assert packets(host, seed=seed)
+        assert packets(host, seed=seed, first=4 * seed, memory=memory)
+
+
+def test_packets_of_a_launch_before_are_not_taken(host):
+    """By numbers that start again they are."""
+    memory = torch.zeros(6, 64, 4, dtype=torch.int32)
+    results = [packets(host, T=2, seed=seed, memory=memory) for seed in SEEDS]
+    assert results[0] and not all(results)
+
+
+@pytest.mark.parametrize("mistake", ["no_wait", "one_buffer", "flag"])
+def test_packets_without_order_show(host, mistake):
+    assert not all(packets(host, mistake, seed=seed, patience=10) for seed in SEEDS)
+
+
+def test_packets_that_never_come(host):
+    assert not packets(host, "never", patience=5)
+
+
+def test_a_grid_is_there_at_once(host):
+    """Five CTAs have more threads than the host runs side by side where it may choose."""
+    assert packets(host, team=5)
+    assert not packets(host, team=5, together=False, patience=5)
+
+
+def test_packets_are_aligned(host):
+    with pytest.raises(RuntimeError, match="packet: an address is not aligned to 16"):
+        packets(host, "unaligned")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """Runs pushes or packets under ThreadSanitizer, and says what it printed."""
+    program = tmp_path_factory.mktemp("words") / "alone"
+    flags = "-std=c++20 -O1 -g1 -pthread -fsanitize=thread -fno-strict-aliasing".split()
+    flags += ["-Wno-unknown-pragmas", f"-I{CUDA}", f'-DFASTSEQ_HOST_KERNELS="{WORDS}"']
+    subprocess.run([*compiler(), *flags, str(ALONE), "-o", str(program)], check=True)
+
+    def run(kernel, mistake, ctas=3, seeds=SEEDS):
+        number = {"pushes": PUSHES, "packets": PACKETS}[kernel].index(mistake)
+        words = [kernel, ctas, number, *seeds]
+        settings = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+        command = [str(program), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=settings)
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("kernel", ["pushes", "packets"])
+def test_no_race_is_seen(watched, kernel):
+    assert watched(kernel, "none") == "right\n" * len(SEEDS)
+
+
+@pytest.mark.parametrize(
+    "kernel, mistake",
+    [
+        ("pushes", "no_wait"),
+        ("pushes", "one_buffer"),
+        ("pushes", "no_meeting"),
+        ("packets", "beside"),
+        ("packets", "plain"),
+    ],
+)
+def test_a_race_is_seen(watched, kernel, mistake):
+    """One buffer, where nothing is kept back: what reads late meets what is pushed early."""
+    assert "data race" in watched(kernel, mistake)

@@ -27,9 +27,14 @@ const char* fastseq_host_fields() { return fastseq::ARGUMENT_NAMES; }
 // Why the last launch of this thread failed.
 const char* fastseq_host_message() { return message.c_str(); }
 
-// 0 when the kernel has run.
+// What launches to come keep back, at random; from 0 nothing.
+void fastseq_host_seed(int64_t seed) { fastseq::host::seed = seed; }
+
+// 0 when the kernel has run. `cluster` neighbours in x are a cluster; `together`: all of the grid at
+// once.
 int fastseq_host_launch(const char* name, int64_t gx, int64_t gy, int64_t gz, int threads,
-                        int64_t shared, const void* arguments, int64_t size) {
+                        int64_t shared, int cluster, int together, const void* arguments,
+                        int64_t size) {
   fastseq::Arguments given;
   if (size != sizeof given) {
     message = "expected " + std::to_string(sizeof given) + " bytes of arguments";
@@ -38,7 +43,7 @@ int fastseq_host_launch(const char* name, int64_t gx, int64_t gy, int64_t gz, in
   std::memcpy(&given, arguments, sizeof given);
   for (const fastseq::host::Kernel& kernel : fastseq::host::kernels())
     if (!std::strcmp(kernel.name, name)) {
-      message = fastseq::host::run(kernel, gx, gy, gz, threads, shared, given);
+      message = fastseq::host::run(kernel, gx, gy, gz, threads, shared, given, together, cluster);
       return message.empty() ? 0 : 1;
     }
   message = std::string("no kernel is called ") + name;

@@ -8,8 +8,18 @@
 //                 bytes that changed meanwhile, at either place, are an error, and so is an address
 //                 that is not aligned
 //   mma(), neighbour()    are an error where not all lanes of the warp are at the same word
-//   meet(), meet_pair()   are an error where one of their threads has left the kernel, or does not
-//                 come for half a minute
+//   meet(), meet_pair(), meet_cluster()   are an error where one of their threads has left the kernel,
+//                 or does not come for half a minute
+//   push()        leaves NaNs and is kept back, of two every other one, until its CTA looks at the Box:
+//                 then what was kept back comes, in any order. The order that has_come() gives is
+//                 from those who pushed or expected to those who were told so, no other.
+//   Box           is an error where it is not open, or opened twice, where its bytes and those
+//                 expected differ, where a CTA leaves before they are there, or they come after
+//   load_packet() sees every other packet a few looks late, or when its thread meets others, so that
+//                 of two packets either may be seen first. Packets give no order to anything else.
+//
+// What is kept back is drawn from `seed`, by each thread for itself; from seed 0, nothing is. A wait
+// for what does not come ends after LOOK, with the launch at once.
 //
 // An error ends the launch: the threads leave at the next barrier, and run() gives its message.
 //
@@ -31,6 +41,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -39,6 +50,27 @@
 #include <vector>
 
 #include "../cpu/asan.h"
+
+#if defined(__has_feature)  // Clang; GCC has a macro
+#if __has_feature(thread_sanitizer)
+#define FASTSEQ_TSAN
+#endif
+#endif
+#if defined(__SANITIZE_THREAD__)
+#define FASTSEQ_TSAN
+#endif
+#if defined(FASTSEQ_TSAN)
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+void AnnotateIgnoreSyncBegin(const char*, int);
+void AnnotateIgnoreSyncEnd(const char*, int);
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+}
+#endif
 
 #define DEVICE inline
 #define FASTSEQ_INLINE inline
@@ -51,11 +83,15 @@
 namespace fastseq {
 namespace host {
 
-constexpr int LANES = 32, MOST_SHARED = 232448, SIDE_BY_SIDE = 256;
+constexpr int LANES = 32, MOST_SHARED = 232448, MOST_CLUSTER = 16;
+constexpr int SIDE_BY_SIDE = 256, MOST_THREADS = 8192;  // at once: where it is free, and at all
 constexpr unsigned char POISON = 0xff, GUARD = 0xa5;  // a NaN of every type; not a NaN
 constexpr size_t GUARDED = 256;                       // bytes on each side of a CTA's memory
 constexpr int YIELDS = 2;
 constexpr auto PATIENCE = std::chrono::seconds(30);
+constexpr auto LOOK = std::chrono::milliseconds(5);
+
+inline std::atomic<int64_t> seed{1};  // of the launches to come
 
 using Function = void (*)(const Arguments&);
 struct Kernel {
@@ -73,12 +109,153 @@ struct Listed {
   }
 };
 
+// ThreadSanitizer takes locks and atomics of the words themselves for order among those who come by.
+// While an Unseen lives it looks away from this thread; a Seen is a hole in that. What order a word
+// gives is said by release() and acquire(), of the same place.
+#if defined(FASTSEQ_TSAN)
+inline void look_away() {
+  AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+inline void look_here() {
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+}
+inline void release(void* place) { __tsan_release(place); }
+inline void acquire(void* place) { __tsan_acquire(place); }
+#else
+inline void look_away() {}
+inline void look_here() {}
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+struct Unseen {
+  Unseen() { look_away(); }
+  ~Unseen() { look_here(); }
+  Unseen(const Unseen&) = delete;
+};
+struct Seen {
+  Seen() { look_here(); }
+  ~Seen() { look_away(); }
+  Seen(const Seen&) = delete;
+};
+
+using Word = std::atomic<uint32_t>;
+#if defined(__linux__)
+inline void wake(Word& word, int most) {
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, most, nullptr, nullptr, 0);
+}
+inline void sleep_while(Word& word, uint32_t value) {  // not long: none misses the end of a launch
+  const timespec most{0, std::chrono::nanoseconds(LOOK).count()};
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, &most, nullptr, 0);
+}
+#else
+inline void wake(Word&, int) {}
+inline void sleep_while(Word&, uint32_t) {
+  std::this_thread::sleep_for(std::chrono::microseconds(100));
+}
+#endif
+
+// What some wait for and others make happen, again and again.
+class Event {
+ public:
+  uint32_t count() const { return count_.load(); }
+  void happen(int to_wake = INT_MAX) {
+    ++count_;
+    if (sleepers_.load()) wake(count_, to_wake);
+  }
+  // Until it happens after the count was `seen`, but not for long.
+  void wait(uint32_t seen) {
+    for (int k = 0; k < YIELDS; ++k) {
+      if (count() != seen) return;
+      std::this_thread::yield();
+    }
+    ++sleepers_;
+    if (count() == seen) sleep_while(count_, seen);
+    --sleepers_;
+  }
+
+ private:
+  Word count_{0};
+  std::atomic<int> sleepers_{0};
+};
+
+// Of a thread: what it keeps back.
+class Chance {
+ public:
+  Chance(int64_t seed, uint64_t member) : off_(!seed), state_(uint64_t(seed) << 32 ^ member) {}
+  uint64_t draw() {  // splitmix64
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u, z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  bool one_in(uint64_t n) { return !off_ && draw() % n == 0; }
+
+ private:
+  bool off_;
+  uint64_t state_;
+};
+
+using fastseq::FASTSEQ_ISA::Box;
+using fastseq::FASTSEQ_ISA::Words4;
+
+// 16 bytes whose halves are atomic and give no order; that they are one, a lock sees to.
+inline Words4 read_packet(const Words4* from) {
+  Words4 w;
+  for (int k = 0; k < 4; k += 2) {
+    auto* half = reinterpret_cast<uint64_t*>(const_cast<uint32_t*>(from->w + k));
+    const uint64_t bits = std::atomic_ref<uint64_t>(*half).load(std::memory_order_relaxed);
+    std::memcpy(w.w + k, &bits, sizeof bits);
+  }
+  return w;
+}
+inline void write_packet(Words4* to, const Words4& w) {
+  for (int k = 0; k < 4; k += 2) {
+    uint64_t bits;
+    std::memcpy(&bits, w.w + k, sizeof bits);
+    std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(to->w + k))
+        .store(bits, std::memory_order_relaxed);
+  }
+}
+
+// The packets of a launch that are not yet to be seen, by where they are.
+struct Late {
+  Words4* to;
+  Words4 packet;
+  const void* by;
+  int looks;  // that miss it
+};
+struct Shelf {
+  std::mutex mutex;
+  std::vector<Late> late;
+  Event stored;
+
+  // The place in `late` of what goes to `to`, or its end.
+  std::vector<Late>::iterator find(const Words4* to) {
+    return std::find_if(late.begin(), late.end(), [&](const Late& one) { return one.to == to; });
+  }
+};
+class Shelves {
+ public:
+  Event stored;  // on any
+  Shelf& of(const Words4* p) {
+    return all_[(reinterpret_cast<uintptr_t>(p) / sizeof *p * 0x9e3779b97f4a7c15u) >> 58];
+  }
+
+ private:
+  Shelf all_[64];
+};
+
 struct Stopped {};  // thrown through a kernel, whose launch has failed
 
 // What the CTAs of a launch share.
 class Launch {
  public:
   int tiles_z = 1;  // of the grid
+  const int64_t seed = host::seed.load();
+  Shelves packets;
 
   // Keeps the first message.
   void blame(const std::string& why) {
@@ -112,7 +289,7 @@ class Barrier {
     if (missing == 0) {
       missing_.store(members_, std::memory_order_relaxed);
       round_.store(round + 1);
-      if (sleepers_.load()) wake();
+      if (sleepers_.load()) wake(round_, INT_MAX);
     } else {
       wait(launch, round);
     }
@@ -135,25 +312,15 @@ class Barrier {
     const auto since = std::chrono::steady_clock::now();
     ++sleepers_;
     while (!passed() && !launch.failed()) {
-      sleep(round);
+      sleep_while(round_, round);
       if (!passed() && std::chrono::steady_clock::now() - since > PATIENCE)
         launch.blame("threads wait at a barrier for others that do not come");
     }
     --sleepers_;
   }
-#if defined(__linux__)
-  void wake() { syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
-  void sleep(uint32_t round) {  // not long, so that none misses the end of a launch
-    const timespec most{0, 5'000'000};
-    syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, &most, nullptr, 0);
-  }
-#else
-  void wake() {}
-  void sleep(uint32_t) { std::this_thread::sleep_for(std::chrono::microseconds(100)); }
-#endif
 
   const int members_;
-  std::atomic<uint32_t> round_{0};
+  Word round_{0};
   std::atomic<int> missing_, gone_{0}, sleepers_{0};
 };
 
@@ -174,9 +341,61 @@ struct Copy {
   unsigned char seen[16];
 };
 
+struct Cta;
+struct Cluster {
+  Cluster(int size, int threads) : barrier(size * threads) {}
+  Barrier barrier;
+  std::vector<Cta*> ctas;
+};
+
+struct Pushed {
+  unsigned char* to;
+  Words4 words;
+};
+
+// What a Box counts, under the lock of its CTA.
+struct Count {
+  uint32_t phase = 0;
+  bool expected = false;
+  int64_t bytes = 0;         // to come; of more than is expected so far, less than 0
+  std::vector<Pushed> kept;  // back
+  Event event;               // the phase has ended, or there is more that is kept back
+  uint64_t order[2];         // for release() and acquire(), by the parity of the phase
+
+  void come(Launch& launch, int64_t size) {
+    bytes -= size;
+    if (expected && bytes < 0) launch.fail("Box: more bytes have come than were expected");
+    if (!expected || bytes) return;
+    ++phase, expected = false;
+    event.happen();
+  }
+  // Some of what was kept back, at least one.
+  void bring(Launch& launch, Chance& chance) {
+    for (size_t some = 1 + chance.draw() % kept.size(); some; --some) {
+      std::swap(kept[chance.draw() % kept.size()], kept.back());
+      const Pushed one = kept.back();
+      kept.pop_back();
+      for (size_t k = 0; k < sizeof one.words; ++k)
+        if (one.to[k] != POISON) launch.fail("push: written to before it has come");
+      std::memcpy(one.to, &one.words, sizeof one.words);
+      come(launch, sizeof one.words);
+    }
+  }
+};
+constexpr uint64_t OPEN = 0x6e65706f20786f42;  // what a Box holds
+
 struct Cta {
-  Cta(Launch& launch, int x, int y, int z, int threads, size_t size)
-      : launch(launch), x(x), y(y), z(z), size(size), barrier(threads), remain(threads) {
+  Cta(Launch& launch, Cluster& cluster, int x, int y, int z, int threads, size_t size)
+      : launch(launch),
+        cluster(cluster),
+        x(x),
+        y(y),
+        z(z),
+        rank(int(cluster.ctas.size())),
+        size(size),
+        barrier(threads),
+        remain(threads) {
+    cluster.ctas.push_back(this);
     const size_t all = (size + 2 * GUARDED + 127) / 128 * 128;
     block = static_cast<unsigned char*>(std::aligned_alloc(128, all));
     if (!block) throw std::bad_alloc();
@@ -194,8 +413,44 @@ struct Cta {
   }
   Cta(const Cta&) = delete;
 
+  // Where in the shared memory that is.
+  size_t place(const void* p, size_t bytes, const char* what) {
+    const auto* at = static_cast<const unsigned char*>(p);
+    if (at < memory || at + bytes > memory + size)
+      launch.fail(std::string(what) + ": not in the CTA's shared memory");
+    return size_t(at - memory);
+  }
+  // Of the Box at a place.
+  Count& count(size_t at) {
+    const auto found = counts.find(at);
+    if (found == counts.end()) launch.fail("Box: not open");
+    uint64_t holds;
+    {
+      const Seen seen;
+      std::memcpy(&holds, memory + at, sizeof holds);
+    }
+    if (holds != OPEN) launch.fail("Box: written over");
+    return found->second;
+  }
+
+  void close_boxes() {
+    {
+      const Unseen unseen;
+      const std::lock_guard<std::mutex> hold(mutex);
+      left = true;
+      for (const auto& [at, box] : counts) {
+        if (!box.kept.empty())
+          launch.blame("a CTA has left the kernel before what was pushed into it has come");
+        if (!box.expected && box.bytes)
+          launch.blame("Box: more bytes have come than were expected");
+      }
+    }
+    for (auto& [at, box] : counts) acquire(&box.order[0]), acquire(&box.order[1]);
+  }
+
   // By the last of its threads.
   void end() {
+    close_boxes();
     std::memset(memory, POISON, size);
     allow(block, GUARDED), allow(memory + size, behind);
     bool whole = true;
@@ -206,7 +461,8 @@ struct Cta {
   }
 
   Launch& launch;
-  const int x, y, z;
+  Cluster& cluster;
+  const int x, y, z, rank;
   const size_t size;
   size_t behind;  // guard bytes
   unsigned char *block, *memory;
@@ -214,6 +470,9 @@ struct Cta {
   std::atomic<int> remain;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<std::unique_ptr<Barrier>> pairs;
+  std::mutex mutex;                // of what follows
+  std::map<size_t, Count> counts;  // of Boxes, by where they are
+  bool left = false;
 };
 
 struct Thread {
@@ -224,8 +483,19 @@ struct Thread {
   std::vector<Copy> copies;  // on their way, oldest first
   std::vector<size_t> ends;  // of the groups among them
 
+  Chance chance;
+  std::vector<Words4*> stored;  // where its packets may be late
+  Event* awaited = nullptr;     // what may change what it has loaded since it last looked again
+  uint32_t seen = 0, seen_all = 0;
+  bool missed = false;  // a packet that is late
+
   Thread(Cta& cta, int id)
-      : cta(cta), warp(*cta.warps[id / LANES]), id(id), lane(id % LANES) {}
+      : cta(cta),
+        warp(*cta.warps[id / LANES]),
+        id(id),
+        lane(id % LANES),
+        chance(cta.launch.seed, uint64_t(cta.x) << 40 ^ uint64_t(cta.y) << 28 ^
+                                    uint64_t(cta.z) << 16 ^ uint64_t(id)) {}
 
   void check_aligned(const void* p, size_t to, const char* what) {
     if (reinterpret_cast<uintptr_t>(p) % to)
@@ -235,8 +505,7 @@ struct Thread {
   void begin_copy(void* to, const void* from, int size) {
     check_aligned(to, size, "copy"), check_aligned(from, size, "copy");
     Copy copy{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), size, {}};
-    if (copy.to < cta.memory || copy.to + size > cta.memory + cta.size)
-      cta.launch.fail("copy: not to the CTA's shared memory");
+    cta.place(to, size, "copy");
     for (int k = 0; k < size; ++k) copy.seen[k] = copy.from[k];
     for (int k = 0; k < size; ++k) copy.to[k] = POISON;
     copies.push_back(copy);
@@ -257,6 +526,162 @@ struct Thread {
     for (size_t& end : ends) end -= done;
   }
 
+  void meet(Barrier& barrier) {
+    show_packets();
+    barrier.meet(cta.launch);
+  }
+
+  void open(Box* box) {
+    check_aligned(box, sizeof *box, "Box");
+    const size_t at = cta.place(box, sizeof *box, "Box");
+    const Unseen unseen;
+    const std::lock_guard<std::mutex> hold(cta.mutex);
+    if (!cta.counts.try_emplace(at).second) cta.launch.fail("Box: opened twice");
+    const Seen seen;
+    std::memcpy(cta.memory + at, &OPEN, sizeof OPEN);
+  }
+  void expect(Box* box, int bytes) {
+    show_packets();
+    const size_t at = cta.place(box, sizeof *box, "Box");
+    const Unseen unseen;
+    const std::lock_guard<std::mutex> hold(cta.mutex);
+    Count& count = cta.count(at);
+    if (count.expected) cta.launch.fail("Box: expect() twice in a phase");
+    {
+      const Seen seen;
+      release(&count.order[count.phase % 2]);
+    }
+    count.expected = true;
+    count.come(cta.launch, -int64_t(bytes));
+  }
+  void push(void* to, Box* box, int rank, const Words4& words) {
+    check_aligned(to, sizeof words, "push");
+    const size_t at = cta.place(to, sizeof words, "push");
+    const size_t box_at = cta.place(box, sizeof *box, "Box");
+    if (rank < 0 || rank >= int(cta.cluster.ctas.size()))
+      cta.launch.fail("push: the cluster has no CTA " + std::to_string(rank));
+    Cta& peer = *cta.cluster.ctas[rank];
+    const bool keep = chance.one_in(2);
+    const Unseen unseen;
+    const std::lock_guard<std::mutex> hold(peer.mutex);
+    if (peer.left) cta.launch.fail("push: into a CTA that has left the kernel");
+    Count& count = peer.count(box_at);
+    unsigned char* const place = peer.memory + at;
+    {
+      const Seen seen;
+      if (keep)
+        std::memset(place, POISON, sizeof words);
+      else
+        std::memcpy(place, &words, sizeof words);
+      release(&count.order[count.phase % 2]);
+    }
+    if (keep) {
+      count.kept.push_back({place, words});
+      count.event.happen(1);
+    } else {
+      count.come(cta.launch, sizeof words);
+    }
+  }
+  bool has_come(Box* box, int parity) {
+    if (parity != 0 && parity != 1) cta.launch.fail("Box: a parity is 0 or 1");
+    const size_t at = cta.place(box, sizeof *box, "Box");
+    const bool briefly = chance.one_in(8);
+    const auto since = std::chrono::steady_clock::now();
+    for (;;) {
+      Count* count;
+      bool ended;
+      {
+        const Unseen unseen;
+        const std::lock_guard<std::mutex> hold(cta.mutex);
+        count = &cta.count(at);
+        const auto has_ended = [&] { return int(count->phase % 2) != parity; };
+        if (!has_ended() && !count->kept.empty() && !briefly) count->bring(cta.launch, chance);
+        ended = has_ended();
+        seen = count->event.count();
+        if (!ended && !count->kept.empty()) --seen;  // there is more to bring
+      }
+      if (cta.launch.failed()) throw Stopped();
+      if (ended) {
+        acquire(&count->order[parity]);
+        return true;
+      }
+      if (briefly || std::chrono::steady_clock::now() - since > LOOK) return false;
+      const Unseen unseen;
+      count->event.wait(seen);
+    }
+  }
+
+  Words4 load_packet(const Words4* from) {
+    check_aligned(from, sizeof *from, "packet");
+    const Unseen unseen;
+    Shelves& all = cta.launch.packets;
+    Shelf& shelf = all.of(from);
+    const std::lock_guard<std::mutex> hold(shelf.mutex);
+    if (!awaited) {
+      awaited = &shelf.stored, seen = shelf.stored.count(), seen_all = all.stored.count();
+    } else if (awaited != &shelf.stored) {
+      awaited = &all.stored, seen = seen_all;
+    }
+    const auto late = shelf.find(from);
+    if (late != shelf.late.end()) {
+      if (late->by == this || late->looks-- == 0) {
+        write_packet(late->to, late->packet);
+        shelf.late.erase(late);
+      } else {
+        missed = true;
+      }
+    }
+    const Seen seen;
+    return read_packet(from);
+  }
+  void store_packet(Words4* to, const Words4& packet) {
+    check_aligned(to, sizeof *to, "packet");
+    const bool keep = chance.one_in(2);
+    const Unseen unseen;
+    Shelves& all = cta.launch.packets;
+    Shelf& shelf = all.of(to);
+    const std::lock_guard<std::mutex> hold(shelf.mutex);
+    const auto late = shelf.find(to);
+    if (late != shelf.late.end()) shelf.late.erase(late);  // nobody will have seen it
+    {
+      const Seen seen;
+      write_packet(to, keep ? read_packet(to) : packet);
+    }
+    if (keep) {
+      shelf.late.push_back({to, packet, this, 1 + int(chance.draw() % 3)});
+      stored.push_back(to);
+    }
+    awaited = nullptr;
+    shelf.stored.happen(), all.stored.happen();
+  }
+  // Those of this thread, to everybody.
+  void show_packets() {
+    awaited = nullptr;
+    if (stored.empty()) return;
+    const Unseen unseen;
+    Shelves& all = cta.launch.packets;
+    for (const Words4* to : stored) {
+      Shelf& shelf = all.of(to);
+      const std::lock_guard<std::mutex> hold(shelf.mutex);
+      const auto late = shelf.find(to);
+      if (late == shelf.late.end() || late->by != this) continue;
+      write_packet(late->to, late->packet);
+      shelf.late.erase(late);
+      shelf.stored.happen(), all.stored.happen();
+    }
+    stored.clear();
+  }
+  void look_again() {
+    if (cta.launch.failed()) throw Stopped();
+    const Unseen unseen;
+    if (!awaited) awaited = &cta.launch.packets.stored, seen = awaited->count();
+    if (missed)
+      std::this_thread::yield();
+    else
+      awaited->wait(seen);
+    awaited = nullptr, missed = false;
+  }
+
   // What all lanes of the warp have written. `word` is the same for all of them.
   template <class Write>
   const Exchange& exchange(int word, Write write) {
@@ -264,7 +689,7 @@ struct Thread {
     turn ^= 1;
     place.word[lane] = word;
     write(place);
-    warp.barrier.meet(cta.launch);
+    meet(warp.barrier);
     if (place.word[lane ^ 1] != word || place.word[0] != word)
       cta.launch.fail("lanes of a warp are at different words");
     return place;
@@ -324,6 +749,7 @@ struct Operand<float> {
   static constexpr int EACH = 1, WORD = 3;
   static float number(uint32_t w, int) { return of_bits(w & 0xffffe000); }  // of TF32
 };
+constexpr int MEET = 4;        // of the warp alone
 constexpr int NEIGHBOUR = 16;  // words of neighbour: this plus its mask
 
 // About as tensor cores add: all terms are cut towards zero to multiples of 2^-24 of the largest
@@ -434,20 +860,30 @@ inline void run_together(int count, const std::function<void(int)>& work) {
   crew->run(count, work);
 }
 
-// Runs a kernel over its grid, as many CTAs side by side as have SIDE_BY_SIDE threads, or all of
-// them where they have to be. Returns why it failed, or nothing.
+// Runs a kernel over its grid, as many clusters side by side as have SIDE_BY_SIDE threads, or all of
+// them where they have to be. Neighbours in x are a cluster. Returns why it failed, or nothing.
 inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz, int threads,
-                       int64_t shared, const Arguments& arguments, bool together = false) {
+                       int64_t shared, const Arguments& arguments, bool together = false,
+                       int cluster = 1) {
   if (gx < 1 || gy < 1 || gz < 1) return "the grid is empty";
   if (threads < LANES || threads % LANES || threads > kernel.threads)
     return std::to_string(threads) + " threads: expected whole warps, at most " +
            std::to_string(kernel.threads);
   if (shared < 0 || shared > MOST_SHARED) return "more shared memory than a multiprocessor has";
-  const int64_t all = gx * gy * gz, beside = std::max(1, SIDE_BY_SIDE / threads);
+  if (cluster < 1 || cluster > MOST_CLUSTER || gx % cluster)
+    return std::to_string(gx) + " CTAs in x: expected whole clusters of at most " +
+           std::to_string(MOST_CLUSTER) + ", got " + std::to_string(cluster);
+  const int64_t all = gx * gy * gz;
+  const int64_t clusters = std::max(1, SIDE_BY_SIDE / (threads * cluster));
+  const int64_t beside = together ? all : std::min(clusters * cluster, all);
+  if (beside * threads > MOST_THREADS)
+    return std::to_string(beside) + " CTAs of " + std::to_string(threads) +
+           " threads at once: the host has at most " + std::to_string(MOST_THREADS) + " threads";
   Launch launch;
   launch.tiles_z = int(gz);
   for (int64_t first = 0, count; first < all && !launch.failed(); first += count) {
-    count = together ? all : std::min(beside, all - first);
+    count = std::min(beside, all - first);
+    std::vector<std::unique_ptr<Cluster>> teams;
     std::vector<std::unique_ptr<Cta>> ctas;
     const auto work = [&](int member) {
       Cta& cta = *ctas[member / threads];
@@ -456,15 +892,19 @@ inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz,
       current = &thread;
       try {
         kernel.function(arguments);
+        thread.show_packets();
         thread.warp.barrier.leave(launch), cta.barrier.leave(launch);
+        cta.cluster.barrier.leave(launch);
         if (size_t(id / LANES / 2) < cta.pairs.size()) cta.pairs[id / LANES / 2]->leave(launch);
       } catch (const Stopped&) {
       }
       if (--cta.remain == 0) cta.end();
     };
-    for (int64_t k = first; k < first + count; ++k)
-      ctas.push_back(std::make_unique<Cta>(launch, int(k % gx), int(k / gx % gy), int(k / gx / gy),
-                                           threads, size_t(shared)));
+    for (int64_t k = first; k < first + count; ++k) {
+      if (k % cluster == 0) teams.push_back(std::make_unique<Cluster>(cluster, threads));
+      ctas.push_back(std::make_unique<Cta>(launch, *teams.back(), int(k % gx), int(k / gx % gy),
+                                           int(k / gx / gy), threads, size_t(shared)));
+    }
     try {
       run_together(int(count) * threads, work);
     } catch (const std::system_error& why) {
@@ -484,11 +924,31 @@ DEVICE int tile_y() { return host::current->cta.y; }
 DEVICE int tile_z() { return host::current->cta.z; }
 DEVICE int tiles_z() { return host::current->cta.launch.tiles_z; }
 DEVICE unsigned char* shared() { return host::current->cta.memory; }
-DEVICE void meet() { host::current->cta.barrier.meet(host::current->cta.launch); }
+DEVICE void meet() { host::current->meet(host::current->cta.barrier); }
 DEVICE void meet_pair(int n) {
   host::Thread& me = *host::current;
   if (me.id / (2 * host::LANES) != n) me.cta.launch.fail("meet_pair: of another pair of warps");
-  me.cta.pairs[n]->meet(me.cta.launch);
+  me.meet(*me.cta.pairs[n]);
+}
+DEVICE void meet_warp() {
+  host::current->exchange(host::MEET, [](host::Exchange&) {});
+}
+
+DEVICE int rank() { return host::current->cta.rank; }
+DEVICE int ranks() { return int(host::current->cta.cluster.ctas.size()); }
+DEVICE void meet_cluster() { host::current->meet(host::current->cta.cluster.barrier); }
+DEVICE void open(Box* box) { host::current->open(box); }
+DEVICE void expect(Box* box, int bytes) { host::current->expect(box, bytes); }
+DEVICE bool has_come(Box* box, int parity) { return host::current->has_come(box, parity); }
+DEVICE void push(void* to, Box* box, int rank, Words4 v) {
+  host::current->push(to, box, rank, v);
+}
+
+DEVICE Words4 load_packet(const Words4* p) { return host::current->load_packet(p); }
+DEVICE void store_packet(Words4* p, Words4 v) { host::current->store_packet(p, v); }
+DEVICE void look_again() { host::current->look_again(); }
+DEVICE void tell(int32_t* place, int32_t code) {
+  std::atomic_ref<int32_t>(*place).store(code, std::memory_order_relaxed);
 }
 
 template <int N>

@@ -78,7 +78,9 @@ class Library:
         for function in ("kernels", "fields", "message"):
             getattr(loaded, f"fastseq_host_{function}").restype = ctypes.c_char_p
         n, text = ctypes.c_int64, ctypes.c_char_p
-        loaded.fastseq_host_launch.argtypes = [text, n, n, n, ctypes.c_int, n, text, n]
+        i = ctypes.c_int
+        loaded.fastseq_host_launch.argtypes = [text, n, n, n, i, n, i, i, text, n]
+        loaded.fastseq_host_seed.argtypes, loaded.fastseq_host_seed.restype = [n], None
 
     def _said(self, function: str) -> str:
         return getattr(self._loaded, f"fastseq_host_{function}")().decode()
@@ -91,6 +93,10 @@ class Library:
         words = self._said("kernels").split()
         return {name: int(threads) for name, threads in zip(words[::2], words[1::2], strict=True)}
 
+    def seed(self, seed: int) -> None:
+        """Of what launches keep back, at random; from 0 nothing."""
+        self._loaded.fastseq_host_seed(seed)
+
     def launch(
         self,
         name: str,
@@ -100,9 +106,11 @@ class Library:
         threads: int,
         shared: int,
         arguments: bytes,
+        cluster: int = 1,
+        together: bool = False,
     ) -> None:
         failed = self._loaded.fastseq_host_launch(
-            name.encode(), *grid, threads, shared, arguments, len(arguments)
+            name.encode(), *grid, threads, shared, cluster, together, arguments, len(arguments)
         )
         if failed:
             raise RuntimeError(f"{name}: {self._said('message')}")
@@ -142,6 +150,7 @@ class OnHost:
 
     def __init__(self) -> None:
         self.launched: list[tuple[str, tuple[int, int, int], int]] = []  # name, grid, threads
+        self.clusters_at_once = 4
 
     def driver(self) -> int:
         return 13000
@@ -167,9 +176,13 @@ class OnHost:
         threads: int,
         shared: int,
         arguments: bytes,
+        cluster: int,
+        together: bool,
     ) -> None:
         self.launched.append((name, grid, threads))
-        library_that_has(name).launch(name, device, stream, grid, threads, shared, arguments)
+        library_that_has(name).launch(
+            name, device, stream, grid, threads, shared, arguments, cluster, together
+        )
 
     def attributes(self, name: str, device: int) -> dict[str, int]:
         threads = library_that_has(name).kernels()[name]
@@ -177,6 +190,10 @@ class OnHost:
 
     def occupancy(self, name: str, device: int, threads: int, shared: int) -> int:
         return 1
+
+    def clusters(self, name: str, device: int, size: int, threads: int, shared: int) -> int:
+        """How many of that size can be there at once."""
+        return self.clusters_at_once
 
 
 def forget() -> None:
