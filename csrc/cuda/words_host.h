@@ -919,6 +919,7 @@ inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz,
 namespace FASTSEQ_ISA {
 
 DEVICE int thread() { return host::current->id; }
+DEVICE int thread_again() { return thread(); }
 DEVICE int tile_x() { return host::current->cta.x; }
 DEVICE int tile_y() { return host::current->cta.y; }
 DEVICE int tile_z() { return host::current->cta.z; }
@@ -960,6 +961,13 @@ DEVICE void close() { host::current->ends.push_back(host::current->copies.size()
 template <int N>
 DEVICE void arrived() {
   host::current->end_copies(N);
+}
+
+DEVICE void mark(int32_t* place) {
+  std::atomic_ref<int32_t>(*place).store(1, std::memory_order_relaxed);
+}
+DEVICE bool is_marked(const int32_t* place) {
+  return std::atomic_ref<int32_t>(*const_cast<int32_t*>(place)).load(std::memory_order_relaxed);
 }
 
 DEVICE float neighbour(float v, int mask) {

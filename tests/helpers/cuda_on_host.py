@@ -124,7 +124,7 @@ def library_of_words() -> Library:
 @cache
 def listed() -> dict[str, tuple[str, str, str, str, str]]:
     """Of each kernel of list.h: way, cell, struct of the cell, type, size."""
-    found = re.findall(r"X\((\w+), (\w+), (\w+), (\w+), (\d+)\)", (CUDA / "list.h").read_text())
+    found = re.findall(r"X\((\w+), (\w+), (\w+), (\w+), (\w+)\)", (CUDA / "list.h").read_text())
     return {
         f"{way}_{cell}_{type}_{HC}": (way, cell, s, type, HC) for way, cell, s, type, HC in found
     }
