@@ -51,16 +51,19 @@ struct Exchange<S, ByCluster> {
   DEVICE unsigned char* operand(int n) const {
     return memory + room.at_operands + (n & 1) * room.operand;
   }
-  // A page of h, by a warp: every vector of it to every CTA.
+  // A page of h, by a warp: every vector to every CTA.
   DEVICE void hand_h(int n, int page, const unsigned char* h) const {
+    const unsigned vector = unsigned(me.lane) % VECTORS;
+    const unsigned element = unsigned(page) * S::PAGE + vector * VECTOR;
+    const int column = int(element / S::UNITS), unit = int(element % S::UNITS);
+    if (column >= me.count) return;
+    const Words4 w = load<Words4>(h + vector * 16);
+    unsigned char* const to =
+        operand(n) + column * room.pitch + (me.origin + unit) * S::SIZE;
 #pragma unroll 1
-    for (int k = me.lane; k < me.team * VECTORS; k += LANES) {
-      const int vector = k % VECTORS, element = page * S::PAGE + vector * VECTOR;
-      const int column = element / S::UNITS, unit = element % S::UNITS;
-      if (column < me.count)
-        push(operand(n) + column * room.pitch + (me.origin + unit) * S::SIZE, box(n), k / VECTORS,
-             load<Words4>(h + vector * 16));
-    }
+    for (int receiver = int(unsigned(me.lane) / VECTORS); receiver < me.team;
+         receiver += LANES / VECTORS)
+      push(to, box(n), receiver, w);
   }
   DEVICE void take_h(int n) const { take_in(n); }
 

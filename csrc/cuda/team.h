@@ -135,7 +135,7 @@ CONSTANT Room backward_room(int team, int sequences) {
 template <class S>
 struct Member {
   const Arguments& a;
-  const int lane = thread() % LANES, warp = thread() / LANES, g = lane / 4, q = lane % 4;
+  const int lane = thread() & 31, warp = thread() >> 5, g = lane >> 2, q = lane & 3;
   const int H = int(a.H), team = int(a.team);
   const int rank = tile_x() % team, tile = tile_x() / team;
   const int recurrence = int(a.start) + tile_y();
@@ -248,20 +248,20 @@ struct Held {
 // how many bytes at once). Where a piece has all of its BYTES and 16 divides its place, in vectors of 16.
 template <class S, int COUNT, int BYTES, class Each>
 DEVICE void each_piece(int rows, int bytes, int alignment, const Each& each) {
-  const int me = thread_again();
+  const unsigned me = unsigned(thread_again()), all_rows = unsigned(rows) * COUNT;
   if (bytes == BYTES && alignment % 16 == 0) {
-    constexpr int VECTORS = BYTES / 16;
+    constexpr unsigned VECTORS = BYTES / 16;
 #pragma unroll 1
-    for (int k = me; k < rows * COUNT * VECTORS; k += S::THREADS)
-      each(k / (COUNT * VECTORS), k / VECTORS % COUNT, k % VECTORS * 16, 16);
+    for (unsigned k = me; k < all_rows * VECTORS; k += S::THREADS)
+      each(int(k / (COUNT * VECTORS)), int(k / VECTORS % COUNT), int(k % VECTORS * 16), 16);
     return;
   }
   const int all = bytes | alignment, grain = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 2;
 #pragma unroll 1
-  for (int k = me / LANES; k < rows * COUNT; k += S::WARPS)
+  for (unsigned k = me / LANES; k < all_rows; k += S::WARPS)
 #pragma unroll 1
-    for (int at = me % LANES * grain; at < bytes; at += LANES * grain)
-      each(k / COUNT, k % COUNT, at, grain);
+    for (int at = int(me % LANES) * grain; at < bytes; at += LANES * grain)
+      each(int(k / COUNT), int(k % COUNT), at, grain);
 }
 DEVICE void fetch_bytes(unsigned char* to, const unsigned char* from, int grain) {
   if (grain == 16)

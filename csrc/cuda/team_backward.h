@@ -62,9 +62,11 @@ DEVICE void team_backward(const Arguments& a) {
     lengths[column] = me.length(column);
 
   const auto unit_of = [](int e) {
-    return (e / 128 % S::SUBS) * 16 + e / 16 % 8 + e / 2 % 2 * 8;
+    return (e >> 7) % S::SUBS * 16 + (e >> 4 & 7) + (e >> 1 & 1) * 8;
   };
-  const auto column_of = [](int e) { return e / (128 * S::SUBS) * 8 + e / 4 % 4 * 2 + e % 2; };
+  const auto column_of = [](int e) {
+    return int(unsigned(e) / (128 * S::SUBS)) * 8 + (e >> 2 & 3) * 2 + (e & 1);
+  };
   const int unit = unit_of(thread());  // of all elements of this thread
   const bool is_unit = unit < me.width;
   for (int e = thread(); e < elements; e += S::THREADS) {
@@ -158,34 +160,50 @@ DEVICE void team_backward(const Arguments& a) {
     float biases[BIASES] = {};
 #pragma unroll 1
     for (int e = thread(); e < elements; e += S::THREADS) {
-      const int column = column_of(e), length = lengths[column];
-      const bool there = is_unit && column < me.count, lives = there && time < length;
-      const bool is_reset = there && resets.of(step, column), has = has_before(step, length);
+      const int column = column_of(e);
       unsigned char* const row = stage + column * S::ROW_BACK;
       unsigned char* const mine = row + unit * SIZE;
       const float* const wide = reinterpret_cast<const float*>(row) + unit;
-      const auto number = [&](bool is, int at) { return is ? widen(load<Number>(mine + at)) : 0.0f; };
-      BackwardAt<S> at;
-      float h_before = number(lives && S::READS_Y && has, S::AT_H);
-      float c_before = lives && S::C > 0 && has ? wide[S::AT_C / 4] : 0.0f;
-      if (lives && !has) {
-        const int64_t place = me.state(column, unit);
-        if (S::READS_Y && a.h_0) h_before = number_at<Number>(a.h_0, place);
-        if (S::C > 0 && a.c_0) c_before = number_at<Number>(a.c_0, place);
+      // All loads come first, so that they are on their way together; of what is not there anything.
+      Number saved[S::G], extras[S::E ? S::E : 1], of_h, dy;
+      float of_c, of_dc;
+      if constexpr (Cell::KEEPS_GATES) {
+#pragma unroll
+        for (int g = 0; g < S::G; ++g) saved[g] = load<Number>(mine + g * S::UNIT);
       }
-      // a sequence's last step: what forward left there
-      const bool enters = lives && time == (me.reverse ? 0 : length - 1);
+#pragma unroll
+      for (int k = 0; k < S::E; ++k) extras[k] = load<Number>(mine + S::AT_EXTRA + k * S::UNIT);
+      dy = load<Number>(mine + S::AT_DY);
+      if constexpr (S::READS_Y) of_h = load<Number>(mine + S::AT_H);
+      if constexpr (S::C > 0) of_c = wide[S::AT_C / 4], of_dc = wide[S::AT_DC / 4];
+      const float h_kept = S::READS_Y ? h_at[e] : 0.0f, c_kept = S::C ? c_at[e] : 0.0f;
+      const float dc_kept = S::C ? dc[e] : 0.0f, dh = dh_of(step, e);
+      const int length = lengths[column];
+      const bool there = is_unit && column < me.count, lives = there && time < length;
+      const bool is_reset = there && resets.of(step, column), has = has_before(step, length);
       const int64_t place = now + int64_t(column) * me.stride + me.origin + unit;
-      at.h_after = !S::READS_Y ? 0.0f : enters ? number_at<Number>(a.y, place) : h_at[e];
-      at.c_after[0] = S::C == 0 ? 0.0f : enters ? a.c_all[place] : c_at[e];
-      const float dh = dh_of(step, e);
-      at.dh_now = dh + number(lives && a.dy, S::AT_DY);
-      at.dc_now[0] = dc[e] + (lives && S::C > 0 && a.dc_all ? wide[S::AT_DC / 4] : 0.0f);
+      BackwardAt<S> at;
+      float h_before = 0.0f, c_before = 0.0f;
+      if constexpr (S::READS_Y) h_before = has ? widen(of_h) : 0.0f;
+      if constexpr (S::C > 0) c_before = has ? of_c : 0.0f;
+      if (lives && !has) {
+        const int64_t state = me.state(column, unit);
+        if (S::READS_Y && a.h_0) h_before = number_at<Number>(a.h_0, state);
+        if (S::C > 0 && a.c_0) c_before = number_at<Number>(a.c_0, state);
+      }
+      at.h_after = h_kept, at.c_after[0] = c_kept;
+      if (lives && time == (me.reverse ? 0 : length - 1)) {  // the last: what forward left there
+        if constexpr (S::READS_Y) at.h_after = number_at<Number>(a.y, place);
+        if constexpr (S::C > 0) at.c_after[0] = a.c_all[place];
+      }
+      at.dh_now = a.dy ? dh + widen(dy) : dh;
+      at.dc_now[0] = dc_kept;
+      if constexpr (S::C > 0)
+        if (a.dc_all) at.dc_now[0] += of_dc;
 #pragma unroll
-      for (int g = 0; g < S::G; ++g)
-        at.saves[g] = number(lives && Cell::KEEPS_GATES, g * S::UNIT);
+      for (int g = 0; g < S::G; ++g) at.saves[g] = Cell::KEEPS_GATES ? widen(saved[g]) : 0.0f;
 #pragma unroll
-      for (int k = 0; k < S::E; ++k) at.extras[k] = number(lives, S::AT_EXTRA + k * S::UNIT);
+      for (int k = 0; k < S::E; ++k) at.extras[k] = widen(extras[k]);
       at.h_before = is_reset ? 0.0f : h_before;
       at.c_before[0] = is_reset ? 0.0f : c_before;
 #pragma unroll

@@ -62,7 +62,7 @@ DEVICE void team_forward(const Arguments& a) {
     put_number(exchange.operand(-1) + column * room.pitch + unit * SIZE, v);
   }
   for (int e = thread(); e < elements; e += S::THREADS) {
-    const int column = e / UNITS, unit = e % UNITS;
+    const int column = int(unsigned(e) / UNITS), unit = e % UNITS;
     const bool there = unit < me.width;
     const int64_t place = me.state(column, unit);
     states[e] = there && a.h_0 ? number_at<Number>(a.h_0, place) : 0.0f;
@@ -154,10 +154,7 @@ DEVICE void team_forward(const Arguments& a) {
           to[(j & 1) * S::SUMS + m * 16 + (j >> 1) * 8] = s;
         }
     }
-    on_its_way(step + S::STAGES - 1);
-    resets.put(step + 1, next_reset);
-    next_reset = reset_of(step + 2);
-    arrived<S::STAGES - 1>();
+    arrived<S::STAGES - 2>();
     meet();
 
     const int time = time_of(step), first_row = me.row(time);
@@ -166,26 +163,32 @@ DEVICE void team_forward(const Arguments& a) {
     const bool lost = is_marked(exchange.lost);
 #pragma unroll 1
     for (int page = me.warp; page * S::PAGE < elements; page += S::WARPS) {
-      const int e = page * S::PAGE + me.lane, column = e / UNITS;
+      const int e = page * S::PAGE + me.lane, column = int(unsigned(e) / UNITS);
+      // All loads come first, so that they are on their way together; of what is not there anything.
+      const unsigned char* const mine = stage + column * S::ROW + unit * SIZE;
+      const float* const sum = sums + column * S::SUMS + unit;
+      Number in[S::G];
+      float parts[S::G_HH][SPLIT];
+#pragma unroll
+      for (int g = 0; g < S::G; ++g) in[g] = load<Number>(mine + g * S::UNIT);
+#pragma unroll
+      for (int g = 0; g < S::G_HH; ++g)
+#pragma unroll
+        for (int p = 0; p < SPLIT; ++p) parts[g][p] = sum[p * room.columns * S::SUMS + g * UNITS];
+      const float h_before = states[e], c_before = S::C ? others[e] : 0.0f;
       const bool there = is_unit && column < me.count, lives = there && time < lengths[column];
       const bool is_reset = there && resets.of(step, column);
       ForwardAt<S> at;
-      const unsigned char* const mine = stage + column * S::ROW + unit * SIZE;
-      const float* const sum = sums + column * S::SUMS + unit;
 #pragma unroll
-      for (int g = 0; g < S::G; ++g)
-        at.in[g] = lives ? widen(load<Number>(mine + g * S::UNIT)) : 0.0f;
+      for (int g = 0; g < S::G; ++g) at.in[g] = widen(in[g]);
 #pragma unroll
       for (int g = 0; g < S::G_HH; ++g) {
-        float s = 0.0f;
-        if (lives && !is_reset) {
-          s = sum[g * UNITS];
+        float s = parts[g][0];
 #pragma unroll
-          for (int p = 1; p < SPLIT; ++p) s += sum[p * room.columns * S::SUMS + g * UNITS];
-        }
+        for (int p = 1; p < SPLIT; ++p) s += parts[g][p];
+        s = is_reset ? 0.0f : s;
         at.product[g] = g >= S::G_HH - Cell::APART ? s + bias[g] : s;
       }
-      const float h_before = there ? states[e] : 0.0f, c_before = S::C && there ? others[e] : 0.0f;
       at.h_before = is_reset ? 0.0f : h_before;
       at.c_before[0] = is_reset ? 0.0f : c_before;
 #pragma unroll
@@ -193,7 +196,7 @@ DEVICE void team_forward(const Arguments& a) {
       Cell::template forward<0>(at);
       if (lost) at.h_after = bits_to_float(0x7fffffff);
       const Number rounded_h = narrow<Number>(at.h_after);
-      const float h = lives ? widen(rounded_h) : h_before;
+      const float h = lives ? widen(rounded_h) : there ? h_before : 0.0f;
       if (step + 1 < steps) {
         float handed = h;
         if (a.h_mask && there) handed *= number_at<Number>(a.h_mask, me.state(column, unit));
@@ -221,10 +224,14 @@ DEVICE void team_forward(const Arguments& a) {
       for (int k = 0; k < S::E; ++k)
         put_at<Number>(a.extra, before * S::E + k * H + me.origin + unit, at.extras[k]);
     }
+    // while h goes round: into the place that was read in the step before this
+    on_its_way(step + S::STAGES - 1);
+    resets.put(step + 1, next_reset);
+    next_reset = reset_of(step + 2);
   }
 
   for (int e = thread(); e < elements; e += S::THREADS) {
-    const int column = e / UNITS;
+    const int column = int(unsigned(e) / UNITS);
     if (!is_unit) continue;
     put_at<Number>(a.h_n, me.state(column, unit), states[e]);
     if constexpr (S::C > 0) put_at<Number>(a.c_n, me.state(column, unit), others[e]);
