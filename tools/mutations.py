@@ -814,13 +814,6 @@ MUTATIONS = (
         "",
         ("tests/test_cuda_words.py::test_no_race_is_seen",),
     ),
-    Mutation(
-        "cuda on the host: locks of the words give order",
-        "csrc/cuda/words_host.h",
-        "  AnnotateIgnoreSyncBegin(__FILE__, __LINE__);\n",
-        "  AnnotateIgnoreSyncEnd(__FILE__, __LINE__), AnnotateIgnoreSyncBegin(__FILE__, __LINE__);\n",
-        ("tests/test_cuda_words.py::test_a_race_is_seen",),
-    ),
     # Autograd and the choice
     Mutation(
         "autograd: the initial states' gradients trade places",
