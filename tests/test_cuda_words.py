@@ -206,13 +206,13 @@ SEEDS = range(5)
 def expected(h, steps):
     for _ in range(steps):
         weights = torch.arange(1.0, len(h) + 1)[:, None]
-        h = (weights * h).sum(0).flip(0) + torch.arange(float(len(h)))[:, None]
+        h = ((weights * h).sum(0).flip(0) + torch.arange(float(len(h)))[:, None]) % 64
     return h
 
 
 def pushes(host, mistake="none", team=3, teams=1, T=6, seed=1, patience=1000):
     """Whether the numbers are right and nobody waited in vain."""
-    given = torch.randint(0, 3, (teams, team, 64)).float()
+    given = torch.randint(64, (teams, team, 64)).float()
     ours, fault = torch.full((teams, team, 64), torch.nan), torch.zeros(1, dtype=torch.int32)
     values = {"h_0": given, "y": ours, "T": T, "save": PUSHES.index(mistake)}
     values |= {"fault": fault, "code": 7, "patience": patience}
@@ -233,7 +233,7 @@ def test_what_is_pushed_comes(host, team):
 
 @pytest.mark.parametrize("mistake", ["no_wait", "one_buffer"])
 def test_pushes_without_order_show(host, mistake):
-    assert not all(pushes(host, mistake, seed=seed) for seed in SEEDS)
+    assert not all(pushes(host, mistake, T=20, seed=seed, patience=50) for seed in SEEDS)
 
 
 def test_what_does_not_come_is_not_waited_for(host):
@@ -244,7 +244,7 @@ def test_what_does_not_come_is_not_waited_for(host):
     "mistake, words",
     [
         ("too_many", "more bytes have come than were expected|before what was pushed"),
-        ("leaves", "left the kernel"),
+        ("leaves", "left the kernel|more bytes have come than were expected"),
         ("not_open", "Box: not open"),
         ("opened_twice", "Box: opened twice"),
         ("expected_twice", r"Box: expect\(\) twice in a phase"),
@@ -265,7 +265,7 @@ def test_mistakes_of_pushes_end_the_launch(host, mistake, words):
 
 def packets(host, mistake="none", team=3, T=4, seed=1, first=0, memory=None, **options):
     """As ``pushes``. ``memory``: of the packets of launches one after another."""
-    given = torch.randint(0, 3, (team, 64)).float()
+    given = torch.randint(64, (team, 64)).float()
     ours, fault = torch.full((team, 64), torch.nan), torch.zeros(1, dtype=torch.int32)
     if memory is None:
         memory = torch.zeros(2 * team, 64, 4, dtype=torch.int32)
@@ -300,7 +300,7 @@ def test_packets_of_a_launch_before_are_not_taken(host):
 
 @pytest.mark.parametrize("mistake", ["no_wait", "one_buffer", "flag"])
 def test_packets_without_order_show(host, mistake):
-    assert not all(packets(host, mistake, seed=seed, patience=10) for seed in SEEDS)
+    assert not all(packets(host, mistake, T=40, seed=seed, patience=10) for seed in SEEDS)
 
 
 def test_packets_that_never_come(host):

@@ -800,6 +800,20 @@ MUTATIONS = (
         "copy.to[k] = copy.from[k];",
         ("tests/test_cuda_words.py::test_a_forgotten_wait_shows",),
     ),
+    Mutation(
+        "cuda on the host: nothing is late",
+        "csrc/cuda/words_host.h",
+        "return !off_ && draw() % n == 0;",
+        "return false;",
+        ("tests/test_cuda_words.py::test_packets_without_order_show",),
+    ),
+    Mutation(
+        "cuda on the host: a push gives no order",
+        "csrc/cuda/words_host.h",
+        "acquire(&count->order[parity]);",
+        "",
+        ("tests/test_cuda_words.py::test_no_race_is_seen",),
+    ),
     # Autograd and the choice
     Mutation(
         "autograd: the initial states' gradients trade places",

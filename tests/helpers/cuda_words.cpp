@@ -115,8 +115,12 @@ KERNEL(beside, 32, 1) {
 
 // CTAs with 64 numbers each, all of which each needs in every step: y (CTAs, 64) after T steps from
 // h_0. In a step number k of CTA x becomes x + the sum over the CTAs c of c + 1 times their number
-// 63 - k. First by pushing, in a cluster; shared memory: what a CTA hands out, (64,); what it is
+// 63 - k, modulo 64. First by pushing, in a cluster; shared memory: what a CTA hands out, (64,); what it is
 // given, (2, CTAs, 64); a Box for each of the two.
+float modulo_64(float v) {  // of a whole number
+  return v - 64 * std::floor(v / 64);
+}
+
 enum PushMistake {
   P_NONE,
   P_NO_WAIT,     // by one warp
@@ -172,13 +176,14 @@ KERNEL(pushes, 64, 1) {
         if (looks == a.patience) return tell(a.fault, int32_t(a.code));
     mine = float(own);
     for (int c = 0; c < team; ++c) mine += float(c + 1) * all[c * 64 + 63 - me];
+    mine = modulo_64(mine);
     if (a.save == P_LEAVES && own == 1) return;
   }
   static_cast<float*>(a.y)[place] = mine;
 }
 
-// The same by packets, across a grid: `packets` (2, CTAs, 64) of a number, three times, and the step it is of, from
-// `first` on. c_all (2, CTAs, 64) is for a mistake, and so is the second half of `packets`.
+// The same by packets, across a grid: `packets` (2, CTAs, 64) of a number, three times, and the step it
+// is of, from `first` on. c_all (2, CTAs, 64) is for a mistake, and so is the second half of `packets`.
 enum PacketMistake {
   Q_NONE,
   Q_NO_WAIT,
@@ -225,6 +230,7 @@ KERNEL(packets, 64, 1) {
           a.save == Q_BESIDE ? a.c_all[buffer + at] : bits_to_float(whole ? found.w[0] : 0xffffffff);
       mine += float(c + 1) * theirs;
     }
+    mine = modulo_64(mine);
     meet();
   }
   static_cast<float*>(a.y)[own * 64 + me] = mine;
