@@ -31,7 +31,9 @@ using Team = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster, ByGr
   }                                                                   \
   template <class Cell, class Type, int HC>                           \
   DEVICE void way##_kernel(const Arguments& a) {                      \
-    if constexpr (HC < 0)                                             \
+    if constexpr (HC == cluster && !HAS_CLUSTERS)                     \
+      return;                                                         \
+    else if constexpr (HC < 0)                                        \
       team_##way<Team<Cell, Type, HC>, Cell>(a);                      \
     else                                                              \
       way##_walk<Cell, Type, HC>(a);                                  \

@@ -164,8 +164,9 @@ DEVICE void meet_warp() { __syncwarp(); }
 
 DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Before sm_90 there are no clusters, and no kernel that asks for one is launched.
-#if __CUDA_ARCH__ >= 900
+// Before sm_90 there are no clusters: kernels that ask for them are empty there, and never launched.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool HAS_CLUSTERS = true;
 DEVICE int rank() {
   uint32_t found;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(found));
@@ -215,9 +216,10 @@ DEVICE void push(void* to, Box* box, int rank, Words4 v) {
       : "memory");
 }
 #else
+constexpr bool HAS_CLUSTERS = false;
 DEVICE int rank() { return 0; }
 DEVICE int ranks() { return 1; }
-DEVICE void meet_cluster() { __trap(); }
+DEVICE void meet_cluster() {}
 DEVICE void open(Box*) {}
 DEVICE void expect(Box*, int) {}
 DEVICE bool has_come(Box*, int) { return true; }

@@ -918,6 +918,8 @@ inline std::string run(const Kernel& kernel, int64_t gx, int64_t gy, int64_t gz,
 
 namespace FASTSEQ_ISA {
 
+constexpr bool HAS_CLUSTERS = true;
+
 DEVICE int thread() { return host::current->id; }
 DEVICE int thread_again() { return thread(); }
 DEVICE int tile_x() { return host::current->cta.x; }
