@@ -20,7 +20,8 @@
 //   w_hh           forward  (R, G_hh, HC, HC) Number: rows of gates, inner units of h_{t-1}
 //                  backward (R, HC, G_hh, HC) Number: rows of h_{t-1}, inner gates
 //                  HC: H as the kernel has it, zeros beyond H
-//                  of a team both (R, G_hh, H, H), as torch has it
+//                  of a team both (R, G_hh, H, H'), as torch has it; H': H in whole vectors of 16
+//                  bytes, zeros beyond H
 //   b_hh           (R, G_hh, H) Number, or 0: of gates that take x and s apart
 //   unit           (R, U, H) Number: parameters per hidden unit
 //   reset          (R, N) bytes, or 0: where not 0, the states that enter the row are zeroed

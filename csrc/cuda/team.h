@@ -71,8 +71,11 @@ struct Slice {
   static constexpr int INNER = up_to(ROWS * SIZE, 64), PAIRS = INNER / 64;
   static constexpr int PITCH = pitch_of(INNER);
   static constexpr int MOST_TILES = By::inner(SIZE) / SIZE / 16 / WARPS;
-  static constexpr int TOGETHER = 2;  // tiles whose products are made side by side
-  static constexpr int HELD_TILES = least(MOST_TILES, ROOM / (8 * PAIRS) / TOGETHER * TOGETHER);
+  // Sums of unit parameters take registers of their own, and float32's more. TOGETHER: how many tiles'
+  // products are made side by side.
+  static constexpr int ROOM_BACK = U > 0 && SIZE == 4 ? ROOM - 32 : ROOM;
+  static constexpr int TOGETHER = ROOM_BACK < 16 * PAIRS ? 1 : 2;
+  static constexpr int HELD_TILES = least(MOST_TILES, ROOM_BACK / (8 * PAIRS) / TOGETHER * TOGETHER);
   static constexpr int SUBS = UNITS / 16;  // tiles of a slice
   static_assert(HELD_TILES > 0, "something is held");
 
@@ -163,32 +166,28 @@ struct Member {
   DEVICE int64_t beside(int column, int unit) const {
     return int64_t(column) * stride + recurrence * H + origin + unit;
   }
-  // Of the slice's rows of w_hh, one: of a gate of a unit; null beyond the last.
+  // Of the slice's rows of w_hh, one: of a gate of a unit. Rows have `pitch` numbers, whole vectors of
+  // 16 bytes. There is none beyond the last: is_row().
+  const int pitch = up_to(H, 16 / S::SIZE);
+  DEVICE bool is_row(int row) const { return row < S::ROWS && row % S::UNITS < width; }
   DEVICE const typename S::Number* weights(int row) const {
-    const int gate = row / S::UNITS, unit = row % S::UNITS;
-    if (gate >= S::G_HH || unit >= width) return nullptr;
     return static_cast<const typename S::Number*>(a.w_hh) +
-           ((int64_t(recurrence) * S::G_HH + gate) * H + origin + unit) * H;
+           ((int64_t(recurrence) * S::G_HH + row / S::UNITS) * H + origin + row % S::UNITS) * pitch;
   }
 };
 
-DEVICE uint32_t bits_of(Bf16 v) { return v.bits; }
-DEVICE uint32_t bits_of(F16 v) { return v.bits; }
-DEVICE uint32_t bits_of(float v) { return float_to_bits(round_tf32(v)); }  // as an operand
-
-// 16 bytes of an operand: of the number k of them, from `of(k)`.
-template <class Number, class Of>
-DEVICE Words4 operand_words(const Of& of) {
-  Words4 w;
+// Weights as operands take them: in TF32 rounded. `is`: else zeros. There is no branch, so that loads
+// of many are on their way together.
+template <class S>
+DEVICE Words4 weight_words(bool is, Words4 w) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if constexpr (sizeof(Number) == 2)
-      w.w[j] = bits_of(of(2 * j)) | bits_of(of(2 * j + 1)) << 16;
-    else
-      w.w[j] = bits_of(of(j));
-  }
+  for (int j = 0; j < 4; ++j) w.w[j] = !is ? 0 : S::PARTS == 1 ? high(w.w[j]) : w.w[j];
   return w;
 }
+template <class Number>
+struct alignas(2 * sizeof(Number)) Columns {  // two neighbours of a row, as they stand
+  uint32_t w[sizeof(Number) / 2];
+};
 
 // A warp's weights: `tiles` row tiles by `pairs` of the inner length, of which HELD_TILES by HELD_PAIRS
 // are held in registers, the rest in shared memory in the order in which it is read.
@@ -202,31 +201,35 @@ struct Held {
 
   DEVICE unsigned char* resting(int fragment) const { return rest + fragment * S::THREADS * 16; }
 
-  // words(tile, lower, pair): this lane's 16 bytes of row g (lower: g + 8) of a tile
-  template <class Of>
-  DEVICE static void split(Pair& to, const Of& words, int tile, int pair) {
-    const Words4 upper = words(tile, false, pair), lower = words(tile, true, pair);
+  // both(upper, lower, tile, pair): this lane's 16 bytes of rows g and g + 8 of a tile
+  template <class Both>
+  DEVICE static void split(Pair& to, const Both& both, int tile, int pair) {
+    Words4 upper, lower;
+    both(upper, lower, tile, pair);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       to.w[k][0] = upper.w[2 * k], to.w[k][1] = lower.w[2 * k];
       to.w[k][2] = upper.w[2 * k + 1], to.w[k][3] = lower.w[2 * k + 1];
     }
   }
-  template <class Of>
-  DEVICE void hold(const Of& words) {
+  // As many tiles as there are. Those that are not there are not used; the branch keeps the loads of
+  // one tile from all others', which would take registers for their addresses.
+  template <class Both>
+  DEVICE void hold(const Both& both, int tiles) {
 #pragma unroll
-    for (int m = 0; m < HELD_TILES; ++m)
+    for (int m = 0; m < HELD_TILES; ++m) {
+      if (m >= tiles) break;
 #pragma unroll
-      for (int pair = 0; pair < HELD_PAIRS; ++pair) split(held[m][pair], words, m, pair);
+      for (int pair = 0; pair < HELD_PAIRS; ++pair) split(held[m][pair], both, m, pair);
+    }
   }
-  template <class Of>
-  DEVICE void rest_of(const Of& words, int fragment, int tile, int pair) const {
-    Pair both;
-    split(both, words, tile, pair);
+  template <class Both>
+  DEVICE void rest_of(const Both& both, int fragment, int tile, int pair) const {
+    Pair one;
+    split(one, both, tile, pair);
 #pragma unroll
     for (int k = 0; k < 2; ++k)
-      store(resting(2 * fragment + k),
-            Words4{{both.w[k][0], both.w[k][1], both.w[k][2], both.w[k][3]}});
+      store(resting(2 * fragment + k), Words4{{one.w[k][0], one.w[k][1], one.w[k][2], one.w[k][3]}});
   }
   DEVICE Pair load_rest(int fragment) const {
     Pair both;

@@ -5,8 +5,8 @@
 // what goes round is the product, to each CTA its units' part from everyone, H float32 a sequence, which
 // it adds up in the order of the CTAs: the same bits every run. Three barriers of the CTA a step.
 //
-// A thread's elements are where a product's sums stand: number k of lane (g, q) is of row g + k / 2 * 8
-// and of column 2 q + k % 2.
+// A thread's elements are where a product's sums stand: number k of lane (g, q) is of unit 2 g + k / 2
+// of a tile and of column 2 q + k % 2.
 #pragma once
 #include "exchange.h"
 
@@ -35,20 +35,37 @@ DEVICE void team_backward(const Arguments& a) {
   const Exchange<S> exchange(me, room, memory, products, me.team * elements * 4);
   Resets<S> resets(me, reinterpret_cast<unsigned char*>(lengths + room.columns), room.columns);
 
-  // Row tile m of this warp is number warp + WARPS m of all units; the inner length are its slice's
-  // gates, one after another.
+  // Row tile m of this warp is number warp + WARPS m of all units: its row g is unit 2 g, and row g + 8
+  // unit 2 g + 1, so that a load has both. The inner length are the slice's gates, one after another.
   Held<S, S::HELD_TILES, S::PAIRS> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
-  const auto words = [&](int m, bool lower, int pair) -> Words4 {
-    const int unit = (me.warp + m * S::WARPS) * 16 + me.g + 8 * lower;
-    const int at = (pair * 64 + 16 * me.q) / SIZE;
-    if (unit >= H) return {};
-    return operand_words<Number>([&](int k) {
-      const Number* const row = me.weights(at + k);
-      return row ? row[unit] : narrow<Number>(0.0f);
-    });
+  const auto words = [&](Words4& upper, Words4& lower, int m, int pair) {
+    constexpr int NUMBERS = 16 / SIZE;
+    const int lane = thread_again() & 31;
+    const int unit = (me.warp + m * S::WARPS) * 16 + (lane >> 2) * 2;
+    const int at = (pair * 64 + 16 * (lane & 3)) / SIZE;
+    uint32_t first[NUMBERS], second[NUMBERS];
+#pragma unroll
+    for (int k = 0; k < NUMBERS; ++k) {
+      const bool is = me.is_row(at + k) && unit < me.pitch;
+      const auto both = load<Columns<Number>>(is ? me.weights(at + k) + unit : me.weights(0));
+      if constexpr (SIZE == 2) {
+        first[k] = is ? both.w[0] & 0xffff : 0, second[k] = is ? both.w[0] >> 16 : 0;
+      } else {
+        first[k] = is ? high(both.w[0]) : 0, second[k] = is ? high(both.w[1]) : 0;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (SIZE == 2) {
+        upper.w[j] = first[2 * j] | first[2 * j + 1] << 16;
+        lower.w[j] = second[2 * j] | second[2 * j + 1] << 16;
+      } else {
+        upper.w[j] = first[j], lower.w[j] = second[j];
+      }
+    }
   };
-  weights.hold(words);
+  weights.hold(words, room.tiles);
 #pragma unroll 1
   for (int m = S::HELD_TILES; m < room.tiles; ++m)
 #pragma unroll 1
@@ -62,7 +79,7 @@ DEVICE void team_backward(const Arguments& a) {
     lengths[column] = me.length(column);
 
   const auto unit_of = [](int e) {
-    return (e >> 7) % S::SUBS * 16 + (e >> 4 & 7) + (e >> 1 & 1) * 8;
+    return (e >> 7) % S::SUBS * 16 + (e >> 4 & 7) * 2 + (e >> 1 & 1);
   };
   const auto column_of = [](int e) {
     return int(unsigned(e) / (128 * S::SUBS)) * 8 + (e >> 2 & 3) * 2 + (e & 1);

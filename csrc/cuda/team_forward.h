@@ -26,17 +26,17 @@ DEVICE void team_forward(const Arguments& a) {
   const int elements = me.count * UNITS, columns = up_to(me.count, EIGHT);
   const Exchange<S> exchange(me, room, memory, steps - 1, me.team * me.count * S::UNIT);
 
-  // weights(row): numbers of a row of w_hh from `at` on, zeros beyond the last
   Held<S, TILES, S::HELD> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
-  const auto words = [&](int m, bool lower, int pair) -> Words4 {
-    const Number* const row = me.weights((tile + m) * 16 + me.g + 8 * lower);
-    const int at = ((pair * SPLIT + part) * 64 + 16 * me.q) / SIZE;
-    if (!row || at >= H) return {};
-    return operand_words<Number>(
-        [&](int k) { return at + k < H ? row[at + k] : narrow<Number>(0.0f); });
+  const auto words = [&](Words4& upper, Words4& lower, int m, int pair) {
+    const int row = (tile + m) * 16 + me.g, at = ((pair * SPLIT + part) * 64 + 16 * me.q) / SIZE;
+    const auto of = [&](int row) {
+      const bool is = me.is_row(row) && at < me.pitch;
+      return weight_words<S>(is, load<Words4>(is ? me.weights(row) + at : me.weights(0)));
+    };
+    upper = of(row), lower = of(row + 8);
   };
-  weights.hold(words);
+  weights.hold(words, TILES);
 #pragma unroll 1
   for (int pair = S::HELD; pair < room.pairs; ++pair)
 #pragma unroll 1

@@ -315,7 +315,10 @@ class _Task(Layer):
         if not self.B:
             return
         kernel = teams.kernel
-        given["w_hh"] = _aligned(self.w_hh())
+        w_hh = self.w_hh()
+        assert w_hh is not None
+        # rows of whole vectors
+        given["w_hh"] = _aligned(pad(w_hh, (0, -self.H % (16 // w_hh.itemsize))))
         given |= {"tile": teams.sequences, "team": teams.team, "fault": faults.flag(self.device)}
         given |= {"code": faults.code(kernel.name), "patience": _patience[kernel.regime]}
         each = kernel.packets(self.H, teams.sequences)

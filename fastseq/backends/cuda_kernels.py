@@ -376,7 +376,18 @@ class TeamKernel:
         if self.way == "forward":
             most = self.most * self.itemsize // 64 // self.split
             return min(most, self.room // (8 * self.tiles) // self.block * self.block)
-        return min(self.most // 16 // self.warps, self.room // (8 * self.pairs) // 2 * 2)
+        fit = self.room_back // (8 * self.pairs) // self.together * self.together
+        return min(self.most // 16 // self.warps, fit)
+
+    @property
+    def room_back(self) -> int:
+        """Backward: registers that hold weights. Sums of unit parameters take some of their own."""
+        return self.room - 32 * (bool(self.definition.unit_parameters) and self.itemsize == 4)
+
+    @property
+    def together(self) -> int:
+        """Backward: row tiles whose products are made side by side."""
+        return 1 if self.room_back < 16 * self.pairs else 2
 
     @property
     def inner(self) -> int:
@@ -394,7 +405,7 @@ class TeamKernel:
         if self.way == "forward":
             inner = _up_to(team * self.units * self.itemsize, 64 * self.split * self.block)
             return inner // 64 // self.split
-        return _up_to(-(-team * (self.units // 16) // self.warps), 2)
+        return _up_to(-(-team * (self.units // 16) // self.warps), self.together)
 
     def weights(self, H: int) -> tuple[int, int]:
         """Bytes of a CTA's weights: in registers and in shared memory."""
