@@ -72,8 +72,10 @@ struct Exchange<S, ByCluster> {
   DEVICE unsigned char* sums(int n) const {
     return memory + room.at_sums + (n & 1) * me.team * room.columns * S::UNITS * 4;
   }
-  // What lanes have of one tile, to the CTA that owns it. elements: of a slice.
+  // What lanes have of one tile, to the CTA that owns it, but for columns without a sequence.
+  // elements: of a slice.
   DEVICE void hand_sums(int n, int tile, int columns, int elements, const float (&v)[4]) const {
+    if (columns * EIGHT + 2 * me.q >= me.count) return;
     const int place = me.rank * elements + (columns * S::SUBS + tile % S::SUBS) * 128 + me.lane * 4;
     push(sums(n) + place * 4, box(n), tile / S::SUBS,
          Words4{{float_to_bits(v[0]), float_to_bits(v[1]), float_to_bits(v[2]),
@@ -191,6 +193,7 @@ struct Exchange<S, ByGrid> {
   // Of all sums that a CTA gets from another there is a packet for each lane of each tile.
   DEVICE int64_t each() const { return int64_t(room.columns) * S::UNITS / 4; }
   DEVICE void hand_sums(int n, int tile, int columns, int, const float (&v)[4]) const {
+    if (columns * EIGHT + 2 * me.q >= me.count) return;
     Words4* const to =
         packets(n, each() * me.team * me.team) +
         (int64_t(tile / S::SUBS) * me.team + me.rank) * each() +
@@ -204,8 +207,10 @@ struct Exchange<S, ByGrid> {
 #pragma unroll 1
     for (int place = 0; place < elements / 4; place += LANES) {
       float total[4] = {};
+      const bool is_given = place / (LANES * S::SUBS) * EIGHT + 2 * me.q < me.count;
 #pragma unroll 1
-      for (int first = me.warp; first < me.team; first += S::WARPS * SENDERS) {
+      for (int first = is_given ? me.warp : me.team; first < me.team;
+           first += S::WARPS * SENDERS) {
         Words4 got[SENDERS];
 #pragma unroll
         for (int j = 0; j < SENDERS; ++j) {

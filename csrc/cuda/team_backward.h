@@ -32,7 +32,9 @@ DEVICE void team_backward(const Arguments& a) {
   unsigned char* const operand = memory + room.at_operands;
   // the last product is that of dh_0
   const int products = a.dh_0 ? steps : steps - 1;
-  const Exchange<S> exchange(me, room, memory, products, me.team * elements * 4);
+  // two columns of a tile are a vector of each of eight lanes
+  const int given = me.team * S::SUBS * ((me.count + 1) / 2) * EIGHT * 16;
+  const Exchange<S> exchange(me, room, memory, products, given);
   Resets<S> resets(me, reinterpret_cast<unsigned char*>(lengths + room.columns), room.columns);
 
   // Row tile m of this warp is number warp + WARPS m of all units: its row g is unit 2 g, and row g + 8

@@ -454,9 +454,11 @@ class TeamKernel:
         return 2 * 16 * _up_to(sequences, 8) * self.units // 4 * team * team
 
     def handed(self, H: int, sequences: int) -> int:
-        """Bytes that a CTA takes in at a step, without what packets add."""
-        size = self.itemsize if self.way == "forward" else 4
-        return self.team(H) * self.units * sequences * size
+        """Bytes that a CTA takes in at a step, without what packets add. Sums go in pairs of
+        columns."""
+        if self.way == "forward":
+            return self.team(H) * self.units * sequences * self.itemsize
+        return self.team(H) * self.units * _up_to(sequences, 2) * 4
 
 
 def _up_to(n: int, to: int) -> int:
