@@ -106,9 +106,12 @@ struct Exchange<S, ByGrid> {
   const Room& room;
   unsigned char* const memory;
   int32_t* const lost;
-  // of a page of h; at most, of one from all CTAs, a thread's; and how many CTAs that is
+  // Packets of a page of h. Of a page from all CTAs, MOST of them, a thread takes EACH, and PAGES of
+  // them side by side; of sums those of so many SENDERS. With 6 loads of each thread on their way L2
+  // gives about half of what it can, 64 bytes a clock; for more there are no registers.
   static constexpr int PACKETS = S::SIZE == 2 ? 6 : 8, MOST = S::By::inner(S::SIZE) / S::UNIT;
-  static constexpr int EACH = (MOST * PACKETS + S::THREADS - 1) / S::THREADS, SENDERS = 8;
+  static constexpr int EACH = (MOST * PACKETS + S::THREADS - 1) / S::THREADS, PAGES = 6 / EACH;
+  static constexpr int SENDERS = 8;
 
   DEVICE Exchange(const Member<S>& me, const Room& room, unsigned char* memory, int, int)
       : me(me), room(room), memory(memory), lost(reinterpret_cast<int32_t*>(memory + AT_LOST)) {}
@@ -122,10 +125,20 @@ struct Exchange<S, ByGrid> {
     return static_cast<Words4*>(me.a.packets) + (team * 2 + (n & 1)) * each;
   }
   DEVICE int pages() const { return (int(me.a.tile) * S::UNITS + S::PAGE - 1) / S::PAGE; }
-  DEVICE void wait(Words4& packet, const Words4* from, int epoch) const {
+  // Until all COUNT packets of an exchange are there: from(k) is where, or null where there is none.
+  // Those that are missing are looked for side by side, so a look takes as long as one load.
+  template <int COUNT, class From>
+  DEVICE void wait(Words4 (&got)[COUNT], int epoch, const From& from) const {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) got[k].w[3] = 0;  // of no exchange
     wait_for(me.a, lost, [&] {
-      if (packet.w[3] != uint32_t(epoch)) packet = load_packet(from);
-      return packet.w[3] == uint32_t(epoch);
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k)
+        if (from(k) && got[k].w[3] != uint32_t(epoch)) got[k] = load_packet(from(k));
+      bool all = true;
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) all &= !from(k) || got[k].w[3] == uint32_t(epoch);
+      return all;
     });
   }
 
@@ -153,19 +166,18 @@ struct Exchange<S, ByGrid> {
     const int own = thread_again();
     const Words4* const from = packets(n, int64_t(pages()) * all);
 #pragma unroll 1
-    for (int page = 0; page < used; ++page) {
-      Words4 got[EACH];
+    for (int page = 0; page < used; page += PAGES) {
+      Words4 got[PAGES * EACH];
+      const auto is = [&](int k) {
+        return page + k / EACH < used && k % EACH * S::THREADS + own < all;
+      };
+      wait(got, n + 1, [&](int k) {
+        return is(k) ? from + (page + k / EACH) * all + k % EACH * S::THREADS + own : nullptr;
+      });
 #pragma unroll
-      for (int j = 0; j < EACH; ++j) {
-        const int k = j * S::THREADS + own;
-        if (k < all) got[j] = load_packet(from + page * all + k);
-      }
-#pragma unroll
-      for (int j = 0; j < EACH; ++j) {
-        const int k = j * S::THREADS + own;
-        if (k >= all) continue;
-        wait(got[j], from + page * all + k, n + 1);
-        put_h(page, k / PACKETS, k % PACKETS, got[j]);
+      for (int k = 0; k < PAGES * EACH; ++k) {
+        const unsigned packet = unsigned(k % EACH * S::THREADS + own);
+        if (is(k)) put_h(page + k / EACH, int(packet / PACKETS), int(packet % PACKETS), got[k]);
       }
     }
     meet();
@@ -212,20 +224,16 @@ struct Exchange<S, ByGrid> {
       for (int first = is_given ? me.warp : me.team; first < me.team;
            first += S::WARPS * SENDERS) {
         Words4 got[SENDERS];
+        wait(got, n + 1, [&](int k) {
+          const int sender = first + k * S::WARPS;
+          return sender < me.team ? from + sender * each() + place : nullptr;
+        });
 #pragma unroll
-        for (int j = 0; j < SENDERS; ++j) {
-          const int sender = first + j * S::WARPS;
-          if (sender < me.team) got[j] = load_packet(from + sender * each() + place);
-        }
-#pragma unroll
-        for (int j = 0; j < SENDERS; ++j) {
-          const int sender = first + j * S::WARPS;
-          if (sender >= me.team) continue;
-          wait(got[j], from + sender * each() + place, n + 1);
+        for (int k = 0; k < SENDERS; ++k) {
           float v[4];
-          unpack(v, got[j]);
+          unpack(v, got[k]);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) total[k] += v[k];
+          for (int j = 0; j < 4; ++j) total[j] += first + k * S::WARPS < me.team ? v[j] : 0.0f;
         }
       }
       store(sums(n) + ((me.warp * elements) + (place + me.lane) * 4) * 4,

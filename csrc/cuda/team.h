@@ -71,9 +71,9 @@ struct Slice {
   static constexpr int INNER = up_to(ROWS * SIZE, 64), PAIRS = INNER / 64;
   static constexpr int PITCH = pitch_of(INNER);
   static constexpr int MOST_TILES = By::inner(SIZE) / SIZE / 16 / WARPS;
-  // Sums of unit parameters take registers of their own, and float32's more. TOGETHER: how many tiles'
-  // products are made side by side.
-  static constexpr int ROOM_BACK = U > 0 && SIZE == 4 ? ROOM - 32 : ROOM;
+  // Sums of unit parameters take registers of their own, which float32 and a grid have not to spare.
+  // TOGETHER: how many tiles' products are made side by side.
+  static constexpr int ROOM_BACK = U > 0 && (SIZE == 4 || UNITS == 16) ? ROOM - 32 : ROOM;
   static constexpr int TOGETHER = ROOM_BACK < 16 * PAIRS ? 1 : 2;
   static constexpr int HELD_TILES = least(MOST_TILES, ROOM_BACK / (8 * PAIRS) / TOGETHER * TOGETHER);
   static constexpr int SUBS = UNITS / 16;  // tiles of a slice

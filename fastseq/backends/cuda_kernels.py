@@ -382,7 +382,8 @@ class TeamKernel:
     @property
     def room_back(self) -> int:
         """Backward: registers that hold weights. Sums of unit parameters take some of their own."""
-        return self.room - 32 * (bool(self.definition.unit_parameters) and self.itemsize == 4)
+        taken = self.itemsize == 4 or self.regime == "grid"
+        return self.room - 32 * (bool(self.definition.unit_parameters) and taken)
 
     @property
     def together(self) -> int:
