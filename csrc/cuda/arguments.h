@@ -6,6 +6,9 @@
 //   tile           how many sequences a CTA has, 4 or 8; a team of CTAs: up to what it has room for
 //   first, start   the first sequence of the launch, and its first recurrence; of teams alone
 //   team           how many CTAs share a recurrence, each with a slice of the hidden units
+//   layers         of a wave how many layers walk side by side, else 1: rows and states then have
+//                  them in front, (layers, N, ...) and (layers, R, ...), but dy and dc_all, which
+//                  are of the last
 //   reverse        bit r % 32: recurrence r runs backward in time
 //   save           whether forward leaves what backward reads: gates, extras
 //   lengths        (B,) of sequences sorted by decreasing length, or 0 where all have T steps
@@ -22,6 +25,8 @@
 //                  HC: H as the kernel has it, zeros beyond H
 //                  of a team both (R, G_hh, H, H'), as torch has it; H': H in whole vectors of 16
 //                  bytes, zeros beyond H
+//   w_ih           of a wave (layers - 1, R, G, H, H') Number, of all layers but the first
+//   b_ih           of a wave, or 0: (layers - 1, R, G, H) Number, what adds to their input products
 //   b_hh           (R, G_hh, H) Number, or 0: of gates that take x and s apart
 //   unit           (R, U, H) Number: parameters per hidden unit
 //   reset          (R, N) bytes, or 0: where not 0, the states that enter the row are zeroed
@@ -50,6 +55,7 @@
   X(int64_t, first) \
   X(int64_t, start) \
   X(int64_t, team) \
+  X(int64_t, layers) \
   X(int64_t, reverse) \
   X(int64_t, save) \
   X(const int64_t*, lengths) \
@@ -63,6 +69,8 @@
   X(void*, h_n) \
   X(void*, c_n) \
   X(const void*, w_hh) \
+  X(const void*, w_ih) \
+  X(const void*, b_ih) \
   X(const void*, b_hh) \
   X(const void*, unit) \
   X(const uint8_t*, reset) \

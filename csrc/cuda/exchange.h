@@ -14,7 +14,7 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
-template <class S, class By = typename S::By>
+template <class S, class Way = typename S::By::Way>
 struct Exchange;
 
 template <class S>
@@ -48,36 +48,43 @@ struct Exchange<S, ByCluster> {
     if (thread() == 0 && n + 2 < count) expect(box(n), bytes);
   }
 
-  DEVICE unsigned char* operand(int n) const {
-    return memory + room.at_operands + (n & 1) * room.operand;
+  static constexpr int MATRICES = S::WAVE ? 2 : 1;
+
+  // of_input: in a wave, the h of the layer below.
+  DEVICE unsigned char* operand(int n, bool of_input = false) const {
+    return memory + room.at_operands + ((n & 1) * MATRICES + of_input) * room.operand;
   }
-  // A page of h, by a warp: every vector to every CTA.
-  DEVICE void hand_h(int n, int page, const unsigned char* h) const {
+  // A page of h, by a warp: every vector to every CTA of the layer, or of the one above.
+  DEVICE void hand_h(int n, int page, const unsigned char* h, bool above = false) const {
     const unsigned vector = unsigned(me.lane) % VECTORS;
     const unsigned element = unsigned(page) * S::PAGE + vector * VECTOR;
     const int column = int(element / S::UNITS), unit = int(element % S::UNITS);
     if (column >= me.count) return;
     const Words4 w = load<Words4>(h + vector * 16);
     unsigned char* const to =
-        operand(n) + column * room.pitch + (me.origin + unit) * S::SIZE;
+        operand(n, above) + column * room.pitch + (me.origin + unit) * S::SIZE;
+    const int first = (me.layer + above) * me.team;
 #pragma unroll 1
     for (int receiver = int(unsigned(me.lane) / VECTORS); receiver < me.team;
          receiver += LANES / VECTORS)
-      push(to, box(n), receiver, w);
+      push(to, box(n), first + receiver, w);
   }
   DEVICE void take_h(int n) const { take_in(n); }
 
   // Where the sums of an exchange stand, one after another of so many CTAs.
   DEVICE int parts() const { return me.team; }
-  DEVICE unsigned char* sums(int n) const {
-    return memory + room.at_sums + (n & 1) * me.team * room.columns * S::UNITS * 4;
+  // of_above: in a wave, of the layer above.
+  DEVICE unsigned char* sums(int n, bool of_above = false) const {
+    return memory + room.at_sums + of_above * room.sums +
+           (n & 1) * me.team * room.columns * S::UNITS * 4;
   }
-  // What lanes have of one tile, to the CTA that owns it, but for columns without a sequence.
-  // elements: of a slice.
-  DEVICE void hand_sums(int n, int tile, int columns, int elements, const float (&v)[4]) const {
+  // What lanes have of one tile, to the CTA that owns it, of the layer or of the one below, but for
+  // columns without a sequence. elements: of a slice.
+  DEVICE void hand_sums(int n, int tile, int columns, int elements, const float (&v)[4],
+                        bool below = false) const {
     if (columns * EIGHT + 2 * me.q >= me.count) return;
     const int place = me.rank * elements + (columns * S::SUBS + tile % S::SUBS) * 128 + me.lane * 4;
-    push(sums(n) + place * 4, box(n), tile / S::SUBS,
+    push(sums(n, below) + place * 4, box(n), (me.layer - below) * me.team + tile / S::SUBS,
          Words4{{float_to_bits(v[0]), float_to_bits(v[1]), float_to_bits(v[2]),
                  float_to_bits(v[3])}});
   }

@@ -9,9 +9,11 @@ using fastseq::Arguments;
 using namespace fastseq::cuda;
 
 // In the place of a number of hidden units: those of a team of CTAs.
-constexpr int cluster = -1, grid = -2;
+constexpr int cluster = -1, grid = -2, wave = -3;
 template <class Cell, class Type, int HC>
-using Team = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster, ByGrid>>;
+using Team = Slice<Cell, Type,
+                   std::conditional_t<HC == cluster, ByCluster,
+                                      std::conditional_t<HC == grid, ByGrid, ByWave>>>;
 
 // What one CTA walks, or a team.
 #define FASTSEQ_WAY(way)                                              \
@@ -31,7 +33,7 @@ using Team = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster, ByGr
   }                                                                   \
   template <class Cell, class Type, int HC>                           \
   DEVICE void way##_kernel(const Arguments& a) {                      \
-    if constexpr (HC == cluster && !HAS_CLUSTERS)                     \
+    if constexpr ((HC == cluster || HC == wave) && !HAS_CLUSTERS)                     \
       return;                                                         \
     else if constexpr (HC < 0)                                        \
       team_##way<Team<Cell, Type, HC>, Cell>(a);                      \

@@ -27,12 +27,25 @@ namespace FASTSEQ_ISA {
 // How the CTAs of a team reach each other. UNITS: of a slice. INNER: bytes of h at most. OPERANDS:
 // places for h, of which peers write one while the other is read.
 struct ByCluster {
+  using Way = ByCluster;
   static constexpr int UNITS = 32, OPERANDS = 2;
+  static constexpr bool WAVE = false;
   CONSTANT static int inner(int size) { return 512 * size; }
 };
 struct ByGrid {
+  using Way = ByGrid;
   static constexpr int UNITS = 16, OPERANDS = 1;
+  static constexpr bool WAVE = false;
   CONSTANT static int inner(int) { return 4096; }
+};
+// A wave: teams of several layers, which are one cluster. A layer takes a step when the one below it has
+// taken it, one exchange before, so T steps of L layers are T + L - 1 exchanges. A CTA then holds its
+// rows of w_ih as well, but in the first layer, whose input product is made before.
+struct ByWave {
+  using Way = ByCluster;
+  static constexpr int UNITS = 32, OPERANDS = 2;
+  static constexpr bool WAVE = true;
+  CONSTANT static int inner(int size) { return 256 * size; }
 };
 
 CONSTANT int up_to(int n, int to) { return (n + to - 1) / to * to; }
@@ -53,8 +66,10 @@ struct Slice {
   static constexpr int WARPS = 8, THREADS = WARPS * LANES;
   // Elements that a warp has at once: neighbours are units of one sequence.
   static constexpr int PAGE = LANES;
-  // Registers of a thread that hold weights.
-  static constexpr int ROOM = 128;
+  // Registers of a thread that hold weights of a matrix, of which a wave has two.
+  static constexpr bool WAVE = By::WAVE;
+  static constexpr int ROOM = WAVE ? 64 : 128;
+  static_assert(!WAVE || G == G_HH, "both matrices have the same rows");
 
   static constexpr int ROWS = G_HH * UNITS, ROW_TILES = ROWS / 16;
   // Forward: row tiles of a warp, how many warps share the inner length of them, and how many pairs
@@ -88,8 +103,10 @@ struct Slice {
 
 // Where things stand in a CTA's shared memory: a function of sizes. pairs: of a warp, of the inner
 // length; tiles: of a warp, backward.
+// A wave has two operands in each place, two of all sums, and two blocks of weights: those of w_ih
+// stand behind those of w_hh.
 struct Room {
-  int columns, pairs, tiles, pitch, operand, weights;
+  int columns, pairs, tiles, pitch, operand, weights, sums;
   int at_weights, at_operands, at_sums, at_states, at_stages, at_pages, at_lengths, bytes;
 };
 constexpr int AT_LOST = 16, AT_WEIGHTS = 128;  // behind two boxes; and behind what is small
@@ -105,9 +122,11 @@ CONSTANT Room forward_room(int team, int sequences) {
   r.operand = r.columns * r.pitch;
   r.weights = (r.pairs > S::HELD ? r.pairs - S::HELD : 0) * S::TILES * 32 * S::THREADS;
   r.at_weights = AT_WEIGHTS;
-  r.at_operands = r.at_weights + r.weights;
-  r.at_sums = r.at_operands + S::By::OPERANDS * r.operand;
-  r.at_states = r.at_sums + S::SPLIT * r.columns * S::SUMS * 4;
+  constexpr int MATRICES = S::WAVE ? 2 : 1;
+  r.at_operands = r.at_weights + MATRICES * r.weights;
+  r.at_sums = r.at_operands + MATRICES * S::By::OPERANDS * r.operand;
+  r.sums = S::SPLIT * r.columns * S::SUMS * 4;
+  r.at_states = r.at_sums + MATRICES * r.sums;
   r.at_pages = r.at_states + 2 * r.columns * S::UNITS * 4;  // h and the other state
   r.at_lengths = r.at_pages + S::WARPS * S::PAGE * 4;       // and flags of resets
   r.at_stages = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
@@ -124,10 +143,12 @@ CONSTANT Room backward_room(int team, int sequences) {
   r.operand = r.columns * r.pitch;
   r.weights = (r.tiles > S::HELD_TILES ? r.tiles - S::HELD_TILES : 0) * S::PAIRS * 32 * S::THREADS;
   r.at_weights = AT_WEIGHTS;
-  r.at_operands = r.at_weights + r.weights;
-  r.at_sums = r.at_operands + r.operand;
+  constexpr int MATRICES = S::WAVE ? 2 : 1;
+  r.at_operands = r.at_weights + MATRICES * r.weights;
+  r.at_sums = r.at_operands + MATRICES * r.operand;
   const int elements = r.columns * S::UNITS * 4, places = S::By::OPERANDS == 2 ? 2 * team : S::WARPS;
-  r.at_states = r.at_sums + places * elements;
+  r.sums = places * elements;
+  r.at_states = r.at_sums + MATRICES * r.sums;
   r.at_pages = r.at_lengths = r.at_states + 5 * elements;
   r.at_stages = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
   r.bytes = r.at_stages + S::STAGES * r.columns * S::ROW_BACK;
@@ -139,8 +160,9 @@ template <class S>
 struct Member {
   const Arguments& a;
   const int lane = thread() & 31, warp = thread() >> 5, g = lane >> 2, q = lane & 3;
-  const int H = int(a.H), team = int(a.team);
-  const int rank = tile_x() % team, tile = tile_x() / team;
+  const int H = int(a.H), team = int(a.team), layers = S::WAVE ? int(a.layers) : 1;
+  const int layer = S::WAVE ? tile_x() % (team * layers) / team : 0;
+  const int rank = tile_x() % team, tile = tile_x() / (team * layers);
   const int recurrence = int(a.start) + tile_y();
   const int first = int(a.first) + tile * int(a.tile);  // of the team's sequences
   const int count = least(int(a.tile), int(a.B) - first);
@@ -148,6 +170,7 @@ struct Member {
   const int width = least(H - origin, S::UNITS);    // how many it has
   const bool reverse = (a.reverse >> (recurrence % 32)) & 1;
   const int stride = int(a.R) * H;  // from a row to the next, of H numbers each recurrence
+  const int place = layer * int(a.R) + recurrence;  // among all that have states and weights
 
   DEVICE explicit Member(const Arguments& a) : a(a) {}
 
@@ -155,13 +178,14 @@ struct Member {
     if (column >= count) return 0;
     return a.lengths ? int(a.lengths[first + column]) : int(a.T);
   }
-  // The first row of a step of the team. There are fewer than 2^31.
-  DEVICE int row(int time) const {
+  // The first row of a step of the team, in its layer and in the whole. There are fewer than 2^31.
+  DEVICE int row_of_layer(int time) const {
     return (a.offsets ? int(a.offsets[time]) : time * int(a.B)) + first;
   }
+  DEVICE int row(int time) const { return row_of_layer(time) + layer * int(a.rows); }
   // Where an element's number is: of the states, and of a row of H numbers each recurrence.
   DEVICE int64_t state(int column, int unit) const {
-    return (int64_t(recurrence) * a.B + first + column) * H + origin + unit;
+    return (int64_t(place) * a.B + first + column) * H + origin + unit;
   }
   DEVICE int64_t beside(int column, int unit) const {
     return int64_t(column) * stride + recurrence * H + origin + unit;
@@ -172,7 +196,18 @@ struct Member {
   DEVICE bool is_row(int row) const { return row < S::ROWS && row % S::UNITS < width; }
   DEVICE const typename S::Number* weights(int row) const {
     return static_cast<const typename S::Number*>(a.w_hh) +
-           ((int64_t(recurrence) * S::G_HH + row / S::UNITS) * H + origin + row % S::UNITS) * pitch;
+           row_of_weights(place, row);
+  }
+  DEVICE const typename S::Number* input_weights(int row) const {  // not of the first layer
+    return static_cast<const typename S::Number*>(a.w_ih) +
+           row_of_weights(place - int(a.R), row);
+  }
+  DEVICE int64_t row_of_weights(int place, int row) const {
+    return ((int64_t(place) * S::G_HH + row / S::UNITS) * H + origin + row % S::UNITS) * pitch;
+  }
+  // Of a number each unit, `count` of them each recurrence: that of a unit of the slice.
+  DEVICE int64_t unit_of(int place, int count, int which, int unit) const {
+    return (int64_t(place) * count + which) * H + origin + unit;
   }
 };
 
@@ -301,7 +336,7 @@ struct Resets {
   DEVICE bool look(int time) const {
     const int column = thread();
     return me.a.reset && time < me.length(column) &&
-           me.a.reset[me.recurrence * me.a.rows + me.row(time) + column] != 0;
+           me.a.reset[me.recurrence * me.a.rows + me.row_of_layer(time) + column] != 0;
   }
   DEVICE void put(int step, bool is_reset) const {
     if (me.a.reset && thread() < me.count) flags[(step & 1) * columns + thread()] = is_reset;

@@ -30,17 +30,21 @@ DEVICE void team_backward(const Arguments& a) {
   auto* const lengths = reinterpret_cast<int32_t*>(memory + room.at_lengths);
   unsigned char* const stages = memory + room.at_stages;
   unsigned char* const operand = memory + room.at_operands;
-  // the last product is that of dh_0
-  const int products = a.dh_0 ? steps : steps - 1;
+  // In a wave a layer takes its steps that many turns after the last one; what it is given in a turn
+  // are sums of its own and of the layer above. The last product is that of dh_0.
+  const int later = me.layers - 1 - me.layer;
+  const bool has_upper = S::WAVE && later > 0, has_lower = S::WAVE && me.layer > 0;
+  const int turns = steps > 0 ? steps + me.layers - 1 : 0, products = a.dh_0 ? turns : turns - 1;
   // two columns of a tile are a vector of each of eight lanes
   const int given = me.team * S::SUBS * ((me.count + 1) / 2) * EIGHT * 16;
-  const Exchange<S> exchange(me, room, memory, products, given);
+  const Exchange<S> exchange(me, room, memory, products, has_upper ? 2 * given : given);
   Resets<S> resets(me, reinterpret_cast<unsigned char*>(lengths + room.columns), room.columns);
 
   // Row tile m of this warp is number warp + WARPS m of all units: its row g is unit 2 g, and row g + 8
   // unit 2 g + 1, so that a load has both. The inner length are the slice's gates, one after another.
   Held<S, S::HELD_TILES, S::PAIRS> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
+  const auto fill = [&](auto& held, const auto& rows) {
   const auto words = [&](Words4& upper, Words4& lower, int m, int pair) {
     constexpr int NUMBERS = 16 / SIZE;
     const int lane = thread_again() & 31;
@@ -50,7 +54,7 @@ DEVICE void team_backward(const Arguments& a) {
 #pragma unroll
     for (int k = 0; k < NUMBERS; ++k) {
       const bool is = me.is_row(at + k) && unit < me.pitch;
-      const auto both = load<Columns<Number>>(is ? me.weights(at + k) + unit : me.weights(0));
+      const auto both = load<Columns<Number>>(is ? rows(at + k) + unit : rows(0));
       if constexpr (SIZE == 2) {
         first[k] = is ? both.w[0] & 0xffff : 0, second[k] = is ? both.w[0] >> 16 : 0;
       } else {
@@ -67,14 +71,21 @@ DEVICE void team_backward(const Arguments& a) {
       }
     }
   };
-  weights.hold(words, room.tiles);
+  held.hold(words, room.tiles);
 #pragma unroll 1
   for (int m = S::HELD_TILES; m < room.tiles; ++m)
 #pragma unroll 1
     for (int pair = 0; pair < S::PAIRS; ++pair)
-      weights.rest_of(words, (m - S::HELD_TILES) * S::PAIRS + pair, m, pair);
+      held.rest_of(words, (m - S::HELD_TILES) * S::PAIRS + pair, m, pair);
+  };
+  fill(weights, [&](int row) { return me.weights(row); });
+  Held<S, S::WAVE ? S::HELD_TILES : 1, S::WAVE ? S::PAIRS : 1> input_weights;
+  if constexpr (S::WAVE) {
+    input_weights.rest = weights.rest + room.weights;
+    if (has_lower) fill(input_weights, [&](int row) { return me.input_weights(row); });
+  }
 
-  for (int k = thread() * 16; k < room.operand; k += S::THREADS * 16)
+  for (int k = thread() * 16; k < room.operand * (S::WAVE ? 2 : 1); k += S::THREADS * 16)
     store(operand + k, Words4{});
   if (thread() == 0) *reinterpret_cast<int32_t*>(memory + AT_LOST) = 0;
   for (int column = thread(); column < room.columns; column += S::THREADS)
@@ -99,9 +110,7 @@ DEVICE void team_backward(const Arguments& a) {
   float units[S::U ? S::U : 1];
 #pragma unroll
   for (int u = 0; u < S::U; ++u)
-    units[u] = is_unit ? number_at<Number>(a.unit, (int64_t(me.recurrence) * S::U + u) * H +
-                                                       me.origin + unit)
-                       : 0.0f;
+    units[u] = is_unit ? number_at<Number>(a.unit, me.unit_of(me.place, S::U, u, unit)) : 0.0f;
   Sum dunit[S::U ? S::U : 1];
   Total<S::PARTS != 0> dbias[BIASES];
 
@@ -111,12 +120,16 @@ DEVICE void team_backward(const Arguments& a) {
     return me.reverse ? step + 1 < length : time_of(step) > 0;
   };
   const int64_t line = int64_t(me.recurrence) * H;  // of a row of H numbers each recurrence
+  // of the last layer of a wave alone, where its rows stand as in a single layer
+  const void* const dy = has_upper ? nullptr : a.dy;
+  const float* const dc_all = has_upper ? nullptr : a.dc_all;
+  const int64_t below = int64_t(me.layer) * a.rows * me.stride;
   const int alignment = alignment_of(a.gates, int64_t(H) * SIZE) |
                         alignment_of(a.extra, 0) | alignment_of(a.dy, 0) | alignment_of(a.y, 0) |
                         alignment_of(a.c_all, 0) | alignment_of(a.dc_all, 0) |
                         alignment_of(a.dgates, me.origin * SIZE);
   const auto on_its_way = [&](int step) {
-    if (step < steps) {
+    if (step >= 0 && step < steps) {
       const int time = time_of(step);
       const int64_t now = int64_t(me.row(time)) * me.stride + line;
       const int64_t before =
@@ -140,41 +153,49 @@ DEVICE void team_backward(const Arguments& a) {
         pieces(Count<S::G>(), Count<SIZE>(), 0, a.gates, now, false);
       if constexpr (S::E > 0)
         pieces(Count<S::E>(), Count<SIZE>(), S::AT_EXTRA, a.extra, now, false);
-      if (a.dy) pieces(Count<1>(), Count<SIZE>(), S::AT_DY, a.dy, now, false);
+      if (dy) pieces(Count<1>(), Count<SIZE>(), S::AT_DY, dy, now - below, false);
       if constexpr (S::READS_Y) pieces(Count<1>(), Count<SIZE>(), S::AT_H, a.y, before, true);
       if constexpr (S::C > 0) {
         pieces(Count<1>(), Count<4>(), S::AT_C, a.c_all, before, true);
-        if (a.dc_all) pieces(Count<1>(), Count<4>(), S::AT_DC, a.dc_all, now, false);
+        if (dc_all) pieces(Count<1>(), Count<4>(), S::AT_DC, dc_all, now - below, false);
       }
     }
     close();
   };
-  const auto reset_of = [&](int step) { return step < steps && resets.look(time_of(step)); };
+  const auto reset_of = [&](int step) {
+    return step >= 0 && step < steps && resets.look(time_of(step));
+  };
 
   meet();
 #pragma unroll 1
-  for (int step = 0; step < S::STAGES - 1; ++step) on_its_way(step);
-  resets.put(0, reset_of(0));
-  bool next_reset = reset_of(1);
+  for (int turn = 0; turn < S::STAGES - 1; ++turn) on_its_way(turn - later);
+  resets.put(-later, reset_of(-later));
+  bool next_reset = reset_of(1 - later);
   arrived<S::STAGES - 2>();
   exchange.begin();
 
   // Of all that dh of an element is: what was carried, and the product of the step behind.
-  const auto dh_of = [&](int step, int e) {
-    if (step == 0 || gain[e] == 0.0f) return direct[e];
-    const auto* const from = reinterpret_cast<const float*>(exchange.sums(step - 1)) + e;
+  const auto sum_of = [&](const unsigned char* sums, int e) {
+    const auto* const from = reinterpret_cast<const float*>(sums) + e;
     float s = from[0];
 #pragma unroll 4
     for (int p = 1; p < exchange.parts(); ++p) s += from[p * elements];
-    return direct[e] + gain[e] * s;
+    return s;
+  };
+  const auto dh_of = [&](int turn, int e) {
+    if (turn == 0 || gain[e] == 0.0f) return direct[e];
+    return direct[e] + gain[e] * sum_of(exchange.sums(turn - 1), e);
   };
 
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    if (step > 0) exchange.take_sums(step - 1, elements);
-    const int time = time_of(step);
+  for (int turn = 0; turn < turns; ++turn) {
+    const int step = turn - later;
+    const bool walks = !S::WAVE || (step >= 0 && step < steps);
+    if (turn > 0) exchange.take_sums(turn - 1, elements);
+    const int time = time_of(walks ? step : 0);
     const int64_t now = int64_t(me.row(time)) * me.stride + line;
-    unsigned char* const stage = stages + step % S::STAGES * room.columns * S::ROW_BACK;
+    unsigned char* const stage =
+        stages + unsigned(step) % S::STAGES * room.columns * S::ROW_BACK;
     const bool lost = is_marked(exchange.lost);
     float biases[BIASES] = {};
 #pragma unroll 1
@@ -184,7 +205,7 @@ DEVICE void team_backward(const Arguments& a) {
       unsigned char* const mine = row + unit * SIZE;
       const float* const wide = reinterpret_cast<const float*>(row) + unit;
       // All loads come first, so that they are on their way together; of what is not there anything.
-      Number saved[S::G], extras[S::E ? S::E : 1], of_h, dy;
+      Number saved[S::G], extras[S::E ? S::E : 1], of_h, of_y;
       float of_c, of_dc;
       if constexpr (Cell::KEEPS_GATES) {
 #pragma unroll
@@ -192,13 +213,13 @@ DEVICE void team_backward(const Arguments& a) {
       }
 #pragma unroll
       for (int k = 0; k < S::E; ++k) extras[k] = load<Number>(mine + S::AT_EXTRA + k * S::UNIT);
-      dy = load<Number>(mine + S::AT_DY);
+      of_y = load<Number>(mine + S::AT_DY);
       if constexpr (S::READS_Y) of_h = load<Number>(mine + S::AT_H);
       if constexpr (S::C > 0) of_c = wide[S::AT_C / 4], of_dc = wide[S::AT_DC / 4];
       const float h_kept = S::READS_Y ? h_at[e] : 0.0f, c_kept = S::C ? c_at[e] : 0.0f;
-      const float dc_kept = S::C ? dc[e] : 0.0f, dh = dh_of(step, e);
+      const float dc_kept = S::C ? dc[e] : 0.0f, dh = dh_of(turn, e);
       const int length = lengths[column];
-      const bool there = is_unit && column < me.count, lives = there && time < length;
+      const bool there = is_unit && column < me.count, lives = there && walks && time < length;
       const bool is_reset = there && resets.of(step, column), has = has_before(step, length);
       const int64_t place = now + int64_t(column) * me.stride + me.origin + unit;
       BackwardAt<S> at;
@@ -215,10 +236,12 @@ DEVICE void team_backward(const Arguments& a) {
         if constexpr (S::READS_Y) at.h_after = number_at<Number>(a.y, place);
         if constexpr (S::C > 0) at.c_after[0] = a.c_all[place];
       }
-      at.dh_now = a.dy ? dh + widen(dy) : dh;
+      at.dh_now = dy ? dh + widen(of_y) : dh;
+      if constexpr (S::WAVE)
+        if (has_upper && lives) at.dh_now += sum_of(exchange.sums(turn - 1, true), e);
       at.dc_now[0] = dc_kept;
       if constexpr (S::C > 0)
-        if (a.dc_all) at.dc_now[0] += of_dc;
+        if (dc_all) at.dc_now[0] += of_dc;
 #pragma unroll
       for (int g = 0; g < S::G; ++g) at.saves[g] = Cell::KEEPS_GATES ? widen(saved[g]) : 0.0f;
 #pragma unroll
@@ -251,11 +274,13 @@ DEVICE void team_backward(const Arguments& a) {
           store(mine + g * S::UNIT, din);
         }
         if (g >= S::G_HH) continue;
-        if (there) {
-          Number taken = dproduct;
+        const auto take = [&](unsigned char* to, Number taken) {
           if constexpr (S::PARTS == 1) taken = round_tf32(taken);
-          store(operand + column * S::PITCH + (g * UNITS + unit) * SIZE, taken);
-        }
+          store(to + column * S::PITCH + (g * UNITS + unit) * SIZE, taken);
+        };
+        if (there) take(operand, dproduct);
+        if constexpr (S::WAVE)
+          if (there && has_lower) take(operand + room.operand, narrow<Number>(lives ? at.din[g] : 0.0f));
         if (S::DIFFERS && a.dproduct && lives)
           static_cast<Number*>(
               a.dproduct)[(place - me.origin - unit) * S::G_HH + g * H + me.origin + unit] = dproduct;
@@ -265,7 +290,7 @@ DEVICE void team_backward(const Arguments& a) {
     for (int g = 0; g < BIASES; ++g) dbias[g].add(biases[g], step);
     meet();
 
-    if (step < products) {
+    const auto multiply = [&](const auto& held, const unsigned char* operand, auto below) {
 #pragma unroll 1
       for (int n = 0; n < columns / EIGHT; ++n) {
         const unsigned char* const from = operand + (n * EIGHT + me.g) * S::PITCH + 16 * me.q;
@@ -278,31 +303,40 @@ DEVICE void team_backward(const Arguments& a) {
           for (int pair = 0; pair < S::PAIRS; ++pair)
 #pragma unroll
             for (int m = 0; m < S::TOGETHER; ++m)
-              weights.add(d[m][0], d[m][1], pair_of(m, pair), b[pair]);
+              held.add(d[m][0], d[m][1], pair_of(m, pair), b[pair]);
 #pragma unroll
           for (int m = 0; m < S::TOGETHER; ++m) {
             const int tile = me.warp + (first + m) * S::WARPS;
 #pragma unroll
             for (int k = 0; k < 4; ++k) d[m][0][k] += d[m][1][k];
-            if (tile < me.team * S::SUBS) exchange.hand_sums(step, tile, n, elements, d[m][0]);
+            if (tile >= me.team * S::SUBS) continue;
+            if constexpr (below.value)
+              exchange.hand_sums(turn, tile, n, elements, d[m][0], true);
+            else
+              exchange.hand_sums(turn, tile, n, elements, d[m][0]);
           }
         };
 #pragma unroll
         for (int first = 0; first < S::HELD_TILES; first += S::TOGETHER) {
           if (first >= room.tiles) break;
-          tiles(first, [&](int m, int pair) { return weights.held[first + m][pair]; });
+          tiles(first, [&](int m, int pair) { return held.held[first + m][pair]; });
         }
 #pragma unroll 1
         for (int first = S::HELD_TILES; first < room.tiles; first += S::TOGETHER)
           tiles(first, [&](int m, int pair) {
-            return weights.load_rest((first - S::HELD_TILES + m) * S::PAIRS + pair);
+            return held.load_rest((first - S::HELD_TILES + m) * S::PAIRS + pair);
           });
       }
+    };
+    if (turn < products) {
+      multiply(weights, operand, Count<0>());
+      if constexpr (S::WAVE)
+        if (has_lower) multiply(input_weights, operand + room.operand, Count<1>());
     }
     // while the sums go round
     each_piece<S, S::G, S::UNIT>(
         me.count, me.width * SIZE, alignment, [&](int row, int piece, int at, int grain) {
-          if (time >= lengths[row]) return;
+          if (!walks || time >= lengths[row]) return;
           const int64_t number = (now + int64_t(row) * me.stride) * S::G + int64_t(piece) * H +
                                  me.origin;
           put_bytes(static_cast<unsigned char*>(a.dgates) + number * SIZE + at,
@@ -315,12 +349,12 @@ DEVICE void team_backward(const Arguments& a) {
     meet();
   }
 
-  if (a.dh_0 && steps > 0) exchange.take_sums(steps - 1, elements);
+  if (a.dh_0 && turns > 0) exchange.take_sums(turns - 1, elements);
   const bool lost = is_marked(exchange.lost);
   for (int e = thread(); e < elements; e += S::THREADS) {
     const int column = column_of(e);
     if (!is_unit || column >= me.count) continue;
-    const float dh = lost ? bits_to_float(0x7fffffff) : dh_of(a.dh_0 ? steps : 0, e);
+    const float dh = lost ? bits_to_float(0x7fffffff) : dh_of(a.dh_0 ? turns : 0, e);
     if (a.dh_0) put_at<Number>(a.dh_0, me.state(column, unit), dh);
     if (S::C > 0 && a.dc_0) put_at<Number>(a.dc_0, me.state(column, unit), dc[e]);
   }
@@ -338,8 +372,8 @@ DEVICE void team_backward(const Arguments& a) {
 #pragma unroll 1
     for (int k = 0; k < S::THREADS; ++k)
       if (unit_of(k) == thread()) s += totals[k];
-    to[((int64_t(me.a.first / me.a.tile + me.tile) * a.R + me.recurrence) * count + which) * H +
-       me.origin + thread()] = s;
+    const int tile = int(a.first / a.tile) + me.tile;
+    to[me.unit_of(tile * int(a.R) * me.layers + me.place, count, which, thread())] = s;
   };
 #pragma unroll
   for (int g = 0; g < BIASES; ++g) leave(a.dbias, BIASES, g, dbias[g].total());

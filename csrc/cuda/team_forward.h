@@ -24,27 +24,40 @@ DEVICE void team_forward(const Arguments& a) {
   unsigned char* const stages = memory + room.at_stages;
   const int H = me.H, steps = me.length(0), part = me.warp % SPLIT, tile = me.warp / SPLIT * TILES;
   const int elements = me.count * UNITS, columns = up_to(me.count, EIGHT);
-  const Exchange<S> exchange(me, room, memory, steps - 1, me.team * me.count * S::UNIT);
+  // In a wave a layer takes its steps that many turns after the first; what it is given in a turn is
+  // h of its own and of the layer below.
+  const int turns = steps > 0 ? steps + me.layers - 1 : 0, given = me.layer > 0 ? 2 : 1;
+  const bool is_upper = S::WAVE && me.layer > 0, has_upper = S::WAVE && me.layer + 1 < me.layers;
+  const Exchange<S> exchange(me, room, memory, turns - 1, given * me.team * me.count * S::UNIT);
 
   Held<S, TILES, S::HELD> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
-  const auto words = [&](Words4& upper, Words4& lower, int m, int pair) {
-    const int row = (tile + m) * 16 + me.g, at = ((pair * SPLIT + part) * 64 + 16 * me.q) / SIZE;
-    const auto of = [&](int row) {
-      const bool is = me.is_row(row) && at < me.pitch;
-      return weight_words<S>(is, load<Words4>(is ? me.weights(row) + at : me.weights(0)));
+  const auto fill = [&](auto& held, const auto& rows) {
+    const auto words = [&](Words4& upper, Words4& lower, int m, int pair) {
+      const int row = (tile + m) * 16 + me.g, at = ((pair * SPLIT + part) * 64 + 16 * me.q) / SIZE;
+      const auto of = [&](int row) {
+        const bool is = me.is_row(row) && at < me.pitch;
+        return weight_words<S>(is, load<Words4>(is ? rows(row) + at : rows(0)));
+      };
+      upper = of(row), lower = of(row + 8);
     };
-    upper = of(row), lower = of(row + 8);
+    held.hold(words, TILES);
+#pragma unroll 1
+    for (int pair = S::HELD; pair < room.pairs; ++pair)
+#pragma unroll 1
+      for (int m = 0; m < TILES; ++m)
+        held.rest_of(words, (pair - S::HELD) * TILES + m, m, pair);
   };
-  weights.hold(words, TILES);
-#pragma unroll 1
-  for (int pair = S::HELD; pair < room.pairs; ++pair)
-#pragma unroll 1
-    for (int m = 0; m < TILES; ++m)
-      weights.rest_of(words, (pair - S::HELD) * TILES + m, m, pair);
+  fill(weights, [&](int row) { return me.weights(row); });
+  Held<S, S::WAVE ? TILES : 1, S::WAVE ? S::HELD : 1> input_weights;
+  if constexpr (S::WAVE) {
+    input_weights.rest = weights.rest + room.weights;
+    if (is_upper) fill(input_weights, [&](int row) { return me.input_weights(row); });
+  }
 
   // all of h_0 as the first operand; where nothing is written, zeros
-  for (int k = thread() * 16; k < S::By::OPERANDS * room.operand; k += S::THREADS * 16)
+  constexpr int OPERANDS = S::By::OPERANDS * (S::WAVE ? 2 : 1);
+  for (int k = thread() * 16; k < OPERANDS * room.operand; k += S::THREADS * 16)
     store(memory + room.at_operands + k, Words4{});
   if (thread() == 0) *reinterpret_cast<int32_t*>(memory + AT_LOST) = 0;
   for (int column = thread(); column < room.columns; column += S::THREADS)
@@ -74,14 +87,21 @@ DEVICE void team_forward(const Arguments& a) {
   float units[S::U ? S::U : 1], bias[S::G_HH];
 #pragma unroll
   for (int u = 0; u < S::U; ++u)
-    units[u] = is_unit ? number_at<Number>(a.unit, (int64_t(me.recurrence) * S::U + u) * H +
-                                                       me.origin + unit)
-                       : 0.0f;
+    units[u] = is_unit ? number_at<Number>(a.unit, me.unit_of(me.place, S::U, u, unit)) : 0.0f;
 #pragma unroll
   for (int g = S::G_HH - Cell::APART; g < S::G_HH; ++g)
-    bias[g] = is_unit && a.b_hh ? number_at<Number>(a.b_hh, (int64_t(me.recurrence) * S::G_HH + g) *
-                                                                    H + me.origin + unit)
-                                : 0.0f;
+    bias[g] = is_unit && a.b_hh
+                  ? number_at<Number>(a.b_hh, me.unit_of(me.place, S::G_HH, g, unit))
+                  : 0.0f;
+  float input_bias[S::WAVE ? S::G : 1];
+  if constexpr (S::WAVE) {
+#pragma unroll
+    for (int g = 0; g < S::G; ++g)
+      input_bias[g] =
+          is_upper && is_unit && a.b_ih
+              ? number_at<Number>(a.b_ih, me.unit_of(me.place - int(a.R), S::G, g, unit))
+              : 0.0f;
+  }
 
   const auto time_of = [&](int step) { return me.reverse ? steps - 1 - step : step; };
   const int64_t pitch = int64_t(me.stride) * (S::G * SIZE);  // of a row of gates
@@ -89,7 +109,7 @@ DEVICE void team_forward(const Arguments& a) {
                       (int64_t(me.recurrence) * S::G * H + me.origin) * SIZE;
   const int alignment = alignment_of(gates, int64_t(H) * SIZE);
   const auto on_its_way = [&](int step) {
-    if (step < steps) {
+    if (step >= 0 && step < steps && !is_upper) {
       const int time = time_of(step);
       const unsigned char* const from = gates + me.row(time) * pitch;
       unsigned char* const to = stages + step % S::STAGES * room.columns * S::ROW;
@@ -103,19 +123,20 @@ DEVICE void team_forward(const Arguments& a) {
     close();
   };
   Resets<S> resets(me, reinterpret_cast<unsigned char*>(lengths + room.columns), room.columns);
-  const auto reset_of = [&](int step) { return step < steps && resets.look(time_of(step)); };
+  const auto reset_of = [&](int step) {
+    return step >= 0 && step < steps && resets.look(time_of(step));
+  };
 
 #pragma unroll 1
   for (int step = 0; step < S::STAGES - 1; ++step) on_its_way(step);
-  resets.put(0, reset_of(0));
-  bool next_reset = reset_of(1);
+  resets.put(-me.layer, reset_of(-me.layer));
+  bool next_reset = reset_of(1 - me.layer);
   exchange.begin();
 
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    if (step > 0) exchange.take_h(step - 1);
-    const unsigned char* const operand =
-        exchange.operand(step - 1) + me.g * room.pitch + part * 64 + 16 * me.q;
+  // Columns of an operand times a matrix, into sums: of the columns 2 q and 2 q + 1, rows g and g + 8
+  // of each tile.
+  const auto multiply = [&](const auto& held, const unsigned char* operand, float* sums) {
+    operand += me.g * room.pitch + part * 64 + 16 * me.q;
 #pragma unroll 1
     for (int n = 0; n < columns; n += EIGHT) {
       constexpr int CHAINS = TILES >= 3 ? 1 : 2;
@@ -131,18 +152,16 @@ DEVICE void team_forward(const Arguments& a) {
         for (int k = 0; k < S::BLOCK; ++k)
 #pragma unroll
           for (int m = 0; m < TILES; ++m)
-            weights.add(chain[m][k % CHAINS * 2], chain[m][k % CHAINS * 2 + 1],
-                        weights.held[m][first + k], b[k]);
+            held.add(chain[m][k % CHAINS * 2], chain[m][k % CHAINS * 2 + 1],
+                     held.held[m][first + k], b[k]);
       }
 #pragma unroll 2
       for (int pair = S::HELD; pair < room.pairs; ++pair) {
         const Words4 b = load<Words4>(from + pair * SPLIT * 64);
 #pragma unroll
         for (int m = 0; m < TILES; ++m)
-          weights.add(chain[m][0], chain[m][1],
-                      weights.load_rest((pair - S::HELD) * TILES + m), b);
+          held.add(chain[m][0], chain[m][1], held.load_rest((pair - S::HELD) * TILES + m), b);
       }
-      // of the columns 2 q and 2 q + 1, rows g and g + 8 of each tile
       float* const to = sums + (part * room.columns + n + 2 * me.q) * S::SUMS + tile * 16 + me.g;
 #pragma unroll
       for (int m = 0; m < TILES; ++m)
@@ -154,11 +173,23 @@ DEVICE void team_forward(const Arguments& a) {
           to[(j & 1) * S::SUMS + m * 16 + (j >> 1) * 8] = s;
         }
     }
+  };
+
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+    const int step = turn - me.layer;
+    const bool walks = !S::WAVE || (step >= 0 && step < steps);
+    if (turn > 0) exchange.take_h(turn - 1);
+    multiply(weights, exchange.operand(turn - 1), sums);
+    if constexpr (S::WAVE)
+      if (is_upper)
+        multiply(input_weights, exchange.operand(turn - 1, true), sums + room.sums / 4);
     arrived<S::STAGES - 2>();
     meet();
 
-    const int time = time_of(step), first_row = me.row(time);
-    const unsigned char* const stage = stages + step % S::STAGES * room.columns * S::ROW;
+    const int time = time_of(walks ? step : 0), first_row = me.row(time);
+    const unsigned char* const stage =
+        stages + unsigned(step) % S::STAGES * room.columns * S::ROW;
     unsigned char* const page_of_h = memory + room.at_pages + me.warp * (S::PAGE * 4);
     const bool lost = is_marked(exchange.lost);
 #pragma unroll 1
@@ -176,11 +207,23 @@ DEVICE void team_forward(const Arguments& a) {
 #pragma unroll
         for (int p = 0; p < SPLIT; ++p) parts[g][p] = sum[p * room.columns * S::SUMS + g * UNITS];
       const float h_before = states[e], c_before = S::C ? others[e] : 0.0f;
-      const bool there = is_unit && column < me.count, lives = there && time < lengths[column];
+      const bool there = is_unit && column < me.count;
+      const bool lives = there && walks && time < lengths[column];
       const bool is_reset = there && resets.of(step, column);
       ForwardAt<S> at;
 #pragma unroll
       for (int g = 0; g < S::G; ++g) at.in[g] = widen(in[g]);
+      if constexpr (S::WAVE)
+        if (is_upper) {
+#pragma unroll
+          for (int g = 0; g < S::G; ++g) {
+            float s = input_bias[g];
+#pragma unroll
+            for (int p = 0; p < SPLIT; ++p)
+              s += sum[room.sums / 4 + p * room.columns * S::SUMS + g * UNITS];
+            at.in[g] = s;
+          }
+        }
 #pragma unroll
       for (int g = 0; g < S::G_HH; ++g) {
         float s = parts[g][0];
@@ -197,13 +240,22 @@ DEVICE void team_forward(const Arguments& a) {
       if (lost) at.h_after = bits_to_float(0x7fffffff);
       const Number rounded_h = narrow<Number>(at.h_after);
       const float h = lives ? widen(rounded_h) : there ? h_before : 0.0f;
-      if (step + 1 < steps) {
+      if (turn + 1 < turns) {
+        const auto put = [&](float handed) {
+          put_number(page_of_h + me.lane * SIZE, handed);
+          meet_warp();
+        };
         float handed = h;
         if (a.h_mask && there) handed *= number_at<Number>(a.h_mask, me.state(column, unit));
-        put_number(page_of_h + me.lane * SIZE, handed);
+        put(handed);
+        exchange.hand_h(turn, page, page_of_h);
         meet_warp();
-        exchange.hand_h(step, page, page_of_h);
-        meet_warp();
+        if constexpr (S::WAVE)
+          if (has_upper) {
+            if (a.h_mask) put(h);
+            exchange.hand_h(turn, page, page_of_h, true);
+            meet_warp();
+          }
       }
       if (!lives) continue;
       states[e] = h;

@@ -70,8 +70,8 @@ __all__ = ["backward", "explain", "forward", "saved_layout", "supports", "unavai
 ABILITIES = Abilities()
 #: What a kernel is given, in this order: csrc/cuda/arguments.h.
 FIELDS = (
-    "T B R H rows tile first start team reverse save lengths offsets gates extra y c_all h_0 c_0 "
-    "h_n c_n w_hh b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit "
+    "T B R H rows tile first start team layers reverse save lengths offsets gates extra y c_all "
+    "h_0 c_0 h_n c_n w_hh w_ih b_ih b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit "
     "packets fault code patience"
 ).split()
 #: What the extension's functions say of themselves: one that was built from other sources may take
