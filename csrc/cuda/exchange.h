@@ -69,6 +69,13 @@ struct Exchange<S, ByCluster> {
          receiver += LANES / VECTORS)
       push(to, box(n), first + receiver, w);
   }
+  // In a wave the layer that is handed h, or sums, by another hands it nothing back but a word: that
+  // it is behind the barrier that follows its last read of n - 1.
+  DEVICE void hand_word(int n, int layer) const {
+    if (thread() < me.team)
+      push(memory + room.at_words + ((n & 1) * me.team + me.rank) * 16, box(n),
+           layer * me.team + thread(), Words4{});
+  }
   DEVICE void take_h(int n) const { take_in(n); }
 
   // Where the sums of an exchange stand, one after another of so many CTAs.

@@ -45,14 +45,20 @@
   X(backward, rnn_tanh, RnnTanh, bfloat16, cluster) \
   X(forward, rnn_tanh, RnnTanh, bfloat16, grid) \
   X(backward, rnn_tanh, RnnTanh, bfloat16, grid) \
+  X(forward, rnn_tanh, RnnTanh, bfloat16, wave) \
+  X(backward, rnn_tanh, RnnTanh, bfloat16, wave) \
   X(forward, rnn_tanh, RnnTanh, float16, cluster) \
   X(backward, rnn_tanh, RnnTanh, float16, cluster) \
   X(forward, rnn_tanh, RnnTanh, float16, grid) \
   X(backward, rnn_tanh, RnnTanh, float16, grid) \
+  X(forward, rnn_tanh, RnnTanh, float16, wave) \
+  X(backward, rnn_tanh, RnnTanh, float16, wave) \
   X(forward, rnn_tanh, RnnTanh, tf32, cluster) \
   X(backward, rnn_tanh, RnnTanh, tf32, cluster) \
   X(forward, rnn_tanh, RnnTanh, tf32, grid) \
-  X(backward, rnn_tanh, RnnTanh, tf32, grid)
+  X(backward, rnn_tanh, RnnTanh, tf32, grid) \
+  X(forward, rnn_tanh, RnnTanh, tf32, wave) \
+  X(backward, rnn_tanh, RnnTanh, tf32, wave)
 
 #define FASTSEQ_KERNELS_rnn_relu(X) \
   X(forward, rnn_relu, RnnRelu, bfloat16, 32) \
@@ -81,14 +87,20 @@
   X(backward, rnn_relu, RnnRelu, bfloat16, cluster) \
   X(forward, rnn_relu, RnnRelu, bfloat16, grid) \
   X(backward, rnn_relu, RnnRelu, bfloat16, grid) \
+  X(forward, rnn_relu, RnnRelu, bfloat16, wave) \
+  X(backward, rnn_relu, RnnRelu, bfloat16, wave) \
   X(forward, rnn_relu, RnnRelu, float16, cluster) \
   X(backward, rnn_relu, RnnRelu, float16, cluster) \
   X(forward, rnn_relu, RnnRelu, float16, grid) \
   X(backward, rnn_relu, RnnRelu, float16, grid) \
+  X(forward, rnn_relu, RnnRelu, float16, wave) \
+  X(backward, rnn_relu, RnnRelu, float16, wave) \
   X(forward, rnn_relu, RnnRelu, tf32, cluster) \
   X(backward, rnn_relu, RnnRelu, tf32, cluster) \
   X(forward, rnn_relu, RnnRelu, tf32, grid) \
-  X(backward, rnn_relu, RnnRelu, tf32, grid)
+  X(backward, rnn_relu, RnnRelu, tf32, grid) \
+  X(forward, rnn_relu, RnnRelu, tf32, wave) \
+  X(backward, rnn_relu, RnnRelu, tf32, wave)
 
 #define FASTSEQ_KERNELS_rnn_sigmoid(X) \
   X(forward, rnn_sigmoid, RnnSigmoid, bfloat16, 32) \
@@ -151,14 +163,20 @@
   X(backward, lstm, Lstm, bfloat16, cluster) \
   X(forward, lstm, Lstm, bfloat16, grid) \
   X(backward, lstm, Lstm, bfloat16, grid) \
+  X(forward, lstm, Lstm, bfloat16, wave) \
+  X(backward, lstm, Lstm, bfloat16, wave) \
   X(forward, lstm, Lstm, float16, cluster) \
   X(backward, lstm, Lstm, float16, cluster) \
   X(forward, lstm, Lstm, float16, grid) \
   X(backward, lstm, Lstm, float16, grid) \
+  X(forward, lstm, Lstm, float16, wave) \
+  X(backward, lstm, Lstm, float16, wave) \
   X(forward, lstm, Lstm, tf32, cluster) \
   X(backward, lstm, Lstm, tf32, cluster) \
   X(forward, lstm, Lstm, tf32, grid) \
-  X(backward, lstm, Lstm, tf32, grid)
+  X(backward, lstm, Lstm, tf32, grid) \
+  X(forward, lstm, Lstm, tf32, wave) \
+  X(backward, lstm, Lstm, tf32, wave)
 
 #define FASTSEQ_KERNELS_peephole_lstm(X) \
   X(forward, peephole_lstm, PeepholeLstm, bfloat16, 32) \
@@ -255,14 +273,20 @@
   X(backward, gru, Gru, bfloat16, cluster) \
   X(forward, gru, Gru, bfloat16, grid) \
   X(backward, gru, Gru, bfloat16, grid) \
+  X(forward, gru, Gru, bfloat16, wave) \
+  X(backward, gru, Gru, bfloat16, wave) \
   X(forward, gru, Gru, float16, cluster) \
   X(backward, gru, Gru, float16, cluster) \
   X(forward, gru, Gru, float16, grid) \
   X(backward, gru, Gru, float16, grid) \
+  X(forward, gru, Gru, float16, wave) \
+  X(backward, gru, Gru, float16, wave) \
   X(forward, gru, Gru, tf32, cluster) \
   X(backward, gru, Gru, tf32, cluster) \
   X(forward, gru, Gru, tf32, grid) \
-  X(backward, gru, Gru, tf32, grid)
+  X(backward, gru, Gru, tf32, grid) \
+  X(forward, gru, Gru, tf32, wave) \
+  X(backward, gru, Gru, tf32, wave)
 
 #define FASTSEQ_KERNELS_indrnn(X) \
   X(forward, indrnn, Indrnn, bfloat16, 64) \

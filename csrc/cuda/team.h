@@ -107,7 +107,7 @@ struct Slice {
 // stand behind those of w_hh.
 struct Room {
   int columns, pairs, tiles, pitch, operand, weights, sums;
-  int at_weights, at_operands, at_sums, at_states, at_stages, at_pages, at_lengths, bytes;
+  int at_weights, at_operands, at_sums, at_states, at_stages, at_pages, at_lengths, at_words, bytes;
 };
 constexpr int AT_LOST = 16, AT_WEIGHTS = 128;  // behind two boxes; and behind what is small
 
@@ -129,7 +129,8 @@ CONSTANT Room forward_room(int team, int sequences) {
   r.at_states = r.at_sums + MATRICES * r.sums;
   r.at_pages = r.at_states + 2 * r.columns * S::UNITS * 4;  // h and the other state
   r.at_lengths = r.at_pages + S::WARPS * S::PAGE * 4;       // and flags of resets
-  r.at_stages = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
+  r.at_words = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
+  r.at_stages = r.at_words + (S::WAVE ? 2 * team * 16 : 0);
   r.bytes = r.at_stages + S::STAGES * r.columns * S::ROW;
   return r;
 }
@@ -150,7 +151,8 @@ CONSTANT Room backward_room(int team, int sequences) {
   r.sums = places * elements;
   r.at_states = r.at_sums + MATRICES * r.sums;
   r.at_pages = r.at_lengths = r.at_states + 5 * elements;
-  r.at_stages = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
+  r.at_words = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
+  r.at_stages = r.at_words + (S::WAVE ? 2 * team * 16 : 0);
   r.bytes = r.at_stages + S::STAGES * r.columns * S::ROW_BACK;
   return r;
 }

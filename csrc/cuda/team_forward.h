@@ -26,9 +26,11 @@ DEVICE void team_forward(const Arguments& a) {
   const int elements = me.count * UNITS, columns = up_to(me.count, EIGHT);
   // In a wave a layer takes its steps that many turns after the first; what it is given in a turn is
   // h of its own and of the layer below.
-  const int turns = steps > 0 ? steps + me.layers - 1 : 0, given = me.layer > 0 ? 2 : 1;
+  const int turns = steps > 0 ? steps + me.layers - 1 : 0;
   const bool is_upper = S::WAVE && me.layer > 0, has_upper = S::WAVE && me.layer + 1 < me.layers;
-  const Exchange<S> exchange(me, room, memory, turns - 1, given * me.team * me.count * S::UNIT);
+  const int given = (is_upper ? 2 : 1) * me.team * me.count * S::UNIT;
+  const Exchange<S> exchange(me, room, memory, turns - 1,
+                             has_upper ? given + me.team * 16 : given);
 
   Held<S, TILES, S::HELD> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
@@ -186,6 +188,8 @@ DEVICE void team_forward(const Arguments& a) {
         multiply(input_weights, exchange.operand(turn - 1, true), sums + room.sums / 4);
     arrived<S::STAGES - 2>();
     meet();
+    if constexpr (S::WAVE)
+      if (is_upper && turn + 1 < turns) exchange.hand_word(turn, me.layer - 1);
 
     const int time = time_of(walks ? step : 0), first_row = me.row(time);
     const unsigned char* const stage =

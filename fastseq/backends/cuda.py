@@ -19,7 +19,7 @@ value and each state other than h; with ``memory="lean"`` y alone, and backward 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import Cell
-from . import faults
+from . import cuda_teams, faults
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .cuda_kernels import (
     H100,
@@ -47,7 +47,7 @@ from .cuda_kernels import (
     rows_of_a_cta,
     unit_tiles,
 )
-from .cuda_plan import Precision, decline, plan, regime_of
+from .cuda_plan import Precision, decline, is_wave_faster, plan, regime_of
 from .cuda_teams import Arrangement, arrange
 from .gpu_layer import Layer
 from .layout import declined_anywhere
@@ -71,8 +71,8 @@ ABILITIES = Abilities()
 #: What a kernel is given, in this order: csrc/cuda/arguments.h.
 FIELDS = (
     "T B R H rows tile first start team layers reverse save lengths offsets gates extra y c_all "
-    "h_0 c_0 h_n c_n w_hh w_ih b_ih b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates dproduct dbias dunit "
-    "packets fault code patience"
+    "h_0 c_0 h_n c_n w_hh w_ih b_ih b_hh unit reset h_mask dy dc_all dh_n dc_n dh_0 dc_0 dgates "
+    "dproduct dbias dunit packets fault code patience"
 ).split()
 #: What the extension's functions say of themselves: one that was built from other sources may take
 #: and give something else.
@@ -87,7 +87,7 @@ DEVICES = ("cuda", "meta")
 #: Steps' directions are bits of one number.
 _DIRECTIONS = 32
 #: How often a CTA looks for what others hand to it before it gives up: some seconds.
-_patience = {"cluster": 1 << 20, "grid": 1 << 24}
+_patience: dict[str, int] = {"cluster": 1 << 20, "wave": 1 << 20, "grid": 1 << 24}
 #: In which regime all layers run, of tests and measurements; None: as planned.
 _asked: Regime | None = None
 _TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -236,17 +236,23 @@ def _bits(reverse: tuple[bool, ...]) -> int:
     return sum(1 << r for r, back in enumerate(first) if back)
 
 
+def _type_of(call: Call) -> tuple[str, str]:
+    """How the kernels name a call's numbers, and the precision of its large products."""
+    kind = _TYPES.get(call.x.dtype, "float32")
+    if kind != "float32":
+        return kind, "ieee"
+    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    if tf32:
+        return ("tf32" if call.definition.recurrent_gates else kind), "tf32"
+    return kind, "tf32x3"
+
+
 class _Task(Layer):
     """One call as the kernels take it."""
 
     def __init__(self, call: Call, training: bool) -> None:
-        kind, precision = _TYPES.get(call.x.dtype, "float32"), "ieee"
-        if kind == "float32":
-            tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-            precision = "tf32" if tf32 else "tf32x3"
+        self.type, precision = _type_of(call)
         super().__init__(call, precision)  # type: ignore[arg-type]
-        tf32 = precision == "tf32" and bool(self.cell.recurrent_gates)
-        self.type = "tf32" if tf32 else kind
         self.values: dict[str, int | Tensor | None] = {
             "T": self.T,
             "B": self.B,
@@ -265,7 +271,9 @@ class _Task(Layer):
             self.values[f"{state}_0"] = _aligned(start)
         self.at_hand = device_at_hand(self.device.index)
         sizes = (self.cell.name, self.type, self.H, self.B, self.R)
-        self.regime = _asked or regime_of(*sizes, training, self.at_hand)
+        asked = None if _asked == "wave" else _asked
+        self.regime: Regime = asked or regime_of(*sizes, training, self.at_hand)
+        self.layers = 1
         self.unit_tiles = unit_tiles(self.cell, self.H)
 
     def tiles(self, way: Way) -> int:
@@ -281,7 +289,7 @@ class _Task(Layer):
     def arrangement(self, way: Way) -> Arrangement:
         """Of a team's way."""
         kernel = TEAMS[f"{way}_{self.cell.name}_{self.type}_{self.regime}"]
-        return arrange(kernel, self.H, self.B, self.R, self.at_hand)
+        return arrange(kernel, self.H, self.B, self.R, self.at_hand, self.layers)
 
     def w_hh(self) -> Tensor | None:
         return self.stacked([w.w_hh for w in self.call.weights])
@@ -317,19 +325,23 @@ class _Task(Layer):
         kernel = teams.kernel
         w_hh = self.w_hh()
         assert w_hh is not None
-        # rows of whole vectors
-        given["w_hh"] = _aligned(pad(w_hh, (0, -self.H % (16 // w_hh.itemsize))))
-        given |= {"tile": teams.sequences, "team": teams.team, "fault": faults.flag(self.device)}
+        given["w_hh"] = self.in_vectors(w_hh)
+        given |= {"tile": teams.sequences, "team": teams.team, "layers": teams.layers}
+        given["fault"] = faults.flag(self.device)
         given |= {"code": faults.code(kernel.name), "patience": _patience[kernel.regime]}
         each = kernel.packets(self.H, teams.sequences)
         room = [each * one.tiles * self.R for one in teams.launches]
         # zeros: of no exchange; each launch has its own
         packets = torch.zeros(sum(room), dtype=torch.uint8, device=self.device)
         for one, part in zip(teams.launches, packets.split(room), strict=True):
-            grid = (teams.team * one.tiles, one.recurrences, 1)
+            grid = (teams.team * teams.layers * one.tiles, one.recurrences, 1)
             given |= {"first": one.first, "start": one.start, "packets": part}
             sizes = (grid, kernel.threads, teams.shared)
             launch(kernel.name, self.device, *sizes, given, teams.cluster, teams.together)
+
+    def in_vectors(self, weights: Tensor) -> Tensor | None:
+        """Rows of H numbers as teams read them: in whole vectors of 16 bytes."""
+        return _aligned(pad(weights, (0, -self.H % (16 // weights.itemsize))))
 
     def previous_h(self, y: Tensor) -> Tensor:
         """What w_hh multiplied at every row, (N, R, H)."""
@@ -379,9 +391,6 @@ def backward(call: Call, result: Result, grads: OutputGradients, wanted: Wanted)
     task.check(result, grads)
     with task.on_device():
         return _backward(task, result, grads, wanted)
-
-
-stacks, layers, layers_backward = in_one_call(forward, backward)
 
 
 def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wanted) -> Gradients:
@@ -437,6 +446,189 @@ def _backward(task: _Task, result: Result, grads: OutputGradients, wanted: Wante
         biases = _biases(cell, sums.to(task.dtype).view(R, -1))
     dx, dweights = task.gradients(wanted, dgates, biases, recurrent, _none, dunits)
     return Gradients(dx, dstates if wanted.states else None, dweights)
+
+
+class _Wave(_Task):
+    """All layers of a stack of one direction as one kernel takes them. Rows, states and weights
+    have the layers in front; ``task`` of a layer makes its large products."""
+
+    def __init__(self, calls: Sequence[Call], training: bool) -> None:
+        super().__init__(calls[0], training)
+        self.regime, self.layers, self.calls = "wave", len(calls), calls
+        cell = self.cell
+        w_ih = torch.stack([call.weights[0].w_ih for call in calls[1:]])
+        biases = [self.bias(call.weights[0]) for call in calls[1:]]
+        self.values |= {
+            "w_ih": self.in_vectors(w_ih),
+            "b_ih": None if biases[0] is None else torch.stack(biases),  # type: ignore[arg-type]
+            "b_hh": self.over([c.weights[0].b_hh for c in calls]) if cell.apart_gates else None,
+            "h_mask": self.over([call.h_mask for call in calls]),
+        }
+        for k, state in enumerate(cell.states):
+            starts = [call.states[k] if call.states else None for call in calls]
+            self.values[f"{state}_0"] = self.over(starts)
+
+    @staticmethod
+    def over(parts: Sequence[Tensor | None]) -> Tensor | None:
+        """(layers, ...); no copy of parts that stand one behind another."""
+        if any(part is None for part in parts):
+            return None
+        given = [part.contiguous() for part in parts if part is not None]
+        first, size = given[0], given[0].nbytes
+        place, whole = first.data_ptr(), first.untyped_storage()
+        if place % 16 == 0 and all(
+            part.data_ptr() == place + k * size
+            and part.untyped_storage().data_ptr() == whole.data_ptr()
+            for k, part in enumerate(given)
+        ):
+            return first.as_strided((len(given), *first.shape), (first.numel(), *first.stride()))
+        return torch.stack(given)
+
+    def w_hh(self) -> Tensor | None:
+        return self.over([call.weights[0].w_hh for call in self.calls])
+
+    def of_all(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer with a row of ``width`` for each of the input and each layer."""
+        shape = (self.layers, *self.lead, width)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def states(self, dtype: torch.dtype) -> Tensor:
+        shape = (self.layers, self.R, self.B, self.H)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+
+@torch.no_grad()
+def _wave_forward(calls: Sequence[Call], save: bool, trajectory: bool) -> list[Result] | None:
+    """The results of all layers, walked side by side; None where they do not walk so."""
+    if not _walks_as_wave(calls, save):
+        return None
+    faults.raise_if_set(calls[0].x.device)
+    task = _Wave(calls, save)
+    cell, H = task.cell, task.H
+    with task.on_device():
+        y = task.of_all(H)
+        gates = task.of_all(cell.G * H) if save else task.rows(cell.G * H).unsqueeze(0)
+        task.input_product(gates[0])
+        extra = task.of_all(len(cell.extras) * H) if save and cell.extras else None
+        along = [task.of_all(H, task.wide) for _ in cell.other_states if save or trajectory]
+        for layer in range(task.layers):
+            for rows in (y, *along):
+                task.padded(rows[layer])
+        finals = [task.states(task.dtype) for _ in cell.states]
+        values: dict[str, Any] = {"save": int(save), "gates": gates, "extra": extra, "y": y}
+        values |= {f"{s}_n": final for s, final in zip(cell.states, finals, strict=True)}
+        values |= {
+            f"{s}_all": rows for s, rows in zip(cell.other_states, along, strict=bool(along))
+        }
+        task.walk("forward", **values)
+    results = []
+    for layer in range(task.layers):
+        kept = [gates[layer]] if save and cell.keeps_gates(False) else []
+        kept += [] if extra is None else [extra[layer]]
+        others, states = [a[layer] for a in along], [final[layer] for final in finals]
+        last = trajectory and layer == task.layers - 1
+        results.append(task.result(y[layer], states, kept, others, save, last))
+    return results
+
+
+@torch.no_grad()
+def _wave_backward(
+    calls: Sequence[Call],
+    results: Sequence[Result],
+    grads: Sequence[OutputGradients],
+    wanted: Wanted,
+) -> list[Gradients] | None:
+    """Those of all layers. grads: y and the trajectory of the last one alone."""
+    if not _walks_as_wave(calls, True):
+        return None
+    faults.raise_if_set(calls[0].x.device)
+    tasks = [_Task(call, True) for call in calls]
+    for one, result, gradients in zip(tasks, results, grads, strict=True):
+        one.check(result, gradients)
+    wave = _Wave(calls, True)
+    with wave.on_device():
+        return _backward_of_wave(wave, tasks, results, grads, wanted)
+
+
+def _backward_of_wave(
+    wave: _Wave,
+    tasks: Sequence[_Task],
+    results: Sequence[Result],
+    grads: Sequence[OutputGradients],
+    wanted: Wanted,
+) -> list[Gradients]:
+    cell, H, L = wave.cell, wave.H, wave.layers
+    kept = [task.kept(result) for task, result in zip(tasks, results, strict=True)]
+    saved = [parts for parts, _ in kept]
+    gates = wave.over([parts[0] for parts in saved]) if cell.keeps_gates(False) else None
+    extra = wave.over([parts[-1] for parts in saved]) if cell.extras else None
+    ys = [_aligned(result.y) for result in results]
+    dgates = torch.empty((L, wave.capacity, cell.G * H), dtype=wave.dtype, device=wave.device)
+    apart = cell.parts_differ
+    dproduct = torch.empty_like(dgates) if apart else dgates
+    w, tiles = wave.call.weights[0], wave.tiles("backward")
+    biased = w.b_ih is not None or w.b_hh is not None
+    sums = (tiles, L, cell.G + len(cell.apart_gates), H)
+    dbias = torch.empty(sums, dtype=wave.wide, device=wave.device) if biased else None
+    last = grads[-1]
+    values: dict[str, Any] = {
+        "gates": gates,
+        "extra": extra,
+        "y": wave.over(ys),
+        "dy": _aligned(last.y),
+        "dgates": dgates,
+        "dproduct": dproduct if apart else None,
+        "dbias": dbias,
+    }
+    dstates = []
+    for k, state in enumerate(cell.states):
+        given = [one.states[k] for one in grads]
+        if any(d is not None for d in given):
+            zeros = [wave.state(H, wave.dtype).zero_() if d is None else d for d in given]
+            values[f"d{state}_n"] = wave.over(zeros)
+        if wanted.states:
+            dstates.append(wave.states(wave.dtype))
+            values[f"d{state}_0"] = dstates[-1]
+        if k:
+            values[f"{state}_all"] = wave.over([_aligned(along[k - 1]) for _, along in kept])
+            d = last.trajectory[k - 1] if last.trajectory else None
+            values[f"d{state}_all"] = None if d is None else _aligned(d.to(wave.wide))
+    wave.walk("backward", **values)
+
+    found = []
+    for layer, task in enumerate(tasks):
+        d = dgates[layer, : task.N].view(task.N, 1, -1)
+        y, of_product = ys[layer], dproduct[layer, : task.N].view(task.N, 1, -1)
+        assert y is not None
+        recurrent = _recurrent_gradient(task, y, of_product) if wanted.weights else _none
+        biases = None
+        if dbias is not None and wanted.weights:
+            biases = _biases(cell, dbias[:, layer].sum(0).to(task.dtype).view(1, -1))
+        own = Wanted(wanted.x and layer == 0, wanted.states, wanted.weights)
+        dx, dweights = task.gradients(own, d, biases, recurrent, _none, None)
+        before = [state[layer] for state in dstates] if wanted.states else None
+        found.append(Gradients(dx, before, dweights))
+    return found
+
+
+def _walks_as_wave(calls: Sequence[Call], training: bool) -> bool:
+    """Whether a stack is modelled to take less time with its layers side by side."""
+    first = calls[0]
+    w = first.weights[0]
+    type = _type_of(first)[0]
+    if len(first.weights) != 1 or w.w_hh is None or w.w_hr is not None or first.memory == "lean":
+        return False
+    if not first.B or any(call.H != first.H for call in calls):
+        return False
+    device = device_at_hand(first.x.device.index)
+    sizes = (first.cell, type, first.H, len(calls), first.B)
+    if cuda_teams.declined(*sizes[:2], "wave", first.H, device, len(calls)) is not None:
+        return False
+    steps = len(first.batch_sizes) if first.batch_sizes is not None else first.x.shape[0]
+    return _asked == "wave" or (_asked is None and is_wave_faster(*sizes, steps, training, device))
+
+
+stacks, layers, layers_backward = in_one_call(forward, backward, (_wave_forward, _wave_backward))
 
 
 def _biases(cell: Cell, sums: Tensor) -> Callable[[int], tuple[Tensor, Tensor | None]]:

@@ -297,7 +297,7 @@ WIDER: dict[tuple[str, str], tuple[int, ...]] = {
 }
 
 
-Regime = Literal["cta", "cluster", "grid"]
+Regime = Literal["cta", "cluster", "grid", "wave"]
 
 
 @dataclass(frozen=True)
@@ -316,8 +316,6 @@ class TeamKernel:
     #: Of a CTA, whatever the cell.
     warps = 8
     threads = 256
-    #: Registers of a thread that hold weights.
-    room = 128
     stages = 4
     #: The launch bounds allow all that a thread can address.
     registers = MOST_REGISTERS
@@ -340,9 +338,19 @@ class TeamKernel:
         return SLICE[self.regime]
 
     @property
+    def matrices(self) -> int:
+        """Whose rows a CTA holds: a wave's has those of w_ih as well."""
+        return 2 if self.regime == "wave" else 1
+
+    @property
+    def room(self) -> int:
+        """Registers of a thread that hold weights of a matrix."""
+        return 128 // self.matrices
+
+    @property
     def most(self) -> int:
         """The hidden units of the largest layer."""
-        return 512 if self.regime == "cluster" else 4096 // self.itemsize
+        return {"cluster": 512, "wave": 256}.get(self.regime, 4096 // self.itemsize)
 
     def team(self, H: int) -> int:
         """CTAs that share a recurrence of H units."""
@@ -412,6 +420,7 @@ class TeamKernel:
         """Bytes of a CTA's weights: in registers and in shared memory."""
         walked = self.walked(H)
         each = (self.tiles if self.way == "forward" else self.pairs) * 32 * self.threads
+        each *= self.matrices
         return min(walked, self.held) * each, max(0, walked - self.held) * each
 
     @property
@@ -432,21 +441,23 @@ class TeamKernel:
         """Bytes of shared memory that a CTA takes, for so many sequences of a team."""
         columns = _up_to(sequences, 8)
         elements = columns * self.units * 4
-        found = 128 + self.weights(H)[1]
+        found, matrices = 128 + self.weights(H)[1], self.matrices
         if self.way == "forward":
-            found += (2 if self.regime == "cluster" else 1) * self.operand(H, sequences)
-            found += self.split * columns * (self.rows + 4) * 4 + 2 * elements
+            found += (1 if self.regime == "grid" else 2) * matrices * self.operand(H, sequences)
+            found += matrices * self.split * columns * (self.rows + 4) * 4 + 2 * elements
             found += self.warps * 32 * 4
         else:
-            places = 2 * self.team(H) if self.regime == "cluster" else self.warps
-            found += self.operand(H, sequences) + places * elements + 5 * elements
+            places = self.warps if self.regime == "grid" else 2 * self.team(H)
+            found += matrices * (self.operand(H, sequences) + places * elements) + 5 * elements
         found = _up_to(found + columns * 4 + 2 * columns, 16)
+        if self.regime == "wave":
+            found += 2 * 16 * self.team(H)
         return found + self.stages * columns * self.row
 
     def packets(self, H: int, sequences: int) -> int:
         """Bytes of global memory through which a grid's team hands on, both places; 0 of a
         cluster's."""
-        if self.regime == "cluster":
+        if self.regime != "grid":
             return 0
         team = self.team(H)
         if self.way == "forward":
@@ -456,10 +467,11 @@ class TeamKernel:
 
     def handed(self, H: int, sequences: int) -> int:
         """Bytes that a CTA takes in at a step, without what packets add. Sums go in pairs of
-        columns."""
+        columns. A wave's CTA is given as much by a neighbouring layer, but at the ends."""
+        units = self.matrices * self.team(H) * self.units
         if self.way == "forward":
-            return self.team(H) * self.units * sequences * self.itemsize
-        return self.team(H) * self.units * _up_to(sequences, 2) * 4
+            return units * sequences * self.itemsize
+        return units * _up_to(sequences, 2) * 4
 
 
 def _up_to(n: int, to: int) -> int:
@@ -467,7 +479,7 @@ def _up_to(n: int, to: int) -> int:
 
 
 #: Hidden units of a CTA of a team.
-SLICE: dict[str, int] = {"cluster": 32, "grid": 16}
+SLICE: dict[str, int] = {"cluster": 32, "grid": 16, "wave": 32}
 #: A cluster has no more CTAs than this.
 MOST_OF_A_CLUSTER = 16
 
@@ -488,15 +500,17 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
 
 #: float32's own products, four of TF32 parts each, are one CTA's alone.
 TEAM_TYPES: tuple[Type, ...] = ("bfloat16", "float16", "tf32")
+#: Of the cells of stacks that are usual.
+WAVE_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 TEAMS: dict[str, TeamKernel] = {
     kernel.name: kernel
     for cell in PRODUCT_CELLS
     for type in TEAM_TYPES
-    for regime in ("cluster", "grid")
+    for regime in (("cluster", "grid", "wave") if cell in WAVE_CELLS else ("cluster", "grid"))
     for kernel in (
         TeamKernel("forward", cell, type, regime),
         TeamKernel("backward", cell, type, regime),
-    )  # type: ignore[arg-type]
+    )
 }
 
 #: Beside these: what w_hh multiplied at every row, by so many threads, which is no cell's.

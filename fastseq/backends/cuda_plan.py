@@ -423,6 +423,33 @@ def regime_of(
     return min(able, key=step)
 
 
+@lru_cache(maxsize=1024)
+def is_wave_faster(
+    cell: str, type: str, H: int, layers: int, B: int, T: int, training: bool, device: Device
+) -> bool:
+    """Whether a stack of one direction is modelled to take less time where its layers walk side by
+    side, forward and backward, than one after another."""
+    ways: tuple[Way, ...] = ("forward", "backward")
+
+    def step(regime: Regime, of: int = 1) -> float:
+        kernels = [cuda_teams.kernel_of(way, cell, type, regime) for way in ways]
+        return sum(
+            cuda_teams.arrange(k, H, B, 1, device, of).step for k in kernels if k is not None
+        )
+
+    alone = regime_of(cell, type, H, B, 1, training, device)
+    if alone == "cta":
+        dtype = next(d for d, name in _TYPES.items() if name == type.replace("tf32", "float32"))
+        precision: Precision = "tf32" if type == "tf32" else "ieee"
+        found = plan(Problem(cell, dtype, "cuda", T, B, H, H, H, training=True), device, precision)
+        if not isinstance(found, Plan) or found.backward is None:
+            return False
+        each = (found.forward.step or 0) + (found.backward.step or 0)
+    else:
+        each = step(alone)
+    return step("wave", layers) * (T + layers - 1) < each * T * layers
+
+
 def _too_many(problem: Problem, name: str, cell: Cell, H: int) -> str | None:
     tiles = unit_tiles(cell, H)
     if tiles > _MOST_YZ:

@@ -3,6 +3,8 @@ hidden units (csrc/cuda/team.h). Pure functions of sizes and device, as :mod:`.c
 
 - ``cluster``: a team is a thread-block cluster, of up to 16 CTAs with 32 units each, which push
   what they hand on into each other's shared memory
+- ``wave``: the teams of all layers of a stack are one cluster, and walk side by side: a layer takes
+  a step one exchange after the layer below has
 - ``grid``: a team is a part of a grid that is on the GPU all at once, of CTAs with 16 units each,
   which hand on through packets in the GPU's memory
 
@@ -27,8 +29,9 @@ from .cuda_kernels import FRAGMENT, MOST_OF_A_CLUSTER, TEAMS, Device, Regime, Te
 #: Of what every CTA of a team takes in at a step: ns, and more for each KB. Table, cluster-push of
 #: 8 and 16 CTAs; grid-packets of 32 and 64 CTAs, which count what a packet adds, a third.
 EXCHANGE = {"cluster": (290.0, 26.0), "grid": (560.0, 55.0 * 4 / 3)}
+EXCHANGE["wave"] = EXCHANGE["cluster"]
 #: Barriers of a CTA in a step.
-BARRIERS = {("cluster", "forward"): 1, ("grid", "forward"): 2}
+BARRIERS = {("cluster", "forward"): 1, ("wave", "forward"): 1}
 #: Clocks of a page, 32 elements, beside its words: until the first is handed on, and of each that
 #: follows in the same warp. Assumed.
 PAGE, NEXT_PAGE = 250, 180
@@ -72,9 +75,11 @@ class Arrangement:
     times: Times
     step: float
 
+    layers: int = 1
+
     @property
     def cluster(self) -> int:
-        return self.team if self.kernel.regime == "cluster" else 1
+        return 1 if self.together else self.team * self.layers
 
     @property
     def together(self) -> bool:
@@ -93,16 +98,18 @@ def most_sequences(kernel: TeamKernel, H: int, device: Device) -> int:
     return found
 
 
-def declined(cell: str, type: str, regime: Regime, H: int, device: Device) -> str | None:
-    """Why no team of a regime runs a layer, in words; None where one does."""
+def declined(
+    cell: str, type: str, regime: Regime, H: int, device: Device, layers: int = 1
+) -> str | None:
+    """Why no team of a regime runs a layer, in words; None where one does. layers: of a wave."""
     kernels = [kernel_of(way, cell, type, regime) for way in ("forward", "backward")]
     forward = kernels[0]
     if forward is None:
         return f"cuda's {regime}s have no kernel of {cell} in {type}"
-    team = forward.team(H)
+    team = forward.team(H) * layers
     if H > forward.most:
         return f"H={H}: a {regime} holds up to H={forward.most} in {type}"
-    if regime == "cluster":
+    if regime != "grid":
         if device.capability < (9, 0):
             return f"{device.name} has no clusters, which need compute capability 9.0"
         if team > MOST_OF_A_CLUSTER or device.at_once(team) == 0:
@@ -136,8 +143,8 @@ def times(kernel: TeamKernel, H: int, sequences: int, device: Device) -> Times:
     columns = -(-sequences // 8)  # tiles of them
     walked = kernel.walked(H)
     fragments = 2 * walked * (kernel.tiles if kernel.way == "forward" else kernel.pairs)
-    mmas = fragments * kernel.warps * columns
-    operand = kernel.operand(H, 8) * columns * kernel.warps
+    mmas = fragments * kernel.warps * columns * kernel.matrices
+    operand = kernel.operand(H, 8) * columns * kernel.warps * kernel.matrices
     if kernel.way == "forward":
         operand //= kernel.split  # each warp reads its part
     rest = kernel.weights(H)[1] * columns
@@ -152,7 +159,7 @@ def times(kernel: TeamKernel, H: int, sequences: int, device: Device) -> Times:
     text = depth * cuda_time.WORD_LATENCY[1] + PAGE + (of_a_warp - 1) * (NEXT_PAGE + 10 * called)
     sums = float(cuda_time.EXCHANGE)
     if kernel.way == "backward":  # every CTA's part of each element
-        parts = kernel.team(H) if kernel.regime == "cluster" else kernel.warps
+        parts = kernel.warps if kernel.regime == "grid" else kernel.team(H) * kernel.matrices
         sums += 4 * parts * kernel.units * columns * 8 / cuda_time.SHARED_RATE
     barriers = BARRIERS.get((kernel.regime, kernel.way), 2)
     base, each = EXCHANGE[kernel.regime]
@@ -166,11 +173,13 @@ def times(kernel: TeamKernel, H: int, sequences: int, device: Device) -> Times:
 
 
 @lru_cache(maxsize=1024)
-def arrange(kernel: TeamKernel, H: int, B: int, R: int, device: Device) -> Arrangement:
-    """The sequences of a team are chosen by the modelled time of all steps."""
+def arrange(
+    kernel: TeamKernel, H: int, B: int, R: int, device: Device, layers: int = 1
+) -> Arrangement:
+    """The sequences of a team are chosen by the modelled time of all steps. layers: of a wave."""
     team, most = kernel.team(H), most_sequences(kernel, H, device)
-    if kernel.regime == "cluster":
-        at_once = device.at_once(team)
+    if kernel.regime != "grid":
+        at_once = device.at_once(team * layers)
     else:
         at_once = device.multiprocessors // team
     best: tuple[float, int, int] | None = None
@@ -178,9 +187,8 @@ def arrange(kernel: TeamKernel, H: int, B: int, R: int, device: Device) -> Arran
         tiles = max(1, -(-B // limit))
         sequences = max(1, -(-B // tiles))
         step = sum(times(kernel, H, sequences, device))
-        waves = (
-            -(-tiles * R // at_once) if kernel.regime == "cluster" else _launches(tiles, R, at_once)
-        )
+        grid = kernel.regime == "grid"
+        waves = _launches(tiles, R, at_once) if grid else -(-tiles * R // at_once)
         found = (waves * step, sequences, tiles)
         if best is None or found < best:
             best = found
@@ -200,6 +208,7 @@ def arrange(kernel: TeamKernel, H: int, B: int, R: int, device: Device) -> Arran
         launches=launches,
         times=times(kernel, H, sequences, device),
         step=step / 1000,
+        layers=layers,
     )
 
 
@@ -317,7 +326,7 @@ def _launches(tiles: int, R: int, at_once: int) -> int:
 
 
 def _cut(regime: str, tiles: int, sequences: int, R: int, at_once: int) -> Iterator[Launch]:
-    if regime == "cluster":
+    if regime != "grid":
         yield Launch(0, tiles, 0, R)
         return
     beside = max(1, at_once // R)

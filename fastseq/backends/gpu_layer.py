@@ -172,9 +172,11 @@ class Layer:
         weights = [w.w_ih for w in self.call.weights]
         return weights[0] if self.R == 1 else torch.cat(weights)
 
-    def input_product(self) -> Tensor:
-        """x W_ih^T + bias of all recurrences, (..., R*G*H); a row for each of the input."""
-        gates = self.rows(self.R * self.cell.G * self.H)
+    def input_product(self, gates: Tensor | None = None) -> Tensor:
+        """x W_ih^T + bias of all recurrences, (..., R*G*H); a row for each of the input. gates:
+        where it is put."""
+        if gates is None:
+            gates = self.rows(self.R * self.cell.G * self.H)
         flat = self.flat(gates)
         biases = [self.bias(w) for w in self.call.weights]
         with products_as(self.precision, self.device):

@@ -25,6 +25,12 @@ from .contract import (
 )
 from .layout import side_by_side
 
+#: (the layers, of which only the first has its x, save, trajectory of the last) -> their results
+Together = Callable[[Sequence[Call], bool, bool], list[Result] | None]
+#: (the layers, their results, their outputs' gradients, wanted) -> gradients
+TogetherBackward = Callable[
+    [Sequence[Call], Sequence[Result], Sequence[OutputGradients], Wanted], list[Gradients] | None
+]
 #: (number of the layer, x, its states, its weights) -> (y, its final states)
 RunLayer = Callable[[int, Tensor, list[Tensor], list[Weights]], tuple[Tensor, list[Tensor]]]
 
@@ -83,12 +89,15 @@ _OURS = frozenset((Tensor, torch.nn.Parameter))
 def in_one_call(
     forward: Callable[[Call, bool, bool], Result],
     backward: Callable[[Call, Result, OutputGradients, Wanted], Gradients],
+    together: tuple[Together, TogetherBackward] | None = None,
 ) -> tuple[Any, Any, Any]:
     """``stacks``, ``layers`` and ``layers_backward`` of a backend that has these two, keeps what
     :func:`.layout.side_by_side` says, and whose backward does not read the final states. They take
     plain calls, whose tensors were checked, without masks of inputs; they save what each layer
     does, the output of all but the last, and the trajectory. A stack of layers that are frozen in
-    part is declined: those need no backward."""
+    part is declined: those need no backward.
+
+    together: what runs all layers of a stack at once, or gives None: then they run one by one."""
 
     def layers(
         request: Request,
@@ -114,20 +123,34 @@ def in_one_call(
         saved: list[Tensor] = []
         along: list[Tensor] = []
 
-        def run(
-            layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
-        ) -> tuple[Tensor, list[Tensor]]:
+        def call_of(layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]) -> Call:
             own = of_layer(given, layer, request.directions)
-            last = layer == count - 1
-            call = _call(request, x, batch_sizes, states, weights, own)
-            result = forward(call, save, request.trajectory and last)
+            return _call(request, x, batch_sizes, states, weights, own)
+
+        def keep(layer: int, result: Result) -> tuple[Tensor, list[Tensor]]:
             along.extend(result.trajectory)
             if save:
                 saved.extend(result.saved)
-                saved.extend(result.trajectory if last else [result.y])
+                saved.extend(result.trajectory if layer == count - 1 else [result.y])
             return result.y, result.states
 
-        y, finals = one_by_one(request, x, states, ways(request, weights), run)
+        def run(
+            layer: int, x: Tensor, states: list[Tensor], weights: list[Weights]
+        ) -> tuple[Tensor, list[Tensor]]:
+            call = call_of(layer, x, states, weights)
+            return keep(layer, forward(call, save, request.trajectory and layer == count - 1))
+
+        of_all = ways(request, weights)
+        results = None
+        if together is not None and count > 1:
+            calls = _calls(request, x, states, of_all, call_of)
+            results = together[0](calls, save, request.trajectory)
+        if results is None:
+            y, finals = one_by_one(request, x, states, of_all, run)
+        else:
+            kept = [keep(layer, result) for layer, result in enumerate(results)]
+            y = kept[-1][0]
+            finals = [torch.cat(s) for s in zip(*(own for _, own in kept), strict=True)]
         return y, [*finals, *along], saved
 
     def layers_backward(
@@ -149,7 +172,9 @@ def in_one_call(
         of_all = ways(request, weights)
         rest = list(saved)
         trajectory = _last(rest, len(others)) if request.trajectory else []
+        # from the last layer to the first: what it was called with, gave, and is given
         found: list[Gradients] = []
+        calls, results, gradients = [], [], []
         for layer in reversed(range(count)):
             here = slice(layer * D, (layer + 1) * D)
             own, after = states, list(dfinals)
@@ -161,22 +186,46 @@ def in_one_call(
             kept = _last(rest, len(side_by_side(call, (), bool(trajectory))))
             if layer:
                 call.x = rest.pop()
-            gradients = backward(
-                call,
-                Result(y, [], trajectory, kept),
-                OutputGradients(dy, after, dalong),
-                Wanted(wanted.x or layer > 0, wanted.states, wanted.weights),
-            )
-            found.append(gradients)
-            y, dy, trajectory, dalong = call.x, gradients.x, [], []
-        found.reverse()
+            calls.append(call)
+            results.append(Result(y, [], trajectory, kept))
+            gradients.append(OutputGradients(dy if layer == count - 1 else None, after, dalong))
+            y, trajectory, dalong = call.x, [], []
+        at_once = None
+        if together is not None and count > 1:
+            at_once = together[1](calls[::-1], results[::-1], gradients[::-1], wanted)
+        if at_once is not None:
+            found, dx = at_once, at_once[0].x
+        else:
+            dx = dy
+            for call, result, given_back in zip(calls, results, gradients, strict=True):
+                given_back.y = dx
+                is_first = len(found) == count - 1
+                needs = Wanted(wanted.x or not is_first, wanted.states, wanted.weights)
+                found.append(backward(call, result, given_back, needs))
+                dx = found[-1].x
+            found.reverse()
         before: list[Tensor | None] = [None] * len(dfinals)
         if wanted.states:
             parts = zip(*[g.states for g in found if g.states is not None], strict=True)
             before = [torch.cat(part) if count > 1 else part[0] for part in parts]
-        return [dy, *before, *[w for g in found for way in g.weights or () for w in way.given()]]
+        return [dx, *before, *[w for g in found for way in g.weights or () for w in way.given()]]
 
     return stacks, layers, layers_backward
+
+
+def _calls(
+    request: Request,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Weights],
+    call_of: Callable[[int, Tensor, list[Tensor], list[Weights]], Call],
+) -> list[Call]:
+    """Of all layers, as if each had the first one's x."""
+    D = request.directions
+    return [
+        call_of(k, x, [s.narrow(0, k * D, D) for s in states], list(weights[k * D : (k + 1) * D]))
+        for k in range(request.layers)
+    ]
 
 
 def stacks(problem: Problem) -> bool:
