@@ -47,7 +47,7 @@ from .cuda_kernels import (
     rows_of_a_cta,
     unit_tiles,
 )
-from .cuda_plan import Precision, decline, is_wave_faster, plan, regime_of
+from .cuda_plan import Precision, decline, is_wave_faster, plan, regime_of, wave_of
 from .cuda_teams import Arrangement, arrange
 from .gpu_layer import Layer
 from .layout import declined_anywhere
@@ -125,7 +125,10 @@ def supports(problem: Problem) -> str | None:
 
 def explain(problem: Problem) -> str:
     """How a problem that it supports runs."""
-    return str(plan(problem, device_at_hand(), _precision(problem.tf32), regime=_asked))
+    asked = None if _asked == "wave" else _asked
+    found = str(plan(problem, device_at_hand(), _precision(problem.tf32), regime=asked))
+    wave = wave_of(problem, device_at_hand(), _precision(problem.tf32))
+    return found if wave is None else f"{found}\n{wave}"
 
 
 @contextmanager

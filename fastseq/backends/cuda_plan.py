@@ -450,6 +450,31 @@ def is_wave_faster(
     return step("wave", layers) * (T + layers - 1) < each * T * layers
 
 
+def wave_of(problem: Problem, device: Device, precision: Precision) -> str | None:
+    """In words, how the layers of a stack walk side by side; None where they do not."""
+    p, type = problem, type_of(problem, precision)
+    if p.layers < 2 or p.R != 1 or p.H is None or not p.B or not p.T or type is None:
+        return None
+    if p.mode != "plain" or p.memory == "lean":
+        return None
+    if cuda_teams.declined(p.cell, type, "wave", p.H, device, p.layers) is not None:
+        return None
+    if not is_wave_faster(p.cell, type, p.H, p.layers, p.B, p.T, p.training, device):
+        return None
+    steps = []
+    for way in ("forward", "backward"):
+        kernel = cuda_teams.kernel_of(way, p.cell, type, "wave")  # type: ignore[arg-type]
+        assert kernel is not None
+        steps.append(cuda_teams.arrange(kernel, p.H, p.B, 1, device, p.layers))
+    size = steps[0].cluster
+    return (
+        f"{p.layers} layers of this kind, with no dropout between them, walk side by side in regime "
+        f"wave: clusters of {size} CTAs, {p.T} + {p.layers - 1} steps in place of {p.T} x "
+        f"{p.layers}; modelled, not measured: {steps[0].step:.2f} us forward and "
+        f"{steps[1].step:.2f} backward"
+    )
+
+
 def _too_many(problem: Problem, name: str, cell: Cell, H: int) -> str | None:
     tiles = unit_tiles(cell, H)
     if tiles > _MOST_YZ:
