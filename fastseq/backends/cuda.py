@@ -80,6 +80,7 @@ SIGNATURES = {
     "launch": "(name, device, stream, (x, y, z), threads, shared, arguments, cluster, together)",
     "occupancy": "(name, device, threads, shared) -> CTAs of a multiprocessor",
     "clusters": "(name, device, size, threads, shared) -> clusters on the device at once",
+    "limits": "(device) -> {mps, cooperative}",
 }
 #: The driver that runs what nvcc 13 makes.
 DRIVER = 580
