@@ -229,7 +229,9 @@ def test_the_units_of_a_point_and_what_is_left_out():
 def test_the_forms_that_a_point_takes(name, kind, expected):
     point = Point(by_name(name), kind, "forward")
     assert forms.forms(point.typed, kind, KINDS) == expected
-    ours = {name: [f for f in expected if points.contender(f) == name] for name in ("cuda", "triton")}
+    ours = {
+        name: [f for f in expected if points.contender(f) == name] for name in ("cuda", "triton")
+    }
     assert forms.forms(point.typed, kind, TRITON) == ours["triton"]
     one = KINDS._replace(contenders=("cuda",))
     assert forms.forms(point.typed, kind, one) == ours["cuda"]
@@ -506,12 +508,12 @@ def test_the_summary_of_teams(folders):
     every = {p.key: p for p in points.points("team-*")}
 
     def add(name, kind, way, **ms):
-        for who, time in ms.items():
+        for who, taken in ms.items():
             form = "" if who == "cudnn" else f"team-{who}"
             point = every[name, kind, way]
             unit = Unit("cuda" if form else "cudnn", form, "graph")
             fields = dict.fromkeys(FIELDS, "") | point.fields() | unit._asdict() | COLUMNS
-            found.add({k: str(v) for k, v in (fields | {"ms": time}).items()})
+            found.add({k: str(v) for k, v in (fields | {"ms": taken}).items()})
 
     add("team-lstm-h256-b1-t1024", "bfloat16", "training", cudnn=8, cluster=1.024, grid=2)
     add("team-lstm-h512-b16-t1024", "bfloat16", "training", cudnn=1, cluster=2, grid=1)

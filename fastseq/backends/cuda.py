@@ -318,7 +318,10 @@ class _Task(Layer):
         kernel = teams.kernel
         given["w_hh"] = _aligned(self.w_hh())
         given |= {"tile": teams.sequences, "team": teams.team, "fault": faults.flag(self.device)}
-        given |= {"code": faults.code(kernel.name), "patience": _patience[kernel.regime]}
+        given |= {
+            "code": faults.code(f"cuda's kernel {kernel.name}"),
+            "patience": _patience[kernel.regime],
+        }
         each = kernel.packets(self.H, teams.sequences)
         room = [each * one.tiles * self.R for one in teams.launches]
         # zeros: of no exchange; each launch has its own
