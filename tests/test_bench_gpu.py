@@ -826,6 +826,7 @@ def test_a_rehearsal(tmp_path):
         "lstm forward grid-resident tf32": "wrong",
     }
     arguments = ("--stages", "bench", "--workloads", "fake-wide", "--hang", "3")
+    arguments += ("--contenders", "triton")
     done, text = rehearse(tmp_path, *arguments, "--minutes", "1.3", faults=faults)
     assert done.returncode == 1, text
     rows = {tuple(r[k] for k in results.KEYS[1:]): r for r in read(tmp_path / "gpu.csv")}
@@ -910,6 +911,7 @@ def test_a_rehearsal_of_everything(tmp_path):
         "rnn_tanh backward grid tf32": "lost",
         "rnn_tanh forward walk float32": "wrong",
         "gru backward cta float16": "wrong",
+        "lstm backward team-grid tf32": "wrong",
     }
     tool = tmp_path / "bin/compute-sanitizer"
     tool.parent.mkdir()
@@ -918,31 +920,33 @@ def test_a_rehearsal_of_everything(tmp_path):
     path = os.pathsep.join([str(tool.parent), os.environ["PATH"]])
     workloads = "fake-wide tiny-layer cta-*-h128-b1-t32"
     arguments = ["--stages", "smoke core bench sanitize", "--workloads", workloads]
-    arguments += ["--minutes", "14", "--hang", "6", "--test-limit", "40"]
+    arguments += ["--minutes", "14", "--hang", "8", "--test-limit", "40"]
     done, text = rehearse(
         tmp_path, *arguments, faults=faults, timeout=900, PATH=path, PY=sys.executable
     )
     assert done.returncode == 1, text
     cases = {c.nodeid.partition("[")[2][:-1]: c for c in junit.read(tmp_path / "tests.xml")[0]}
-    assert len(cases) == 118, text
+    assert len(cases) == 151, text
     red = {name for name, case in cases.items() if case.red}
     expected = {"GRU-walk-64-bfloat16", "LSTM-step-200-float16", "RNN-walk-32-ieee"}
     expected |= {"GRU-cta-64-float16", "GRU-cta-128-float16", "gru-float16"}
+    expected |= {"LSTM-team-grid-1024-tf32", "lstm-team-grid-600-tf32"}
     assert red == expected | {"RNN-grid-200-tf32"}, text
     rows = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "triton"]
     bad = {(r["cell"], r["form"], r["type"]) for r in rows if r["tested"] == "no"}
     assert bad == {("gru", "walk", "bfloat16"), ("lstm", "step", "float16")}
     assert {r["tested"] for r in rows if (r["cell"], r["type"]) == ("gru", "float16")} == {"yes"}
     cuda = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "cuda"]
-    assert {(r["cell"], r["type"]) for r in cuda if r["tested"] == "no"} == {("gru", "float16")}
-    assert {r["form"] for r in cuda} == {"cta"}
+    red = {(r["cell"], r["form"], r["type"]) for r in cuda if r["tested"] == "no"}
+    assert red == {("gru", "cta", "float16"), ("lstm", "team-grid", "tf32")}
+    assert {r["form"] for r in cuda} == {"cta", *points.TEAMS}
     wrong = [r for r in cuda if r["error"]]
     assert all(r["error"].startswith(("numbers: ", "left out: ")) for r in wrong) and wrong
     assert "cuda beside cuDNN, where one CTA holds a layer" in text and "| outside | " in text
     smoke = read(tmp_path / "smoke.csv")
     assert {r["form"] for r in smoke} == {"", *forms.FORMS}
     assert sum(r["name"].startswith("barrier-") for r in smoke) == 8
-    words = "sanitize: 9 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
+    words = "sanitize: 17 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
     assert words in text, "which launch what hangs"
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     expected = "gpu.csv smoke.csv tests.xml log.txt summary.md sanitize.log"
