@@ -166,7 +166,10 @@ def _device(index: int) -> Device:
         # whatever the cell, a team's CTA has a multiprocessor to itself
         kernel = TEAMS["forward_lstm_bfloat16_cluster"]
         given = kernel.threads, found.shared_memory
-        counts = [_clusters(kernel.name, index, n, *given) for n in range(1, MOST_OF_A_CLUSTER + 1)]
+        with torch.cuda.device(index):
+            torch.empty(1, device="cuda")  # the driver counts where there is a context
+            sizes = range(1, MOST_OF_A_CLUSTER + 1)
+            counts = [_clusters(kernel.name, index, size, *given) for size in sizes]
         found = replace(found, clusters=(0, *counts))
     return replace(found, mps=bool(limits["mps"]), cooperative=bool(limits["cooperative"]))
 
