@@ -926,7 +926,7 @@ def test_a_rehearsal_of_everything(tmp_path):
     )
     assert done.returncode == 1, text
     cases = {c.nodeid.partition("[")[2][:-1]: c for c in junit.read(tmp_path / "tests.xml")[0]}
-    assert len(cases) == 151, text
+    assert len(cases) == 183, text
     red = {name for name, case in cases.items() if case.red}
     expected = {"GRU-walk-64-bfloat16", "LSTM-step-200-float16", "RNN-walk-32-ieee"}
     expected |= {"GRU-cta-64-float16", "GRU-cta-128-float16", "gru-float16"}
