@@ -11,10 +11,16 @@ import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import fsum, inf, isfinite, log
 from pathlib import Path
 
+from fastseq.backends.cuda_kernels import A100, H100
+from fastseq.backends.cuda_rule import team_size_of
+from fastseq.backends.cuda_teams import declined
+
+from .gpu.points import CLUSTER, CTA, GRID
 from .gpu.points import FIELDS as COLUMNS
+from .workloads import TEXTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -30,8 +36,12 @@ _ALLOWED = {
 Key = tuple[str | int, ...]
 _YES, _NO = ("yes", "true", "1"), ("no", "false", "0", "")
 #: Of each backend of ours; those that it takes when nobody asks for another come first
-#: (triton_tiling.tiling).
-FORMS = {"triton": ("walk", "grid-resident", "grid", "step"), "cuda": ("cta",)}
+#: (triton_tiling.tiling). Of cuda's teams a measurement says which (:func:`regimes`).
+FORMS = {"triton": ("walk", "grid-resident", "grid", "step"), "cuda": (CTA, CLUSTER, GRID)}
+#: The regimes of cuda's teams, as its planner names them.
+TEAMS = {CLUSTER: "cluster", GRID: "grid"}
+#: (cell, type, way) -> cuda_rule.team_size_of -> a regime.
+Regimes = dict[tuple[str, str, str], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -212,10 +222,64 @@ def _workload(row: Row) -> Key:
     return row.device, row.capability, row.name, row.shape, row.cell, *sizes, row.type, row.way
 
 
-def points(rows: Iterable[Row], contender: str) -> list[Point]:
-    """One for each workload, type, way and device that a contender of ours has rows of."""
+def regimes(rows: Iterable[Row]) -> Regimes:
+    """Which regime of cuda's teams is the faster in each class, of the devices of one compute
+    capability: by the geometric mean over the points that have both, in graphs where there are any.
+    One that failed, or whose tests were not green, counts where both did; one that alone was
+    measured is taken."""
+    rows = list(rows)
+    tested, bad = Tested(rows), set()
+    times: dict[tuple[tuple[str, str, str], str], dict[Key, dict[str, float | None]]] = {}
+    for row in latest(rows):
+        if row.form in TEAMS and row.mode == "layer":
+            cell = TEXTS.get(row.cell, row.cell)
+            key = (cell, row.type, row.way), team_size_of(row.H, row.B, row.directions)
+            if row.failed or not tested.is_green(row):
+                bad.add((key, row.form))
+            times.setdefault(key, {}).setdefault((*_workload(row), row.how), {})[row.form] = row.ms
+    found: Regimes = {}
+    for key, measured in sorted(times.items()):
+        every = [form for form in TEAMS if any(form in some for some in measured.values())]
+        able = [form for form in every if (key, form) not in bad] or every
+        by_how = {
+            how: [
+                log(some[CLUSTER] / some[GRID])  # type: ignore[operator]
+                for at, some in measured.items()
+                if at[-1] == how and some.get(CLUSTER) and some.get(GRID)
+            ]
+            for how in ("graph", "calls")
+        }
+        ratios = by_how["graph"] or by_how["calls"]
+        faster = GRID if fsum(ratios) > 0 else CLUSTER
+        found.setdefault(key[0], {})[key[1]] = TEAMS[faster if faster in able else able[0]]
+    return found
+
+
+def _form(contender: str, forms: dict[str, dict[str, Row]], chosen: Regimes) -> str | None:
+    """Which of a point's forms runs where nobody asks for one; None where it was not measured."""
+    first = min(forms, key=FORMS[contender].index)
+    if first not in TEAMS:
+        return first
+    row = next(iter(forms[first].values()))
+    cell = TEXTS.get(row.cell, row.cell)
+    size = team_size_of(row.H, row.B, row.directions)
+    regime = chosen.get((cell, row.type, row.way), {}).get(size)
+    form = next((form for form, of in TEAMS.items() if of == regime), first)
+    if form in forms:
+        return form
+    device = A100 if row.capability.startswith("8.") else H100
+    held = declined(cell, row.type, TEAMS[form], row.H, device) is None  # type: ignore[arg-type]
+    return None if held else first
+
+
+def points(rows: Iterable[Row], contender: str, chosen: Regimes | None = None) -> list[Point]:
+    """One for each workload, type, way and device that a contender of ours has rows of.
+
+    chosen: of cuda's teams, as :func:`regimes`; None: of these rows.
+    """
     rows = list(rows)
     tested = Tested(rows)
+    chosen = regimes(rows) if chosen is None else chosen
     cudnn: dict[Key, dict[str, Row]] = {}
     ours: dict[Key, dict[str, dict[str, Row]]] = {}
     for row in latest(rows):
@@ -225,9 +289,10 @@ def points(rows: Iterable[Row], contender: str) -> list[Point]:
             ours.setdefault(_workload(row), {}).setdefault(row.form, {})[row.how] = row
     found = []
     for workload, forms in ours.items():
-        chosen = forms[min(forms, key=FORMS[contender].index)]
-        green = all(map(tested.is_green, chosen.values()))
-        found.append(Point(cudnn.get(workload, {}), chosen, green))
+        form = _form(contender, forms, chosen)
+        if form is not None:
+            green = all(map(tested.is_green, forms[form].values()))
+            found.append(Point(cudnn.get(workload, {}), forms[form], green))
     return found
 
 

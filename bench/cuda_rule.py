@@ -28,11 +28,13 @@ from .cuda_results import (
     ROOT,
     Device,
     Point,
+    Regimes,
     Tested,
     committed,
     devices,
     latest,
     points,
+    regimes,
     shown,
 )
 from .workloads import TEXTS
@@ -64,18 +66,22 @@ GREEN: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {triton_green}
 #: The same of cuda.
 MEASURED_CUDA: dict[str, dict[str, dict[tuple[str, str, str], Kinds]]] = {cuda}
 GREEN_CUDA: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {cuda_green}
+
+#: Of cuda's teams: compute capability -> (cell, type, way) -> cuda_rule.team_size_of -> the regime
+#: that was measured to be faster there.
+MEASURED_REGIMES: dict[str, dict[tuple[str, str, str], dict[str, str]]] = {regimes}
 '''
 
 
-def classes(device: Device, contender: str) -> Classes:
-    """What the points of each class show at the least.
+def classes(device: Device, contender: str, chosen: Regimes | None = None) -> Classes:
+    """What the points of each class show at the least. chosen: of cuda's teams.
 
     A point that lacks a row is not measured yet. One at which neither side has a time says nothing
     about speed, and no rule chooses for a cell: its step is torch's own function. Graphs of ragged
     sequences count for nothing: torch runs what is recorded of those.
     """
     measured: Classes = {}
-    for point in points(device.rows, contender):
+    for point in points(device.rows, contender, chosen):
         row, calls = point.row, point.ratio("calls")
         if row.mode == "cell" or not point.is_complete() or calls is None:
             continue
@@ -118,22 +124,26 @@ def _place(size: str) -> tuple[list[int], str]:
 
 def green(given: Sequence[Device], contender: str) -> dict[tuple[str, str], tuple[str, ...]]:
     """The widths that ran of each cell and type, where all of its forms passed their tests and no
-    point failed."""
-    widths: dict[tuple[str, str], set[int]] = {}
-    red = set()
+    point failed: of cuda, whose forms are kernels apart, all of those that ran at that width."""
+    widths: dict[tuple[str, str], dict[int, set[str]]] = {}
+    red: dict[tuple[str, str], set[str]] = {}
     for device in given:
         tested = Tested(device.rows)
         for row in latest(device.rows):
             if row.contender == contender:
-                key = _cell(row.cell), row.type
-                widths.setdefault(key, set()).add(row.H)
+                key, form = (_cell(row.cell), row.type), row.form if contender == "cuda" else ""
+                widths.setdefault(key, {}).setdefault(row.H, set()).add(form)
                 if row.failed or not tested.is_green(row):
-                    red.add(key)
-    return {
-        key: tuple(dict.fromkeys(width_of(H) for H in sorted(sizes)))
-        for key, sizes in sorted(widths.items())
-        if key not in red
-    }
+                    red.setdefault(key, set()).add(form)
+    found = {}
+    for key, sizes in sorted(widths.items()):
+        ran: dict[str, set[str]] = {}
+        for H in sorted(sizes):
+            ran.setdefault(width_of(H), set()).update(sizes[H])
+        green = tuple(name for name, of in ran.items() if not of & red.get(key, set()))
+        if green:
+            found[key] = green
+    return found
 
 
 def by_capability(given: Iterable[Device]) -> dict[str, list[Device]]:
@@ -149,10 +159,15 @@ def text(given: Sequence[Device]) -> str:
     tables = {}
     for name in FORMS:
         tables[name] = _literal(
-            {number: {d.name: classes(d, name) for d in some} for number, some in groups.items()}
+            {
+                number: {d.name: classes(d, name, _chosen(some)) for d in some}
+                for number, some in groups.items()
+            }
         )
         greens = {number: green(some, name) for number, some in groups.items()}
         tables[f"{name}_green"] = _literal(greens)
+    chosen = {number: _chosen(some) for number, some in groups.items()}
+    tables["regimes"] = _literal({number: found for number, found in chosen.items() if found})
     return _TEXT.format(
         origin="what SOURCES names" if given else "no results: none are under bench/results",
         imports="from math import inf\n\n" if "inf" in "".join(tables.values()) else "",
@@ -164,6 +179,11 @@ def text(given: Sequence[Device]) -> str:
         ),
         **tables,
     )
+
+
+def _chosen(some: Iterable[Device]) -> Regimes:
+    """Of cuda's teams, by all devices of one compute capability."""
+    return regimes(row for device in some for row in device.rows)
 
 
 def _literal(value: object, indent: str = "") -> str:
@@ -192,19 +212,20 @@ def section(given: Sequence[Device]) -> str:
         parts += [
             f"### {device.name}",
             f"![Times faster than cuDNN, by workload]({picture(device).name})",
-            *(table.gpu(some, name) for name, some in _measured(device).items()),
+            *(table.gpu(some, name) for name, some in _measured(device, given).items()),
             f"Medians. Compute capability {device.capability}, {device.versions}, {device.when}. "
             f"From `{device.files}`.",
         ]
     for name in FORMS:
-        if name == "triton" or any(name in _measured(device) for device in given):
+        if name == "triton" or any(name in _measured(device, given) for device in given):
             parts += [f"### Where {name} runs", *_where(given, name)]
     return "\n\n".join(parts)
 
 
-def _measured(device: Device) -> dict[str, list[Point]]:
+def _measured(device: Device, given: Sequence[Device]) -> dict[str, list[Point]]:
     """The points of each backend of ours; triton's though there be none."""
-    found = {name: points(device.rows, name) for name in FORMS}
+    chosen = _chosen(d for d in given if d.capability == device.capability)
+    found = {name: points(device.rows, name, chosen) for name in FORMS}
     return {name: some for name, some in found.items() if some or name == "triton"}
 
 
@@ -220,7 +241,7 @@ def _where(given: Sequence[Device], contender: str) -> Iterator[str]:
     for number, some in by_capability(given).items():
         ahead: dict[tuple[str, str, str], dict[str, bool]] = {}
         for device in some:
-            for key, kinds in classes(device, contender).items():
+            for key, kinds in classes(device, contender, _chosen(some)).items():
                 names = ahead.setdefault(key, {})
                 for kind, sizes in kinds.items():
                     for size, entry in sizes.items():
@@ -272,6 +293,6 @@ def main(argv: list[str] | None = None) -> int:
             parser.exit(1, f"{parser.prog}: no picture: {error}; pip install matplotlib\n")
         for device in given:
             caption = f"{device.name}, {device.versions}, {device.when}"
-            plot.draw_gpu(_measured(device), picture(device), caption)
+            plot.draw_gpu(_measured(device, given), picture(device), caption)
             print(shown(picture(device)))
     return 0

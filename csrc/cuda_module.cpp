@@ -295,6 +295,31 @@ PyObject* clusters(PyObject* const* a) {
   return nullptr;
 }
 
+// An attribute that the driver does not tell, as an older one does of what it does not know, is 0.
+PyObject* limits(PyObject*, PyObject* object) {
+  constexpr struct {
+    const char* name;
+    CUdevice_attribute attribute;
+  } asked[] = {{"mps", CU_DEVICE_ATTRIBUTE_MPS_ENABLED},
+               {"cooperative", CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH}};
+  try {
+    const int device = number(object, "device", 0, MOST_DEVICES - 1);
+    need_driver();
+    driver().cuInit(0);
+    PyObject* found = PyDict_New();
+    for (const auto& each : asked) {
+      int told = 0;
+      if (driver().cuDeviceGetAttribute(&told, each.attribute, device) != CUDA_SUCCESS) told = 0;
+      PyObject* value = found ? PyLong_FromLong(told) : nullptr;
+      if (!value || PyDict_SetItemString(found, each.name, value)) Py_CLEAR(found);
+      Py_XDECREF(value);
+    }
+    return found;
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+}
+
 template <PyObject* (*FUNCTION)(PyObject* const*), int COUNT>
 PyObject* counted(PyObject*, PyObject* const* a, Py_ssize_t count) {
   if (count != COUNT) {
@@ -322,6 +347,7 @@ constexpr char ATTRIBUTES[] =
 constexpr char OCCUPANCY[] = "(name, device, threads, shared) -> CTAs of a multiprocessor";
 constexpr char CLUSTERS[] =
     "(name, device, size, threads, shared) -> clusters on the device at once";
+constexpr char LIMITS[] = "(device) -> {mps, cooperative}";
 
 PyMethodDef methods[] = {
     {"driver", find_driver, METH_NOARGS, "() -> version | why there is none"},
@@ -335,6 +361,7 @@ PyMethodDef methods[] = {
     {"attributes", fast(counted<attributes, 2>), METH_FASTCALL, ATTRIBUTES},
     {"occupancy", fast(counted<occupancy, 4>), METH_FASTCALL, OCCUPANCY},
     {"clusters", fast(counted<clusters, 5>), METH_FASTCALL, CLUSTERS},
+    {"limits", limits, METH_O, LIMITS},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -88,16 +88,21 @@ def test_the_order_of_the_points():
     headline = {w.name for w in matching(points.HEADLINE)}
     assert set(names[: 6 * len(headline)]) == headline
     of_cta = [p for p in found if p.workload.name.startswith("cta-")]
-    early = [p for p in found[6 * len(headline) :] if p.workload.name.startswith("cta-")][:68]
-    assert found[6 * len(headline) : 6 * len(headline) + 68] == early == of_cta[:68]
+    of_team = [p for p in found if p.workload.name.startswith("team-")]
+    at = 6 * len(headline)
+    teams = [p for p in of_team if p.workload.T == 1024 and p.type != "tf32"]
+    assert found[at : at + len(teams)] == teams == of_team[: len(teams)]
+    at += len(teams)
+    early = of_cta[:68]
+    assert found[at : at + 68] == early
     assert {(p.workload.T, p.workload.H) for p in early} == {(512, 128)}
     assert [p.workload.B for p in early[:10]] == [B for B in (1, 8, 32, 128, 512) for _ in "ab"]
-    assert names[6 * len(headline) + 68].startswith("peers-")
+    assert names[at + 68].startswith("peers-")
     sizes = [p for p in found if p.workload.name.startswith("grid-")]
-    later = [p for p in of_cta if p not in early]
+    later = [*of_team[len(teams) :], *of_cta[68:]]
     end = len(found) - len(sizes)
     assert found[end - len(later) : end] == later, "the rest of cuda's just before the grid"
-    found = [p for p in found if p not in of_cta]
+    found = [p for p in found if p not in of_cta and p not in of_team]
     listed = found[: len(found) - len(sizes)]
     assert found[len(listed) :] == sizes
     assert {p.workload for p in listed} == {w for w in matching(None) if w.dtype is torch.float32}
@@ -133,9 +138,33 @@ def test_the_points_of_cuda():
     ] * 2
 
 
+def test_the_points_of_teams():
+    """Every size in each type that a team holds; the most telling first."""
+    found = list(points.points("team-*"))
+    assert len({p.key for p in found}) == len(found) == 528
+    for p in found:
+        ours = [f for f in forms.forms(p.typed, p.type, KINDS) if points.contender(f) == "cuda"]
+        assert sorted(ours) == ["team-cluster", "team-grid"][p.workload.H > 512 :]
+    at = {p.key: k for k, p in enumerate(found)}
+    first = [p.workload.name for p in found]
+    assert list(dict.fromkeys(first))[:7:2] == [
+        f"team-lstm-{sizes}-t1024" for sizes in ("h512-b16", "h256-b1", "h768-b16", "h1024-b64")
+    ]
+    kinds = [("bfloat16", 1024), ("tf32", 1024), ("bfloat16", 64)]
+    places = [
+        [k for key, k in at.items() if key[1] == kind and f"-t{T}" in key[0]] for kind, T in kinds
+    ]
+    assert max(places[0]) < min(places[1]) and max(places[1]) < min(places[2])
+    tf32 = {p.workload.H for p in found if p.type == "tf32"}
+    assert tf32 == {256, 512, 768, 1024}, "what a grid holds of float32"
+    others = {p.workload.name for p in found if "-x2" in p.workload.name or "-both" in p.key[0]}
+    assert len(others) == 4 * 2 and sum("-rnn-" in name for name in set(first)) == 3 * 2
+
+
 def test_cudnns_persistent_window():
     def inside(cell, H, kind, way, **more):
         given = {"cell": cell, "H": str(H), "type": kind, "way": way, "ragged": "no", "shape": ""}
+        given |= {"I": "100", "B": "16", "layers": "1", "directions": "1"}
         return points.is_persistent(given | more)
 
     assert inside("lstm", 192, "float16", "forward") and inside("gru", 128, "tf32", "training")
@@ -146,14 +175,26 @@ def test_cudnns_persistent_window():
     assert not inside("lstm", 64, "bfloat16", "forward")
     assert not inside("lstm", 64, "float16", "forward", ragged="yes")
     assert not inside("lstm", 64, "float16", "forward", shape="LSTM T1 B1 I1 H64 P32")
+    # in float16, of larger ones
+    fits = {"I": "256", "B": "128"}
+    assert inside("lstm", 1024, "float16", "training", **fits)
+    assert inside("rnn", 1024, "float16", "forward", **fits | {"B": "88"})
+    for other in ({"B": "136"}, {"B": "12"}, {"I": "100"}, {"layers": "2"}, {"directions": "2"}):
+        assert not inside("lstm", 1024, "float16", "training", **fits | other)
+    for cell, H, kind in (
+        *(("lstm", 1152, "float16"), ("lstm", 1000, "float16"), ("gru", 1024, "float16")),
+        *(("lstm", 1024, "tf32"), ("lstm", 1024, "bfloat16"), ("rnn", 1024, "float16")),
+    ):
+        assert not inside(cell, H, kind, "training", **fits)
 
 
 def test_the_units_of_a_point_and_what_is_left_out():
     point = Point(by_name("small-b4-h256-lstm"), "bfloat16", "forward")
     forms_of = forms.forms(point.typed, point.type, KINDS)
-    assert forms_of == ["grid-resident", "step"]
+    assert forms_of == ["team-cluster", "team-grid", "grid-resident", "step"]
     units = points.units(point, forms_of)
-    assert units[0] == Unit("cudnn", "", "graph") and len(units) == 6
+    assert units[0] == Unit("cudnn", "", "graph") and len(units) == 10
+    assert units[2] == Unit("cuda", "team-cluster", "graph")
     assert not any(points.left_out(point, unit) for unit in units)
     ragged = Point(by_name("tagger-lstm"), "bfloat16", "forward")
     assert forms.forms(ragged.typed, "bfloat16", TRITON) == ["walk"]
@@ -175,11 +216,12 @@ def test_the_units_of_a_point_and_what_is_left_out():
 @pytest.mark.parametrize(
     "name, kind, expected",
     [
-        ("flashrnn-point", "float16", ["grid-resident", "step"]),
-        ("ptb-large", "bfloat16", ["grid", "step"]),
+        ("flashrnn-point", "float16", ["team-grid", "grid-resident", "step"]),
+        ("ptb-large", "bfloat16", ["team-grid", "grid", "step"]),
+        ("ptb-large", "float32", ["grid", "step"]),
         ("small-b1-h128-gru", "bfloat16", ["cta", "walk"]),
         ("small-b1-h128-gru", "tf32", ["cta", "grid-resident", "step"]),
-        ("small-b1-h128-lstm", "tf32", ["grid-resident", "step"]),
+        ("small-b1-h128-lstm", "tf32", ["team-cluster", "team-grid", "grid-resident", "step"]),
         ("small-b1-h64-gru", "float32", ["cta", "grid", "step"]),
         ("types-proj-b1-h64-lstm", "float16", ["walk"]),
     ],
@@ -187,13 +229,24 @@ def test_the_units_of_a_point_and_what_is_left_out():
 def test_the_forms_that_a_point_takes(name, kind, expected):
     point = Point(by_name(name), kind, "forward")
     assert forms.forms(point.typed, kind, KINDS) == expected
-    assert forms.forms(point.typed, kind, TRITON) == [f for f in expected if f != "cta"]
+    ours = {
+        name: [f for f in expected if points.contender(f) == name] for name in ("cuda", "triton")
+    }
+    assert forms.forms(point.typed, kind, TRITON) == ours["triton"]
     one = KINDS._replace(contenders=("cuda",))
-    assert forms.forms(point.typed, kind, one) == [f for f in expected if f == "cta"]
+    assert forms.forms(point.typed, kind, one) == ours["cuda"]
+
+
+def test_the_planned_form_comes_first():
+    """And is the one that a row's sizes say."""
+    for point in points.points("team-* cta-*-h128-b8-t512"):
+        unit = points.units(point, forms.forms(point.typed, point.type, KINDS))[2]
+        row = {k: str(v) for k, v in point.fields().items()}
+        assert forms.planned(row | {"way": "training"}, KINDS.cuda) == unit.form
 
 
 def test_a_point_that_none_of_ours_runs_is_not_measured():
-    point = Point(by_name("flashrnn-point"), "float16", "forward")
+    point = Point(by_name("flashrnn-point"), "float32", "forward")
     assert timings._open(point, {}, KINDS._replace(contenders=("cuda",))) is None
     assert timings._open(point, {}, KINDS) is not None
 
@@ -203,6 +256,8 @@ def test_a_point_that_none_of_ours_runs_is_not_measured():
     [
         ("forward_lstm_bfloat16_128", "lstm / forward / cta / bfloat16"),
         ("backward_rnn_tanh_tf32_64", "rnn_tanh / backward / cta / tf32"),
+        ("forward_rnn_tanh_float16_cluster", "rnn_tanh / forward / team-cluster / float16"),
+        ("backward_lstm_tf32_grid", "lstm / backward / team-grid / tf32"),
         ("previous_rows_float16_256", "None"),
     ],
 )
@@ -440,6 +495,43 @@ def test_the_summary_of_cuda(folders):
     assert summary.of_cta(found.rows[:1], found) == ""
 
 
+def test_the_summary_of_teams(folders):
+    """As planned, then by form; both count where the device holds both."""
+    found = results_in(folders / "out")
+    launched = [
+        f"lstm / {way} / {form} / {kind}"
+        for way in ("forward", "backward")
+        for form in points.TEAMS
+        for kind in ("bfloat16", "float16")
+    ]
+    found.set_cases([Case("a::b", "passed", launched=launched)])
+    every = {p.key: p for p in points.points("team-*")}
+
+    def add(name, kind, way, **ms):
+        for who, taken in ms.items():
+            form = "" if who == "cudnn" else f"team-{who}"
+            point = every[name, kind, way]
+            unit = Unit("cuda" if form else "cudnn", form, "graph")
+            fields = dict.fromkeys(FIELDS, "") | point.fields() | unit._asdict() | COLUMNS
+            found.add({k: str(v) for k, v in (fields | {"ms": taken}).items()})
+
+    add("team-lstm-h256-b1-t1024", "bfloat16", "training", cudnn=8, cluster=1.024, grid=2)
+    add("team-lstm-h512-b16-t1024", "bfloat16", "training", cudnn=1, cluster=2, grid=1)
+    add("team-lstm-h512-b16-t1024", "float16", "training", cudnn=1, cluster=2)
+    add("team-lstm-h768-b16-t1024", "bfloat16", "forward", cudnn=4, grid=2.048)
+    add("team-gru-h768-b16-t1024", "bfloat16", "forward", cudnn=4, grid=2.048)
+    text = summary.of_teams(found.rows, found, KINDS.cuda)
+    worst = "lstm-h512-b16-t1024"
+    assert f"| as planned | training | graph | outside | 1.98x | 0.50x | {worst} bfloat16" in text
+    assert f"| team-cluster | training | graph | inside | 0.50x | 0.50x | {worst} float16" in text
+    assert "| team-grid | training | graph | outside | 2.00x | 1.00x |" in text
+    assert "T = 1024, B = 16, H = 768, in a graph: lstm bfloat16 team-grid forward 2.00" in text
+    assert "lstm bfloat16 team-cluster training 1.00; lstm bfloat16 team-grid training 1.95" in text
+    assert "1 times are not counted" in text
+    assert "## cuda beside cuDNN, by teams" in summary.page(summary.Run(found, {}))
+    assert summary.of_teams(found.rows[:1], found, KINDS.cuda) == ""
+
+
 def test_which_code_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTSEQ_COMMIT", "given00")
     assert version.commit() == version.state() == "given00"
@@ -538,9 +630,9 @@ def test_what_a_child_told_stays_when_it_is_lost(monkeypatch):
     monkeypatch.setattr(timings, "measure", unlucky)
     monkeypatch.setattr(timings, "LEAST", 0.0)
     suspects = Suspects()
-    built = build.Built(KINDS, 1, 1.0, "", suspects)
+    built = build.Built(TRITON, 1, 1.0, "", suspects)
     point = Point(by_name("small-b4-h256-lstm"), "bfloat16", "forward")
-    some = [timings._open(replace(point, type=kind), {}, KINDS) for kind in ("bfloat16", "tf32")]
+    some = [timings._open(replace(point, type=kind), {}, TRITON) for kind in ("bfloat16", "tf32")]
     kept = []
     ended = timings.measured(
         some,
@@ -552,9 +644,10 @@ def test_what_a_child_told_stays_when_it_is_lost(monkeypatch):
     assert ended == 0 and {kind for kind, *_ in kept} == {"bfloat16"}
     assert kept[-1] == ("bfloat16", Unit("cudnn", "", "graph"), {"ms": "1.0"})
     hung = [unit for _, unit, fields in kept if "hang: no sign" in fields.get("error", "")]
-    assert hung == [u for u in points.units(point, ["grid-resident", "step"]) if u.form]
+    larger = ["grid-resident", "step"]
+    assert hung == [u for u in points.units(point, larger) if u.form]
     assert suspects.weights == {("lstm", form, "bfloat16"): 4 for form in ("grid-resident", "step")}
-    assert timings._open(point, {point.key: {u for _, u, _ in kept}}, KINDS).todo == [
+    assert timings._open(point, {point.key: {u for _, u, _ in kept}}, TRITON).todo == [
         Unit("cudnn", "", "calls")
     ]
 
@@ -733,6 +826,7 @@ def test_a_rehearsal(tmp_path):
         "lstm forward grid-resident tf32": "wrong",
     }
     arguments = ("--stages", "bench", "--workloads", "fake-wide", "--hang", "3")
+    arguments += ("--contenders", "triton")
     done, text = rehearse(tmp_path, *arguments, "--minutes", "1.3", faults=faults)
     assert done.returncode == 1, text
     rows = {tuple(r[k] for k in results.KEYS[1:]): r for r in read(tmp_path / "gpu.csv")}
@@ -784,13 +878,13 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
     passed, text = answers("exit 3")
     assert passed and "a probe ended with status 3" in text
     passed, text = answers('case "$*" in *racecheck*step*|*racecheck*walk*) exit 9;; esac')
-    assert not passed and text == "11 clean; found something: racecheck walk"
+    assert not passed and text == "19 clean; found something: racecheck walk"
     assert "sanitize: racecheck walk: FOUND something" in said
     text = log.read_text()
     assert "memcheck --error-exitcode 9" in text and "--exercise cta --preload" in text
     assert "--exercise grid-resident --preload tests.helpers.fake_gpu" in text
     odd = [line for line in text.splitlines() if "initcheck" in line and "checked" in line]
-    assert len(odd) == 2 and all("-odd --preload" in line for line in odd)
+    assert len(odd) == 4 and all("-odd --preload" in line for line in odd)
     race = "echo 'Error: Race reported between Read access at {}+0xaf0'\n"
     race += "echo '    and Write access at {}+0x29b0 [16 hazards]'\n"
     for kernels, right in ((("nvjet_sm90_h",) * 2, True), (("nvjet_sm90_h", "lstm_walk"), False)):
@@ -799,11 +893,13 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
         assert passed is right and ("found something: racecheck cta" in text) is not right
         assert answers(script.replace("racecheck", "initcheck"))[0] is False
     passed, text = answers('case "$*" in *initcheck*) sleep 60;; *synccheck*) exit 5;; esac')
+    teams = [f"{tool} {form}" for form in points.TEAMS for tool in ("synccheck", "initcheck")]
     names = "synccheck cta, initcheck cta, synccheck grid-resident, initcheck walk"
-    assert passed and text == f"8 clean; without a verdict: {names}"
+    assert passed and text == f"12 clean; without a verdict: {', '.join(teams)}, {names}"
     said.clear()
     sanitize.run(Clock(20), log, 2, "tests.helpers.fake_gpu", said.append, ["cuda"])
-    assert len(said) == 4 and all(" cta: " in line for line in said)
+    assert len(said) == 12 and sum(" cta: " in line for line in said) == 4
+    assert sum(" team-" in line for line in said) == 8
 
 
 @pytest.mark.full
@@ -815,6 +911,7 @@ def test_a_rehearsal_of_everything(tmp_path):
         "rnn_tanh backward grid tf32": "lost",
         "rnn_tanh forward walk float32": "wrong",
         "gru backward cta float16": "wrong",
+        "lstm backward team-grid tf32": "wrong",
     }
     tool = tmp_path / "bin/compute-sanitizer"
     tool.parent.mkdir()
@@ -823,31 +920,33 @@ def test_a_rehearsal_of_everything(tmp_path):
     path = os.pathsep.join([str(tool.parent), os.environ["PATH"]])
     workloads = "fake-wide tiny-layer cta-*-h128-b1-t32"
     arguments = ["--stages", "smoke core bench sanitize", "--workloads", workloads]
-    arguments += ["--minutes", "14", "--hang", "6", "--test-limit", "40"]
+    arguments += ["--minutes", "14", "--hang", "8", "--test-limit", "40"]
     done, text = rehearse(
         tmp_path, *arguments, faults=faults, timeout=900, PATH=path, PY=sys.executable
     )
     assert done.returncode == 1, text
     cases = {c.nodeid.partition("[")[2][:-1]: c for c in junit.read(tmp_path / "tests.xml")[0]}
-    assert len(cases) == 118, text
+    assert len(cases) == 183, text
     red = {name for name, case in cases.items() if case.red}
     expected = {"GRU-walk-64-bfloat16", "LSTM-step-200-float16", "RNN-walk-32-ieee"}
     expected |= {"GRU-cta-64-float16", "GRU-cta-128-float16", "gru-float16"}
+    expected |= {"LSTM-team-grid-1024-tf32", "lstm-team-grid-600-tf32"}
     assert red == expected | {"RNN-grid-200-tf32"}, text
     rows = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "triton"]
     bad = {(r["cell"], r["form"], r["type"]) for r in rows if r["tested"] == "no"}
     assert bad == {("gru", "walk", "bfloat16"), ("lstm", "step", "float16")}
     assert {r["tested"] for r in rows if (r["cell"], r["type"]) == ("gru", "float16")} == {"yes"}
     cuda = [r for r in read(tmp_path / "gpu.csv") if r["contender"] == "cuda"]
-    assert {(r["cell"], r["type"]) for r in cuda if r["tested"] == "no"} == {("gru", "float16")}
-    assert {r["form"] for r in cuda} == {"cta"}
+    red = {(r["cell"], r["form"], r["type"]) for r in cuda if r["tested"] == "no"}
+    assert red == {("gru", "cta", "float16"), ("lstm", "team-grid", "tf32")}
+    assert {r["form"] for r in cuda} == {"cta", *points.TEAMS}
     wrong = [r for r in cuda if r["error"]]
     assert all(r["error"].startswith(("numbers: ", "left out: ")) for r in wrong) and wrong
     assert "cuda beside cuDNN, where one CTA holds a layer" in text and "| outside | " in text
     smoke = read(tmp_path / "smoke.csv")
     assert {r["form"] for r in smoke} == {"", *forms.FORMS}
     assert sum(r["name"].startswith("barrier-") for r in smoke) == 8
-    words = "sanitize: 9 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
+    words = "sanitize: 17 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
     assert words in text, "which launch what hangs"
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     expected = "gpu.csv smoke.csv tests.xml log.txt summary.md sanitize.log"

@@ -7,6 +7,8 @@ the ring of stages goes round.
 """
 
 from collections import namedtuple
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import cuda_on_host
 import pytest
@@ -246,6 +248,44 @@ def test_what_is_declined_in_words(asked, words):
 def test_the_launch_list_is_the_planners(on_host):
     assert set(KERNELS) <= set(on_host.kernels())
     assert len(on_host.kernels()) <= 200
+
+
+def test_what_a_device_can_is_asked_in_its_context(on_host, monkeypatch):
+    """Which may not be there yet, and then the driver counts no clusters."""
+    cuda, entered = load("cuda"), []
+    properties = SimpleNamespace(
+        name="A GPU",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        shared_memory_per_block_optin=232448,
+        shared_memory_per_multiprocessor=233472,
+        max_threads_per_multi_processor=2048,
+    )
+
+    @contextmanager
+    def current(index):
+        entered.append(index)
+        yield
+        entered.clear()
+
+    def clusters(name, device, size, threads, shared):
+        assert entered == [1, "a tensor"] and (device, shared) == (1, 232448)
+        if size > 8:
+            raise RuntimeError("refused")
+        return 132 // size
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: entered.append("a tensor"))
+    monkeypatch.setattr(on_host, "clusters", clusters)
+    monkeypatch.setattr(on_host, "limits", lambda index: {"mps": index, "cooperative": 1})
+    try:
+        found = cuda._device(1)
+    finally:
+        cuda._device.cache_clear()
+    assert found.clusters == (0, *(132 // n for n in range(1, 9)), *[0] * 8)
+    assert found.mps and found.cooperative
 
 
 def test_a_failed_launch_names_its_kernel(monkeypatch):

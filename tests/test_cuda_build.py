@@ -317,6 +317,10 @@ def test_what_it_is_asked_wrongly_is_told(cuda):
     for size in (0, 17):
         with pytest.raises(ValueError, match=f"size: expected 1 to 16, got {size}"):
             cuda.clusters(name, 0, size, 32, 0)
+    with pytest.raises(ValueError, match="device: expected 0 to 63, got 64"):
+        cuda.limits(64)
+    with pytest.raises(TypeError):
+        cuda.limits(None)
     for x in (1, 6, 10):
         with pytest.raises(ValueError, match=f"grid: {x} CTAs in x cannot be in clusters of 4"):
             launch(grid=(x, 4, 4), cluster=4)
@@ -853,6 +857,19 @@ def test_how_many_clusters_a_device_has_at_once(cuda, play):
         ]
 
 
+def test_whether_a_device_is_shared_and_starts_grids_all_at_once(play):
+    code = "print(_cuda.limits(0)); print(_cuda.limits(1))"
+    said, calls = play(code)
+    assert said == ["{'mps': 0, 'cooperative': 1}", "{'mps': 1, 'cooperative': 1}"]
+    asked = [f"cuDeviceGetAttribute {attribute} of {k}" for k in (0, 1) for attribute in (133, 95)]
+    assert [line for line in calls if line != "cuInit 0"] == asked
+    # what a driver does not know it does not have
+    said, _ = play(code, FAKE_UNKNOWN="133")
+    assert said == ["{'mps': 0, 'cooperative': 1}"] * 2
+    said, _ = play(code, FAKE_FAIL="cuDeviceGetAttribute=1")
+    assert said == ["{'mps': 0, 'cooperative': 0}"] * 2
+
+
 # A build that is not the tree's
 
 
@@ -884,7 +901,7 @@ def test_the_build_of_the_tree_is_told_from_others(cuda, monkeypatch):
         " again: make build, or pip install ."
     )
     older = "(name, device, stream, (x, y, z), threads, shared, arguments)"
-    others = Other("launch", older), Other("clusters", None), OtherFields("", "")
+    others = Other("launch", older), Other("limits", None), OtherFields("", "")
     for other in others:
         monkeypatch.setattr(backend, "_cuda", other)
         assert backend.unavailable() == reason

@@ -1,17 +1,19 @@
 """The backends cuda and triton on a GPU: numbers against float64 and against cuDNN, and what only a
 device shows. `make gpu` runs these; without a CUDA device they are skipped.
 
-cuda's form is named cta, in which one CTA owns some sequences for all of time: `-k cta` selects its
-tests. They fail where the backend is not available, and skip only what it declines.
+cuda's forms are named cta, in which one CTA owns some sequences for all of time, and team-cluster
+and team-grid, in which several CTAs do: `-k cta` and `-k team` select their tests. They fail where
+the backend is not available, and skip only what it declines.
 """
 
 import copy
 import gc
 import struct
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple
 
+import independent
 import pytest
 import tf32
 import torch
@@ -19,9 +21,10 @@ from problems import KINKED, draw
 from rules import check_alike, check_all, poisoned, same_bits
 
 import fastseq
-from fastseq.backends import choice, load
+from fastseq.backends import choice, cuda_teams, load
 from fastseq.backends.contract import Problem
-from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS
+from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS, TEAMS
+from fastseq.backends.cuda_plan import type_of
 from fastseq.cells import CELLS, unregister
 from fastseq.ops import masks, whole
 from fastseq.ops.stack import problem
@@ -84,26 +87,61 @@ ZONED = {
 OF_TRITON = [("walk", 64), ("grid", 200), ("grid", 256), ("step", 200)]
 #: Of cuda with all weights in registers, and with some of an LSTM's in shared memory.
 OF_CUDA = [("cta", 64), ("cta", 128)]
-each_form = pytest.mark.parametrize("form, H", OF_TRITON + OF_CUDA)
+#: Of its teams with the last CTA's slice filled in part; and filled.
+OF_TEAMS = [("team-cluster", 300), ("team-grid", 600)]
+FULL_TEAMS = [("team-cluster", 512), ("team-grid", 1024)]
+each_form = pytest.mark.parametrize("form, H", OF_TRITON + OF_CUDA + OF_TEAMS)
+each_team = pytest.mark.parametrize("form, H", OF_TEAMS)
+REGIMES = {"cta": "cta", "team-cluster": "cluster", "team-grid": "grid"}
 CUDA_CELLS = (*PRODUCT_CELLS, *POINTWISE_CELLS)
 
 
 def backend_of(form):
-    return "cuda" if form == "cta" else "triton"
+    return "cuda" if form in REGIMES else "triton"
 
 
+def of_cuda():
+    """The backend; where it is not available this fails."""
+    module = load("cuda")
+    assert not isinstance(module, str), module
+    return module
+
+
+@contextmanager
 def as_form(form):
-    """Sizes that no single program of triton's holds take this one."""
-    return nullcontext() if form in ("walk", "cta") else load("triton").larger_as(form)
+    """Layers of cuda take this one, and of triton those that no single program holds."""
+    if form in REGIMES:
+        with of_cuda().larger_as(REGIMES[form]):
+            yield
+    else:
+        with load("triton").larger_as("grid" if form == "walk" else form):
+            yield
 
 
 def skip_if_declined(task):
-    """Of a problem that cuda does not run; where it is not available this fails."""
-    module = load("cuda")
-    assert not isinstance(module, str), module
-    reason = choice.declines(module, task._replace(device="cuda"))
+    """Of a problem that cuda does not run, in the form that is asked for."""
+    reason = choice.declines(of_cuda(), task._replace(device="cuda"))
+    if reason is None and of_cuda()._asked in ("cluster", "grid"):
+        reason = not_by_teams(task, of_cuda()._asked)
     if reason is not None:
         pytest.skip(reason)
+
+
+def not_by_teams(task, regime):
+    """Why no team of a regime runs a problem."""
+    setting = torch.backends.cudnn.rnn.fp32_precision
+    kind = type_of(task, "tf32" if task.tf32 or setting == "tf32" else "ieee")
+    return cuda_teams.declined(task.cell, kind, regime, task.H, of_cuda().device_at_hand())
+
+
+def skip_without_teams(form):
+    """Of a form of cuda's that this device has not, as clusters before compute capability 9.0."""
+    if form.startswith("team-"):
+        reason = reason_against_teams(
+            "lstm", "bfloat16", 1024 if "grid" in form else 512, REGIMES[form]
+        )
+        if reason is not None:
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -157,22 +195,28 @@ def _random(seed=1):
 
 
 def check(case, what, backend="triton", **options):
-    """Values and gradients by the rule; err(torch) is the independent writing's, on the CPU.
+    """Values and gradients by the rule; err(torch) is the independent writing's, on the CPU; in
+    TF32 that of the writing whose products take rounded operands.
 
-    In 16 bits of ReLU's cells values alone: on which side of its kink a gradient is, the rounding
-    decides.
+    In 16 bits and TF32 of ReLU's cells values alone: on which side of its kink a gradient is, the
+    rounding decides.
     """
     trajectory = options.get("trajectory", False)
-    wide, same = case.to(torch.float64), case.to(case.x.dtype)
-    exact, theirs = wide.independent(trajectory), same.independent(trajectory)
+    coarse = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    wide, same = case.to(torch.float64), case.to(torch.float64 if coarse else case.x.dtype)
+    exact = wide.independent(trajectory)
     exact |= gradients_of(exact, wide.leaves())
-    theirs |= gradients_of(theirs, same.leaves())
+    with pytest.MonkeyPatch.context() as patch:
+        if coarse:
+            patch.setattr(independent, "affine", tf32.affine)
+        theirs = same.independent(trajectory)
+        theirs |= gradients_of(theirs, same.leaves())
     here = on_gpu(case)
     if backend == "cuda":
         skip_if_declined(problem(here.stack("cuda", **options)))
     ours = here.run(backend, **options)
     ours |= gradients_of(ours, here.leaves())
-    if case.cell in KINKED and case.x.dtype.itemsize == 2:
+    if case.cell in KINKED and (coarse or case.x.dtype.itemsize == 2):
         exact = {name: value for name, value in exact.items() if not name.startswith("d")}
     check_all({n: ours[n].cpu() for n in exact}, theirs, exact, case.x.dtype, what)
 
@@ -222,6 +266,7 @@ CORE = [
     for form, H in (*OF_CUDA, ("walk", 32 if mode == "ieee" else 64), *OF_TRITON[1:])
     if (mode, H) != ("ieee", 256) and (form, H, mode[-2:] == "16") != ("cta", 128, False)
 ]
+CORE += [(form, H, mode) for mode in ("bfloat16", "float16", "tf32") for form, H in FULL_TEAMS]
 
 
 @pytest.mark.core
@@ -230,6 +275,7 @@ CORE = [
 def test_each_form_in_short(kind, form, H, mode):
     """Numbers no further from float64 than twice cuDNN, the same bits again, and under a graph."""
     T, B, I = 9, 20, 32  # noqa: E741
+    skip_without_teams(form)
     layer = layers(kind, (I, H), mode, backend_of(form))
     x = torch.randn(T, B, I, generator=_random()).to(layer.ours.weight_hh_l0.dtype)
     with precision(mode if mode in ("tf32", "ieee") else "ieee"), as_form(form):
@@ -318,6 +364,110 @@ def reason_against(cell, mode, H, training=True):
     return choice.declines(module, task)
 
 
+def reason_against_teams(cell, mode, H, regime):
+    """Why no team of a regime does."""
+    dtype = DTYPES.get(mode, torch.float32)
+    task = Problem(cell, dtype, "cuda", 5, 9, 16, H, H, training=True, tf32=mode == "tf32")
+    return not_by_teams(task, regime)
+
+
+#: By teams: the sizes around a CTA's slice and a cluster's, a tile's sequences, and one step.
+TEAM_SIZES = {
+    "cluster": {
+        "H33 B1": {"H": 33, "B": 1, "T": 7},
+        "H129 B1": {"H": 129, "B": 1, "T": 40},
+        "H256 B16": {"H": 256, "B": 16, "directions": 2},
+        "H300 B33": {"H": 300, "B": 33, "directions": 2, "layers": 2},
+        "H512 B200": {"H": 512, "B": 200, "T": 3},
+        "H200 B1100": {"H": 200, "B": 1100, "T": 3},
+    },
+    "grid": {
+        "H129 B9": {"H": 129, "B": 9, "T": 7},
+        "H256 B33": {"H": 256, "B": 33, "directions": 2, "T": 20},
+        "H512 B200": {"H": 512, "B": 200, "T": 3, "directions": 2},
+        "H768 B1": {"H": 768, "B": 1},
+        "H777 B16": {"H": 777, "B": 16, "T": 3, "directions": 2},
+        "H1024 B16": {"H": 1024, "B": 16, "T": 3},
+        "H2048 B33": {"H": 2048, "B": 33, "T": 3},
+        "H300 B1100": {"H": 300, "B": 1100, "T": 3},
+    },
+}
+#: In both regimes; their H is the one of OF_TEAMS.
+TEAM_SPECIAL = {
+    "one step": {"T": 1, "B": 20},
+    "no state": {"B": 3, "bias": False, "state": False},
+    "saturated": {"scale": 50.0},
+    "reset": {"B": 9, "reset": True, "directions": 2},
+    "h_mask": {"B": 9, "h_mask": True, "directions": 2},
+    "ragged": {"T": 6, "B": 9, "lengths": [2, 6, 3, 1, 1, 5, 4, 6, 1], "directions": 2},
+    "all at once": {"lengths": [2, 0, 5], "reset": True, "h_mask": True, "directions": 2},
+    "all at once B33": {
+        "B": 33,
+        "lengths": [2, 0, 5] * 11,
+        "reset": True,
+        "h_mask": True,
+    },
+}
+TEAM_CASES = [
+    pytest.param(f"team-{regime}", special | options, id=f"team-{regime}-{name}")
+    for regime, special in (("cluster", {"H": 300}), ("grid", {"H": 600}))
+    for name, options in (TEAM_SIZES[regime] | TEAM_SPECIAL).items()
+]
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32"])
+@pytest.mark.parametrize("form, options", TEAM_CASES)
+@pytest.mark.parametrize("cell", PRODUCT_CELLS)
+def test_against_float64_by_a(cell, form, options, mode):
+    dtype = DTYPES.get(mode, torch.float32)
+    with precision("tf32" if mode == "tf32" else "ieee"), as_form(form):
+        check(draw(cell, dtype=dtype, **options), f"{cell} {form} {options}", "cuda")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32"])
+@each_team
+@pytest.mark.parametrize("cell", PRODUCT_CELLS)
+def test_each_cell_in_short_by_a(cell, form, H, mode):
+    """Ragged, in both directions, with resets."""
+    lengths = [2, 0, 5, 1, 3] * 2
+    case = draw(cell, T=5, B=10, H=H, I=8, lengths=lengths, reset=True, directions=2)
+    with precision("tf32" if mode == "tf32" else "ieee"), as_form(form):
+        check(case.to(DTYPES.get(mode, torch.float32)), f"{cell} in short", "cuda")
+
+
+@pytest.mark.core
+def test_a_team_takes_what_it_was_built_for():
+    """On devices with an H100's multiprocessors and shared memory."""
+    device = of_cuda().device_at_hand()
+    if device.multiprocessors < 128 or device.shared_memory < 227 << 10:
+        pytest.skip("a smaller device than an H100")
+    assert device.cooperative and not device.mps
+    for cell in PRODUCT_CELLS:
+        for mode, most in (("bfloat16", 2048), ("float16", 2048), ("tf32", 1024)):
+            for H in (17, 256, 768, most - 1, most):
+                assert reason_against_teams(cell, mode, H, "grid") is None, (cell, mode, H)
+            if device.capability >= (9, 0):
+                for H in (17, 129, 256, 511, 512):
+                    assert reason_against_teams(cell, mode, H, "cluster") is None, (cell, mode, H)
+    for mode in ("bfloat16", "float16"):
+        for H in (129, 256, 512, 768, 1024, 2048):
+            assert reason_against("lstm", mode, H) is None
+
+
+@pytest.mark.core
+def test_a_teams_device_says_what_it_can():
+    """Its clusters of each size at once, as the driver counts them."""
+    cuda = of_cuda()
+    found = cuda._cuda.limits(torch.cuda.current_device())
+    assert set(found) == {"mps", "cooperative"} and set(found.values()) <= {0, 1}
+    device = cuda.device_at_hand()
+    if device.capability >= (9, 0) and device.clusters:
+        assert len(device.clusters) == 17 and all(device.clusters[1:9])
+        for size, count in enumerate(device.clusters):
+            assert size * count <= device.multiprocessors
+
+
 @pytest.mark.core
 def test_cta_is_available_and_takes_what_it_was_built_for():
     """On devices with the shared memory of an A100 or more, and a GRU's largest with an H100's."""
@@ -349,11 +499,30 @@ def test_cta_no_kernel_spills(part):
     major = torch.cuda.get_device_capability()[0]
     assert set(KERNELS) <= set(_cuda.kernels())
     wrong = {}
-    for name in sorted(_cuda.kernels())[part::4]:
+    for name in sorted(set(_cuda.kernels()) - set(TEAMS))[part::4]:
         found = _cuda.attributes(name, 0)
         kernel = KERNELS.get(name)
         most, threads = (255, 256) if kernel is None else (kernel.registers, kernel.threads)
         fits = found["registers"] <= most and found["threads"] >= threads
+        if found["local"] or not fits or found["binary"] // 10 > major:
+            wrong[name] = found
+    assert not wrong
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("part", range(4))
+def test_no_kernel_of_a_team_spills(part):
+    from fastseq.backends.cuda import _cuda
+
+    torch.zeros(1, device="cuda")
+    major = torch.cuda.get_device_capability()[0]
+    assert set(TEAMS) <= set(_cuda.kernels())
+    wrong = {}
+    for name, kernel in sorted(TEAMS.items())[part::4]:
+        if kernel.regime == "cluster" and major < 9:
+            continue
+        found = _cuda.attributes(name, 0)
+        fits = found["registers"] <= kernel.registers and found["threads"] >= kernel.threads
         if found["local"] or not fits or found["binary"] // 10 > major:
             wrong[name] = found
     assert not wrong
@@ -400,6 +569,56 @@ def test_cta_is_one_launch_of_both_directions(training, monkeypatch):
         y.sum().backward()
         expected.append(("backward_lstm_bfloat16_64", (3, 2, 1)))
     assert launches == expected
+
+
+@each_team
+@pytest.mark.parametrize("training", [False, True])
+def test_both_directions_are_one_launch_of_a(form, H, training, monkeypatch):
+    """Their teams stand beside each other, each of all CTAs of a recurrence."""
+    from fastseq.backends import cuda
+
+    launches = []
+    launch = cuda.launch
+
+    def record(name, device, grid, *rest):
+        launches.append((name, grid, *rest[-2:]))
+        launch(name, device, grid, *rest)
+
+    skip_without_teams(form)
+    monkeypatch.setattr(cuda, "launch", record)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.LSTM(8, H, bidirectional=True, backend="cuda", **options)
+    regime = REGIMES[form]
+    expected = []
+    with as_form(form), torch.set_grad_enabled(training):
+        y = module(torch.randn(6, 9, 8, **options))[0]
+        if training:
+            y.sum().backward()
+    for way in ("forward", "backward") if training else ("forward",):
+        kernel = TEAMS[f"{way}_lstm_bfloat16_{regime}"]
+        teams = cuda_teams.arrange(kernel, H, 9, 2, cuda.device_at_hand())
+        assert len(teams.launches) == 1, "the device holds them all"
+        grid = kernel.team(H) * teams.tiles, 2, 1
+        expected.append((kernel.name, grid, teams.cluster, regime == "grid"))
+    assert launches == expected
+
+
+@each_team
+def test_a_stack_has_the_bits_of_its_layers_by_a(form, H, monkeypatch):
+    skip_without_teams(form)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.GRU(8, H, 3, bidirectional=True, backend="cuda", **options)
+    x = torch.randn(6, 9, 8, requires_grad=True, **options)
+
+    def found():
+        y, h = module(x)
+        return [y, h, *torch.autograd.grad((y.sum() + h.sum()), [x, *module.parameters()])]
+
+    with as_form(form):
+        stack = found()
+        assert "StackFunction" in stack[0].grad_fn.name()
+        monkeypatch.setattr(whole, "run", lambda *call, **given: None)
+        assert all(map(same_bits, stack, found()))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -460,6 +679,16 @@ def test_cta_memory_and_trajectory(cell, memory, dtype):
     check(case, memory, "cuda", memory=memory, trajectory=trajectory)
 
 
+@pytest.mark.parametrize("memory", ["full", "lean"])
+@each_team
+@pytest.mark.parametrize("cell", PRODUCT_CELLS)
+def test_memory_and_trajectory_by_a(cell, form, H, memory):
+    case = draw(cell, H=H, dtype=torch.bfloat16, lengths=[3, 0, 5], directions=2, reset=True)
+    trajectory = bool(CELLS[cell].other_states)
+    with as_form(form):
+        check(case, memory, "cuda", memory=memory, trajectory=trajectory)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H, P", [(20, 3), (64, 64), (300, 100)])
 def test_projection(H, P, dtype):
@@ -490,11 +719,31 @@ def test_cta_against_cudnn(kind, shape, mode):
     beside_cudnn(kind, shape, mode, "cuda")
 
 
-def beside_cudnn(kind, shape, mode, backend):
+#: T, B, I, H, layers and directions of each form.
+OF_A_TEAM = [("team-cluster", *shape) for shape in ((9, 16, 40, 129, 2, 2), (40, 1, 64, 256, 1, 1))]
+OF_A_TEAM += [("team-cluster", 5, 200, 32, 300, 1, 2), ("team-cluster", 9, 33, 64, 512, 2, 1)]
+OF_A_TEAM += [("team-grid", *shape) for shape in ((9, 33, 64, 256, 2, 2), (40, 1, 64, 768, 1, 1))]
+OF_A_TEAM += [("team-grid", 5, 16, 64, 1024, 1, 2), ("team-grid", 3, 200, 64, 600, 2, 1)]
+OF_A_TEAM += [("team-grid", 5, 33, 64, 2048, 1, 1)]
+
+
+@pytest.mark.parametrize("mode", ["tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", OF_A_TEAM, ids=lambda shape: "-".join(map(str, shape)))
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_beside_cudnn_by_a(kind, shape, mode):
+    form, T, B, I, H, count, directions = shape  # noqa: E741
+    cell = {"RNN": "rnn_tanh"}.get(kind, kind.lower())
+    if reason := reason_against_teams(cell, mode, H, REGIMES[form]):
+        pytest.skip(reason)
+    with as_form(form):
+        beside_cudnn(kind, (T, B, I, H), mode, "cuda", count, directions == 2)
+
+
+def beside_cudnn(kind, shape, mode, backend, count=2, both=True):
     """No further from float64 than twice cuDNN, in the same precision on both sides; in TF32 than
     twice the rounding of all operands, where cuDNN does not round."""
     T, B, I, H = shape  # noqa: E741
-    layer = layers(kind, (I, H, 2), mode, backend, bidirectional=True)
+    layer = layers(kind, (I, H, count), mode, backend, bidirectional=both)
     x = torch.randn(T, B, I, generator=_random()).to(layer.ours.weight_hh_l0.dtype)
     with precision(mode if mode in ("tf32", "ieee") else "ieee"):
         mine, cudnn = values(layer.ours, x.cuda()), values(layer.theirs, x.cuda())
@@ -561,9 +810,41 @@ def test_a_busy_gpu_changes_nothing(form, H):
             assert all(same_bits(x, y) for x, y in zip(alone, busy, strict=True))
 
 
+@pytest.mark.core
+def test_teams_that_fill_the_gpu_wait_for_each_other():
+    """Grids of nearly all multiprocessors on several streams, and products that hold some: none may
+    be on the GPU in part."""
+    if torch.cuda.get_device_name().startswith("Fake"):
+        pytest.skip("in a rehearsal nobody waits")
+    skip_without_teams("team-grid")
+    cases = [
+        on_gpu(draw("lstm", T=30, B=4, H=H, dtype=torch.bfloat16, seed=H))
+        for H in (2048, 1500, 900)
+    ]
+    a = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in cases]
+    side = torch.cuda.Stream()
+    with as_form("team-grid"):
+        alone = [flat(case, "cuda") for case in cases]
+        torch.cuda.synchronize()
+        for _ in range(3):
+            with torch.cuda.stream(side):
+                for _ in range(100):
+                    a @ a
+            together = []
+            for stream, case in zip(streams, cases, strict=True):
+                with torch.cuda.stream(stream):
+                    together.append(flat(case, "cuda"))
+            torch.cuda.synchronize()
+            fastseq.check()
+            for one, other in zip(alone, together, strict=True):
+                assert all(map(same_bits, one, other))
+
+
 @pytest.mark.parametrize("training", [False, True])
 @each_form
 def test_a_cuda_graph_records_it(form, H, training):
+    skip_without_teams(form)
     options = {"device": "cuda", "dtype": torch.bfloat16}
     module = fastseq.GRU(32, H, 2, bidirectional=True, backend=backend_of(form), **options)
     with as_form(form):
@@ -610,7 +891,18 @@ def in_vain():
     """What makes the programs of a grid give up at once; nobody is told of it later."""
     if torch.cuda.get_device_name().startswith("Fake"):
         pytest.skip("in a rehearsal nobody waits")
-    yield lambda: load("triton").patience(0)
+
+    @contextmanager
+    def at_once():
+        cuda = load("cuda")
+        with load("triton").patience(0):
+            if isinstance(cuda, str):
+                yield
+            else:
+                with cuda.patience(0):
+                    yield
+
+    yield at_once
     with suppress(RuntimeError):
         fastseq.check()
 
@@ -652,12 +944,52 @@ def test_a_grid_that_waited_in_vain_is_told(H, in_vain):
 
 
 @pytest.mark.core
-def test_of_a_graph_that_waits_in_vain_check_tells(in_vain):
+@each_team
+def test_waiting_in_vain_is_told_by_a(form, H, in_vain):
+    """As of triton's grids; NaN reaches the end of every sequence."""
+    skip_without_teams(form)
     options = {"device": "cuda", "dtype": torch.bfloat16}
-    module = fastseq.LSTM(32, 256, backend="triton", **options)
+    module = fastseq.LSTM(32, H, backend="cuda", **options)
+    x = torch.randn(12, 5, 32, **options)
+    kernel = f"{{}}_lstm_bfloat16_{REGIMES[form]}".format
+
+    def gradient(y):
+        return torch.autograd.grad(y.sum(), module.weight_hh_l0)[0]
+
+    with as_form(form):
+        y = module(x)[0]
+        right = [y.detach().clone(), gradient(y)]
+        fastseq.check()
+        for tell in (lambda y: module(x), gradient, lambda y: fastseq.check()):
+            with in_vain():
+                y = module(x)[0]
+            told_once(kernel("forward"), lambda tell=tell, y=y: tell(y))
+            assert y[-1].isnan().any(1).all()
+        y = module(x)[0]
+        with in_vain():
+            assert gradient(y).isnan().any()
+        told_once(kernel("backward"), lambda: module(x))
+        y = module(x)[0]
+        assert same_bits(y, right[0]) and same_bits(gradient(y), right[1])
+        fastseq.check()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "form, H, kernel",
+    [
+        ("grid", 256, "lstm_forward_grid"),
+        ("team-cluster", 300, "forward_lstm_bfloat16_cluster"),
+        ("team-grid", 600, "forward_lstm_bfloat16_grid"),
+    ],
+)
+def test_of_a_graph_that_waits_in_vain_check_tells(form, H, kernel, in_vain):
+    skip_without_teams(form)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    module = fastseq.LSTM(32, H, backend=backend_of(form), **options)
     x = torch.randn(12, 5, 32, **options)
     graph = torch.cuda.CUDAGraph()
-    with as_form("grid"), torch.no_grad():
+    with as_form(form), torch.no_grad():
         module(x)
         torch.cuda.synchronize()
         with in_vain(), torch.cuda.graph(graph):
@@ -665,7 +997,7 @@ def test_of_a_graph_that_waits_in_vain_check_tells(in_vain):
         fastseq.check()  # recorded, not run
         for _ in range(2):
             graph.replay()
-            told_once("lstm_forward_grid", fastseq.check)
+            told_once(kernel, fastseq.check)
             assert y.isnan().any()
         assert not module(x)[0].isnan().any()
 
@@ -710,12 +1042,17 @@ def test_memory_at_the_end_is_memory_at_the_start(form, H):
     assert torch.cuda.memory_allocated() == before
 
 
-@pytest.mark.parametrize("form", ["walk", "cta"])
-def test_more_steps_than_cudnn_takes(form):
+@pytest.mark.parametrize(
+    "form, H", [("walk", 16), ("cta", 16), ("team-cluster", 48), ("team-grid", 48)]
+)
+def test_more_steps_than_cudnn_takes(form, H):
     """70,000, in one call and in two with the state carried."""
-    module = fastseq.GRU(8, 16, device="cuda", backend=backend_of(form))
-    x = torch.randn(70_000, 2, 8, device="cuda")
-    with torch.no_grad():
+    skip_without_teams(form)
+    # of float32 a team makes no products but in TF32
+    given = {"device": "cuda", "dtype": torch.bfloat16 if "team" in form else torch.float32}
+    module = fastseq.GRU(8, H, backend=backend_of(form), **given)
+    x = torch.randn(70_000, 2, 8, **given)
+    with torch.no_grad(), as_form(form):
         whole, last = module(x)
         first, state = module(x[:30_000])
         second, final = module(x[30_000:], state)

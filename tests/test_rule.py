@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastseq
 from bench import cuda_results, cuda_rule, rule, table
-from fastseq.backends import choice, load, measured_cuda
+from fastseq.backends import choice, cuda_plan, load, measured_cuda
 from fastseq.backends import cuda_rule as chooser
 from fastseq.backends.contract import Abilities, Problem
 from fastseq.nn.recurrent import call_stack
@@ -122,12 +122,15 @@ def ruled(here, monkeypatch):
         source = cuda_rule.text(cuda_results.devices(paths))
         found = {}
         exec(compile(source, "measured_cuda.py", "exec"), found)
-        for name in ("SOURCES", "MEASURED", "GREEN", "MEASURED_CUDA", "GREEN_CUDA"):
+        names = "SOURCES MEASURED GREEN MEASURED_CUDA GREEN_CUDA MEASURED_REGIMES"
+        for name in names.split():
             monkeypatch.setattr(measured_cuda, name, found[name])
         choice.judge.cache_clear()
+        cuda_plan.regime_of.cache_clear()
         return source
 
-    return follow
+    yield follow
+    cuda_plan.regime_of.cache_clear()
 
 
 def order(**changes):
@@ -145,6 +148,7 @@ def test_without_results_the_rule_is_empty():
     found = {}
     exec(compile(cuda_rule.text([]), "measured_cuda.py", "exec"), found)
     assert found["SOURCES"] == found["MEASURED"] == found["GREEN"] == {}
+    assert found["MEASURED_REGIMES"] == {}
     assert "Not yet measured on a GPU" in cuda_rule.section([])
     if not cuda_results.committed():
         assert not measured_cuda.MEASURED and order() == TORCH
@@ -613,6 +617,89 @@ def test_what_torch_cannot_run_takes_both(ruled):
     assert order(reset=True) == ("torch", "triton", "cuda", "eager")
     ruled(point() + of_cuda(0.5, tested="no"))
     assert order(reset=True) == AFTER_TORCH
+
+
+WIDE = {"H": 512, "I": 512, "shape": "LSTM T100 B16 I512 H512"}
+
+
+def of_teams(cluster=None, grid=None, **more):
+    """The rows of a point that both regimes hold, cuDNN's of 2 ms among them."""
+    given = WIDE | more
+    theirs = {k: v for k, v in given.items() if k != "tested"}
+    rows = [timed("cudnn", how, 2.0, **theirs) for how in ("graph", "calls")]
+    for regime, ms in (("cluster", cluster), ("grid", grid)):
+        if ms is not None:
+            rows += of_cuda(ms, form=f"team-{regime}", **given)
+    return rows
+
+
+def wide(H=512, B=16, R=1, training=False):
+    """The regime that is planned for an LSTM, and what is chosen."""
+    regime = cuda_plan.regime_of("lstm", "bfloat16", H, B, R, training, cuda_plan.H100)
+    return regime, order(H=H, I=H, P=H, B=B, R=R, training=training)[0]
+
+
+def test_nothing_of_teams_is_chosen_unmeasured(ruled):
+    ruled(point() + of_cuda(0.1))
+    assert wide() == ("cluster", "torch") and wide(H=1024) == ("grid", "torch")
+    assert wide(training=True)[1] == "torch"
+
+
+def test_the_regime_that_was_measured_to_be_faster_is_planned_and_counts(ruled):
+    ruled(of_teams(cluster=1.5, grid=1.0))
+    assert wide() == ("grid", "cuda") and choice.measured(
+        LSTM._replace(H=512, I=512, P=512)
+    ).startswith("cuda: 2.00 times")
+    assert measured_cuda.MEASURED_REGIMES == {
+        "9.0": {("lstm", "bfloat16", "forward"): {"H257-512 B9-32": "grid"}}
+    }
+    # another class, direction or way was not measured
+    assert wide(H=256) == wide(B=8) == ("cluster", "torch")
+    assert wide(R=2)[1] == wide(training=True)[1] == "torch"
+    ruled(of_teams(cluster=1.0, grid=1.5))
+    assert wide() == ("cluster", "cuda")
+    # what only a grid holds
+    larger = {"H": 1024, "I": 1024, "name": "other"}
+    ruled(of_teams(grid=1.0, **larger))
+    assert wide(H=1024) == ("grid", "cuda") and wide() == ("cluster", "torch")
+
+
+def test_the_entry_of_a_class_is_of_one_regime(ruled):
+    """By the mean over its points, of all devices; a point at which that one is slow counts."""
+    other = {"name": "other", "B": 10}
+    ruled(of_teams(cluster=1.0, grid=1.5) + of_teams(cluster=2.5, grid=1.9, **other))
+    assert wide() == ("cluster", "torch")
+    ruled(of_teams(cluster=1.0, grid=1.5), of_teams(cluster=1.9, grid=1.0, device=H200))
+    assert wide() == ("grid", "cuda")
+    source = ruled(of_teams(cluster=1.0, grid=1.5), of_teams(cluster=1.9, grid=0.5, device=H200))
+    assert '"H257-512 B9-32": "grid"' in source and "(1.333, 1.333, 100, True)" in source
+
+
+def test_a_regime_that_failed_or_is_not_tested_gives_way(ruled):
+    red = [row | {"tested": "no"} if row.get("form") == "team-cluster" else row
+           for row in of_teams(cluster=0.5, grid=1.0)]  # fmt: skip
+    ruled(red)
+    assert wide() == ("grid", "cuda")
+    ruled(of_teams(cluster="CUDA error: made up", grid=1.0))
+    assert wide() == ("grid", "cuda")
+    ruled(of_teams(cluster=0.5, grid=1.0, tested=""))
+    assert wide() == ("cluster", "torch"), "none is tested"
+    # each kernel has its own tests: what a grid alone holds stays green
+    larger = {"H": 1024, "I": 1024, "name": "other"}
+    ruled(red + of_teams(grid=1.0, **larger))
+    assert measured_cuda.GREEN_CUDA["9.0"] == {("lstm", "bfloat16"): ("H513-1024",)}
+
+
+def test_a_point_counts_in_the_regime_that_runs(ruled):
+    """And not where that one was not measured, though the device holds it."""
+    other = {"name": "other", "B": 10}
+    ruled(of_teams(cluster=1.0, grid=1.5) + of_teams(grid=0.1, **other))
+    key = "lstm", "bfloat16", "forward"
+    entry = (2.0, 2.0, 100, True)
+    assert measured_cuda.MEASURED_CUDA["9.0"][H100][key] == {"dense": {"H257-512 B9-32 T2+": entry}}
+    # what one CTA holds is a class of its own
+    ruled(of_teams(cluster=1.0) + point(triton=None, triton_graph=None) + of_cuda(4.0))
+    assert wide() == ("cluster", "cuda") and order()[0] == "torch"
 
 
 def test_a_graph_for_all_sizes_holds_no_cuda(ruled):

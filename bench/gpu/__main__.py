@@ -127,7 +127,7 @@ class Session:
         self.options = timings.Options(self.given.hang, str(self.log), self.given.seconds)
         about = machine.tools() | {"CUDA": told["cuda"], "memory": told["memory"]}
         about["backend cuda"] = told["backend"]
-        self.page = Run(self.results, about)
+        self.page = Run(self.results, about, self.kinds.cuda)
         self.say("\n".join(f"{k}: {v or 'none'}" for k, v in (columns | about).items()))
         rows, cases = self.results.carried
         if rows or cases:

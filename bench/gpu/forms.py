@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastseq.backends import cuda_kernels, cuda_plan, imported, load
+from fastseq.backends import cuda_kernels, cuda_plan, cuda_teams, imported, load
 from fastseq.backends import triton as backend
 from fastseq.backends.contract import Problem
 from fastseq.backends.layout import declined_anywhere
@@ -20,13 +20,15 @@ from fastseq.backends.triton_tiling import Device, Form, Precision, Tiling, piec
 from fastseq.cells import CELLS
 
 from ..workloads import TEXTS, Workload
-from .points import CONTENDERS, CTA
+from .points import CLUSTER, CONTENDERS, CTA, GRID
 
 #: How often a program of a grid looks for the others: about a second, where its default is ten.
 PATIENCE = 1 << 20
 #: What form the sizes that no single program holds are asked to take.
 ASKED: dict[str, Form] = {"walk": "grid", "grid": "grid", "grid-resident": "grid", "step": "step"}
-FORMS = (CTA, *ASKED)
+#: In which regime cuda runs in a form.
+REGIMES: dict[str, cuda_kernels.Regime] = {CTA: "cta", CLUSTER: "cluster", GRID: "grid"}
+FORMS = (*REGIMES, *ASKED)
 
 
 class Kinds(NamedTuple):
@@ -86,12 +88,36 @@ def declined(workload: Workload, kind: str, device: cuda_kernels.Device) -> str 
 
 
 def forms(workload: Workload, kind: str, kinds: Kinds) -> list[str]:
-    """In which ours run: cuda's, where it supports the workload, and those that triton can take,
-    two where no single program holds a recurrence."""
+    """In which ours run: cuda's, where it supports the workload, in teams each that holds it; and
+    those that triton can take, two where no single program holds a recurrence."""
     found = []
     if "cuda" in kinds.contenders and kinds.cuda is not None:
-        found += [CTA] * (declined(workload, kind, kinds.cuda) is None)
+        found += _of_cuda(workload, kind, kinds.cuda)
     return found + (_of_triton(workload, kind, kinds) if "triton" in kinds.contenders else [])
+
+
+def _of_cuda(workload: Workload, kind: str, device: cuda_kernels.Device) -> list[str]:
+    """The planned one first."""
+    if declined(workload, kind, device) is not None:
+        return []
+    cell, H = TEXTS.get(workload.cell, workload.cell), workload.H
+    planned = cuda_plan.regime_of(cell, kind, H, workload.B, workload.D, True, device)
+    if planned == "cta":
+        return [CTA]
+    found = {
+        form: regime
+        for form, regime in REGIMES.items()
+        if regime != "cta" and cuda_teams.declined(cell, kind, regime, H, device) is None
+    }
+    return sorted(found, key=lambda form: found[form] != planned)
+
+
+def planned(row: dict[str, Any], device: cuda_kernels.Device) -> str:
+    """The form in which cuda runs the layer of a row where nobody asks for another."""
+    cell, training = TEXTS.get(row["cell"], row["cell"]), row["way"] == "training"
+    H, B, R = (int(row[name]) for name in ("H", "B", "directions"))
+    regime = cuda_plan.regime_of(cell, row["type"], H, B, R, training, device)
+    return next(form for form, of in REGIMES.items() if of == regime)
 
 
 def _of_triton(workload: Workload, kind: str, kinds: Kinds) -> list[str]:
@@ -122,13 +148,19 @@ def kernels(workload: Workload, kind: str, kinds: Kinds) -> tuple[Any, ...]:
 
 
 def as_form(form: str) -> AbstractContextManager[None]:
-    if form == CTA:
-        return nullcontext()
-    return backend.larger_as(ASKED[form])
+    if form not in REGIMES:
+        return backend.larger_as(ASKED[form])
+    cuda = load("cuda")
+    assert not isinstance(cuda, str), cuda
+    return cuda.larger_as(REGIMES[form])
 
 
-def short_patience() -> AbstractContextManager[None]:
-    return backend.patience(PATIENCE)
+@contextmanager
+def short_patience() -> Iterator[None]:
+    cuda = imported("cuda")
+    ours = nullcontext() if isinstance(cuda, str) else cuda.patience(PATIENCE)
+    with backend.patience(PATIENCE), ours:
+        yield
 
 
 @contextmanager
@@ -168,12 +200,14 @@ def _launch(task: Any, kind: str) -> Launch:
 
 
 def _launch_of_cuda(name: str) -> Launch | None:
-    """Of a kernel's name, 'forward_lstm_bfloat16_128'; None where it is no loop over time."""
+    """Of a kernel's name, 'forward_lstm_bfloat16_128', or with a team's regime behind it; None
+    where it is no loop over time."""
     way, _, rest = name.partition("_")
     if way == "previous":
         return None
-    cell, kind, _ = rest.rsplit("_", 2)
-    return Launch(cell, way, CTA, kind)
+    cell, kind, last = rest.rsplit("_", 2)
+    form = next((form for form, regime in REGIMES.items() if regime == last), CTA)
+    return Launch(cell, way, form, kind)
 
 
 Listener = Callable[[Launch, bool], None]

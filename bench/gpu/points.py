@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastseq.backends.cuda_plan import H100, largest
+from fastseq.backends.cuda_plan import H100, any_holds, largest
 
 from ..workloads import TEXTS, Workload, matching
 
@@ -29,9 +29,29 @@ LAST = "long-*"
 CTA_SIZES = {"T": (512, 2048, 128, 32), "H": (128, 64, 32), "B": (1, 8, 32, 128, 512)}
 SAMPLE = 80
 HOWS = ("graph", "calls")
-#: Our backends, and the form in which cuda runs: one CTA owns some sequences for all of time.
+#: The sizes for which cuda's teams have a target, the most telling first; patterns name them as
+#: team-*. Hidden units and sequences, each at both numbers of steps.
+TEAM_SIZES = (
+    *((512, 16), (256, 1), (768, 16), (1024, 64), (256, 16), (512, 1), (512, 64), (1024, 16)),
+    *((768, 1), (768, 64), (1024, 1), (2048, 16), (256, 64), (2048, 1), (2048, 64)),
+    *((512, 256), (1024, 256), (256, 256), (768, 256), (2048, 256)),
+)
+TEAM_STEPS = (1024, 64)
+#: And beside LSTM and GRU of one layer in one direction: cell, hidden units, sequences, layers,
+#: whether in both directions.
+TEAM_OTHERS = (
+    ("lstm", 512, 16, 1, True),
+    ("lstm", 512, 16, 2, False),
+    ("gru", 1024, 16, 1, True),
+    ("gru", 256, 64, 2, False),
+    *(("rnn", H, B, 1, False) for H, B in ((512, 16), (1024, 64), (2048, 1))),
+)
+#: Our backends.
 CONTENDERS = ("cuda", "triton")
-CTA = "cta"
+#: The forms in which cuda runs: one CTA owns some sequences for all of time; a team of CTAs does, a
+#: cluster or part of a grid that is on the GPU all at once.
+CTA, CLUSTER, GRID = "cta", "team-cluster", "team-grid"
+TEAMS = (CLUSTER, GRID)
 
 FIELDS = (
     "name shape cell T B I H layers directions ragged type way contender form how ms best_ms "
@@ -41,7 +61,7 @@ FIELDS = (
 
 def contender(form: str) -> str:
     """The backend that a form belongs to."""
-    return "cuda" if form == CTA else "triton"
+    return "cuda" if form in (CTA, *TEAMS) else "triton"
 
 
 class Unit(NamedTuple):
@@ -133,13 +153,48 @@ def _of_cta(wanted: list[Workload]) -> Iterator[Point]:
                     yield from _both_ways(workload, kind)
 
 
+def _of_teams(wanted: list[Workload], kinds: tuple[str, ...], T: int) -> Iterator[Point]:
+    """In the order of the sizes; LSTM and GRU beside each other, in each type."""
+    sizes = {w.name: w for w in wanted if w.T == T}
+    for workload, kind in itertools.product(sizes.values(), kinds):
+        cell = TEXTS.get(workload.cell, workload.cell)
+        if any_holds(cell, kind, workload.H, True, H100):
+            yield from _both_ways(workload, kind)
+
+
+def team() -> list[Workload]:
+    """Where a team of CTAs shares the weights of a layer: LSTM and GRU at every size, then what has
+    two directions or layers, and Elman's cell."""
+    found = []
+
+    def add(cell: str, T: int, H: int, B: int, layers: int = 1, both: bool = False) -> None:
+        name = f"team-{cell}-h{H}-b{B}-t{T}" + f"-x{layers}" * (layers > 1) + "-both" * both
+        given = {"T": T, "B": B, "I": H, "H": H, "layers": layers, "bidirectional": both}
+        found.append(Workload(name, cell, **given, source="fastseq: what teams hold"))  # type: ignore[arg-type]
+
+    for T in TEAM_STEPS:
+        for H, B in TEAM_SIZES:
+            for cell in ("lstm", "gru"):
+                add(cell, T, H, B)
+        for other, H, B, layers, both in TEAM_OTHERS:
+            add(other, T, H, B, layers, both)
+    return found
+
+
 def is_persistent(row: dict[str, Any]) -> bool:
-    """Whether torch 2.11 asks cuDNN to keep the weights on the chip, as those of small layers."""
+    """Whether torch 2.11 asks cuDNN to keep the weights on the chip, on an A100 or a later device
+    of that kind: those of small layers; in float16 also those of larger ones whose sizes fit."""
     if row["ragged"] == "yes" or " P" in row["shape"] or row["type"] == "bfloat16":
         return False
     training, elman = row["way"] == "training", row["cell"] == "rnn"
+    H, I, B = (int(row[name]) for name in ("H", "I", "B"))  # noqa: E741
+    one = str(row["layers"]) == str(row["directions"]) == "1"
+    if row["type"] == "float16" and one and row["cell"] != "gru":
+        fits = H <= 1024 and H % 128 == I % 128 == B % 8 == 0 and B <= 128
+        if fits and not (elman and B >= 96 and H >= 896):
+            return True
     most = (256 if training else 384) if elman else (128 if training else 192)
-    return int(row["H"]) <= most
+    return H <= most
 
 
 def _both_ways(workload: Workload, kind: str) -> Iterator[Point]:
@@ -174,14 +229,17 @@ def points(patterns: str | None, types: str | None = None) -> Iterator[Point]:
 
 def _every(patterns: str | None) -> Iterator[Point]:
     named = HEADLINE if patterns == "headline" else patterns
-    own = cta()
+    own = [*cta(), *team()]
     wanted = [*matching(None), *own] if named is None else matching(named, own)
     listed = [w for w in wanted if w not in own]
-    of_cta = list(_of_cta([w for w in wanted if w in own]))
+    of_cta = list(_of_cta([w for w in wanted if w.name.startswith("cta-")]))
+    of_team = [w for w in wanted if w.name.startswith("team-")]
     *early, last = tiers([w for w in listed if w.dtype is torch.float32])
     for workload in early[0]:
         for kind in FIRST_TYPES:
             yield from _both_ways(workload, kind)
+    long, short = TEAM_STEPS
+    yield from _of_teams(of_team, ("bfloat16", "float16"), long)
     first = [p for p in of_cta if p.workload.T == CTA_SIZES["T"][0] and p.workload.H == 128]
     yield from first
     for workload in itertools.chain(*early[1:]):
@@ -192,6 +250,8 @@ def _every(patterns: str | None) -> Iterator[Point]:
     for workload in last:
         for kind in TYPES:
             yield from _both_ways(workload, kind)
+    yield from _of_teams(of_team, ("tf32",), long)
+    yield from _of_teams(of_team, FIRST_TYPES, short)
     yield from (p for p in of_cta if p not in first)
     if patterns is None:
         every_size = [(w, kind) for w in grid() for kind in FIRST_TYPES]

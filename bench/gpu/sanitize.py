@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .budget import Clock
 from .machine import tool
-from .points import CONTENDERS, CTA, contender
+from .points import CLUSTER, CONTENDERS, CTA, GRID, TEAMS, contender
 from .testing import ROOT, _apart, _end, environment
 
 #: How compute-sanitizer ends where it found something.
@@ -36,6 +36,8 @@ class Check(NamedTuple):
 
 
 CHECKS = [
+    *(Check(name, form) for form in TEAMS for name in ("memcheck", "racecheck")),
+    *(Check(name, form) for form in TEAMS for name in ("synccheck", "initcheck")),
     *(Check(name, "cta") for name in ("memcheck", "racecheck", "synccheck", "initcheck")),
     *(Check("memcheck", form) for form in ("walk", "grid-resident", "grid", "step")),
     *(Check("racecheck", form) for form in ("walk", "grid-resident")),
@@ -46,7 +48,15 @@ CHECKS = [
 PLACES = re.compile(r"\bat (.+?)\+0x[0-9a-f]+")
 CUBLAS = re.compile("nvjet_|cublas|cutlass")
 #: The hidden size that takes a form.
-SIZES = {"cta": 64, "walk": 64, "grid-resident": 256, "grid": 200, "step": 200}
+SIZES = {
+    "cta": 64,
+    CLUSTER: 160,
+    GRID: 272,
+    "walk": 64,
+    "grid-resident": 256,
+    "grid": 200,
+    "step": 200,
+}
 #: What an odd size is named. Where eight divides the widths, cuBLAS writes a product in 16 bits by
 #: TMA, of which initcheck knows nothing: it takes the product for memory that nobody wrote, in
 #: torch's own layers too.
@@ -62,12 +72,17 @@ class Case(NamedTuple):
     H: int
     B: int = 5
     zoneout: float = 0.0
+    directions: int = 1
 
 
 def cases(form: str, less: int = 0) -> list[Case]:
     """What runs under the sanitizer. less: of units."""
     H = SIZES[form] - less
     found = [Case("LSTM", "bfloat16", H), Case("GRU", "bfloat16", H), Case("LSTM", "float32", H)]
+    if form in TEAMS:
+        # a team of several tiles of sequences, and teams of both directions beside each other
+        found += [Case("RNN", "float16", H, 33), Case("LSTM", "bfloat16", 129, directions=2)]
+        return found
     if form == CTA:
         many = [Case("RNN", "float16", 128 - less, 512), Case("LSTM", "float16", 32 - less, 512)]
         return found + many
@@ -89,12 +104,14 @@ def exercise(name: str) -> None:
             torch.manual_seed(0)
             given = {"device": "cuda", "dtype": getattr(torch, case.type)}
             options = {"backend": contender(form), "zoneout": case.zoneout}
+            options["bidirectional"] = case.directions == 2
             layer = getattr(fastseq, case.cell)(24 + less, case.H, **given, **options)
             x = torch.randn(4, case.B, 24 + less, requires_grad=True, **given)
             for lengths in (None, torch.arange(case.B) * 3 % 4 + 1):
                 y = layer(x, lengths=lengths)[0]
                 y.float().sum().backward()
         torch.cuda.synchronize()
+        fastseq.check()  # of kernels that waited in vain
         print(f"{case} {form}: ran", flush=True)
 
 

@@ -19,6 +19,8 @@ T, B = 128, 16
 #: cuDNN keeps the weights of an LSTM in float16 on the chip.
 SIZES = {
     "cta": (128, 64),
+    "team-cluster": (512,),
+    "team-grid": (768,),
     "walk": (128, 64, 32),
     "grid-resident": (512, 256, 128),
     "grid": (1024, 1280, 512, 256),

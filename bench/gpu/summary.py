@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastseq.backends.cuda_kernels import H100, Device
+
 from . import forms
-from .points import CTA, FIRST_TYPES, HOWS, contender, is_fault, is_persistent
+from .points import CTA, FIRST_TYPES, HOWS, TEAMS, contender, is_fault, is_persistent
 from .results import Results
 
 #: What is printed fits where only the end of an output is kept.
 MOST_ROWS, MOST_FAILURES, MOST_LETTERS = 60, 15, 11_000
 WAYS = ("forward", "backward")
 WINDOW = ("outside", "inside")
+PLANNED = "as planned"
 
 
 @dataclass
@@ -31,10 +34,11 @@ class Stage:
 
 @dataclass
 class Run:
-    """All that the page speaks of."""
+    """All that the page speaks of. device: what cuda plans for."""
 
     results: Results
     about: dict[str, str]
+    device: Device | None = None
     stages: list[Stage] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -67,6 +71,9 @@ def page(run: Run) -> str:
         more = len(run.failures) - len(shown)
         lines = [f"- {_cell(text)[:200]}" for text in shown]
         parts.append("## Failures\n\n" + "\n".join(lines + [f"- and {more} more"] * (more > 0)))
+    teams = of_teams(run.results.rows, run.results, run.device or H100)
+    if teams:
+        parts.append("## cuda beside cuDNN, by teams\n\n" + teams)
     cta = of_cta(run.results.rows, run.results)
     if cta:
         parts.append("## cuda beside cuDNN, where one CTA holds a layer\n\n" + cta)
@@ -152,39 +159,93 @@ def speed_ups(rows: list[dict[str, Any]], results: Results) -> str:
 def of_cta(rows: list[dict[str, Any]], results: Results) -> str:
     """cuDNN's time over cuda's at the points of cuda's target: the geometric mean and the least, in
     and out of cuDNN's persistent window; and the least time of a step of one sequence, H = 128."""
+    ours = [row for row in rows if row["name"].startswith("cta-") and row["form"] == CTA]
+    ratios, unseen = _ratios(rows, ours, results.verdicts())
+    parts = [table(HEADER, lines)] if (lines := list(_means(ratios))) else []
+    if steps := _steps(ours):
+        parts.append("Least time of a step, B = 1, H = 128, forward in a graph: " + steps)
+    return "\n\n".join(parts + _unseen(unseen))
+
+
+def of_teams(rows: list[dict[str, Any]], results: Results, device: Device) -> str:
+    """The same of the points that teams hold: in the form that is planned, then in each; and what a
+    step takes at two sizes."""
+    ours = [row for row in rows if row["name"].startswith("team-") and row["form"] in TEAMS]
+    planned = [row for row in ours if row["form"] == forms.planned(row, device)]
     verdicts = results.verdicts()
-    some = [row for row in rows if row["name"].startswith("cta-") and row["ms"]]
+    parts: list[str] = []
+    lines: list[tuple[str, ...]] = []
+    for name in (PLANNED, *TEAMS):
+        some = planned if name == PLANNED else [row for row in ours if row["form"] == name]
+        ratios, _ = _ratios(rows, some, verdicts)
+        lines += [(name, *line) for line in _means(ratios)]
+    if lines:
+        parts.append(table(("form", *HEADER), lines))
+    for H, B in ((768, 16), (256, 1)):
+        if steps := _steps_of_teams(ours, H, B):
+            parts.append(f"us a step, T = 1024, B = {B}, H = {H}, in a graph: {steps}")
+    _, unseen = _ratios(rows, ours, verdicts)
+    return "\n\n".join(parts + _unseen(unseen))
+
+
+HEADER = ("way", "how", "cuDNN's window", "geometric mean", "least", "at", "1x or more")
+#: (way, how, whether inside of cuDNN's window) -> ratios, and of which point.
+Ratios = dict[tuple[str, ...], list[tuple[float, str]]]
+
+
+def _ratios(
+    rows: list[dict[str, Any]], ours: list[dict[str, Any]], verdicts: dict[str, str]
+) -> tuple[Ratios, int]:
+    """cuDNN's time over ours, and how many do not count."""
     keys = ("name", "type", "way", "how")
-    theirs = {tuple(r[k] for k in keys): r for r in some if r["contender"] == "cudnn"}
-    ours = [r for r in some if r["form"] == CTA]
-    found: dict[tuple[str, ...], list[tuple[float, str]]] = {}
+    theirs = {tuple(r[k] for k in keys): r for r in rows if r["contender"] == "cudnn" and r["ms"]}
+    found: Ratios = {}
     unseen = 0
     for row in ours:
         other = theirs.get(tuple(row[k] for k in keys))
-        if other is None:
+        if other is None or not row["ms"]:
             continue
         if row["error"] or Results.tested(row, verdicts) != "yes":
             unseen += 1
             continue
         window = "inside" if is_persistent(row) else "outside"
-        point = f"{row['name'].removeprefix('cta-')} {row['type']}"
+        point = f"{row['name'].partition('-')[2]} {row['type']}"
         key = (row["way"], row["how"], window)
         found.setdefault(key, []).append((float(other["ms"]) / float(row["ms"]), point))
-    lines = []
+    return found, unseen
+
+
+def _means(found: Ratios) -> Iterator[tuple[str, ...]]:
     for way, how, window in itertools.product(("forward", "training"), HOWS, WINDOW):
         if ratios := found.get((way, how, window)):
             mean = math.exp(statistics.fmean(math.log(ratio) for ratio, _ in ratios))
             ahead = sum(ratio >= 1 for ratio, _ in ratios)
             worst, where = min(ratios)
             count = f"{ahead} of {len(ratios)}"
-            lines.append((way, how, window, f"{mean:.2f}x", f"{worst:.2f}x", where, count))
-    header = ("way", "how", "cuDNN's window", "geometric mean", "least", "at", "1x or more")
-    parts = [table(header, lines)] if lines else []
-    if steps := _steps(ours):
-        parts.append("Least time of a step, B = 1, H = 128, forward in a graph: " + steps)
-    if unseen:
-        parts.append(f"{unseen} times are not counted: their tests are not green, or did not run.")
-    return "\n\n".join(parts)
+            yield way, how, window, f"{mean:.2f}x", f"{worst:.2f}x", where, count
+
+
+def _unseen(count: int) -> list[str]:
+    if not count:
+        return []
+    return [f"{count} times are not counted: their tests are not green, or did not run."]
+
+
+def _steps_of_teams(ours: list[dict[str, Any]], H: int, B: int) -> str:
+    """Forward and training, by cell, type and form."""
+    found: dict[str, dict[str, str]] = {}
+    for row in ours:
+        sizes = tuple(row[name] for name in ("T", "B", "H", "layers", "directions"))
+        if sizes == ("1024", str(B), str(H), "1", "1") and row["how"] == "graph" and row["ms"]:
+            if not row["error"]:
+                us = float(row["ms"]) * 1e3 / 1024
+                found.setdefault(f"{row['cell']} {row['type']} {row['form']}", {})[row["way"]] = (
+                    f"{us:.2f}"
+                )
+    return "; ".join(
+        f"{key} {', '.join(f'{way} {us}' for way, us in ways.items())}"
+        for key, ways in found.items()
+    )
 
 
 def _steps(ours: list[dict[str, Any]]) -> str:
@@ -192,7 +253,7 @@ def _steps(ours: list[dict[str, Any]]) -> str:
     least: dict[str, tuple[float, str]] = {}
     for row in ours:
         told = row["way"], row["how"], row["B"], row["H"], row["error"]
-        if told == ("forward", "graph", "1", "128", ""):
+        if row["ms"] and told == ("forward", "graph", "1", "128", ""):
             us = float(row["ms"]) * 1e3 / int(row["T"])
             key = f"{row['cell']} {row['type']}"
             least[key] = min(least.get(key, (math.inf, "")), (us, f"T = {row['T']}"))

@@ -6,7 +6,10 @@
 //   ./latency            a line of CSV for each figure: name, CTAs, bytes, ns (median), least ns
 //
 // A step of `cluster-push` and of `grid-packets` is what a recurrence's step does with h: each CTA gives
-// its slice to all the others and waits for theirs. Waits give up after a second, so nothing hangs.
+// its slice to all the others and waits for theirs. In one of `cluster-scatter` and `grid-scatter` it
+// gives each of them a piece of its own, and adds up what it is given, as a step backward does with
+// sums. The number behind `-ahead` and `grid-scatter` is how many packets a thread asks for before it
+// looks at any. Waits give up after a second, so nothing hangs.
 
 #include <algorithm>
 #include <cooperative_groups.h>
@@ -183,6 +186,116 @@ __global__ void grid_packets(int steps, int bytes, uint4* buffers, uint32_t epoc
     __syncthreads();
   }
   if (sum == 0x7fffffff) std::printf("never\n");
+}
+
+// The same, where a thread asks for several packets before it looks at any: it waits once for all of
+// them, as the kernels of csrc/cuda do.
+template <int kAhead>
+__global__ void grid_packets_ahead(int steps, int bytes, uint4* buffers, uint32_t epoch0) {
+  const int packets = bytes / 16;
+  const int all = packets * gridDim.x, threads = blockDim.x;
+  uint32_t sum = 0;
+  for (int t = 0; t < steps; ++t) {
+    uint4* buffer = buffers + static_cast<size_t>(t & 1) * all;
+    const uint32_t epoch = epoch0 + t;
+    for (int p = threadIdx.x; p < packets; p += threads)
+      store_packet(buffer + blockIdx.x * packets + p, make_uint4(sum, p, t, epoch));
+    for (int first = threadIdx.x; first < all; first += kAhead * threads) {
+      uint4 v[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+        if (first + k * threads < all) v[k] = load_packet(buffer + first + k * threads);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (first + k * threads >= all) continue;
+        const long long start = clock64();
+        while (v[k].w != epoch) {
+          give_up_after_a_second(start);
+          v[k] = load_packet(buffer + first + k * threads);
+        }
+        if (v[k].z != static_cast<uint32_t>(t)) atomicAdd(&torn_packets, 1);
+        sum += v[k].y;
+      }
+    }
+    __syncthreads();
+  }
+  if (sum == 0x7fffffff) std::printf("never\n");
+}
+
+// Every CTA gives each other one `bytes` of packets of its own, and adds up what it gets: a warp what
+// some of the CTAs gave, kAhead of them at once.
+template <int kAhead>
+__global__ void grid_scatter(int steps, int bytes, uint4* buffers, uint32_t epoch0) {
+  const int ctas = gridDim.x, packets = bytes / 16;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const size_t all = static_cast<size_t>(packets) * ctas * ctas;
+  uint32_t sum = 0;
+  for (int t = 0; t < steps; ++t) {
+    uint4* buffer = buffers + (t & 1) * all;
+    const uint32_t epoch = epoch0 + t;
+    for (int p = threadIdx.x; p < packets * ctas; p += blockDim.x)
+      store_packet(buffer + (static_cast<size_t>(p / packets) * ctas + blockIdx.x) * packets + p % packets,
+                   make_uint4(sum, p, t, epoch));
+    const uint4* mine = buffer + static_cast<size_t>(blockIdx.x) * ctas * packets;
+    for (int p = lane; p < packets; p += 32)
+      for (int first = warp; first < ctas; first += warps * kAhead) {
+        uint4 v[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k)
+          if (first + k * warps < ctas) v[k] = load_packet(mine + (first + k * warps) * packets + p);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          if (first + k * warps >= ctas) continue;
+          const long long start = clock64();
+          while (v[k].w != epoch) {
+            give_up_after_a_second(start);
+            v[k] = load_packet(mine + (first + k * warps) * packets + p);
+          }
+          if (v[k].z != static_cast<uint32_t>(t)) atomicAdd(&torn_packets, 1);
+          sum += v[k].y;
+        }
+      }
+    __syncthreads();
+  }
+  if (sum == 0x7fffffff) std::printf("never\n");
+}
+
+// Every CTA of a cluster pushes to each of its CTAs (itself too) a piece of its own, `bytes` of float32,
+// and adds up the pieces that it is given, one of each.
+__global__ void cluster_scatter(int steps, int bytes) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ uint64_t full[2];
+  const int size = static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+  const uint32_t me = cluster_rank();
+  const int taken = bytes * size, vectors = bytes / 16;
+  if (threadIdx.x == 0) {
+    mbarrier_init(&full[0], 1);
+    mbarrier_init(&full[1], 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarrier_expect(&full[0], taken);
+    mbarrier_expect(&full[1], taken);
+  }
+  cluster_meet();
+  float sum = threadIdx.x * 1e-3f;
+  for (int t = 0; t < steps; ++t) {
+    const int b = t & 1;
+    for (int p = threadIdx.x; p < vectors * size; p += blockDim.x) {
+      const uint32_t peer = p / vectors, word = __float_as_uint(sum + p);
+      const uint32_t place = b * taken + me * bytes + (p % vectors) * 16;
+      push16(at_rank(shared_address(shared + place), peer), make_uint4(word, word, word, word),
+             at_rank(shared_address(&full[b]), peer));
+    }
+    mbarrier_wait(&full[b], (t >> 1) & 1);
+    float total = 0;
+    for (int k = threadIdx.x; k < bytes / 4; k += blockDim.x)
+      for (int from = 0; from < size; ++from)
+        total += *reinterpret_cast<const float*>(shared + b * taken + from * bytes + k * 4);
+    sum = total * 1e-6f;
+    __syncthreads();
+    if (threadIdx.x == 0 && t + 2 < steps) mbarrier_expect(&full[b], taken);
+  }
+  cluster_meet();
+  if (sum == 12345.0f) std::printf("never\n");
 }
 
 // The same with one counter: write, one thread adds, all wait for it, read past L1.
@@ -479,6 +592,17 @@ int main() {
     });
   }
 
+  // A piece of its own from each to each, of 32 hidden units of 8, 16 or 32 sequences.
+  CHECK(cudaFuncSetAttribute(cluster_scatter, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  for (int size : {4, 8, 10, 16})
+    for (int bytes : {1024, 2048, 4096}) {
+      const int shared = 2 * bytes * size;
+      allow(cluster_scatter, shared);
+      time_it("cluster-scatter", size, bytes, kSteps, [&] {
+        return launch(cluster_scatter, size, 256, shared, size, false, kSteps, bytes);
+      });
+    }
+
   // Everyone's slice to everyone, through L2.
   for (int ctas : {8, 16, 32, 64, 128})
     for (int total : {4096, 16384, 32768, 65536, 131072}) {
@@ -491,6 +615,39 @@ int main() {
         return error;
       });
     }
+  // The slices of 16 hidden units of 2, 8, 16 and 64 sequences in 16 bits, 96 bytes of packets for
+  // two of them; the teams of H = 256, 512, 768, 1024 and 2048.
+  for (int ctas : {16, 32, 48, 64, 128})
+    for (int pages : {1, 4, 8, 32}) {
+      const int bytes = 96 * pages;
+      time_it("grid-packets-ahead-1", ctas, bytes, kSteps, [&] {
+        cudaError_t error =
+            launch(grid_packets, ctas, 256, 0, 1, true, kSteps, bytes, buffers, epoch);
+        epoch += kSteps;
+        return error;
+      });
+      time_it("grid-packets-ahead-3", ctas, bytes, kSteps, [&] {
+        cudaError_t error =
+            launch(grid_packets_ahead<3>, ctas, 256, 0, 1, true, kSteps, bytes, buffers, epoch);
+        epoch += kSteps;
+        return error;
+      });
+      time_it("grid-packets-ahead-8", ctas, bytes, kSteps, [&] {
+        cudaError_t error =
+            launch(grid_packets_ahead<8>, ctas, 256, 0, 1, true, kSteps, bytes, buffers, epoch);
+        epoch += kSteps;
+        return error;
+      });
+    }
+  // Sums of 16 hidden units of 8 and 16 sequences, from each to each.
+  for (int ctas : {16, 32, 48, 64, 128})
+    for (int bytes : {512, 1024})
+      time_it("grid-scatter-8", ctas, bytes, kSteps, [&] {
+        cudaError_t error =
+            launch(grid_scatter<8>, ctas, 256, 0, 1, true, kSteps, bytes, buffers, epoch);
+        epoch += kSteps;
+        return error;
+      });
   unsigned torn = 0;
   CHECK(cudaMemcpyFromSymbol(&torn, torn_packets, sizeof torn));
   std::printf("torn-packets,0,16,%u,%u,\n", torn, torn);

@@ -24,6 +24,7 @@ __asm__(".symver dlerror,dlerror@GLIBC_2.17");
   X(cuInit) \
   X(cuGetErrorName) \
   X(cuGetErrorString) \
+  X(cuDeviceGetAttribute) \
   X(cuCtxGetDevice) \
   X(cuCtxSetCurrent) \
   X(cuDevicePrimaryCtxGetState) \

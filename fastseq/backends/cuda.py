@@ -80,6 +80,7 @@ SIGNATURES = {
     "launch": "(name, device, stream, (x, y, z), threads, shared, arguments, cluster, together)",
     "occupancy": "(name, device, threads, shared) -> CTAs of a multiprocessor",
     "clusters": "(name, device, size, threads, shared) -> clusters on the device at once",
+    "limits": "(device) -> {mps, cooperative}",
 }
 #: The driver that runs what nvcc 13 makes.
 DRIVER = 580
@@ -168,7 +169,10 @@ def _device(index: int) -> Device:
         # whatever the cell, a team's CTA has a multiprocessor to itself
         kernel = TEAMS["forward_lstm_bfloat16_cluster"]
         given = kernel.threads, found.shared_memory
-        counts = [_clusters(kernel.name, index, n, *given) for n in range(1, MOST_OF_A_CLUSTER + 1)]
+        with torch.cuda.device(index):
+            torch.empty(1, device="cuda")  # the driver counts where there is a context
+            sizes = range(1, MOST_OF_A_CLUSTER + 1)
+            counts = [_clusters(kernel.name, index, size, *given) for size in sizes]
         found = replace(found, clusters=(0, *counts))
     return replace(found, mps=bool(limits["mps"]), cooperative=bool(limits["cooperative"]))
 
@@ -330,8 +334,8 @@ class _Task(Layer):
         assert w_hh is not None
         given["w_hh"] = self.in_vectors(w_hh)
         given |= {"tile": teams.sequences, "team": teams.team, "layers": teams.layers}
-        given["fault"] = faults.flag(self.device)
-        given |= {"code": faults.code(kernel.name), "patience": _patience[kernel.regime]}
+        given |= {"fault": faults.flag(self.device), "patience": _patience[kernel.regime]}
+        given["code"] = faults.code(f"cuda's kernel {kernel.name}")
         each = kernel.packets(self.H, teams.sequences)
         room = [each * one.tiles * self.R for one in teams.launches]
         # zeros: of no exchange; each launch has its own

@@ -9,7 +9,8 @@ The regimes in which a layer can run:
 - ``cta``: one CTA owns 8 sequences of a recurrence for all of time, or 4 where every CTA then has a
   multiprocessor of its own, with all weights on the chip; where a layer fits, this one
 - ``cluster`` and ``grid``: a team of CTAs shares the weights and hands h around
-  (:mod:`.cuda_teams`); where one CTA does not hold a layer, the one that is modelled to be faster
+  (:mod:`.cuda_teams`); where one CTA does not hold a layer, the one that was measured to be faster
+  on devices of that compute capability, else the one that is modelled to be
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Literal
 import torch
 
 from ..cells import CELLS, Cell
-from . import cuda_teams, cuda_time
+from . import cuda_rule, cuda_teams, cuda_time
 from .contract import Problem
 from .cuda_kernels import (
     A100,
@@ -410,10 +411,16 @@ def regime_of(
     cell: str, type: str, H: int, B: int, R: int, training: bool, device: Device
 ) -> Regime:
     """In which regime a layer runs that some regime holds: that of one CTA where it does, else the
-    one whose forward and backward are modelled to take less time."""
+    one that was measured to be faster, or whose forward and backward are modelled to be."""
     if not CELLS[cell].recurrent_gates or H <= largest(cell, type, training, device):
         return "cta"
     able = [r for r in _TEAMS if cuda_teams.declined(cell, type, r, H, device) is None]
+
+    capability, way = "{}.{}".format(*device.capability), "training" if training else "forward"
+    measured = cuda_rule.measured_regime(capability, cell, type, way, H, B, R)
+    for regime in able:
+        if regime == measured:
+            return regime
 
     def step(regime: Regime) -> float:
         ways: tuple[Way, ...] = ("forward", "backward")
@@ -463,7 +470,7 @@ def wave_of(problem: Problem, device: Device, precision: Precision) -> str | Non
         return None
     steps = []
     for way in ("forward", "backward"):
-        kernel = cuda_teams.kernel_of(way, p.cell, type, "wave")  # type: ignore[arg-type]
+        kernel = cuda_teams.kernel_of(way, p.cell, type, "wave")
         assert kernel is not None
         steps.append(cuda_teams.arrange(kernel, p.H, p.B, 1, device, p.layers))
     size = steps[0].cluster

@@ -72,11 +72,29 @@ def width_of(H: int) -> str:
 
 def size_of(H: int, B: int, T: int) -> str:
     """'H65-128 B9-32 T2+'. One step a call is all fixed cost, and T65536+ is too long for cuDNN."""
+    steps = "T1" if T == 1 else "T2+" if T <= LONGEST else f"T{LONGEST + 1}+"
+    return f"{width_of(H)} {_batch_of(B)} {steps}"
+
+
+def _batch_of(B: int) -> str:
     place = bisect_left(BATCHES, B)
     least = BATCHES[place - 1] + 1 if place else 1
     most = f"-{BATCHES[place]}" if place < len(BATCHES) else "+"
-    steps = "T1" if T == 1 else "T2+" if T <= LONGEST else f"T{LONGEST + 1}+"
-    return f"{width_of(H)} B{least}{most if place else ''} {steps}"
+    return f"B{least}{most if place else ''}"
+
+
+def team_size_of(H: int, B: int, R: int) -> str:
+    """'H257-512 B9-32', and of several directions 'H257-512 B9-32 R2': what decides on the regime
+    of cuda's teams."""
+    return f"{width_of(H)} {_batch_of(B)}" + f" R{R}" * (R > 1)
+
+
+def measured_regime(
+    capability: str, cell: str, type: str, way: str, H: int, B: int, R: int
+) -> str | None:
+    """In which regime cuda's teams were measured to be faster; None where they were not."""
+    measured = measured_cuda.MEASURED_REGIMES.get(capability, {}).get((cell, type, way), {})
+    return measured.get(team_size_of(H, B, R))
 
 
 def kind_of(recurrences: int, ragged: bool, projected: bool) -> str:

@@ -798,3 +798,7 @@ GREEN_CUDA: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ),
     },
 }
+
+#: Of cuda's teams: compute capability -> (cell, type, way) -> cuda_rule.team_size_of -> the regime
+#: that was measured to be faster there.
+MEASURED_REGIMES: dict[str, dict[tuple[str, str, str], dict[str, str]]] = {}

@@ -195,6 +195,9 @@ class OnHost:
         """How many of that size can be there at once."""
         return self.clusters_at_once
 
+    def limits(self, device: int) -> dict[str, int]:
+        return {"mps": 0, "cooperative": 1}
+
 
 def forget() -> None:
     """What was asked before of backends and of choices among them."""

@@ -57,6 +57,8 @@ _meet = barrier.meet
 barrier.meet = lambda programs, meetings: _meet(programs, meetings).fill_(1)  # all came
 smoke.SIZES = {
     "cta": (128, 64),
+    "team-cluster": (160,),
+    "team-grid": (272,),
     "walk": (32,),
     "grid-resident": (256,),
     "grid": (200,),
@@ -127,11 +129,15 @@ class Graph:
 
     def __init__(self):
         self.calls = []
-        self.form = backend._larger
+        self.form, self.regime = backend._larger, compiled._asked
 
     def replay(self):
         alive()
-        with torch.no_grad(), backend.larger_as(self.form):
+        with (
+            torch.no_grad(),
+            backend.larger_as(self.form),
+            compiled.larger_as(self.regime),
+        ):
             for function, args, kwargs, before in self.calls:
                 for old, new in zip(before, tree_leaves(function(*args, **kwargs)), strict=True):
                     both = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
@@ -226,7 +232,8 @@ class Extension(types.ModuleType):
         return " ".join(compiled.FIELDS)
 
     def kernels(self):
-        return (*cuda_kernels.KERNELS, *("_".join(map(str, p)) for p in cuda_kernels.PREVIOUS))
+        others = ("_".join(map(str, p)) for p in cuda_kernels.PREVIOUS)
+        return (*cuda_kernels.KERNELS, *cuda_kernels.TEAMS, *others)
 
     def launch(self, name, device, stream, grid, threads, shared, arguments, cluster, together):
         alive()
@@ -239,6 +246,7 @@ class Extension(types.ModuleType):
             )
         assert min(grid) > 0 and len(arguments) == 8 * len(compiled.FIELDS)
         assert 1 <= cluster <= 16 and grid[0] % cluster == 0
+        assert not together or grid[0] * grid[1] * grid[2] <= 132
         LAUNCHES.append((name, grid))
 
     def occupancy(self, name, device, threads, shared):
@@ -249,8 +257,12 @@ class Extension(types.ModuleType):
         alive()
         return 132 // size
 
+    def limits(self, device):
+        alive()
+        return {"mps": 0, "cooperative": 1}
+
     def attributes(self, name, device):
-        kernel = cuda_kernels.KERNELS.get(name)
+        kernel = (cuda_kernels.KERNELS | cuda_kernels.TEAMS).get(name)
         sizes = (64, 256) if kernel is None else (kernel.registers, kernel.threads)
         return dict(registers=sizes[0], local=0, shared=0, threads=sizes[1], binary=90)
 

@@ -7,6 +7,7 @@
                  that is not current
    FAKE_SLOW     how many microseconds it takes to load, and to set an attribute
    FAKE_VERSION  of CUDA, 13000 if not given
+   FAKE_UNKNOWN  an attribute of devices that the driver does not know
 
    -DOLD leaves out what drivers of CUDA 11 lack. */
 #define _GNU_SOURCE
@@ -98,6 +99,13 @@ CUresult cuGetErrorName(CUresult code, const char** name) {
 CUresult cuGetErrorString(CUresult code, const char** text) {
   *text = code == 1 ? "invalid argument" : code == 209 ? "no kernel image is available" : 0;
   return *text ? 0 : 1;
+}
+/* Cooperative launches (95) on every device, MPS (133) on device 1. */
+CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
+  const char* unknown = getenv("FAKE_UNKNOWN");
+  if (unknown && atoi(unknown) == attribute) return *value = 1; /* an invalid value */
+  *value = attribute == 95 || (attribute == 133 && device == 1);
+  return said("cuDeviceGetAttribute", "%d of %d", attribute, device);
 }
 CUresult cuCtxGetDevice(int* device) {
   if (current >= 0) *device = current;

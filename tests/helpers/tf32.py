@@ -29,6 +29,13 @@ class _Product(torch.autograd.Function):
         return rounded(d) @ rounded(w), rounded(d).t() @ rounded(x)
 
 
+def affine(W, v, b):
+    """As the independent writing's (independent.py): W v + b, of a sequence or of several."""
+    columns = v if v.dim() == 2 else v[:, None]
+    found = _Product.apply(columns.t(), W).t().reshape(-1, *v.shape[1:])
+    return found if b is None else found + b
+
+
 def layer(module, x):
     """y and the final states of a float64 torch.nn.RNN (tanh), LSTM or GRU without projection, of
     x (T, B, I) and zero states."""
