@@ -45,7 +45,7 @@ struct Exchange<S, ByCluster> {
 
   DEVICE void take_in(int n) const {
     wait_for(me.a, lost, [&] { return has_come(box(n), n >> 1 & 1); });
-    if (thread() == 0 && n + 2 < count) expect(box(n), bytes);
+    if (thread() == 0 && n + 2 < count && !is_marked(lost)) expect(box(n), bytes);
   }
 
   DEVICE unsigned char* operand(int n) const {

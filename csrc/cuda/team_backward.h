@@ -247,7 +247,8 @@ DEVICE void team_backward(const Arguments& a) {
             const int tile = me.warp + (first + m) * S::WARPS;
 #pragma unroll
             for (int k = 0; k < 4; ++k) d[m][0][k] += d[m][1][k];
-            if (tile < me.team * S::SUBS) exchange.hand_sums(step, tile, n, elements, d[m][0]);
+            if (tile < me.team * S::SUBS && !lost)
+              exchange.hand_sums(step, tile, n, elements, d[m][0]);
           }
         };
 #pragma unroll

@@ -199,7 +199,7 @@ DEVICE void team_forward(const Arguments& a) {
         if (a.h_mask && there) handed *= number_at<Number>(a.h_mask, me.state(column, unit));
         put_number(page_of_h + me.lane * SIZE, handed);
         meet_warp();
-        exchange.hand_h(step, page, page_of_h);
+        if (!lost) exchange.hand_h(step, page, page_of_h);
         meet_warp();
       }
       if (!lives) continue;

@@ -48,7 +48,7 @@ from .cuda_kernels import (
     unit_tiles,
 )
 from .cuda_plan import Precision, decline, plan, regime_of
-from .cuda_teams import Arrangement, arrange
+from .cuda_teams import Arrangement, arrange, declined
 from .gpu_layer import Layer
 from .layout import declined_anywhere
 from .layout import side_by_side as saved_layout
@@ -266,6 +266,10 @@ class _Task(Layer):
         self.at_hand = device_at_hand(self.device.index)
         sizes = (self.cell.name, self.type, self.H, self.B, self.R)
         self.regime = _asked or regime_of(*sizes, training, self.at_hand)
+        if _asked in ("cluster", "grid"):
+            reason = declined(*sizes[:2], _asked, self.H, self.at_hand)
+            if reason is not None:
+                raise NotImplementedError(reason)
         self.unit_tiles = unit_tiles(self.cell, self.H)
 
     def tiles(self, way: Way) -> int:
