@@ -65,6 +65,8 @@ def cuda(monkeypatch, on_host):
     monkeypatch.setattr(found, "device_at_hand", lambda index=None: DEVICE)
     # a problem of the CPU does not know of TF32
     monkeypatch.setattr(found, "_precision", lambda tf32: "tf32")
+    # what waits in vain fails within a minute
+    monkeypatch.setattr(found, "_patience", {"cluster": 6000, "grid": 60000})
     cuda_on_host.forget()
     on_host.launched.clear()
     return found
@@ -239,9 +241,7 @@ def test_nothing_to_do(regime, T, B, lengths):
 
 
 #: A CTA has room for eight sequences of a team of five, and no more.
-FEW = {
-    way: TEAMS[f"{way}_gru_float16_grid"].shared(70, 9) - 1 for way in ("forward", "backward")
-}
+FEW = {way: TEAMS[f"{way}_gru_float16_grid"].shared(70, 9) - 1 for way in ("forward", "backward")}
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,11 @@ def test_directions_in_one_launch(regime, on_host):
 def test_a_layer_runs_as_planned(monkeypatch, on_host):
     """One CTA where it fits; a cluster, or a grid where there are none."""
     of_device(monkeypatch, multiprocessors=24)
-    for H, capability, size in ((64, (9, 0), "64"), (129, (9, 0), "cluster"), (129, (8, 0), "grid")):
+    for H, capability, size in (
+        (64, (9, 0), "64"),
+        (129, (9, 0), "cluster"),
+        (129, (8, 0), "grid"),
+    ):
         of_device(monkeypatch, capability=capability)
         on_host.launched.clear()
         fastseq.LSTM(4, H, backend="cuda", dtype=torch.bfloat16)(torch.randn(1, 1, 4).bfloat16())
@@ -340,7 +344,12 @@ def test_what_must_not_be_declined(walked, type, monkeypatch):
 def test_what_no_team_holds_raises_in_words(capsys):
     lstm, indrnn = (getattr(fastseq, n)(4, 140, backend="cuda") for n in ("LSTM", "IndRNN"))
     for regime, layer, device, words in (
-        ("cluster", lstm, {"clusters": (0, 1, 1)}, "H=140: a made-up GPU has no room for a cluster"),
+        (
+            "cluster",
+            lstm,
+            {"clusters": (0, 1, 1)},
+            "H=140: a made-up GPU has no room for a cluster",
+        ),
         ("grid", lstm, {"cooperative": False}, "a made-up GPU starts no grid all at once"),
         ("cluster", indrnn, {}, "cuda's clusters have no kernel of indrnn in float32"),
     ):

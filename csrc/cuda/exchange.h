@@ -111,6 +111,8 @@ struct Exchange<S, ByGrid> {
   DEVICE void begin() const { meet(); }
   DEVICE void end() const {}
 
+  // What the packets of an exchange are known by; those of no exchange are 0.
+  DEVICE static int epoch(int n) { return n + 1; }
   // The packets of an exchange of this team, where there is room for so many in each.
   DEVICE Words4* packets(int n, int64_t each) const {
     const int64_t team = int64_t(me.tile) * me.a.R + me.recurrence;
@@ -131,7 +133,7 @@ struct Exchange<S, ByGrid> {
     Words4* const to =
         packets(n, int64_t(pages()) * me.team * PACKETS) +
         (int64_t(page) * me.team + me.rank) * PACKETS + me.lane;
-    Words4 packet{{0, 0, 0, uint32_t(n + 1)}};
+    Words4 packet{{0, 0, 0, uint32_t(epoch(n))}};
     if constexpr (S::SIZE == 2) {
 #pragma unroll
       for (int j = 0; j < 3; ++j)
@@ -139,7 +141,7 @@ struct Exchange<S, ByGrid> {
           packet.w[j] = load<uint32_t>(h + (3 * me.lane + j) * 4);
     } else {
       const Words4 w = load<Words4>(h + me.lane * 16);
-      packet = packed(w.w[0] >> 8, w.w[1] >> 8, w.w[2] >> 8, w.w[3] >> 8, n + 1);
+      packet = packed(w.w[0] >> 8, w.w[1] >> 8, w.w[2] >> 8, w.w[3] >> 8, epoch(n));
     }
     store_packet(to, packet);
   }
@@ -159,7 +161,7 @@ struct Exchange<S, ByGrid> {
       for (int j = 0; j < EACH; ++j) {
         const int k = j * S::THREADS + own;
         if (k >= all) continue;
-        wait(got[j], from + page * all + k, n + 1);
+        wait(got[j], from + page * all + k, epoch(n));
         put_h(page, k / PACKETS, k % PACKETS, got[j]);
       }
     }
@@ -192,7 +194,7 @@ struct Exchange<S, ByGrid> {
         packets(n, each() * me.team * me.team) +
         (int64_t(tile / S::SUBS) * me.team + me.rank) * each() +
         (columns * S::SUBS + tile % S::SUBS) * LANES + me.lane;
-    store_packet(to, packed(rounded(v[0]), rounded(v[1]), rounded(v[2]), rounded(v[3]), n + 1));
+    store_packet(to, packed(rounded(v[0]), rounded(v[1]), rounded(v[2]), rounded(v[3]), epoch(n)));
   }
   // Each warp adds up what some of the CTAs gave.
   DEVICE void take_sums(int n, int elements) const {
@@ -213,7 +215,7 @@ struct Exchange<S, ByGrid> {
         for (int j = 0; j < SENDERS; ++j) {
           const int sender = first + j * S::WARPS;
           if (sender >= me.team) continue;
-          wait(got[j], from + sender * each() + place, n + 1);
+          wait(got[j], from + sender * each() + place, epoch(n));
           float v[4];
           unpack(v, got[j]);
 #pragma unroll

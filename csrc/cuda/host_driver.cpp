@@ -144,7 +144,7 @@ struct Teams {
     int32_t fault = 0;
     Arguments a = given;
     a.team = team, a.packets = packets.or_null(), a.fault = &fault, a.code = 7;
-    a.patience = int64_t(1) << 40;
+    a.patience = 60000;
     std::string why = host::run(kernel, team * tiles, s.R, 1, T::THREADS, room.bytes, a, IS_GRID,
                                 IS_GRID ? 1 : team);
     if (why.empty() && fault) why = "a CTA waited in vain";
@@ -171,8 +171,8 @@ struct Memory {
   Buffer<uint8_t> reset;
 
   explicit Memory(Shape s)
-      : s(s), HC(Kernels::width(s.H)), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile), lengths(s.ragged ? s.B : 0),
-        offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
+      : s(s), HC(Kernels::width(s.H)), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile),
+        lengths(s.ragged ? s.B : 0), offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
         y(N * s.R * s.H), h_0(s.state * states()), c_0(s.state * C * states()), h_n(states()),
         c_n(C * states()), w_forward(int64_t(s.R) * G_HH * HC * HC), w_backward(w_forward.size()),
         b_hh(Cell::APART * states() / s.B * G_HH), unit(int64_t(s.R) * U * s.H),
