@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastseq.backends import cuda_kernels, cuda_plan, cuda_time
+from fastseq.backends import cuda_kernels, cuda_plan, cuda_teams, cuda_time
 from fastseq.backends.contract import Problem
-from fastseq.backends.cuda_kernels import POINTWISE_CELLS, PRODUCT_CELLS
+from fastseq.backends.cuda_kernels import POINTWISE_CELLS, PRODUCT_CELLS, TEAMS
 from fastseq.backends.cuda_plan import A100, H100, H200, KERNELS, LAPTOP, Plan, decline, plan
 from fastseq.cells import CELLS
 from tests.helpers import cuda_on_host
@@ -72,11 +72,14 @@ def problem(cell="lstm", dtype=torch.bfloat16, T=32, B=8, H=64, **options):
 
 
 def test_the_list():
-    assert 160 < len(KERNELS) <= 200
+    assert 160 < len(KERNELS) <= 180
+    assert len(TEAMS) == 7 * 3 * 2 * 2  # cells, types, regimes, ways
     for name, kernel in KERNELS.items():
         assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.HC}"
         other = {"forward": "backward", "backward": "forward"}[kernel.way]
         assert name.replace(kernel.way, other, 1) in KERNELS
+    for name, kernel in TEAMS.items():
+        assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.regime}"
 
 
 def test_the_cells_are_those_of_one_phase():
@@ -159,27 +162,85 @@ CONSTANTS = {
 }
 
 
+#: Of a team's kernel, as team.h names it: of both ways, of each, and of what is known at a launch.
+OF_SLICES = {
+    "THREADS": lambda k: k.threads,
+    "UNITS": lambda k: k.units,
+    "ROWS": lambda k: k.rows,
+    "STAGES": lambda k: k.stages,
+    "ROOM": lambda k: k.room,
+}
+OF_A_WAY = {
+    "forward": {
+        "TILES": lambda k: k.tiles,
+        "SPLIT": lambda k: k.split,
+        "BLOCK": lambda k: k.block,
+        "HELD": lambda k: k.held,
+        "ROW": lambda k: k.row,
+    },
+    "backward": {
+        "INNER": lambda k: k.inner,
+        "PAIRS": lambda k: k.pairs,
+        "HELD_TILES": lambda k: k.held,
+        "ROW_BACK": lambda k: k.row,
+    },
+}
+OF_ROOMS = {
+    "bytes": lambda k, H, n: k.shared(H, n),
+    "weights": lambda k, H, n: k.weights(H)[1],
+    "operand": lambda k, H, n: k.operand(H, n),
+    "walked": lambda k, H, n: k.walked(H),
+}
+#: Hidden units and sequences; a grid's may be more than a cluster's.
+ROOMS = [(1, 1), (16, 8), (33, 9), (128, 17), (300, 3), (512, 24)]
+OF_GRIDS = [(1000, 9), (1024, 1)]
+
+
 def test_sizes_are_those_of_the_kernels(tmp_path):
     """Compiled from csrc/cuda: each constant of each kernel of the list."""
     if not cuda_on_host.CUDA.is_dir():
         pytest.skip("no csrc/ beside the tests")
     source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
-    printed = " ".join(
-        f'std::printf(" %d", int({"Weights<T>" if name == "CHAINS" else "T"}::{name}));'
-        for name in CONSTANTS
-    )
+
+    def printed(*values):
+        return " ".join(f'std::printf(" %d", int({value}));' for value in values)
+
+    ways = [printed(*(f"S::{n}" for n in OF_A_WAY[way])) for way in ("forward", "backward")]
+    rooms = [
+        " ".join(
+            f"{{ const Room r = {way}_room<S>(({H} + S::UNITS - 1) / S::UNITS, {n});"
+            f" {printed('r.bytes', 'r.weights', 'r.operand', f'r.{walked}')} }}"
+            for H, n in ROOMS + OF_GRIDS
+        )
+        for way, walked in (("forward", "pairs"), ("backward", "tiles"))
+    ]
+    alone = printed(*(f"{'Weights<T>' if n == 'CHAINS' else 'T'}::{n}" for n in CONSTANTS))
     source.write_text(
         f"""
         #include <cstdio>
-        #include "tile.h"
+        #include "team.h"
         #include "list.h"
         using namespace fastseq::cuda;
-        template <class T> void print(const char* name) {{
-          std::printf("%s", name); {printed} std::printf("\\n");
-        }}
         constexpr bool forward = false, backward = true;
+        constexpr int cluster = -1, grid = -2;
+        template <class Cell, class Type, int HC, bool way> void print(const char* name) {{
+          std::printf("%s", name);
+          if constexpr (HC > 0) {{
+            using T = Tile<Cell, Type, HC, way>;
+            {alone}
+          }} else {{
+            using S = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster, ByGrid>>;
+            {printed(*(f"S::{n}" for n in OF_SLICES))}
+            if (way == forward) {{
+              {ways[0]} {rooms[0]}
+            }} else {{
+              {ways[1]} {rooms[1]}
+            }}
+          }}
+          std::printf("\\n");
+        }}
         #define PRINT(way, cell, Cell, type, HC) \\
-          print<Tile<Cell, type, HC, way>>(#way "_" #cell "_" #type "_" #HC);
+          print<Cell, type, HC, way>(#way "_" #cell "_" #type "_" #HC);
         int main() {{
           {" ".join(f"FASTSEQ_KERNELS_{cell}(PRINT)" for cell in ROWS)}
         }}
@@ -193,11 +254,44 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
     )
     assert compiled.returncode == 0, compiled.stderr[-4000:]
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    found = {name: values for name, *values in map(str.split, said.splitlines())}
-    assert found.keys() == KERNELS.keys()
+    found = {name: list(map(int, v)) for name, *v in map(str.split, said.splitlines())}
+    assert found.keys() == KERNELS.keys() | TEAMS.keys()
     for name, kernel in KERNELS.items():
         expected = {constant: of(kernel) for constant, of in CONSTANTS.items()}
-        assert dict(zip(CONSTANTS, map(int, found[name]), strict=True)) == expected, name
+        assert dict(zip(CONSTANTS, found[name], strict=True)) == expected, name
+    for name, kernel in TEAMS.items():
+        constants = OF_SLICES | OF_A_WAY[kernel.way]
+        expected = {constant: of(kernel) for constant, of in constants.items()}
+        rooms = [of(kernel, H, n) for H, n in ROOMS + OF_GRIDS for of in OF_ROOMS.values()]
+        values = found[name]
+        assert dict(zip(constants, values, strict=False)) == expected, name
+        assert values[len(constants) :] == rooms, name
+
+
+@pytest.mark.parametrize("kernel", TEAMS.values(), ids=TEAMS)
+def test_every_slice_of_weights_stands_in_one_place(kernel):
+    """A CTA has all rows of w_hh of its units, and no others."""
+    size = 2 if "16" in kernel.type else 4
+    gates, units = GATES[kernel.cell], 32 if kernel.regime == "cluster" else 16
+    assert kernel.threads == 256 and kernel.units == units
+    for H in (1, 33, 128, 300, 512):
+        held, rest = kernel.weights(H)
+        assert held + rest >= gates * units * H * size
+        # what is walked beyond them are zeros, of less than a block of the longest
+        slices = -(-H // units) * units
+        beyond = 8 * 64 // size if kernel.way == "forward" else 16 * 16
+        assert held + rest <= gates * units * (slices + beyond) * size + 64 * 16 * 16 * 8
+        assert held <= 128 * 4 * 256 and (rest == 0 or held > 0)
+        # of packets a page of 32 elements of h has six or eight; of sums each lane has one
+        if kernel.regime == "grid":
+            team, way = -(-H // 16), kernel.way
+            each = {2: 6, 4: 8}[size] if way == "forward" else 32 * team
+            for B, pages, columns in ((1, 1, 1), (3, 2, 1), (8, 4, 1), (9, 5, 2)):
+                count = pages if way == "forward" else columns
+                assert kernel.packets(H, B) == 2 * 16 * team * each * count
+        else:
+            assert kernel.packets(H, 8) == 0
+    assert kernel.registers == 255
 
 
 # Plans over the grid of sizes
@@ -267,7 +361,7 @@ def test_every_plan_holds_what_it_promises(device):
         ]
     )
     batches, lengths = itertools.cycle((1, 8, 9, 32, 513)), itertools.cycle((1, 32, 2048))
-    planned = 0
+    planned = by_teams = 0
     for cell, (dtype, precision), H in itertools.product(ROWS, TYPES, SIZES):
         type, itemsize = TYPES[dtype, precision]
         if cell in POINTWISE_CELLS and type == "tf32":
@@ -278,23 +372,81 @@ def test_every_plan_holds_what_it_promises(device):
             if isinstance(found, Plan):
                 planned += 1
                 check(found, task, device, type, itemsize)
+            elif isinstance(found, cuda_teams.TeamPlan):
+                by_teams += 1
+                check_teams(found, task, device, type, itemsize)
             else:
                 refused(found, task, device, precision)
-    assert planned > 800
+    assert planned > 800 and by_teams > 200
+
+
+def check_teams(found, task, device, type, itemsize):
+    """What holds for every plan of teams."""
+    cell, B, T, R, H = task.cell, task.B, task.T, task.R, task.H
+    assert cell in PRODUCT_CELLS and found.type == type != "float32" and found.H == H
+    most = cuda_plan.largest(cell, type, task.training, device)
+    assert H > most
+    units = {"cluster": 32, "grid": 16}[found.regime]
+    assert H <= (512 if found.regime == "cluster" else 4096 // itemsize)
+    team = -(-H // units)
+    for way, walk in (("forward", found.forward), ("backward", found.backward)):
+        teams = walk.teams
+        assert teams.kernel is TEAMS[f"{way}_{cell}_{type}_{found.regime}"]
+        assert teams.team == team and teams.H == H
+        assert teams.shared == teams.kernel.shared(H, teams.sequences) <= device.shared_memory
+        assert teams.at_once >= 1
+        if found.regime == "cluster":
+            assert device.capability >= (9, 0) and team <= 16 and teams.cluster == team
+            assert not teams.together and len(teams.launches) == 1
+        else:
+            assert device.cooperative and not device.mps
+            assert teams.together and teams.cluster == 1
+        covered = []
+        for one in teams.launches:
+            if found.regime == "grid":
+                assert team * one.tiles * one.recurrences <= device.multiprocessors
+            assert one.first % teams.sequences == 0 and one.tiles >= 1 <= one.recurrences
+            tiles = range(one.tiles)
+            covered += [
+                (r, b)
+                for r in range(one.start, one.start + one.recurrences)
+                for tile in tiles
+                for b in range(
+                    one.first + tile * teams.sequences,
+                    min(B, one.first + (tile + 1) * teams.sequences),
+                )
+            ]
+            # each team has a sequence, unless there are none
+            assert B == 0 or one.first + (one.tiles - 1) * teams.sequences < B
+        assert len(covered) == B * R and set(covered) == set(itertools.product(range(R), range(B)))
+        assert teams.tiles == -(-max(B, 1) // teams.sequences)
+        assert all(value > 0 for value in teams.times)
+        assert walk.step >= teams.step
+        assert walk.total == pytest.approx(len(teams.launches) * cuda_time.LAUNCH + T * walk.step)
+    printed = str(found)
+    assert f"regime {found.regime}: teams of {team} CTAs" in printed and device.name in printed
+    for walk in (found.forward, found.backward):
+        assert f"{walk.teams.kernel.name}: {walk.teams.tiles} x {R} teams" in printed
 
 
 def refused(words, task, device, precision):
-    """A size too large: the text has it, and what fits does fit, and no more does."""
+    """A size too large: the text has it, and what no team holds has a reason for each regime."""
     assert task.cell in PRODUCT_CELLS
     assert f"H={task.H}" in words and "choose triton" in words and device.name in words
-    assert ("shared memory" in words) == ("regime" not in words)
-    assert (
-        "regime cluster" in words or "regime grid" in words or f"{device.shared_memory:,}" in words
-    )
     most = int(words.split("up to H=")[1].split()[0])
     assert 32 <= most < task.H
+    type = cuda_plan.type_of(task, precision)
+    reasons = [cuda_teams.declined(task.cell, type, r, task.H, device) for r in TEAMS_OF]
+    assert None not in reasons
+    if type != "float32" and "shared memory, and a CTA" not in words.split(";")[0]:
+        assert all(reason in words for reason in reasons)
     assert isinstance(plan(task._replace(H=most), device, precision), Plan)
-    assert isinstance(plan(task._replace(H=most + 1), device, precision), str)
+    if type == "float32":
+        assert isinstance(plan(task._replace(H=most + 1), device, precision), str)
+
+
+#: The regimes of teams.
+TEAMS_OF = ("cluster", "grid")
 
 
 def totals(task, device, precision, **sizes):

@@ -1,9 +1,9 @@
-"""Teams of CTAs that share a recurrence, without a GPU: clusters and grids, as ``cuda`` runs a layer
-that no single CTA holds. Their kernels run as threads on tensors of the CPU
+"""Teams of CTAs that share a recurrence, without a GPU: clusters and grids, as ``cuda`` runs a
+layer that no single CTA holds. Their kernels run as threads on tensors of the CPU
 (tests/helpers/cuda_on_host.py), where what is handed on comes late at random.
 
-Layers are small: a cluster's CTAs have 32 units each, a grid's 16, so that 33 to 70 are teams of two
-or three, and of three to five.
+Layers are small: a cluster's CTAs have 32 units each, a grid's 16, so that 33 to 70 are teams of
+two or three, and of three to five.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ import fastseq
 from fastseq.backends import choice, cuda_teams, faults, load
 from fastseq.backends.contract import Problem
 from fastseq.backends.cuda_kernels import H100, PRODUCT_CELLS, TEAMS
-from fastseq.cells import CELLS
 
 REGIMES = ("cluster", "grid")
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
@@ -374,33 +373,46 @@ def test_explain_prints_the_plan(regime, capsys):
 
 
 @pytest.fixture
-def mute(monkeypatch, on_host):
-    """What makes all launches those of teams of which one CTA falls silent
-    (tests/helpers/cuda_mute.cpp)."""
-    source = cuda_on_host.WORDS.with_name("cuda_mute.cpp")
-    library = cuda_on_host.Library(cuda_on_host.build("mute", source))
+def odd(monkeypatch, on_host):
+    """What makes all launches those of teams of which one CTA is odd
+    (tests/helpers/cuda_odd_teams.cpp)."""
+    source = cuda_on_host.WORDS.with_name("cuda_odd_teams.cpp")
+    library = cuda_on_host.Library(cuda_on_host.build("odd_teams", source))
     library.seed(0)  # it keeps no pushes back, which would be missed in the end
     monkeypatch.setattr(faults, "_flags", {})
 
-    def fall_silent():
+    def become(how):
         launch = library.launch
-        monkeypatch.setattr(on_host, "launch", lambda name, *given: launch(f"mute_{name}", *given))
+        monkeypatch.setattr(on_host, "launch", lambda name, *given: launch(f"{how}_{name}", *given))
 
-    yield fall_silent
+    yield become
     library.seed(1)
 
 
 @both
+def test_a_slow_cta_finds_nothing_written_over(regime, odd):
+    case = draw("lstm", T=5, B=9, H=40, dtype=torch.bfloat16)
+    found = []
+    with load("cuda").larger_as(regime):
+        for how in (None, "slow"):
+            if how:
+                odd(how)
+            found.append(case.run("cuda"))
+            found[-1] |= gradients(found[-1], case.leaves())
+    assert all(same_bits(value, found[1][name]) for name, value in found[0].items())
+
+
+@both
 @pytest.mark.parametrize("tell", ["check", pytest.param("the next call", marks=full)])
-def test_a_launch_ends_where_a_cta_waits_in_vain(regime, tell, mute, cuda):
+def test_a_launch_ends_where_a_cta_waits_in_vain(regime, tell, odd, cuda):
     m = fastseq.LSTM(8, 70, backend="cuda", dtype=torch.bfloat16)
     x = torch.randn(9, 3, 8).bfloat16().requires_grad_()
     with cuda.larger_as(regime):
         truth, _ = m(x)
-    mute()
+    odd("mute")
     # looks of the host are of 5 ms, and in a grid of less
     with cuda.larger_as(regime), cuda.patience({"cluster": 60, "grid": 100}[regime]):
-        y, (h_n, c_n) = m(x)
+        y, (h_n, _) = m(x)
         # handed on are h of the first steps: of the fourth the product is not to be had
         assert same_bits(y[:3], truth[:3]) and bool(y[3:].isnan().all())
         assert bool(h_n.isnan().all())

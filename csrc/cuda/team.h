@@ -72,7 +72,9 @@ struct Slice {
   static constexpr int PITCH = pitch_of(INNER);
   static constexpr int MOST_TILES = By::inner(SIZE) / SIZE / 16 / WARPS;
   static constexpr int TOGETHER = 2;  // tiles whose products are made side by side
-  static constexpr int HELD_TILES = least(MOST_TILES, ROOM / (8 * PAIRS) / TOGETHER * TOGETHER);
+  // Where unit parameters and their gradients want registers too, a grid's slice in TF32 spills else.
+  static constexpr int ROOM_BACK = U > 0 && SIZE == 4 && UNITS == 16 ? ROOM / 2 : ROOM;
+  static constexpr int HELD_TILES = least(MOST_TILES, ROOM_BACK / (8 * PAIRS) / TOGETHER * TOGETHER);
   static constexpr int SUBS = UNITS / 16;  // tiles of a slice
   static_assert(HELD_TILES > 0, "something is held");
 

@@ -376,7 +376,10 @@ class TeamKernel:
         if self.way == "forward":
             most = self.most * self.itemsize // 64 // self.split
             return min(most, self.room // (8 * self.tiles) // self.block * self.block)
-        return min(self.most // 16 // self.warps, self.room // (8 * self.pairs) // 2 * 2)
+        # unit parameters and their gradients want registers too
+        units = self.definition.unit_parameters and self.type == "tf32" and self.regime == "grid"
+        room = self.room // 2 if units else self.room
+        return min(self.most // 16 // self.warps, room // (8 * self.pairs) // 2 * 2)
 
     @property
     def inner(self) -> int:
