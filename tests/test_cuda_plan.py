@@ -450,10 +450,11 @@ TEAMS_OF = ("cluster", "grid")
 
 
 def totals(task, device, precision, **sizes):
-    """Modelled us, forward and backward, at each value of one size; infinite where declined."""
+    """Modelled us of CTAs alone, forward and backward, at each value of one size; infinite where
+    they hold no such layer."""
     ((name, values),) = sizes.items()
     found = [plan(task._replace(**{name: value}), device, precision) for value in values]
-    walks = [(None, None) if isinstance(p, str) else (p.forward, p.backward) for p in found]
+    walks = [(p.forward, p.backward) if isinstance(p, Plan) else (None, None) for p in found]
     return [
         [float("inf") if w is None else w.total for w in way] for way in zip(*walks, strict=True)
     ]
@@ -484,6 +485,103 @@ def test_more_work_never_takes_less_time(device, cell):
         for B in (1000, 20000):
             for times in totals(task._replace(B=B), device, precision, H=sizes):
                 assert all(later >= 0.85 * t for t, later in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("regime", TEAMS_OF)
+@pytest.mark.parametrize("cell", PRODUCT_CELLS)
+def test_more_work_takes_teams_hardly_less_time(cell, regime):
+    """How sequences are shared out may be luckier with a few more."""
+    for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32")):
+        task = problem(cell, dtype, 100, 9, 300, training=True)
+        for name, values in (
+            ("T", (1, 2, 100, 100000)),
+            ("B", (1, 4, 8, 9, 33, 64, 500, 513, 5000)),
+            ("R", (1, 2, 3, 20)),
+            ("H", (1, 32, 100, 129, 256, 512)),
+        ):
+            asked = [task._replace(**{name: value}) for value in values]
+            found = [plan(one, H100, precision, regime=regime) for one in asked]
+            for way in ("forward", "backward"):
+                times = [getattr(one, way).total for one in found]
+                assert times[0] < times[-1]
+                assert all(later >= 0.8 * t for t, later in itertools.pairwise(times)), name
+
+
+def test_which_regime():
+    """One CTA where it holds a layer, however slow that is; else what is modelled to be faster."""
+
+    def regime(H, B=8, device=H100, **options):
+        return plan(problem(H=H, B=B, **options), device).regime
+
+    assert [regime(H) for H in (128, 129, 512, 513, 2048)] == [
+        *("cta", "cluster", "cluster", "grid", "grid")
+    ]
+    assert regime(129, device=A100) == regime(384, device=LAPTOP) == "grid"
+    assert regime(512, device=dataclasses.replace(H100, cooperative=False)) == "cluster"
+    assert isinstance(plan(problem(H=385), LAPTOP), str)
+    tasks = [problem(cell="gru", H=H, B=B) for H in (256, 400, 512) for B in (1, 64, 512)]
+    for task in tasks:
+        both = [plan(task, H100, regime=r) for r in TEAMS_OF]
+        sums = [p.forward.teams.step + p.backward.teams.step for p in both]
+        assert plan(task, H100) == both[sums.index(min(sums))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"multiprocessors": 19},
+        {"multiprocessors": 40, "shared_memory": 60000},
+        {"clusters": (0, 132, 60, 40, 30, 24, 20, 16, 14, 3, 3, 2, 2, 1, 1, 1, 1)},
+        {"mps": True},
+        {"cooperative": False},
+        {"capability": (8, 0)},
+        {"shared_memory": 99 << 10, "shared_memory_total": 100 << 10},
+    ],
+    ids=str,
+)
+def test_teams_on_made_up_devices(change):
+    device = dataclasses.replace(H100, **change)
+    planned = 0
+    batches = itertools.cycle((1, 8, 9, 100, 1025))
+    sizes = (129, 300, 512, 700, 2000)
+    for cell, (dtype, precision), H in itertools.product(PRODUCT_CELLS, TYPES, sizes):
+        type, itemsize = TYPES[dtype, precision]
+        task = problem(cell, dtype, 32, next(batches), H, R=next(batches) % 3 + 1, training=True)
+        found = plan(task, device, precision)
+        if isinstance(found, cuda_teams.TeamPlan):
+            planned += 1
+            check_teams(found, task, device, type, itemsize)
+        elif isinstance(found, str):
+            refused(found, task, device, precision)
+    assert planned > 20
+
+
+@pytest.mark.parametrize("regime", TEAMS_OF)
+def test_a_plan_of_teams_answers_for_what_is_known(regime):
+    task = problem(H=300, training=True)
+    traced = plan(task._replace(T=None, B=None), H100, regime=regime)
+    known = plan(task, H100, regime=regime)
+    assert traced.forward.total is None and traced.forward.step == known.forward.step
+    assert "a step and sequence: " in str(traced) and "us in all" not in str(traced)
+    assert "us in all, without the GEMMs" in str(known)
+    teams = plan(task._replace(B=0), H100, regime=regime).forward.teams
+    assert teams.tiles == 1 and teams.sequences == 1
+    assert known == plan(task, dataclasses.replace(H100), regime=regime)
+    assert plan(problem("indrnn", H=300), H100, regime=regime) == (
+        f"cuda's {regime}s have no kernel of indrnn in bfloat16"
+    )
+
+
+def test_what_explain_prints_of_teams():
+    printed = str(plan(problem(B=32, H=300, T=512, R=2, training=True), H100, regime="cluster"))
+    assert "regime cluster: teams of 10 CTAs, each a cluster, own up to" in printed
+    assert "H=300 in slices of 32, bfloat16, sm_90a on NVIDIA H100" in printed
+    # 128 rows of w_hh, of 320 units, whose 640 bytes are rounded up to 1024
+    assert "of a CTA: weights 131,072 bytes in registers, 0 in shared memory" in printed
+    assert printed.count("modelled, not measured: ") == 2 and printed.count("in 1 launch,") == 2
+    printed = str(plan(problem(B=32, H=1000, R=2), H100, regime="grid"))
+    assert "regime grid: teams of 63 CTAs, each part of a grid" in printed
+    assert "backward_lstm_bfloat16_grid: " in printed and "bytes of sums" in printed
 
 
 def test_a_plan_is_frozen_and_one_value():
@@ -528,7 +626,7 @@ def test_registers_as_the_compiler_counts_them():
 
 
 def test_it_asks_no_gpu():
-    for module in (cuda_kernels, cuda_plan, cuda_time):
+    for module in (cuda_kernels, cuda_plan, cuda_teams, cuda_time):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         names = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         assert not [n for n in names if n.startswith(("torch.cuda", "torch.backends", "os."))]
@@ -542,28 +640,57 @@ def needs(way):
     return KERNELS[f"{way}_lstm_bfloat16_128"].shared
 
 
-#: With room for its forward alone, or for neither.
-FORWARD_ONLY = dataclasses.replace(H100, name="small", shared_memory=needs("backward") - 1)
-NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward") - 1)
+#: With room for its forward alone, or for neither, and without teams.
+SMALL = dataclasses.replace(H100, name="small", capability=(8, 0), cooperative=False)
+FORWARD_ONLY = dataclasses.replace(SMALL, shared_memory=needs("backward") - 1)
+NEITHER = dataclasses.replace(SMALL, shared_memory=needs("forward") - 1)
+NO_TEAMS = (
+    "small has no clusters, which need compute capability 9.0; small starts no grid all at once; "
+    "choose triton"
+)
+ON_H100 = f"on {H100.name}"
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
         (
-            {"H": 512},
-            "H=512: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of lstm "
-            "on NVIDIA H100 80GB HBM3; choose triton",
+            {"H": 2049},
+            f"H=2049: one CTA holds up to H=128 in bfloat16 of lstm {ON_H100}; H=2049: a cluster "
+            "holds up to H=512 in bfloat16; H=2049: a grid holds up to H=2048 in bfloat16; "
+            "choose triton",
         ),
         (
-            {"H": 1024, "cell": "rnn_tanh"},
-            "H=1024: regime grid, not yet built; one CTA holds up to H=256 in bfloat16 of rnn_tanh "
-            "on NVIDIA H100 80GB HBM3; choose triton",
+            {"H": 600, "cell": "rnn_tanh", "device": dataclasses.replace(H100, mps=True)},
+            f"H=600: one CTA holds up to H=256 in bfloat16 of rnn_tanh {ON_H100}; H=600: a cluster "
+            f"holds up to H=512 in bfloat16; {H100.name} is shared by processes through MPS, where "
+            "CTAs of a grid may wait for others that have no place; choose triton",
+        ),
+        (
+            {"H": 400, "device": LAPTOP},
+            f"H=400: one CTA holds up to H=128 in bfloat16 of lstm on {LAPTOP.name}; {LAPTOP.name} "
+            "has no clusters, which need compute capability 9.0; H=400: a grid of 25 CTAs that "
+            f"wait for one another, and {LAPTOP.name} has 24 multiprocessors; choose triton",
+        ),
+        (
+            {"H": 300, "device": dataclasses.replace(H100, clusters=(0,) + 8 * (9,), mps=True)},
+            f"H=300: one CTA holds up to H=128 in bfloat16 of lstm {ON_H100}; H=300: {H100.name} "
+            f"has no room for a cluster of 10 CTAs; {H100.name} is shared by processes through "
+            "MPS, where CTAs of a grid may wait for others that have no place; choose triton",
+        ),
+        (
+            {"H": 300, "device": dataclasses.replace(H100, shared_memory=20000)},
+            f"H=300: one CTA holds up to H=32 in bfloat16 of lstm {ON_H100}; H=300 in bfloat16 of "
+            f"lstm: forward takes {TEAMS['forward_lstm_bfloat16_cluster'].shared(300, 8):,} bytes "
+            f"of shared memory in a cluster, and a CTA of {H100.name} has 20,000; H=300 in "
+            "bfloat16 of lstm: forward takes "
+            f"{TEAMS['forward_lstm_bfloat16_grid'].shared(300, 8):,} bytes of shared memory in a "
+            f"grid, and a CTA of {H100.name} has 20,000; choose triton",
         ),
         (
             {"H": 100, "dtype": torch.float32, "cell": "rnn_tanh"},
-            "H=100: regime cluster, not yet built; one CTA holds up to H=64 in float32 of rnn_tanh "
-            "on NVIDIA H100 80GB HBM3; allow TF32 (torch.backends.cudnn.rnn.fp32_precision = "
+            f"H=100: one CTA holds up to H=64 in float32 of rnn_tanh {ON_H100}; clusters and grids "
+            "multiply in TF32 or 16 bits; allow TF32 (torch.backends.cudnn.rnn.fp32_precision = "
             "'tf32'), or choose triton",
         ),
         (
@@ -574,13 +701,11 @@ NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward")
         ),
         (
             {"device": FORWARD_ONLY, "H": 200, "training": True},
-            "H=200: regime cluster, not yet built; one CTA holds up to H=64 in bfloat16 of lstm in "
-            "training on small; choose triton",
+            f"H=200: one CTA holds up to H=64 in bfloat16 of lstm in training on small; {NO_TEAMS}",
         ),
         (
             {"device": FORWARD_ONLY, "H": 200},
-            "H=200: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of lstm "
-            "on small; choose triton",
+            f"H=200: one CTA holds up to H=128 in bfloat16 of lstm on small; {NO_TEAMS}",
         ),
         (
             {"device": NEITHER, "H": 65},
@@ -589,7 +714,7 @@ NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward")
             "choose triton",
         ),
         (
-            {"device": dataclasses.replace(LAPTOP, name="tiny", shared_memory=4096), "H": 128},
+            {"device": dataclasses.replace(SMALL, name="tiny", shared_memory=4096), "H": 128},
             f"H=128 in bfloat16 of lstm: forward takes {needs('forward'):,} bytes of shared "
             "memory, and a CTA of tiny has 4,096; no H fits; choose triton",
         ),

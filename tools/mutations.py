@@ -873,13 +873,6 @@ MUTATIONS = (
         TEAMS_OF_ALL,
     ),
     Mutation(
-        "cuda's teams: a box is made ready for what does not come",
-        EXCHANGE,
-        "if (thread() == 0 && n + 2 < count",
-        "if (thread() == 0 && n < count",
-        TEAMS_OF_ALL,
-    ),
-    Mutation(
         "cuda's teams: a box is asked for the wrong parity",
         EXCHANGE,
         "has_come(box(n), n >> 1 & 1)",
