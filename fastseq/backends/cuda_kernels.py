@@ -485,7 +485,7 @@ TEAMS: dict[str, TeamKernel] = {
     for kernel in (
         TeamKernel("forward", cell, type, regime),
         TeamKernel("backward", cell, type, regime),
-    )  # type: ignore[arg-type]
+    )
 }
 
 #: Beside these: what w_hh multiplied at every row, by so many threads, which is no cell's.
