@@ -20,7 +20,7 @@ from cuda_binary import Binary, cuobjdump, read, understood
 from trees import FAKE, INPLACE, ROOT, copy_to, pythons, run, script, tool
 
 from fastseq.backends import imported
-from fastseq.backends.cuda_kernels import KERNELS
+from fastseq.backends.cuda_kernels import KERNELS, TEAMS
 
 NOTE = ROOT / "fastseq" / "_cuda.txt"
 LIBRARY = ROOT / "fastseq" / "_cuda.abi3.so"
@@ -263,7 +263,9 @@ def listed():
 
 def test_its_kernels_are_those_of_the_list(cuda):
     assert list(cuda.kernels()) == listed()
-    assert set(KERNELS) < set(listed()) and len(set(listed())) == len(listed()) <= 200
+    names = set(KERNELS) | set(TEAMS)
+    assert names < set(listed()) and len(set(listed())) == len(listed()) == len(names) + 3
+    assert len(listed()) <= 260
     assert list(cuda.units()) == units_of_the_list()
     assert cuda.toolkit() >= 12080
     assert set(cuda.architectures().split()) <= set(GENERATED)
@@ -360,7 +362,10 @@ def test_it_is_bound_to_nothing_of_cuda_or_torch(cuda):
 
 def is_coded(name, full):
     """Whether the instructions of a kernel are read, which takes seconds for all of them."""
-    chosen = "ward_(lstm_(b?float16_128|tf32_64|float32_32)|indrnn_b?float16)|previous"
+    chosen = (
+        "ward_(lstm_(b?float16_128|tf32_64|float32_32|(bfloat16|tf32)_(cluster|grid))|"
+        "indrnn_b?float16)|previous"
+    )
     return full or re.search(chosen, name)
 
 
@@ -388,8 +393,9 @@ def test_every_kernel_is_there_for_every_architecture(cuda, binaries):
 
 def test_registers_and_shared_memory_are_those_that_the_planner_counts_with(binaries):
     for (name, architecture), binary in binaries.items():
-        if name in KERNELS:
-            assert binary.registers <= KERNELS[name].registers, (name, architecture)
+        kernel = KERNELS.get(name) or TEAMS.get(name)
+        if kernel is not None:
+            assert binary.registers <= kernel.registers <= 255, (name, architecture)
         assert binary.shared <= 1024, (name, architecture)  # the planner's is asked at the launch
 
 
@@ -426,6 +432,8 @@ def test_the_products_are_those_of_the_type(cuda, binaries, request):
         if not is_coded(name, full):
             continue
         kernel = KERNELS.get(name)  # none where it walks nowhere
+        if name in TEAMS:
+            continue
         of_matrices = binary.count("[A-Z]{1,2}MMA")
         assert binary.code.total() > 100, name
         if kernel is None or not kernel.fragments:
@@ -439,6 +447,71 @@ def test_the_products_are_those_of_the_type(cuda, binaries, request):
         loops, left = divmod(meant, products_that_are_meant(kernel))
         assert meant > 0 and (kernel.rest or (loops <= 3 and left == 0)), (name, architecture)
     assert seen == set(PRODUCTS)
+
+
+def products_of_teams(kernel):
+    """As they stand in the code of a tile of columns: of all that registers hold, and of what rests
+    in shared memory one turn of its loop, two pairs of each row tile or two row tiles; there are
+    two for each pair."""
+    if kernel.way == "forward":
+        return 2 * kernel.held * kernel.tiles, 2 * 2 * kernel.tiles
+    return 2 * kernel.held * kernel.pairs, 2 * 2 * kernel.pairs
+
+
+def read_teams(binaries, request, regime):
+    full = request.config.getoption("--full")
+    found = {
+        (TEAMS[name], architecture): binary
+        for (name, architecture), binary in binaries.items()
+        if name in TEAMS and is_coded(name, full) and TEAMS[name].regime == regime
+    }
+    assert len(found) >= 4
+    return found
+
+
+@pytest.mark.parametrize("regime", ["cluster", "grid"])
+def test_the_products_of_teams(binaries, request, regime):
+    for (kernel, architecture), binary in read_teams(binaries, request, regime).items():
+        meant = binary.count(PRODUCTS[kernel.type])
+        assert meant == binary.count("[A-Z]{1,2}MMA"), (kernel.name, architecture)
+        held, rest = products_of_teams(kernel)
+        # an odd pair of what rests is gone through alone
+        assert held < meant <= held + 2 * rest, (kernel.name, architecture)
+
+
+#: 16 bytes that other CTAs see, as one; a store and a load.
+PACKETS = r"STG\.E\.128\.STRONG\.GPU$", r"LDG\.E\.128\.STRONG\.GPU$"
+
+
+def test_a_clusters_ctas_push_and_count_bytes(binaries, request):
+    for (kernel, architecture), binary in read_teams(binaries, request, "cluster").items():
+        at = kernel.name, architecture
+        has = int(architecture.strip("a")) >= 90
+        # st.async of 16 bytes; of an mbarrier making, expecting, looking; the cluster's barrier
+        for word in (
+            r"STAS\.128",
+            r"SYNCS\.EXCH\.64",
+            r"SYNCS\.ARRIVE\.TRANS64",
+            r"SYNCS\.PHASECHK\.TRANS64",
+            "UCGABAR_ARV",
+            "UCGABAR_WAIT",
+        ):
+            assert (binary.count(word) > 0) == has, (word, *at)
+        assert not binary.count("STAS(?!\\.128)"), at
+        assert not any(map(binary.count, PACKETS)), at
+
+
+def test_a_grids_ctas_store_and_load_packets_of_16_bytes(binaries, request):
+    """Past the first-level cache, which is the multiprocessor's own."""
+    for (kernel, architecture), binary in read_teams(binaries, request, "grid").items():
+        at = kernel.name, architecture
+        assert all(binary.count(word) > 0 for word in PACKETS), at
+        assert not binary.count("STAS|SYNCS|UCGABAR"), at
+        # nothing else is shared, and no cache that may be stale is asked
+        strong = binary.count(r".*STRONG\.GPU")
+        assert strong == sum(map(binary.count, PACKETS)), at
+        assert not binary.count(r"LDG.*CONSTANT|LDG.*\.CI"), at
+        assert not binary.count(r"LDG\.E\.128(?!\.STRONG)"), at
 
 
 def test_what_cuobjdump_prints_is_understood():

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastseq.backends import cuda_kernels, cuda_plan, cuda_time
+from fastseq.backends import cuda_kernels, cuda_plan, cuda_teams, cuda_time
 from fastseq.backends.contract import Problem
-from fastseq.backends.cuda_kernels import POINTWISE_CELLS, PRODUCT_CELLS
+from fastseq.backends.cuda_kernels import POINTWISE_CELLS, PRODUCT_CELLS, TEAMS
 from fastseq.backends.cuda_plan import A100, H100, H200, KERNELS, LAPTOP, Plan, decline, plan
 from fastseq.cells import CELLS
 from tests.helpers import cuda_on_host
@@ -72,11 +72,14 @@ def problem(cell="lstm", dtype=torch.bfloat16, T=32, B=8, H=64, **options):
 
 
 def test_the_list():
-    assert 160 < len(KERNELS) <= 200
+    assert 160 < len(KERNELS) <= 180
+    assert len(TEAMS) == 7 * 3 * 2 * 2  # cells, types, regimes, ways
     for name, kernel in KERNELS.items():
         assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.HC}"
         other = {"forward": "backward", "backward": "forward"}[kernel.way]
         assert name.replace(kernel.way, other, 1) in KERNELS
+    for name, kernel in TEAMS.items():
+        assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.regime}"
 
 
 def test_the_cells_are_those_of_one_phase():
@@ -159,27 +162,85 @@ CONSTANTS = {
 }
 
 
+#: Of a team's kernel, as team.h names it: of both ways, of each, and of what is known at a launch.
+OF_SLICES = {
+    "THREADS": lambda k: k.threads,
+    "UNITS": lambda k: k.units,
+    "ROWS": lambda k: k.rows,
+    "STAGES": lambda k: k.stages,
+    "ROOM": lambda k: k.room,
+}
+OF_A_WAY = {
+    "forward": {
+        "TILES": lambda k: k.tiles,
+        "SPLIT": lambda k: k.split,
+        "BLOCK": lambda k: k.block,
+        "HELD": lambda k: k.held,
+        "ROW": lambda k: k.row,
+    },
+    "backward": {
+        "INNER": lambda k: k.inner,
+        "PAIRS": lambda k: k.pairs,
+        "HELD_TILES": lambda k: k.held,
+        "ROW_BACK": lambda k: k.row,
+    },
+}
+OF_ROOMS = {
+    "bytes": lambda k, H, n: k.shared(H, n),
+    "weights": lambda k, H, n: k.weights(H)[1],
+    "operand": lambda k, H, n: k.operand(H, n),
+    "walked": lambda k, H, n: k.walked(H),
+}
+#: Hidden units and sequences; a grid's may be more than a cluster's.
+ROOMS = [(1, 1), (16, 8), (33, 9), (128, 17), (300, 3), (512, 24)]
+OF_GRIDS = [(1000, 9), (1024, 1)]
+
+
 def test_sizes_are_those_of_the_kernels(tmp_path):
     """Compiled from csrc/cuda: each constant of each kernel of the list."""
     if not cuda_on_host.CUDA.is_dir():
         pytest.skip("no csrc/ beside the tests")
     source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
-    printed = " ".join(
-        f'std::printf(" %d", int({"Weights<T>" if name == "CHAINS" else "T"}::{name}));'
-        for name in CONSTANTS
-    )
+
+    def printed(*values):
+        return " ".join(f'std::printf(" %d", int({value}));' for value in values)
+
+    ways = [printed(*(f"S::{n}" for n in OF_A_WAY[way])) for way in ("forward", "backward")]
+    rooms = [
+        " ".join(
+            f"{{ const Room r = {way}_room<S>(({H} + S::UNITS - 1) / S::UNITS, {n});"
+            f" {printed('r.bytes', 'r.weights', 'r.operand', f'r.{walked}')} }}"
+            for H, n in ROOMS + OF_GRIDS
+        )
+        for way, walked in (("forward", "pairs"), ("backward", "tiles"))
+    ]
+    alone = printed(*(f"{'Weights<T>' if n == 'CHAINS' else 'T'}::{n}" for n in CONSTANTS))
     source.write_text(
         f"""
         #include <cstdio>
-        #include "tile.h"
+        #include "team.h"
         #include "list.h"
         using namespace fastseq::cuda;
-        template <class T> void print(const char* name) {{
-          std::printf("%s", name); {printed} std::printf("\\n");
-        }}
         constexpr bool forward = false, backward = true;
+        constexpr int cluster = -1, grid = -2;
+        template <class Cell, class Type, int HC, bool way> void print(const char* name) {{
+          std::printf("%s", name);
+          if constexpr (HC > 0) {{
+            using T = Tile<Cell, Type, HC, way>;
+            {alone}
+          }} else {{
+            using S = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster, ByGrid>>;
+            {printed(*(f"S::{n}" for n in OF_SLICES))}
+            if (way == forward) {{
+              {ways[0]} {rooms[0]}
+            }} else {{
+              {ways[1]} {rooms[1]}
+            }}
+          }}
+          std::printf("\\n");
+        }}
         #define PRINT(way, cell, Cell, type, HC) \\
-          print<Tile<Cell, type, HC, way>>(#way "_" #cell "_" #type "_" #HC);
+          print<Cell, type, HC, way>(#way "_" #cell "_" #type "_" #HC);
         int main() {{
           {" ".join(f"FASTSEQ_KERNELS_{cell}(PRINT)" for cell in ROWS)}
         }}
@@ -193,11 +254,44 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
     )
     assert compiled.returncode == 0, compiled.stderr[-4000:]
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    found = {name: values for name, *values in map(str.split, said.splitlines())}
-    assert found.keys() == KERNELS.keys()
+    found = {name: list(map(int, v)) for name, *v in map(str.split, said.splitlines())}
+    assert found.keys() == KERNELS.keys() | TEAMS.keys()
     for name, kernel in KERNELS.items():
         expected = {constant: of(kernel) for constant, of in CONSTANTS.items()}
-        assert dict(zip(CONSTANTS, map(int, found[name]), strict=True)) == expected, name
+        assert dict(zip(CONSTANTS, found[name], strict=True)) == expected, name
+    for name, kernel in TEAMS.items():
+        constants = OF_SLICES | OF_A_WAY[kernel.way]
+        expected = {constant: of(kernel) for constant, of in constants.items()}
+        rooms = [of(kernel, H, n) for H, n in ROOMS + OF_GRIDS for of in OF_ROOMS.values()]
+        values = found[name]
+        assert dict(zip(constants, values, strict=False)) == expected, name
+        assert values[len(constants) :] == rooms, name
+
+
+@pytest.mark.parametrize("kernel", TEAMS.values(), ids=TEAMS)
+def test_every_slice_of_weights_stands_in_one_place(kernel):
+    """A CTA has all rows of w_hh of its units, and no others."""
+    size = 2 if "16" in kernel.type else 4
+    gates, units = GATES[kernel.cell], 32 if kernel.regime == "cluster" else 16
+    assert kernel.threads == 256 and kernel.units == units
+    for H in (1, 33, 128, 300, 512):
+        held, rest = kernel.weights(H)
+        assert held + rest >= gates * units * H * size
+        # what is walked beyond them are zeros, of less than a block of the longest
+        slices = -(-H // units) * units
+        beyond = 8 * 64 // size if kernel.way == "forward" else 16 * 16
+        assert held + rest <= gates * units * (slices + beyond) * size + 64 * 16 * 16 * 8
+        assert held <= 128 * 4 * 256 and (rest == 0 or held > 0)
+        # of packets a page of 32 elements of h has six or eight; of sums each lane has one
+        if kernel.regime == "grid":
+            team, way = -(-H // 16), kernel.way
+            each = {2: 6, 4: 8}[size] if way == "forward" else 32 * team
+            for B, pages, columns in ((1, 1, 1), (3, 2, 1), (8, 4, 1), (9, 5, 2)):
+                count = pages if way == "forward" else columns
+                assert kernel.packets(H, B) == 2 * 16 * team * each * count
+        else:
+            assert kernel.packets(H, 8) == 0
+    assert kernel.registers == 255
 
 
 # Plans over the grid of sizes
@@ -267,7 +361,7 @@ def test_every_plan_holds_what_it_promises(device):
         ]
     )
     batches, lengths = itertools.cycle((1, 8, 9, 32, 513)), itertools.cycle((1, 32, 2048))
-    planned = 0
+    planned = by_teams = 0
     for cell, (dtype, precision), H in itertools.product(ROWS, TYPES, SIZES):
         type, itemsize = TYPES[dtype, precision]
         if cell in POINTWISE_CELLS and type == "tf32":
@@ -278,30 +372,89 @@ def test_every_plan_holds_what_it_promises(device):
             if isinstance(found, Plan):
                 planned += 1
                 check(found, task, device, type, itemsize)
+            elif isinstance(found, cuda_teams.TeamPlan):
+                by_teams += 1
+                check_teams(found, task, device, type, itemsize)
             else:
                 refused(found, task, device, precision)
-    assert planned > 800
+    assert planned > 800 and by_teams > 200
+
+
+def check_teams(found, task, device, type, itemsize):
+    """What holds for every plan of teams."""
+    cell, B, T, R, H = task.cell, task.B, task.T, task.R, task.H
+    assert cell in PRODUCT_CELLS and found.type == type != "float32" and found.H == H
+    most = cuda_plan.largest(cell, type, task.training, device)
+    assert H > most
+    units = {"cluster": 32, "grid": 16}[found.regime]
+    assert H <= (512 if found.regime == "cluster" else 4096 // itemsize)
+    team = -(-H // units)
+    for way, walk in (("forward", found.forward), ("backward", found.backward)):
+        teams = walk.teams
+        assert teams.kernel is TEAMS[f"{way}_{cell}_{type}_{found.regime}"]
+        assert teams.team == team and teams.H == H
+        assert teams.shared == teams.kernel.shared(H, teams.sequences) <= device.shared_memory
+        assert teams.at_once >= 1
+        if found.regime == "cluster":
+            assert device.capability >= (9, 0) and team <= 16 and teams.cluster == team
+            assert not teams.together and len(teams.launches) == 1
+        else:
+            assert device.cooperative and not device.mps
+            assert teams.together and teams.cluster == 1
+        covered = []
+        for one in teams.launches:
+            if found.regime == "grid":
+                assert team * one.tiles * one.recurrences <= device.multiprocessors
+            assert one.first % teams.sequences == 0 and one.tiles >= 1 <= one.recurrences
+            tiles = range(one.tiles)
+            covered += [
+                (r, b)
+                for r in range(one.start, one.start + one.recurrences)
+                for tile in tiles
+                for b in range(
+                    one.first + tile * teams.sequences,
+                    min(B, one.first + (tile + 1) * teams.sequences),
+                )
+            ]
+            # each team has a sequence, unless there are none
+            assert B == 0 or one.first + (one.tiles - 1) * teams.sequences < B
+        assert len(covered) == B * R and set(covered) == set(itertools.product(range(R), range(B)))
+        assert teams.tiles == -(-max(B, 1) // teams.sequences)
+        assert all(value > 0 for value in teams.times)
+        assert walk.step >= teams.step
+        assert walk.total == pytest.approx(len(teams.launches) * cuda_time.LAUNCH + T * walk.step)
+    printed = str(found)
+    assert f"regime {found.regime}: teams of {team} CTAs" in printed and device.name in printed
+    for walk in (found.forward, found.backward):
+        assert f"{walk.teams.kernel.name}: {walk.teams.tiles} x {R} teams" in printed
 
 
 def refused(words, task, device, precision):
-    """A size too large: the text has it, and what fits does fit, and no more does."""
+    """A size too large: the text has it, and what no team holds has a reason for each regime."""
     assert task.cell in PRODUCT_CELLS
     assert f"H={task.H}" in words and "choose triton" in words and device.name in words
-    assert ("shared memory" in words) == ("regime" not in words)
-    assert (
-        "regime cluster" in words or "regime grid" in words or f"{device.shared_memory:,}" in words
-    )
     most = int(words.split("up to H=")[1].split()[0])
     assert 32 <= most < task.H
+    type = cuda_plan.type_of(task, precision)
+    reasons = [cuda_teams.declined(task.cell, type, r, task.H, device) for r in TEAMS_OF]
+    assert None not in reasons
+    if type != "float32" and "shared memory, and a CTA" not in words.split(";")[0]:
+        assert all(reason in words for reason in reasons)
     assert isinstance(plan(task._replace(H=most), device, precision), Plan)
-    assert isinstance(plan(task._replace(H=most + 1), device, precision), str)
+    if type == "float32":
+        assert isinstance(plan(task._replace(H=most + 1), device, precision), str)
+
+
+#: The regimes of teams.
+TEAMS_OF = ("cluster", "grid")
 
 
 def totals(task, device, precision, **sizes):
-    """Modelled us, forward and backward, at each value of one size; infinite where declined."""
+    """Modelled us of CTAs alone, forward and backward, at each value of one size; infinite where
+    they hold no such layer."""
     ((name, values),) = sizes.items()
     found = [plan(task._replace(**{name: value}), device, precision) for value in values]
-    walks = [(None, None) if isinstance(p, str) else (p.forward, p.backward) for p in found]
+    walks = [(p.forward, p.backward) if isinstance(p, Plan) else (None, None) for p in found]
     return [
         [float("inf") if w is None else w.total for w in way] for way in zip(*walks, strict=True)
     ]
@@ -332,6 +485,103 @@ def test_more_work_never_takes_less_time(device, cell):
         for B in (1000, 20000):
             for times in totals(task._replace(B=B), device, precision, H=sizes):
                 assert all(later >= 0.85 * t for t, later in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("regime", TEAMS_OF)
+@pytest.mark.parametrize("cell", PRODUCT_CELLS)
+def test_more_work_takes_teams_hardly_less_time(cell, regime):
+    """How sequences are shared out may be luckier with a few more."""
+    for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32")):
+        task = problem(cell, dtype, 100, 9, 300, training=True)
+        for name, values in (
+            ("T", (1, 2, 100, 100000)),
+            ("B", (1, 4, 8, 9, 33, 64, 500, 513, 5000)),
+            ("R", (1, 2, 3, 20)),
+            ("H", (1, 32, 100, 129, 256, 512)),
+        ):
+            asked = [task._replace(**{name: value}) for value in values]
+            found = [plan(one, H100, precision, regime=regime) for one in asked]
+            for way in ("forward", "backward"):
+                times = [getattr(one, way).total for one in found]
+                assert times[0] < times[-1]
+                assert all(later >= 0.8 * t for t, later in itertools.pairwise(times)), name
+
+
+def test_which_regime():
+    """One CTA where it holds a layer, however slow that is; else what is modelled to be faster."""
+
+    def regime(H, B=8, device=H100, **options):
+        return plan(problem(H=H, B=B, **options), device).regime
+
+    assert [regime(H) for H in (128, 129, 512, 513, 2048)] == [
+        *("cta", "cluster", "cluster", "grid", "grid")
+    ]
+    assert regime(129, device=A100) == regime(384, device=LAPTOP) == "grid"
+    assert regime(512, device=dataclasses.replace(H100, cooperative=False)) == "cluster"
+    assert isinstance(plan(problem(H=385), LAPTOP), str)
+    tasks = [problem(cell="gru", H=H, B=B) for H in (256, 400, 512) for B in (1, 64, 512)]
+    for task in tasks:
+        both = [plan(task, H100, regime=r) for r in TEAMS_OF]
+        sums = [p.forward.teams.step + p.backward.teams.step for p in both]
+        assert plan(task, H100) == both[sums.index(min(sums))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"multiprocessors": 19},
+        {"multiprocessors": 40, "shared_memory": 60000},
+        {"clusters": (0, 132, 60, 40, 30, 24, 20, 16, 14, 3, 3, 2, 2, 1, 1, 1, 1)},
+        {"mps": True},
+        {"cooperative": False},
+        {"capability": (8, 0)},
+        {"shared_memory": 99 << 10, "shared_memory_total": 100 << 10},
+    ],
+    ids=str,
+)
+def test_teams_on_made_up_devices(change):
+    device = dataclasses.replace(H100, **change)
+    planned = 0
+    batches = itertools.cycle((1, 8, 9, 100, 1025))
+    sizes = (129, 300, 512, 700, 2000)
+    for cell, (dtype, precision), H in itertools.product(PRODUCT_CELLS, TYPES, sizes):
+        type, itemsize = TYPES[dtype, precision]
+        task = problem(cell, dtype, 32, next(batches), H, R=next(batches) % 3 + 1, training=True)
+        found = plan(task, device, precision)
+        if isinstance(found, cuda_teams.TeamPlan):
+            planned += 1
+            check_teams(found, task, device, type, itemsize)
+        elif isinstance(found, str):
+            refused(found, task, device, precision)
+    assert planned > 20
+
+
+@pytest.mark.parametrize("regime", TEAMS_OF)
+def test_a_plan_of_teams_answers_for_what_is_known(regime):
+    task = problem(H=300, training=True)
+    traced = plan(task._replace(T=None, B=None), H100, regime=regime)
+    known = plan(task, H100, regime=regime)
+    assert traced.forward.total is None and traced.forward.step == known.forward.step
+    assert "a step and sequence: " in str(traced) and "us in all" not in str(traced)
+    assert "us in all, without the GEMMs" in str(known)
+    teams = plan(task._replace(B=0), H100, regime=regime).forward.teams
+    assert teams.tiles == 1 and teams.sequences == 1
+    assert known == plan(task, dataclasses.replace(H100), regime=regime)
+    assert plan(problem("indrnn", H=300), H100, regime=regime) == (
+        f"cuda's {regime}s have no kernel of indrnn in bfloat16"
+    )
+
+
+def test_what_explain_prints_of_teams():
+    printed = str(plan(problem(B=32, H=300, T=512, R=2, training=True), H100, regime="cluster"))
+    assert "regime cluster: teams of 10 CTAs, each a cluster, own up to" in printed
+    assert "H=300 in slices of 32, bfloat16, sm_90a on NVIDIA H100" in printed
+    # 128 rows of w_hh, of 320 units, whose 640 bytes are rounded up to 1024
+    assert "of a CTA: weights 131,072 bytes in registers, 0 in shared memory" in printed
+    assert printed.count("modelled, not measured: ") == 2 and printed.count("in 1 launch,") == 2
+    printed = str(plan(problem(B=32, H=1000, R=2), H100, regime="grid"))
+    assert "regime grid: teams of 63 CTAs, each part of a grid" in printed
+    assert "backward_lstm_bfloat16_grid: " in printed and "bytes of sums" in printed
 
 
 def test_a_plan_is_frozen_and_one_value():
@@ -376,7 +626,7 @@ def test_registers_as_the_compiler_counts_them():
 
 
 def test_it_asks_no_gpu():
-    for module in (cuda_kernels, cuda_plan, cuda_time):
+    for module in (cuda_kernels, cuda_plan, cuda_teams, cuda_time):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         names = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         assert not [n for n in names if n.startswith(("torch.cuda", "torch.backends", "os."))]
@@ -390,28 +640,57 @@ def needs(way):
     return KERNELS[f"{way}_lstm_bfloat16_128"].shared
 
 
-#: With room for its forward alone, or for neither.
-FORWARD_ONLY = dataclasses.replace(H100, name="small", shared_memory=needs("backward") - 1)
-NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward") - 1)
+#: With room for its forward alone, or for neither, and without teams.
+SMALL = dataclasses.replace(H100, name="small", capability=(8, 0), cooperative=False)
+FORWARD_ONLY = dataclasses.replace(SMALL, shared_memory=needs("backward") - 1)
+NEITHER = dataclasses.replace(SMALL, shared_memory=needs("forward") - 1)
+NO_TEAMS = (
+    "small has no clusters, which need compute capability 9.0; small starts no grid all at once; "
+    "choose triton"
+)
+ON_H100 = f"on {H100.name}"
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
         (
-            {"H": 512},
-            "H=512: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of lstm "
-            "on NVIDIA H100 80GB HBM3; choose triton",
+            {"H": 2049},
+            f"H=2049: one CTA holds up to H=128 in bfloat16 of lstm {ON_H100}; H=2049: a cluster "
+            "holds up to H=512 in bfloat16; H=2049: a grid holds up to H=2048 in bfloat16; "
+            "choose triton",
         ),
         (
-            {"H": 1024, "cell": "rnn_tanh"},
-            "H=1024: regime grid, not yet built; one CTA holds up to H=256 in bfloat16 of rnn_tanh "
-            "on NVIDIA H100 80GB HBM3; choose triton",
+            {"H": 600, "cell": "rnn_tanh", "device": dataclasses.replace(H100, mps=True)},
+            f"H=600: one CTA holds up to H=256 in bfloat16 of rnn_tanh {ON_H100}; H=600: a cluster "
+            f"holds up to H=512 in bfloat16; {H100.name} is shared by processes through MPS, where "
+            "CTAs of a grid may wait for others that have no place; choose triton",
+        ),
+        (
+            {"H": 400, "device": LAPTOP},
+            f"H=400: one CTA holds up to H=128 in bfloat16 of lstm on {LAPTOP.name}; {LAPTOP.name} "
+            "has no clusters, which need compute capability 9.0; H=400: a grid of 25 CTAs that "
+            f"wait for one another, and {LAPTOP.name} has 24 multiprocessors; choose triton",
+        ),
+        (
+            {"H": 300, "device": dataclasses.replace(H100, clusters=(0,) + 8 * (9,), mps=True)},
+            f"H=300: one CTA holds up to H=128 in bfloat16 of lstm {ON_H100}; H=300: {H100.name} "
+            f"has no room for a cluster of 10 CTAs; {H100.name} is shared by processes through "
+            "MPS, where CTAs of a grid may wait for others that have no place; choose triton",
+        ),
+        (
+            {"H": 300, "device": dataclasses.replace(H100, shared_memory=20000)},
+            f"H=300: one CTA holds up to H=32 in bfloat16 of lstm {ON_H100}; H=300 in bfloat16 of "
+            f"lstm: forward takes {TEAMS['forward_lstm_bfloat16_cluster'].shared(300, 8):,} bytes "
+            f"of shared memory in a cluster, and a CTA of {H100.name} has 20,000; H=300 in "
+            "bfloat16 of lstm: forward takes "
+            f"{TEAMS['forward_lstm_bfloat16_grid'].shared(300, 8):,} bytes of shared memory in a "
+            f"grid, and a CTA of {H100.name} has 20,000; choose triton",
         ),
         (
             {"H": 100, "dtype": torch.float32, "cell": "rnn_tanh"},
-            "H=100: regime cluster, not yet built; one CTA holds up to H=64 in float32 of rnn_tanh "
-            "on NVIDIA H100 80GB HBM3; allow TF32 (torch.backends.cudnn.rnn.fp32_precision = "
+            f"H=100: one CTA holds up to H=64 in float32 of rnn_tanh {ON_H100}; clusters and grids "
+            "multiply in TF32 or 16 bits; allow TF32 (torch.backends.cudnn.rnn.fp32_precision = "
             "'tf32'), or choose triton",
         ),
         (
@@ -422,13 +701,11 @@ NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward")
         ),
         (
             {"device": FORWARD_ONLY, "H": 200, "training": True},
-            "H=200: regime cluster, not yet built; one CTA holds up to H=64 in bfloat16 of lstm in "
-            "training on small; choose triton",
+            f"H=200: one CTA holds up to H=64 in bfloat16 of lstm in training on small; {NO_TEAMS}",
         ),
         (
             {"device": FORWARD_ONLY, "H": 200},
-            "H=200: regime cluster, not yet built; one CTA holds up to H=128 in bfloat16 of lstm "
-            "on small; choose triton",
+            f"H=200: one CTA holds up to H=128 in bfloat16 of lstm on small; {NO_TEAMS}",
         ),
         (
             {"device": NEITHER, "H": 65},
@@ -437,7 +714,7 @@ NEITHER = dataclasses.replace(H100, name="small", shared_memory=needs("forward")
             "choose triton",
         ),
         (
-            {"device": dataclasses.replace(LAPTOP, name="tiny", shared_memory=4096), "H": 128},
+            {"device": dataclasses.replace(SMALL, name="tiny", shared_memory=4096), "H": 128},
             f"H=128 in bfloat16 of lstm: forward takes {needs('forward'):,} bytes of shared "
             "memory, and a CTA of tiny has 4,096; no H fits; choose triton",
         ),

@@ -37,6 +37,22 @@ GEOMETRY, RUN, WHOLE = "fastseq/ops/geometry.py", "fastseq/ops/run.py", "fastseq
 FORWARD_CUDA, BACKWARD_CUDA, TILE = (f"csrc/cuda/{n}.h" for n in ("forward", "backward", "tile"))
 RACES = ("tests/test_cuda_on_host.py::test_a_few_under[thread]",)
 LOOPS = ("tests/test_cuda_on_host.py::test_a_few_under[address]",)
+TEAM, EXCHANGE, TEAM_FORWARD, TEAM_BACKWARD = (
+    f"csrc/cuda/{n}.h" for n in ("team", "exchange", "team_forward", "team_backward")
+)
+TEAMS = "tests/test_cuda_teams.py::"
+TEAMS_OF_ALL = tuple(
+    f"{TEAMS}test_against_the_independent[{name}]"
+    for name in (
+        "cluster-rnn_tanh-ring-tf32",
+        "cluster-gru-H70-bfloat16",
+        "grid-lstm-ring-bfloat16",
+    )
+)
+WAVES = ("tests/test_cuda_wave.py::test_the_same_bits_whatever_comes_late",)
+IN_PARTS = (f"{TEAMS}test_launches_in_parts",)
+SLOW = (f"{TEAMS}test_a_slow_cta_finds_nothing_written_over",)
+IN_VAIN = (f"{TEAMS}test_a_launch_ends_where_a_cta_waits_in_vain",)
 LONG_WAY = ("tests/test_streaming.py::test_resets_and_all_states_have_the_bits_of_the_long_way",)
 CHECKS, SHORT = "fastseq/ops/checks.py", "fastseq/nn/short.py"
 AUTOGRAD, EAGER = "fastseq/ops/autograd.py", "fastseq/backends/eager.py"
@@ -813,6 +829,322 @@ MUTATIONS = (
         "acquire(&count->order[parity]);",
         "",
         ("tests/test_cuda_words.py::test_no_race_is_seen",),
+    ),
+    # Teams of CTAs, on the host
+    Mutation(
+        "cuda's teams: a grid's exchanges are known by one of two numbers",
+        EXCHANGE,
+        "return n + 1; }",
+        "return n % 2 + 1; }",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: one place for h of a cluster",
+        EXCHANGE,
+        "room.at_operands + ((n & 1) * MATRICES + of_input) * room.operand;",
+        "room.at_operands + of_input * room.operand;",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: one place for sums of a cluster",
+        EXCHANGE,
+        "           (n & 1) * me.team * room.columns * S::UNITS * 4;",
+        "           0;",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: one place for packets",
+        EXCHANGE,
+        "(team * 2 + (n & 1)) * each",
+        "team * 2 * each",
+        SLOW,
+    ),
+    Mutation(
+        "cuda's teams: both directions through the same packets",
+        EXCHANGE,
+        "int64_t(me.tile) * me.a.R + me.recurrence;",
+        "int64_t(me.tile) * me.a.R;",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: a cluster's CTAs do not meet before they push",
+        EXCHANGE,
+        "if (count > 1) expect(box(1), bytes);\n    }\n    meet_cluster();",
+        "if (count > 1) expect(box(1), bytes);\n    }\n    meet();",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: nobody waits for h in a cluster",
+        EXCHANGE,
+        "void take_h(int n) const { take_in(n); }",
+        "void take_h(int) const {}",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: a box is not made ready again",
+        EXCHANGE,
+        "n + 2 < count && !is_marked(lost)",
+        "n + 2 < 0",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: a box is asked for the wrong parity",
+        EXCHANGE,
+        "has_come(box(n), n >> 1 & 1)",
+        "has_come(box(n), n & 1)",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: a CTA that gave up makes its boxes ready",
+        EXCHANGE,
+        " && !is_marked(lost)) expect",
+        ") expect",
+        IN_VAIN,
+    ),
+    Mutation(
+        "cuda's teams: a CTA that gave up hands h on",
+        TEAM_FORWARD,
+        "if (!lost) exchange.hand_h(turn, page, page_of_h);",
+        "exchange.hand_h(turn, page, page_of_h);",
+        IN_VAIN,
+    ),
+    Mutation(
+        "cuda's teams: a CTA that gave up makes numbers of h",
+        TEAM_FORWARD,
+        "      if (lost) at.h_after = bits_to_float(0x7fffffff);\n",
+        "",
+        IN_VAIN,
+    ),
+    Mutation(
+        "cuda's teams: a CTA that gave up makes numbers of gradients",
+        TEAM_BACKWARD,
+        "      if (lost) at.dh_now = bits_to_float(0x7fffffff);\n",
+        "",
+        IN_VAIN,
+    ),
+    Mutation(
+        "cuda's teams: a CTA that gave up tells nobody",
+        TEAM,
+        "      if (a.fault) tell(a.fault, int32_t(a.code));\n",
+        "",
+        IN_VAIN,
+    ),
+    Mutation(
+        "cuda's teams: a grid's CTA multiplies before all packets stand there",
+        EXCHANGE,
+        "int(packet % PACKETS), got[k]);\n      }\n    }\n    meet();",
+        "int(packet % PACKETS), got[k]);\n      }\n    }",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: a grid's sums are read before all stand there",
+        EXCHANGE,
+        "float_to_bits(total[3])}});\n    }\n    meet();",
+        "float_to_bits(total[3])}});\n    }",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: a packet is not waited for",
+        EXCHANGE,
+        "all &= !from(k) || got[k].w[3] == uint32_t(epoch);",
+        "all = true;",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: sums go to the next CTA of a cluster",
+        EXCHANGE,
+        "(me.layer - below) * me.team + tile / S::SUBS,",
+        "(me.layer - below) * me.team + (tile / S::SUBS + 1) % me.team,",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: sums are taken from those of another CTA of a grid",
+        EXCHANGE,
+        "(int64_t(tile / S::SUBS) * me.team + me.rank) * each()",
+        "(int64_t(me.rank) * me.team + tile / S::SUBS) * each()",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: a slice of h stands as the first one",
+        EXCHANGE,
+        "(me.origin + unit) * S::SIZE",
+        "unit * S::SIZE",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: a packet of h stands as another CTA's",
+        EXCHANGE,
+        "sender * LINE + byte % LINE",
+        "(me.team - 1 - sender) * LINE + byte % LINE",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: forward's sums are read before all stand there",
+        TEAM_FORWARD,
+        "    arrived<S::STAGES - 2>();\n    meet();\n",
+        "    arrived<S::STAGES - 2>();\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: forward does not wait for its input",
+        TEAM_FORWARD,
+        "    arrived<S::STAGES - 2>();\n",
+        "",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: forward fetches into what it still needs",
+        TEAM_FORWARD,
+        "on_its_way(step + S::STAGES - 1);",
+        "on_its_way(step + S::STAGES);",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: forward's threads do not meet before h_0 is there",
+        TEAM_FORWARD,
+        "    lengths[column] = me.length(column);\n  meet();\n",
+        "    lengths[column] = me.length(column);\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: a lane pushes what others have yet to write",
+        TEAM_FORWARD,
+        "handed);\n          meet_warp();\n",
+        "handed);\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: a lane writes where others still push from",
+        TEAM_FORWARD,
+        "page_of_h);\n        meet_warp();\n",
+        "page_of_h);\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: h is handed on without its mask",
+        TEAM_FORWARD,
+        "if (a.h_mask && there) handed *=",
+        "if (a.h_mask && !there) handed *=",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: forward looks at the reset of the step before",
+        TEAM_FORWARD,
+        "resets.put(step + 1, next_reset);",
+        "resets.put(step, next_reset);",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: backward multiplies before all gradients stand there",
+        TEAM_BACKWARD,
+        "dbias[g].add(biases[g], step);\n    meet();\n",
+        "dbias[g].add(biases[g], step);\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: backward's steps do not meet",
+        TEAM_BACKWARD,
+        "    arrived<S::STAGES - 2>();\n    meet();\n  }\n",
+        "    arrived<S::STAGES - 2>();\n  }\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: backward fetches by lengths that are not there",
+        TEAM_BACKWARD,
+        "  meet();\n#pragma unroll 1\n  for (int turn = 0; turn < S::STAGES - 1; ++turn)",
+        "#pragma unroll 1\n  for (int turn = 0; turn < S::STAGES - 1; ++turn)",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: backward waits for the step that it has read",
+        TEAM_BACKWARD,
+        "    arrived<S::STAGES - 2>();\n    meet();\n  }\n",
+        "    arrived<S::STAGES - 1>();\n    meet();\n  }\n",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: backward's totals are read before all stand there",
+        TEAM_BACKWARD,
+        "    totals[thread()] = total;\n    meet();\n",
+        "    totals[thread()] = total;\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: backward's totals are written over",
+        TEAM_BACKWARD,
+        "    meet();\n    totals[thread()] = total;\n",
+        "    totals[thread()] = total;\n",
+        RACES,
+    ),
+    Mutation(
+        "cuda's teams: two words of a fragment of weights trade places",
+        TEAM,
+        "to.w[k][0] = upper.w[2 * k], to.w[k][1] = lower.w[2 * k];",
+        "to.w[k][1] = upper.w[2 * k], to.w[k][0] = lower.w[2 * k];",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: two words of a fragment of h trade places",
+        TEAM,
+        "mma(first, w.w[0], b.w[0], b.w[1],",
+        "mma(first, w.w[0], b.w[1], b.w[0],",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: what rests of the weights is another pair",
+        TEAM,
+        "load<Words4>(resting(2 * fragment + k))",
+        "load<Words4>(resting(2 * fragment + 1 - k))",
+        (f"{TEAMS}test_larger[cluster-gru-tf32-260]",),
+    ),
+    Mutation(
+        "cuda's teams: vectors of a place that is not aligned to them",
+        TEAM,
+        "if (bytes == BYTES && alignment % 16 == 0) {",
+        "if (bytes == BYTES) {",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: a launch in parts begins with the first recurrence",
+        TEAM,
+        "int(a.start) + tile_y();",
+        "tile_y();",
+        IN_PARTS,
+    ),
+    Mutation(
+        "cuda's teams: a launch in parts begins with the first sequence",
+        TEAM,
+        "int(a.first) + tile * int(a.tile);",
+        "tile * int(a.tile);",
+        IN_PARTS,
+    ),
+    Mutation(
+        "cuda's teams: a launch in parts leaves its sums at the first place",
+        TEAM_BACKWARD,
+        "int(a.first / a.tile) + me.tile;",
+        "me.tile;",
+        IN_PARTS,
+    ),
+    Mutation(
+        "cuda's waves: a layer hands no word back",
+        EXCHANGE,
+        "WORD = 16;",
+        "WORD = 0;",
+        WAVES,
+    ),
+    Mutation(
+        "cuda's waves: a layer takes its first step with the one below",
+        TEAM_FORWARD,
+        "const int step = turn - me.layer;",
+        "const int step = turn;",
+        WAVES,
+    ),
+    Mutation(
+        "cuda's waves: what goes up is masked as what stays",
+        TEAM_FORWARD,
+        "if (a.h_mask) put(h);",
+        "",
+        ("tests/test_cuda_wave.py::test_against_the_independent",),
     ),
     # Autograd and the choice
     Mutation(

@@ -45,7 +45,7 @@ struct Exchange<S, ByCluster> {
 
   DEVICE void take_in(int n) const {
     wait_for(me.a, lost, [&] { return has_come(box(n), n >> 1 & 1); });
-    if (thread() == 0 && n + 2 < count) expect(box(n), bytes);
+    if (thread() == 0 && n + 2 < count && !is_marked(lost)) expect(box(n), bytes);
   }
 
   static constexpr int MATRICES = S::WAVE ? 2 : 1;
@@ -71,8 +71,9 @@ struct Exchange<S, ByCluster> {
   }
   // In a wave the layer that is handed h, or sums, by another hands it nothing back but a word: that
   // it is behind the barrier that follows its last read of n - 1.
+  static constexpr int WORD = 16;  // bytes
   DEVICE void hand_word(int n, int layer) const {
-    if (thread() < me.team)
+    if (WORD && thread() < me.team)
       push(memory + room.at_words + ((n & 1) * me.team + me.rank) * 16, box(n),
            layer * me.team + thread(), Words4{});
   }
@@ -133,6 +134,8 @@ struct Exchange<S, ByGrid> {
   DEVICE void begin() const { meet(); }
   DEVICE void end() const {}
 
+  // What the packets of an exchange are known by; those of no exchange are 0.
+  DEVICE static int epoch(int n) { return n + 1; }
   // The packets of an exchange of this team, where there is room for so many in each.
   DEVICE Words4* packets(int n, int64_t each) const {
     const int64_t team = int64_t(me.tile) * me.a.R + me.recurrence;
@@ -163,7 +166,7 @@ struct Exchange<S, ByGrid> {
     Words4* const to =
         packets(n, int64_t(pages()) * me.team * PACKETS) +
         (int64_t(page) * me.team + me.rank) * PACKETS + me.lane;
-    Words4 packet{{0, 0, 0, uint32_t(n + 1)}};
+    Words4 packet{{0, 0, 0, uint32_t(epoch(n))}};
     if constexpr (S::SIZE == 2) {
 #pragma unroll
       for (int j = 0; j < 3; ++j)
@@ -171,7 +174,7 @@ struct Exchange<S, ByGrid> {
           packet.w[j] = load<uint32_t>(h + (3 * me.lane + j) * 4);
     } else {
       const Words4 w = load<Words4>(h + me.lane * 16);
-      packet = packed(w.w[0] >> 8, w.w[1] >> 8, w.w[2] >> 8, w.w[3] >> 8, n + 1);
+      packet = packed(w.w[0] >> 8, w.w[1] >> 8, w.w[2] >> 8, w.w[3] >> 8, epoch(n));
     }
     store_packet(to, packet);
   }
@@ -185,7 +188,7 @@ struct Exchange<S, ByGrid> {
       const auto is = [&](int k) {
         return page + k / EACH < used && k % EACH * S::THREADS + own < all;
       };
-      wait(got, n + 1, [&](int k) {
+      wait(got, epoch(n), [&](int k) {
         return is(k) ? from + (page + k / EACH) * all + k % EACH * S::THREADS + own : nullptr;
       });
 #pragma unroll
@@ -224,7 +227,7 @@ struct Exchange<S, ByGrid> {
         packets(n, each() * me.team * me.team) +
         (int64_t(tile / S::SUBS) * me.team + me.rank) * each() +
         (columns * S::SUBS + tile % S::SUBS) * LANES + me.lane;
-    store_packet(to, packed(rounded(v[0]), rounded(v[1]), rounded(v[2]), rounded(v[3]), n + 1));
+    store_packet(to, packed(rounded(v[0]), rounded(v[1]), rounded(v[2]), rounded(v[3]), epoch(n)));
   }
   // Each warp adds up what some of the CTAs gave.
   DEVICE void take_sums(int n, int elements) const {
@@ -238,7 +241,7 @@ struct Exchange<S, ByGrid> {
       for (int first = is_given ? me.warp : me.team; first < me.team;
            first += S::WARPS * SENDERS) {
         Words4 got[SENDERS];
-        wait(got, n + 1, [&](int k) {
+        wait(got, epoch(n), [&](int k) {
           const int sender = first + k * S::WARPS;
           return sender < me.team ? from + sender * each() + place : nullptr;
         });

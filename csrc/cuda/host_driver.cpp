@@ -1,7 +1,8 @@
 // The kernels on the host without Python and torch, for the sanitizers: forward, and backward of what
-// it left, of a choice of cells, types and shapes. Each runs twice and has to give the same bits; all
-// that it has to write is finite, nothing beside it is touched, and what it only reads stays as it
-// was. It is compared with plain loops over the same text, one sequence after another.
+// it left, of a choice of cells, types and shapes, by CTAs alone and by teams of them. Each runs twice,
+// what comes late differs, and has to give the same bits; all that it has to write is finite, nothing
+// beside it is touched, and what it only reads stays as it was. It is compared with plain loops over
+// the same text, one sequence after another.
 //
 //   host_driver [NAME ...]     of the cases; all by default
 //
@@ -15,6 +16,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "team_backward.h"
+#include "team_forward.h"
 
 using namespace fastseq;
 using namespace fastseq::FASTSEQ_ISA;
@@ -94,19 +97,72 @@ class Buffer {
 struct Shape {
   int T, B, R, H;
   bool ragged, state, reset, h_mask, save;  // state: initial ones are given
-  int tile = 8;                             // sequences of a CTA
+  int tile = 8;                             // sequences of a CTA, or of a team
 };
 
 enum Role { READ, FORWARD, BACKWARD };  // by what it is written
 
-// All that a call of the two kernels is given.
-template <class Cell, class Type, int HC>
-struct Memory {
+// Of CTAs alone, which hold up to HC hidden units.
+template <class Cell_, class Type_, int HC>
+struct Alone {
+  using Cell = Cell_;
+  using Type = Type_;
   using T = Tile<Cell, Type, HC, false>;
+  static constexpr bool TEAMS = false;
+  static int width(int) { return HC; }  // of the matrices that they are given
+
+  static std::string run(const char* name, const Shape& s, int64_t tiles, bool backward,
+                         const Arguments& a) {
+    const host::Kernel kernel{
+        name, backward ? backward_walk<Cell, Type, HC> : forward_walk<Cell, Type, HC>, T::THREADS};
+    const int64_t parts = T::MULTIPLIES ? 1 : (s.H + HC - 1) / HC;
+    return host::run(kernel, tiles, s.R, parts, T::THREADS,
+                     backward ? Tile<Cell, Type, HC, true>::BYTES : T::BYTES, a);
+  }
+};
+
+// Of teams. What a grid's hand to each other stands in a Buffer of its own.
+template <class Cell_, class Type_, class By>
+struct Teams {
+  using Cell = Cell_;
+  using Type = Type_;
+  using T = Slice<Cell, Type, By>;
+  static constexpr bool TEAMS = true, IS_GRID = By::OPERANDS == 1;
+  static int width(int H) { return H; }
+
+  static std::string run(const char* name, const Shape& s, int64_t tiles, bool backward,
+                         const Arguments& given) {
+    const host::Kernel kernel{name, backward ? team_backward<T, Cell> : team_forward<T, Cell>,
+                              T::THREADS};
+    const int team = (s.H + T::UNITS - 1) / T::UNITS;
+    const Room room = backward ? backward_room<T>(team, s.tile) : forward_room<T>(team, s.tile);
+    const int64_t of_h = (s.tile * T::UNITS + T::PAGE - 1) / T::PAGE * (T::SIZE == 2 ? 6 : 8);
+    const int64_t of_sums = int64_t(room.columns) * T::UNITS / 4 * team;
+    const int64_t each = 2 * team * (backward ? of_sums : of_h);  // packets of a team
+    Buffer<uint32_t> packets(IS_GRID ? 4 * each * tiles * s.R : 0);
+    packets.zero();
+    int32_t fault = 0;
+    Arguments a = given;
+    a.team = team, a.packets = packets.or_null(), a.fault = &fault, a.code = 7;
+    a.patience = 60000;
+    std::string why = host::run(kernel, team * tiles, s.R, 1, T::THREADS, room.bytes, a, IS_GRID,
+                                IS_GRID ? 1 : team);
+    if (why.empty() && fault) why = "a CTA waited in vain";
+    if (why.empty() && !packets.is_guarded()) why = "written beside the packets";
+    return why;
+  }
+};
+
+// All that a call of the two kernels is given.
+template <class Kernels>
+struct Memory {
+  using T = typename Kernels::T;
+  using Cell = typename Kernels::Cell;
   using Number = typename T::Number;
   static constexpr int G = T::G, G_HH = T::G_HH, C = T::C, E = T::E, U = T::U;
 
   const Shape s;
+  const int HC;  // from a row of w_hh to the next
   const int64_t N, tiles;
   Buffer<int64_t> lengths, offsets;
   Buffer<Number> gates, extra, y, h_0, c_0, h_n, c_n, w_forward, w_backward, b_hh, unit, h_mask;
@@ -115,8 +171,8 @@ struct Memory {
   Buffer<uint8_t> reset;
 
   explicit Memory(Shape s)
-      : s(s), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile), lengths(s.ragged ? s.B : 0),
-        offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
+      : s(s), HC(Kernels::width(s.H)), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile),
+        lengths(s.ragged ? s.B : 0), offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
         y(N * s.R * s.H), h_0(s.state * states()), c_0(s.state * C * states()), h_n(states()),
         c_n(C * states()), w_forward(int64_t(s.R) * G_HH * HC * HC), w_backward(w_forward.size()),
         b_hh(Cell::APART * states() / s.B * G_HH), unit(int64_t(s.R) * U * s.H),
@@ -164,7 +220,8 @@ struct Memory {
     a.gates = gates.or_null(), a.extra = extra.or_null();
     a.y = y.or_null(), a.c_all = c_all.or_null();
     a.h_0 = h_0.or_null(), a.c_0 = c_0.or_null(), a.h_n = h_n.or_null(), a.c_n = c_n.or_null();
-    a.w_hh = (backward ? w_backward : w_forward).or_null(), a.b_hh = b_hh.or_null();
+    a.w_hh = (backward && !Kernels::TEAMS ? w_backward : w_forward).or_null();
+    a.b_hh = b_hh.or_null();
     a.unit = unit.or_null(), a.reset = reset.or_null(), a.h_mask = h_mask.or_null();
     a.dy = dy.or_null(), a.dc_all = dc_all.or_null();
     a.dh_n = dh_n.or_null(), a.dc_n = dc_n.or_null();
@@ -218,9 +275,11 @@ struct Tolerance<float32> {
   static constexpr float VALUE = 0x1p-16f;
 };
 
-template <class Cell, class Type, int HC>
+template <class Kernels>
 struct Loops {
-  using M = Memory<Cell, Type, HC>;
+  using M = Memory<Kernels>;
+  using Cell = typename Kernels::Cell;
+  using Type = typename Kernels::Type;
   using T = typename M::T;
   using Number = typename T::Number;
   static constexpr int G = T::G, G_HH = T::G_HH, C = T::C, E = T::E, U = T::U;
@@ -231,7 +290,7 @@ struct Loops {
     return T::PARTS == 1 ? round_tf32(v) : v;
   }
   static double weight(const M& m, int r, int g, int u, int k) {
-    return operand(widen(m.w_forward[((int64_t(r) * G_HH + g) * HC + u) * HC + k]));
+    return operand(widen(m.w_forward[((int64_t(r) * G_HH + g) * m.HC + u) * m.HC + k]));
   }
 
   template <class Array>
@@ -374,20 +433,15 @@ struct Loops {
   }
 };
 
-template <class Cell, class Type, int HC>
+template <class Kernels>
 void run(const char* name, Shape s) {
-  if (!s.H) s.H = HC;
-  using M = Memory<Cell, Type, HC>;
-  using T = typename M::T;
+  if (!s.H) s.H = Kernels::width(0);
+  using M = Memory<Kernels>;
   const auto launch = [&](bool backward, const M& memory) {
-    const host::Kernel kernel{name, backward ? backward_walk<Cell, Type, HC>
-                                             : forward_walk<Cell, Type, HC>,
-                              T::THREADS};
-    const int64_t parts = T::MULTIPLIES ? 1 : (s.H + HC - 1) / HC;
-    const std::string why = host::run(kernel, memory.tiles, s.R, parts, T::THREADS,
-                                      backward ? Tile<Cell, Type, HC, true>::BYTES : T::BYTES,
-                                      memory.arguments(backward));
+    const std::string why =
+        Kernels::run(name, s, memory.tiles, backward, memory.arguments(backward));
     if (!why.empty()) fail(why);
+    host::seed += 1;
     return why.empty();
   };
   const auto twice = [&](bool backward, const M& before, M& after) {
@@ -412,10 +466,10 @@ void run(const char* name, Shape s) {
   const M given(s);
   M forward(given);
   if (!twice(false, given, forward)) return;
-  Loops<Cell, Type, HC>::forward(given, forward);
+  Loops<Kernels>::forward(given, forward);
   if (!s.save) return;
   M backward(forward);
-  if (twice(true, forward, backward)) Loops<Cell, Type, HC>::backward(forward, backward);
+  if (twice(true, forward, backward)) Loops<Kernels>::backward(forward, backward);
 }
 
 // {T, B, R, H, ragged, state, reset, h_mask, save}; H 0: as many as the kernel has room for
@@ -427,28 +481,43 @@ const Shape LONG{11, 3, 2, 30, false, true, true, false, true};
 const Shape LEAN{3, 2, 2, 17, true, false, false, true, false};
 const Shape FEW{4, 6, 2, 32, false, true, false, false, true, 4};
 const Shape PARTS{4, 3, 1, 70, true, true, true, false, true};  // of a cell without a product
+// Of a cluster two or three CTAs, of a grid three to five: two teams of two tiles of columns and of
+// one, whose pieces stand anywhere; steps enough for the ring; slices that are whole
+const Shape TWO{3, 13, 1, 37, true, true, true, true, true, 10};
+const Shape BOTH{9, 2, 2, 40, false, true, false, false, true};
+const Shape WHOLE{3, 3, 1, 64, false, false, true, true, true};
+const Shape THREE{4, 2, 1, 70, true, true, false, false, true};
 
 struct Case {
   const char* name;
   void (*run)();
 };
-#define FASTSEQ_CASE(Cell, Type, HC, ...)                                        \
-  {#Cell " " #Type, [] {                                                        \
-     for (const Shape& shape : {__VA_ARGS__}) run<Cell, Type, HC>(#Cell " " #Type, shape); \
+#define FASTSEQ_CASE(Kernels, Cell, Type, how, ...)                                     \
+  {#Cell " " #Type " " #how, [] {                                                       \
+     for (const Shape& shape : {__VA_ARGS__})                                           \
+       run<Kernels<Cell, Type, how>>(#Cell " " #Type " " #how, shape);                  \
    }}
 const Case cases[] = {
-    FASTSEQ_CASE(Lstm, bfloat16, 32, SMALLEST, PLAIN, RAGGED, LONG, FEW),
+    FASTSEQ_CASE(Alone, Lstm, bfloat16, 32, SMALLEST, PLAIN, RAGGED, LONG, FEW),
+    FASTSEQ_CASE(Teams, Gru, bfloat16, ByCluster, TWO, BOTH),
+    FASTSEQ_CASE(Teams, Lstm, bfloat16, ByGrid, TWO, BOTH),
 #ifndef FASTSEQ_FEW
-    FASTSEQ_CASE(Gru, float32, 32, PLAIN, RAGGED),
-    FASTSEQ_CASE(RnnTanh, float16, 32, RAGGED, LONG, LEAN),
-    FASTSEQ_CASE(PeepholeLstm, tf32, 32, RAGGED, LEAN),
-    FASTSEQ_CASE(CoupledLstm, float16, 64, RAGGED),
-    FASTSEQ_CASE(Gru, bfloat16, 128, RAGGED, LONG),
-    FASTSEQ_CASE(Lstm, tf32, 64, SMALLEST, RAGGED),
-    FASTSEQ_CASE(Lstm, float32, 64, SMALLEST, RAGGED),  // some of the weights in shared memory
-    FASTSEQ_CASE(LeakyIntegrator, bfloat16, 64, RAGGED, LONG),
+    FASTSEQ_CASE(Alone, Gru, float32, 32, PLAIN, RAGGED),
+    FASTSEQ_CASE(Alone, RnnTanh, float16, 32, RAGGED, LONG, LEAN),
+    FASTSEQ_CASE(Alone, PeepholeLstm, tf32, 32, RAGGED, LEAN),
+    FASTSEQ_CASE(Alone, CoupledLstm, float16, 64, RAGGED),
+    FASTSEQ_CASE(Alone, Gru, bfloat16, 128, RAGGED, LONG),
+    FASTSEQ_CASE(Alone, Lstm, tf32, 64, SMALLEST, RAGGED),
+    FASTSEQ_CASE(Alone, Lstm, float32, 64, SMALLEST, RAGGED),  // some weights in shared memory
+    FASTSEQ_CASE(Alone, LeakyIntegrator, bfloat16, 64, RAGGED, LONG),
+    FASTSEQ_CASE(Teams, Lstm, tf32, ByCluster, SMALLEST, TWO, WHOLE),
+    FASTSEQ_CASE(Teams, RnnTanh, float16, ByCluster, LONG, THREE, LEAN),
+    FASTSEQ_CASE(Teams, PeepholeLstm, bfloat16, ByCluster, THREE),
+    FASTSEQ_CASE(Teams, Gru, tf32, ByGrid, SMALLEST, TWO, WHOLE),
+    FASTSEQ_CASE(Teams, RnnTanh, float16, ByGrid, LONG, THREE, LEAN),
+    FASTSEQ_CASE(Teams, CoupledLstm, bfloat16, ByGrid, THREE),
 #endif
-    FASTSEQ_CASE(IndrnnTanh, float32, 64, RAGGED, PARTS),
+    FASTSEQ_CASE(Alone, IndrnnTanh, float32, 64, RAGGED, PARTS),
 };
 
 }  // namespace

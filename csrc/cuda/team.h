@@ -348,8 +348,9 @@ struct Resets {
   }
 };
 
-// Waits in vain no longer than the caller's patience, and tells. Nobody of a CTA waits after that, and
-// what it makes is NaN.
+// Waits in vain no longer than the caller's patience, and tells. Nobody of a CTA waits after that, what
+// it makes is NaN, and it hands nothing on: others run out of patience themselves, and no place is
+// written that they may still read.
 template <class Ready>
 DEVICE void wait_for(const Arguments& a, int32_t* lost, const Ready& ready) {
   for (int64_t looks = 0; !ready(); ++looks) {

@@ -37,8 +37,8 @@ DEVICE void team_backward(const Arguments& a) {
   const int turns = steps > 0 ? steps + me.layers - 1 : 0, products = a.dh_0 ? turns : turns - 1;
   // two columns of a tile are a vector of each of eight lanes
   const int given = me.team * S::SUBS * ((me.count + 1) / 2) * EIGHT * 16;
-  const Exchange<S> exchange(me, room, memory, products,
-                             (has_upper ? 2 * given : given) + (has_lower ? me.team * 16 : 0));
+  const int word = has_lower ? me.team * Exchange<S, ByCluster>::WORD : 0;
+  const Exchange<S> exchange(me, room, memory, products, (has_upper ? 2 * given : given) + word);
   Resets<S> resets(me, reinterpret_cast<unsigned char*>(lengths + room.columns), room.columns);
 
   // Row tile m of this warp is number warp + WARPS m of all units: its row g is unit 2 g, and row g + 8
@@ -291,7 +291,7 @@ DEVICE void team_backward(const Arguments& a) {
     for (int g = 0; g < BIASES; ++g) dbias[g].add(biases[g], step);
     meet();
     if constexpr (S::WAVE)
-      if (has_upper && turn < products) exchange.hand_word(turn, me.layer + 1);
+      if (has_upper && turn < products && !lost) exchange.hand_word(turn, me.layer + 1);
 
     const auto multiply = [&](const auto& held, const unsigned char* operand, auto below) {
 #pragma unroll 1
@@ -312,7 +312,7 @@ DEVICE void team_backward(const Arguments& a) {
             const int tile = me.warp + (first + m) * S::WARPS;
 #pragma unroll
             for (int k = 0; k < 4; ++k) d[m][0][k] += d[m][1][k];
-            if (tile >= me.team * S::SUBS) continue;
+            if (tile >= me.team * S::SUBS || lost) continue;
             if constexpr (below.value)
               exchange.hand_sums(turn, tile, n, elements, d[m][0], true);
             else

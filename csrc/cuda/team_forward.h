@@ -29,8 +29,8 @@ DEVICE void team_forward(const Arguments& a) {
   const int turns = steps > 0 ? steps + me.layers - 1 : 0;
   const bool is_upper = S::WAVE && me.layer > 0, has_upper = S::WAVE && me.layer + 1 < me.layers;
   const int given = (is_upper ? 2 : 1) * me.team * me.count * S::UNIT;
-  const Exchange<S> exchange(me, room, memory, turns - 1,
-                             has_upper ? given + me.team * 16 : given);
+  const int word = has_upper ? me.team * Exchange<S, ByCluster>::WORD : 0;
+  const Exchange<S> exchange(me, room, memory, turns - 1, given + word);
 
   Held<S, TILES, S::HELD> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
@@ -188,14 +188,14 @@ DEVICE void team_forward(const Arguments& a) {
         multiply(input_weights, exchange.operand(turn - 1, true), sums + room.sums / 4);
     arrived<S::STAGES - 2>();
     meet();
-    if constexpr (S::WAVE)
-      if (is_upper && turn + 1 < turns) exchange.hand_word(turn, me.layer - 1);
 
     const int time = time_of(walks ? step : 0), first_row = me.row(time);
     const unsigned char* const stage =
         stages + unsigned(step) % S::STAGES * room.columns * S::ROW;
     unsigned char* const page_of_h = memory + room.at_pages + me.warp * (S::PAGE * 4);
     const bool lost = is_marked(exchange.lost);
+    if constexpr (S::WAVE)
+      if (is_upper && turn + 1 < turns && !lost) exchange.hand_word(turn, me.layer - 1);
 #pragma unroll 1
     for (int page = me.warp; page * S::PAGE < elements; page += S::WARPS) {
       const int e = page * S::PAGE + me.lane, column = int(unsigned(e) / UNITS);
@@ -252,12 +252,12 @@ DEVICE void team_forward(const Arguments& a) {
         float handed = h;
         if (a.h_mask && there) handed *= number_at<Number>(a.h_mask, me.state(column, unit));
         put(handed);
-        exchange.hand_h(turn, page, page_of_h);
+        if (!lost) exchange.hand_h(turn, page, page_of_h);
         meet_warp();
         if constexpr (S::WAVE)
           if (has_upper) {
             if (a.h_mask) put(h);
-            exchange.hand_h(turn, page, page_of_h, true);
+            if (!lost) exchange.hand_h(turn, page, page_of_h, true);
             meet_warp();
           }
       }

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cells import Cell
-from . import cuda_teams, faults
+from . import faults
 from .contract import Abilities, Call, Gradients, OutputGradients, Problem, Result, Wanted
 from .cuda_kernels import (
     H100,
@@ -48,7 +48,7 @@ from .cuda_kernels import (
     unit_tiles,
 )
 from .cuda_plan import Precision, decline, is_wave_faster, plan, regime_of, wave_of
-from .cuda_teams import Arrangement, arrange
+from .cuda_teams import Arrangement, arrange, declined
 from .gpu_layer import Layer
 from .layout import declined_anywhere
 from .layout import side_by_side as saved_layout
@@ -281,6 +281,10 @@ class _Task(Layer):
         asked = None if _asked == "wave" else _asked
         self.regime: Regime = asked or regime_of(*sizes, training, self.at_hand)
         self.layers = 1
+        if asked in ("cluster", "grid"):
+            reason = declined(*sizes[:2], asked, self.H, self.at_hand)
+            if reason is not None:
+                raise NotImplementedError(reason)
         self.unit_tiles = unit_tiles(self.cell, self.H)
 
     def tiles(self, way: Way) -> int:
@@ -629,7 +633,7 @@ def _walks_as_wave(calls: Sequence[Call], training: bool) -> bool:
         return False
     device = device_at_hand(first.x.device.index)
     sizes = (first.cell, type, first.H, len(calls), first.B)
-    if cuda_teams.declined(*sizes[:2], "wave", first.H, device, len(calls)) is not None:
+    if declined(*sizes[:2], "wave", first.H, device, len(calls)) is not None:
         return False
     steps = len(first.batch_sizes) if first.batch_sizes is not None else first.x.shape[0]
     return _asked == "wave" or (_asked is None and is_wave_faster(*sizes, steps, training, device))

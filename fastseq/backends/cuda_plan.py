@@ -475,8 +475,8 @@ def wave_of(problem: Problem, device: Device, precision: Precision) -> str | Non
         steps.append(cuda_teams.arrange(kernel, p.H, p.B, 1, device, p.layers))
     size = steps[0].cluster
     return (
-        f"{p.layers} layers of this kind, with no dropout between them, walk side by side in regime "
-        f"wave: clusters of {size} CTAs, {p.T} + {p.layers - 1} steps in place of {p.T} x "
+        f"{p.layers} layers of this kind, with no dropout between them, walk side by side, in "
+        f"regime wave: clusters of {size} CTAs, {p.T} + {p.layers - 1} steps in place of {p.T} x "
         f"{p.layers}; modelled, not measured: {steps[0].step:.2f} us forward and "
         f"{steps[1].step:.2f} backward"
     )
@@ -509,7 +509,7 @@ def plan(
     """How ``cuda`` runs a problem on a device, or why it does not.
 
     registers: of a thread, by kernel name, as the compiler counted them; else those that the launch
-        bounds allow. regime: the one that is asked for; None for the planner's.
+        bounds allow. regime: the one that is asked for, held or declined; None for the planner's.
 
     Where T or B is not known the plan has no totals; where H is not there is none, and the text
     says so: :func:`decline` says whether anything else speaks against the problem.
@@ -526,6 +526,9 @@ def plan(
     B = 8 if problem.B is None else problem.B
     regime = regime or regime_of(cell.name, type, H, B, problem.R, problem.training, device)
     if regime != "cta":
+        reason = cuda_teams.declined(cell.name, type, regime, H, device)
+        if reason is not None:
+            return reason
         ways: tuple[Way, ...] = ("forward", "backward")
         moved = [_row_bytes(way, cell, ITEMSIZE[type], H, problem) for way in ways]
         return cuda_teams.plan(problem, regime, type, runs_on, device, *moved)

@@ -71,11 +71,11 @@ def raise_if_set(device: torch.device) -> None:
 def check(device: torch.device | str | int | None = None) -> None:
     """Wait for a GPU, and raise if a kernel of fastseq's failed on it since the last look.
 
-    Kernels whose programs wait for one another give up after some seconds, where the GPU is shared
-    or a debugger stopped it: what they compute from there on is NaN. The next call or backward that
-    runs on the same backend and device raises that by itself, unless the launch was still running
-    then. Replaying a CUDA graph makes no call, so there this function alone tells: call it where
-    you synchronise anyway.
+    Kernels whose CTAs (Triton's programs) wait for one another give up after some seconds, where
+    the GPU is shared or a debugger stopped it: what they compute from there on is NaN. The next
+    call or backward that runs on the same backend and device raises that by itself, unless the
+    launch was still running then. Replaying a CUDA graph makes no call, so there this function
+    alone tells: call it where you synchronise anyway.
 
     Args:
         device: None for all devices on which such kernels ran.
@@ -119,7 +119,7 @@ def _taken(device: torch.device) -> str:
     kernel = _kernels[number.value - 1]
     number.value = 0
     return (
-        f"{kernel}, launched on {device} by an earlier call: its programs wait for one another, and"
+        f"{kernel}, launched on {device} by an earlier call: its CTAs wait for one another, and"
         " one waited in vain, as where the GPU is shared or was stopped in a debugger. What that "
         "call returned, and gradients through it, hold NaN: run it again. backend='torch' or "
         "'eager' waits for nobody, nor does triton in a launch for each step: with "
