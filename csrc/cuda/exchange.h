@@ -89,7 +89,7 @@ struct Exchange<S, ByCluster> {
   // What lanes have of one tile, to the CTA that owns it, of the layer or of the one below, but for
   // columns without a sequence. elements: of a slice.
   DEVICE void hand_sums(int n, int tile, int columns, int elements, const float (&v)[4],
-                        bool below = false) const {
+                        bool below) const {
     if (columns * EIGHT + 2 * me.q >= me.count) return;
     const int place = me.rank * elements + (columns * S::SUBS + tile % S::SUBS) * 128 + me.lane * 4;
     push(sums(n, below) + place * 4, box(n), (me.layer - below) * me.team + tile / S::SUBS,
@@ -221,7 +221,7 @@ struct Exchange<S, ByGrid> {
   DEVICE unsigned char* sums(int) const { return memory + room.at_sums; }
   // Of all sums that a CTA gets from another there is a packet for each lane of each tile.
   DEVICE int64_t each() const { return int64_t(room.columns) * S::UNITS / 4; }
-  DEVICE void hand_sums(int n, int tile, int columns, int, const float (&v)[4]) const {
+  DEVICE void hand_sums(int n, int tile, int columns, int, const float (&v)[4], bool) const {
     if (columns * EIGHT + 2 * me.q >= me.count) return;
     Words4* const to =
         packets(n, each() * me.team * me.team) +

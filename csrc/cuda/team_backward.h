@@ -293,7 +293,7 @@ DEVICE void team_backward(const Arguments& a) {
     if constexpr (S::WAVE)
       if (has_upper && turn < products && !lost) exchange.hand_word(turn, me.layer + 1);
 
-    const auto multiply = [&](const auto& held, const unsigned char* operand, auto below) {
+    const auto multiply = [&](const auto& held, const unsigned char* operand, bool below) {
 #pragma unroll 1
       for (int n = 0; n < columns / EIGHT; ++n) {
         const unsigned char* const from = operand + (n * EIGHT + me.g) * S::PITCH + 16 * me.q;
@@ -313,10 +313,7 @@ DEVICE void team_backward(const Arguments& a) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) d[m][0][k] += d[m][1][k];
             if (tile >= me.team * S::SUBS || lost) continue;
-            if constexpr (below.value)
-              exchange.hand_sums(turn, tile, n, elements, d[m][0], true);
-            else
-              exchange.hand_sums(turn, tile, n, elements, d[m][0]);
+            exchange.hand_sums(turn, tile, n, elements, d[m][0], below);
           }
         };
 #pragma unroll
@@ -332,9 +329,9 @@ DEVICE void team_backward(const Arguments& a) {
       }
     };
     if (turn < products) {
-      multiply(weights, operand, Count<0>());
+      multiply(weights, operand, false);
       if constexpr (S::WAVE)
-        if (has_lower) multiply(input_weights, operand + room.operand, Count<1>());
+        if (has_lower) multiply(input_weights, operand + room.operand, true);
     }
     // while the sums go round
     each_piece<S, S::G, S::UNIT>(
