@@ -484,7 +484,7 @@ const Shape PARTS{4, 3, 1, 70, true, true, true, false, true};  // of a cell wit
 // Of a cluster two or three CTAs, of a grid three to five: two teams of two tiles of columns and of
 // one, whose pieces stand anywhere; steps enough for the ring; slices that are whole
 const Shape TWO{3, 13, 1, 37, true, true, true, true, true, 10};
-const Shape BOTH{9, 2, 2, 40, false, true, false, false, true};
+const Shape BOTH{6, 2, 2, 40, false, true, false, false, true};
 const Shape WHOLE{3, 3, 1, 64, false, false, true, true, true};
 const Shape THREE{4, 2, 1, 70, true, true, false, false, true};
 
