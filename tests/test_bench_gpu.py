@@ -920,9 +920,9 @@ def test_a_rehearsal_of_everything(tmp_path):
     path = os.pathsep.join([str(tool.parent), os.environ["PATH"]])
     workloads = "fake-wide tiny-layer cta-*-h128-b1-t32"
     arguments = ["--stages", "smoke core bench sanitize", "--workloads", workloads]
-    arguments += ["--minutes", "14", "--hang", "8", "--test-limit", "40"]
+    arguments += ["--minutes", "20", "--hang", "8", "--test-limit", "40"]
     done, text = rehearse(
-        tmp_path, *arguments, faults=faults, timeout=900, PATH=path, PY=sys.executable
+        tmp_path, *arguments, faults=faults, timeout=1200, PATH=path, PY=sys.executable
     )
     assert done.returncode == 1, text
     cases = {c.nodeid.partition("[")[2][:-1]: c for c in junit.read(tmp_path / "tests.xml")[0]}
