@@ -511,7 +511,8 @@ def test_a_grids_ctas_store_and_load_packets_of_16_bytes(binaries, request):
         strong = binary.count(r".*STRONG\.GPU")
         assert strong == sum(map(binary.count, PACKETS)), at
         assert not binary.count(r"LDG.*CONSTANT|LDG.*\.CI"), at
-        assert not binary.count(r"LDG\.E\.128(?!\.STRONG)"), at
+        if kernel.way == "backward":  # forward the weights come in vectors, before the first step
+            assert not binary.count(r"LDG\.E\.128(?!\.STRONG)"), at
 
 
 def test_what_cuobjdump_prints_is_understood():

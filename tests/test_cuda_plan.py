@@ -73,7 +73,7 @@ def problem(cell="lstm", dtype=torch.bfloat16, T=32, B=8, H=64, **options):
 
 def test_the_list():
     assert 160 < len(KERNELS) <= 180
-    assert len(TEAMS) == 7 * 3 * 2 * 2  # cells, types, regimes, ways
+    assert len(TEAMS) == (7 * 2 + 4) * 3 * 2  # cells by regimes, types, ways
     for name, kernel in KERNELS.items():
         assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.HC}"
         other = {"forward": "backward", "backward": "forward"}[kernel.way]
@@ -209,7 +209,7 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
     rooms = [
         " ".join(
             f"{{ const Room r = {way}_room<S>(({H} + S::UNITS - 1) / S::UNITS, {n});"
-            f" {printed('r.bytes', 'r.weights', 'r.operand', f'r.{walked}')} }}"
+            f" {printed('r.bytes', 'r.weights * (S::WAVE + 1)', 'r.operand', f'r.{walked}')} }}"
             for H, n in ROOMS + OF_GRIDS
         )
         for way, walked in (("forward", "pairs"), ("backward", "tiles"))
@@ -222,14 +222,15 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
         #include "list.h"
         using namespace fastseq::cuda;
         constexpr bool forward = false, backward = true;
-        constexpr int cluster = -1, grid = -2;
+        constexpr int cluster = -1, grid = -2, wave = -3;
         template <class Cell, class Type, int HC, bool way> void print(const char* name) {{
           std::printf("%s", name);
           if constexpr (HC > 0) {{
             using T = Tile<Cell, Type, HC, way>;
             {alone}
           }} else {{
-            using S = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster, ByGrid>>;
+            using S = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster,
+                            std::conditional_t<HC == grid, ByGrid, ByWave>>>;
             {printed(*(f"S::{n}" for n in OF_SLICES))}
             if (way == forward) {{
               {ways[0]} {rooms[0]}
@@ -270,9 +271,11 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
 
 @pytest.mark.parametrize("kernel", TEAMS.values(), ids=TEAMS)
 def test_every_slice_of_weights_stands_in_one_place(kernel):
-    """A CTA has all rows of w_hh of its units, and no others."""
+    """A CTA has all rows of w_hh of its units, of a wave those of w_ih too, and no others."""
     size = 2 if "16" in kernel.type else 4
-    gates, units = GATES[kernel.cell], 32 if kernel.regime == "cluster" else 16
+    gates, units = GATES[kernel.cell], 16 if kernel.regime == "grid" else 32
+    if kernel.regime == "wave":
+        gates *= 2
     assert kernel.threads == 256 and kernel.units == units
     for H in (1, 33, 128, 300, 512):
         held, rest = kernel.weights(H)

@@ -115,7 +115,7 @@ def _of_cuda(workload: Workload, kind: str, device: cuda_kernels.Device) -> list
 def planned(row: dict[str, Any], device: cuda_kernels.Device) -> str:
     """The form in which cuda runs the layer of a row where nobody asks for another."""
     cell, training = TEXTS.get(row["cell"], row["cell"]), row["way"] == "training"
-    H, B, R = (int(row[name]) for name in ("H", "B", "directions"))
+    H, B, R = (int(row[column]) for column in ("H", "B", "directions"))
     regime = cuda_plan.regime_of(cell, row["type"], H, B, R, training, device)
     return next(form for form, of in REGIMES.items() if of == regime)
 
