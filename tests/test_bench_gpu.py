@@ -141,10 +141,11 @@ def test_the_points_of_cuda():
 def test_the_points_of_teams():
     """Every size in each type that a team holds; the most telling first."""
     found = list(points.points("team-*"))
-    assert len({p.key for p in found}) == len(found) == 528
+    assert len({p.key for p in found}) == len(found) == 552
     for p in found:
         ours = [f for f in forms.forms(p.typed, p.type, KINDS) if points.contender(f) == "cuda"]
-        assert sorted(ours) == ["team-cluster", "team-grid"][p.workload.H > 512 :]
+        wave = ["team-wave"] * (p.workload.layers > 1 and p.workload.H <= 256)
+        assert sorted(ours) == ["team-cluster", "team-grid"][p.workload.H > 512 :] + wave
     at = {p.key: k for k, p in enumerate(found)}
     first = [p.workload.name for p in found]
     assert list(dict.fromkeys(first))[:7:2] == [
@@ -158,7 +159,7 @@ def test_the_points_of_teams():
     tf32 = {p.workload.H for p in found if p.type == "tf32"}
     assert tf32 == {256, 512, 768, 1024}, "what a grid holds of float32"
     others = {p.workload.name for p in found if "-x2" in p.workload.name or "-both" in p.key[0]}
-    assert len(others) == 4 * 2 and sum("-rnn-" in name for name in set(first)) == 3 * 2
+    assert len(others) == 6 * 2 and sum("-rnn-" in name for name in set(first)) == 3 * 2
 
 
 def test_cudnns_persistent_window():
@@ -878,13 +879,13 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
     passed, text = answers("exit 3")
     assert passed and "a probe ended with status 3" in text
     passed, text = answers('case "$*" in *racecheck*step*|*racecheck*walk*) exit 9;; esac')
-    assert not passed and text == "19 clean; found something: racecheck walk"
+    assert not passed and text == "23 clean; found something: racecheck walk"
     assert "sanitize: racecheck walk: FOUND something" in said
     text = log.read_text()
     assert "memcheck --error-exitcode 9" in text and "--exercise cta --preload" in text
     assert "--exercise grid-resident --preload tests.helpers.fake_gpu" in text
     odd = [line for line in text.splitlines() if "initcheck" in line and "checked" in line]
-    assert len(odd) == 4 and all("-odd --preload" in line for line in odd)
+    assert len(odd) == 5 and all("-odd --preload" in line for line in odd)
     race = "echo 'Error: Race reported between Read access at {}+0xaf0'\n"
     race += "echo '    and Write access at {}+0x29b0 [16 hazards]'\n"
     for kernels, right in ((("nvjet_sm90_h",) * 2, True), (("nvjet_sm90_h", "lstm_walk"), False)):
@@ -895,10 +896,10 @@ def test_the_sanitizer_finds_something_or_does_not_work(tmp_path, monkeypatch):
     passed, text = answers('case "$*" in *initcheck*) sleep 60;; *synccheck*) exit 5;; esac')
     teams = [f"{tool} {form}" for form in points.TEAMS for tool in ("synccheck", "initcheck")]
     names = "synccheck cta, initcheck cta, synccheck grid-resident, initcheck walk"
-    assert passed and text == f"12 clean; without a verdict: {', '.join(teams)}, {names}"
+    assert passed and text == f"14 clean; without a verdict: {', '.join(teams)}, {names}"
     said.clear()
     sanitize.run(Clock(20), log, 2, "tests.helpers.fake_gpu", said.append, ["cuda"])
-    assert len(said) == 12 and sum(" cta: " in line for line in said) == 4
+    assert len(said) == 16 and sum(" cta: " in line for line in said) == 4
     assert sum(" team-" in line for line in said) == 8
 
 
@@ -946,7 +947,7 @@ def test_a_rehearsal_of_everything(tmp_path):
     smoke = read(tmp_path / "smoke.csv")
     assert {r["form"] for r in smoke} == {"", *forms.FORMS}
     assert sum(r["name"].startswith("barrier-") for r in smoke) == 8
-    words = "sanitize: 17 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
+    words = "sanitize: 21 clean; without a verdict: memcheck walk, racecheck walk, initcheck walk"
     assert words in text, "which launch what hangs"
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     expected = "gpu.csv smoke.csv tests.xml log.txt summary.md sanitize.log"

@@ -92,7 +92,7 @@ OF_TEAMS = [("team-cluster", 300), ("team-grid", 600)]
 FULL_TEAMS = [("team-cluster", 512), ("team-grid", 1024)]
 each_form = pytest.mark.parametrize("form, H", OF_TRITON + OF_CUDA + OF_TEAMS)
 each_team = pytest.mark.parametrize("form, H", OF_TEAMS)
-REGIMES = {"cta": "cta", "team-cluster": "cluster", "team-grid": "grid"}
+REGIMES = {"cta": "cta", "team-cluster": "cluster", "team-grid": "grid", "team-wave": "wave"}
 CUDA_CELLS = (*PRODUCT_CELLS, *POINTWISE_CELLS)
 
 

@@ -20,14 +20,19 @@ from fastseq.backends.triton_tiling import Device, Form, Precision, Tiling, piec
 from fastseq.cells import CELLS
 
 from ..workloads import TEXTS, Workload
-from .points import CLUSTER, CONTENDERS, CTA, GRID
+from .points import CLUSTER, CONTENDERS, CTA, GRID, WAVE
 
 #: How often a program of a grid looks for the others: about a second, where its default is ten.
 PATIENCE = 1 << 20
 #: What form the sizes that no single program holds are asked to take.
 ASKED: dict[str, Form] = {"walk": "grid", "grid": "grid", "grid-resident": "grid", "step": "step"}
 #: In which regime cuda runs in a form.
-REGIMES: dict[str, cuda_kernels.Regime] = {CTA: "cta", CLUSTER: "cluster", GRID: "grid"}
+REGIMES: dict[str, cuda_kernels.Regime] = {
+    CTA: "cta",
+    CLUSTER: "cluster",
+    GRID: "grid",
+    WAVE: "wave",
+}
 FORMS = (*REGIMES, *ASKED)
 
 
@@ -101,22 +106,39 @@ def _of_cuda(workload: Workload, kind: str, device: cuda_kernels.Device) -> list
     if declined(workload, kind, device) is not None:
         return []
     cell, H = TEXTS.get(workload.cell, workload.cell), workload.H
-    planned = cuda_plan.regime_of(cell, kind, H, workload.B, workload.D, True, device)
-    if planned == "cta":
-        return [CTA]
-    found = {
-        form: regime
-        for form, regime in REGIMES.items()
-        if regime != "cta" and cuda_teams.declined(cell, kind, regime, H, device) is None
+    fields = {
+        **{"cell": workload.cell, "type": kind, "H": H, "B": workload.B, "T": workload.T},
+        **{"layers": workload.layers, "directions": workload.D, "way": "training"},
+        "shape": " P" if workload.proj else "",
     }
-    return sorted(found, key=lambda form: found[form] != planned)
+    first = planned(fields, device)
+    found = [first] if first == CTA else [CLUSTER, GRID]
+    if _side_by_side(fields):
+        found.append(WAVE)
+    layers = {WAVE: workload.layers}
+    held = [
+        form
+        for form in found
+        if form == CTA
+        or cuda_teams.declined(cell, kind, REGIMES[form], H, device, layers.get(form, 1)) is None
+    ]
+    return sorted(held, key=lambda form: form != first)
+
+
+def _side_by_side(row: dict[str, Any]) -> bool:
+    """Whether a row is of a stack whose layers might walk so."""
+    return int(row["layers"]) > 1 and int(row["directions"]) == 1 and " P" not in row["shape"]
 
 
 def planned(row: dict[str, Any], device: cuda_kernels.Device) -> str:
     """The form in which cuda runs the layer of a row where nobody asks for another."""
     cell, training = TEXTS.get(row["cell"], row["cell"]), row["way"] == "training"
-    H, B, R = (int(row[column]) for column in ("H", "B", "directions"))
+    H, B, R, layers = (int(row[column]) for column in ("H", "B", "directions", "layers"))
     regime = cuda_plan.regime_of(cell, row["type"], H, B, R, training, device)
+    sizes = (cell, row["type"], H, layers, B, int(row["T"]), training, device)
+    if _side_by_side(row):
+        holds = cuda_teams.declined(cell, row["type"], "wave", H, device, layers) is None
+        regime = "wave" if holds and cuda_plan.is_wave_faster(*sizes) else regime
     return next(form for form, of in REGIMES.items() if of == regime)
 
 

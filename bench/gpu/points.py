@@ -41,6 +41,8 @@ TEAM_STEPS = (1024, 64)
 #: whether in both directions.
 TEAM_OTHERS = (
     ("lstm", 512, 16, 1, True),
+    ("lstm", 256, 16, 2, False),
+    ("lstm", 256, 1, 2, False),
     ("lstm", 512, 16, 2, False),
     ("gru", 1024, 16, 1, True),
     ("gru", 256, 64, 2, False),
@@ -49,9 +51,10 @@ TEAM_OTHERS = (
 #: Our backends.
 CONTENDERS = ("cuda", "triton")
 #: The forms in which cuda runs: one CTA owns some sequences for all of time; a team of CTAs does, a
-#: cluster or part of a grid that is on the GPU all at once.
-CTA, CLUSTER, GRID = "cta", "team-cluster", "team-grid"
-TEAMS = (CLUSTER, GRID)
+#: cluster or part of a grid that is on the GPU all at once; the teams of a stack's layers do, side
+#: by side in one cluster.
+CTA, CLUSTER, GRID, WAVE = "cta", "team-cluster", "team-grid", "team-wave"
+TEAMS = (CLUSTER, GRID, WAVE)
 
 FIELDS = (
     "name shape cell T B I H layers directions ragged type way contender form how ms best_ms "

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .budget import Clock
 from .machine import tool
-from .points import CLUSTER, CONTENDERS, CTA, GRID, TEAMS, contender
+from .points import CLUSTER, CONTENDERS, CTA, GRID, TEAMS, WAVE, contender
 from .testing import ROOT, _apart, _end, environment
 
 #: How compute-sanitizer ends where it found something.
@@ -52,6 +52,7 @@ SIZES = {
     "cta": 64,
     CLUSTER: 160,
     GRID: 272,
+    WAVE: 160,
     "walk": 64,
     "grid-resident": 256,
     "grid": 200,
@@ -73,12 +74,15 @@ class Case(NamedTuple):
     B: int = 5
     zoneout: float = 0.0
     directions: int = 1
+    layers: int = 1
 
 
 def cases(form: str, less: int = 0) -> list[Case]:
     """What runs under the sanitizer. less: of units."""
     H = SIZES[form] - less
     found = [Case("LSTM", "bfloat16", H), Case("GRU", "bfloat16", H), Case("LSTM", "float32", H)]
+    if form == WAVE:
+        return [case._replace(layers=2) for case in (*found, Case("RNN", "float16", H, 33))]
     if form in TEAMS:
         # a team of several tiles of sequences, and teams of both directions beside each other
         found += [Case("RNN", "float16", H, 33), Case("LSTM", "bfloat16", 129, directions=2)]
@@ -105,6 +109,7 @@ def exercise(name: str) -> None:
             given = {"device": "cuda", "dtype": getattr(torch, case.type)}
             options = {"backend": contender(form), "zoneout": case.zoneout}
             options["bidirectional"] = case.directions == 2
+            options["num_layers"] = case.layers
             layer = getattr(fastseq, case.cell)(24 + less, case.H, **given, **options)
             x = torch.randn(4, case.B, 24 + less, requires_grad=True, **given)
             for lengths in (None, torch.arange(case.B) * 3 % 4 + 1):

@@ -12,7 +12,7 @@ from . import barrier, forms, timings
 from .budget import Clock
 from .build import Built
 from .crew import crew
-from .points import FIRST_TYPES, Point, Unit
+from .points import FIRST_TYPES, WAVE, Point, Unit
 
 T, B = 128, 16
 #: Sizes tried for a form, the most telling first; of triton's multiples of 128, and 16 rows, where
@@ -21,6 +21,7 @@ SIZES = {
     "cta": (128, 64),
     "team-cluster": (512,),
     "team-grid": (768,),
+    "team-wave": (256,),
     "walk": (128, 64, 32),
     "grid-resident": (512, 256, 128),
     "grid": (1024, 1280, 512, 256),
@@ -36,16 +37,18 @@ def listed(kinds: forms.Kinds) -> list[Point]:
             for cell in ("lstm", "gru"):
                 for form, sizes in SIZES.items():
                     for H in sizes:
-                        point = Point(_workload(cell, H), kind, way)
+                        layers = 2 if form == WAVE else 1
+                        point = Point(_workload(cell, H, layers), kind, way)
                         if form in forms.forms(point.typed, kind, kinds):
                             found[point] = None
                             break
     return list(found)
 
 
-def _workload(cell: str, H: int) -> Workload:
-    name = f"smoke-{cell}-h{H}"
-    return Workload(name, cell, T=T, B=B, I=H, H=H, source="fastseq: each form")  # type: ignore[arg-type]
+def _workload(cell: str, H: int, layers: int) -> Workload:
+    name = f"smoke-{cell}-h{H}" + f"-x{layers}" * (layers > 1)
+    sizes = {"T": T, "B": B, "I": H, "H": H, "layers": layers}
+    return Workload(name, cell, source="fastseq: each form", **sizes)  # type: ignore[arg-type]
 
 
 def run(

@@ -59,6 +59,7 @@ smoke.SIZES = {
     "cta": (128, 64),
     "team-cluster": (160,),
     "team-grid": (272,),
+    "team-wave": (160,),
     "walk": (32,),
     "grid-resident": (256,),
     "grid": (200,),
