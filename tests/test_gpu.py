@@ -23,7 +23,7 @@ from rules import check_alike, check_all, poisoned, same_bits
 import fastseq
 from fastseq.backends import choice, cuda_teams, load
 from fastseq.backends.contract import Problem
-from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS, TEAMS
+from fastseq.backends.cuda_kernels import KERNELS, POINTWISE_CELLS, PRODUCT_CELLS, TEAMS, WAVE_CELLS
 from fastseq.backends.cuda_plan import type_of
 from fastseq.cells import CELLS, unregister
 from fastseq.ops import masks, whole
@@ -287,6 +287,57 @@ def test_each_form_in_short(kind, form, H, mode):
         again = values(layer.ours, x.cuda())
         assert all(same_bits(mine[name], again[name]) for name in mine)
         records(layer.ours, x.cuda(), training=True)
+
+
+#: Hidden units and layers that one cluster holds together, filled and not.
+WAVES = [(256, 2), (160, 3), (33, 8)]
+
+
+def skip_without_waves(cell, mode, H, count):
+    device = of_cuda().device_at_hand()
+    if reason := cuda_teams.declined(cell, mode, "wave", H, device, count):
+        pytest.skip(reason)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_team_wave_in_short(kind, mode):
+    """Layers side by side in one cluster: as :func:`test_each_form_in_short`, in one launch a way."""
+    H, count = WAVES[0]
+    skip_without_waves({"RNN": "rnn_tanh"}.get(kind, kind.lower()), mode, H, count)
+    layer = layers(kind, (32, H, count), mode, "cuda")
+    x = torch.randn(9, 20, 32, generator=_random()).to(layer.ours.weight_hh_l0.dtype)
+    with precision("tf32" if mode == "tf32" else "ieee"), as_form("team-wave"):
+        cudnn, mine = values(layer.theirs, x.cuda()), values(layer.ours, x.cuda())
+        exact = values(layer.truth, x.double())
+        check_all(mine, measure(layer, cudnn, exact, x, mode), exact, x.dtype, f"{kind} {mode}")
+        again = values(layer.ours, x.cuda())
+        assert all(same_bits(mine[name], again[name]) for name in mine)
+        records(layer.ours, x.cuda(), training=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("special", ["plain", "all at once", "bare", "T1 B1 H1", "many"])
+@pytest.mark.parametrize("H, count", WAVES)
+@pytest.mark.parametrize("cell", WAVE_CELLS)
+def test_team_wave_against_float64(cell, H, count, special, dtype):
+    skip_without_waves(cell, dtype, H, count)
+    options = {"T": 40, "B": 200} if special == "many" else dict(SPECIAL[special])
+    options |= {"H": H, "layers": count, "directions": 1}
+    with as_form("team-wave"):
+        case = draw(cell, dtype=DTYPES[dtype], **options)
+        check(case, f"{cell} {special}", "cuda", trajectory=special == "all at once")
+
+
+def test_team_wave_gives_the_same_bits_a_hundred_times():
+    skip_without_waves("lstm", "bfloat16", 160, 3)
+    lengths = [1 + b % 20 for b in range(37)]
+    case = on_gpu(draw("lstm", T=20, B=37, H=160, layers=3, lengths=lengths, dtype=torch.bfloat16))
+    with as_form("team-wave"):
+        first = flat(case, "cuda")
+        for _ in range(100):
+            assert all(same_bits(a, b) for a, b in zip(first, flat(case, "cuda"), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
