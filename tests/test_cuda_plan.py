@@ -1004,5 +1004,10 @@ def test_the_page_has_what_the_model_says():
         f"| {cell} | {H} | {' | '.join(f'{us:.2f}, {step:.2f}' for us, step in points)} |"
         for (cell, H), points in of_measured().items()
     ]
-    for table in ("\n".join(rows), "\n".join(measured)):
+    teams = []
+    for H in (256, 512, 768, 1024, 2048):
+        found = [plan(problem(B=B, H=H, T=1024, training=True), H100) for B in (1, 16, 64)]
+        steps = [f"{p.forward.step:.2f}, {p.backward.step:.2f}" for p in found]
+        teams.append(f"| {H}, {found[0].regime} | {' | '.join(steps)} |")
+    for table in ("\n".join(rows), "\n".join(measured), "\n".join(teams)):
         assert table in page.read_text(encoding="utf-8"), f"docs/design.md: write it anew\n{table}"

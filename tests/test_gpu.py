@@ -303,7 +303,7 @@ def skip_without_waves(cell, mode, H, count):
 @pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_team_wave_in_short(kind, mode):
-    """Layers side by side in one cluster: as :func:`test_each_form_in_short`, in one launch a way."""
+    """Layers side by side in one cluster, checked as :func:`test_each_form_in_short` does."""
     H, count = WAVES[0]
     skip_without_waves({"RNN": "rnn_tanh"}.get(kind, kind.lower()), mode, H, count)
     layer = layers(kind, (32, H, count), mode, "cuda")
