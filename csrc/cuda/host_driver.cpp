@@ -109,7 +109,9 @@ struct Alone {
   using Type = Type_;
   using T = Tile<Cell, Type, HC, false>;
   static constexpr bool TEAMS = false;
-  static int width(int) { return HC; }  // of the matrices that they are given
+  // Of the matrices that they are given: rows of a gate, and numbers of a row.
+  static int height(int) { return HC; }
+  static int width(int) { return HC; }
 
   static std::string run(const char* name, const Shape& s, int64_t tiles, bool backward,
                          const Arguments& a) {
@@ -128,7 +130,8 @@ struct Teams {
   using Type = Type_;
   using T = Slice<Cell, Type, By>;
   static constexpr bool TEAMS = true, IS_GRID = By::OPERANDS == 1;
-  static int width(int H) { return H; }
+  static int height(int H) { return H; }
+  static int width(int H) { return up_to(H, 16 / T::SIZE); }
 
   static std::string run(const char* name, const Shape& s, int64_t tiles, bool backward,
                          const Arguments& given) {
@@ -162,7 +165,7 @@ struct Memory {
   static constexpr int G = T::G, G_HH = T::G_HH, C = T::C, E = T::E, U = T::U;
 
   const Shape s;
-  const int HC;  // from a row of w_hh to the next
+  const int HR, HC;  // rows of a gate in w_hh, and from a row to the next
   const int64_t N, tiles;
   Buffer<int64_t> lengths, offsets;
   Buffer<Number> gates, extra, y, h_0, c_0, h_n, c_n, w_forward, w_backward, b_hh, unit, h_mask;
@@ -171,10 +174,10 @@ struct Memory {
   Buffer<uint8_t> reset;
 
   explicit Memory(Shape s)
-      : s(s), HC(Kernels::width(s.H)), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile),
+      : s(s), HR(Kernels::height(s.H)), HC(Kernels::width(s.H)), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile),
         lengths(s.ragged ? s.B : 0), offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
         y(N * s.R * s.H), h_0(s.state * states()), c_0(s.state * C * states()), h_n(states()),
-        c_n(C * states()), w_forward(int64_t(s.R) * G_HH * HC * HC), w_backward(w_forward.size()),
+        c_n(C * states()), w_forward(int64_t(s.R) * G_HH * HR * HC), w_backward(int64_t(s.R) * G_HH * HC * HC),
         b_hh(Cell::APART * states() / s.B * G_HH), unit(int64_t(s.R) * U * s.H),
         h_mask(s.h_mask * states()), dy(y.size()), dh_n(states()), dc_n(C * states()),
         dh_0(states()), dc_0(C * states()), dgates(gates.size()),
@@ -197,7 +200,7 @@ struct Memory {
       for (int g = 0; g < G_HH; ++g)
         for (int u = 0; u < s.H; ++u)
           for (int k = 0; k < s.H; ++k)
-            w_forward[((int64_t(r) * G_HH + g) * HC + u) * HC + k] =
+            w_forward[((int64_t(r) * G_HH + g) * HR + u) * HC + k] =
                 w_backward[((int64_t(r) * HC + k) * G_HH + g) * HC + u] =
                     narrow<Number>(bound * random());
   }
@@ -290,7 +293,7 @@ struct Loops {
     return T::PARTS == 1 ? round_tf32(v) : v;
   }
   static double weight(const M& m, int r, int g, int u, int k) {
-    return operand(widen(m.w_forward[((int64_t(r) * G_HH + g) * m.HC + u) * m.HC + k]));
+    return operand(widen(m.w_forward[((int64_t(r) * G_HH + g) * m.HR + u) * m.HC + k]));
   }
 
   template <class Array>

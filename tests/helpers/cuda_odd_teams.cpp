@@ -12,9 +12,13 @@ namespace fastseq {
 namespace FASTSEQ_ISA {
 
 template <class By>
-struct Mute : By {};
+struct Mute : By {
+  using Way = Mute;
+};
 template <class By>
-struct Slow : By {};
+struct Slow : By {
+  using Way = Slow;
+};
 
 template <class S, class By>
 struct Exchange<S, Mute<By>> : Exchange<S, By> {
@@ -23,8 +27,9 @@ struct Exchange<S, Mute<By>> : Exchange<S, By> {
   void hand_h(int n, int page, const unsigned char* h) const {
     if (!is_mute(n)) Exchange<S, By>::hand_h(n, page, h);
   }
-  void hand_sums(int n, int tile, int columns, int elements, const float (&v)[4]) const {
-    if (!is_mute(n)) Exchange<S, By>::hand_sums(n, tile, columns, elements, v);
+  void hand_sums(int n, int tile, int columns, int elements, const float (&v)[4],
+                 bool below) const {
+    if (!is_mute(n)) Exchange<S, By>::hand_sums(n, tile, columns, elements, v, below);
   }
 };
 template <class S, class By>
