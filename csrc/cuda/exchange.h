@@ -125,7 +125,8 @@ struct Exchange<S, ByGrid> {
   // them side by side; of sums those of so many SENDERS. With 6 loads of each thread on their way L2
   // gives about half of what it can, 64 bytes a clock; for more there are no registers.
   static constexpr int PACKETS = S::SIZE == 2 ? 6 : 8, MOST = S::By::inner(S::SIZE) / S::UNIT;
-  static constexpr int EACH = (MOST * PACKETS + S::THREADS - 1) / S::THREADS, PAGES = (S::U > 0 ? 4 : 6) / EACH;
+  static constexpr int EACH = (MOST * PACKETS + S::THREADS - 1) / S::THREADS;
+  static constexpr int PAGES = (S::U > 0 ? 4 : 6) / EACH;
   static constexpr int SENDERS = 6;
 
   DEVICE Exchange(const Member<S>& me, const Room& room, unsigned char* memory, int, int)

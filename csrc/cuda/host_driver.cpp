@@ -174,10 +174,12 @@ struct Memory {
   Buffer<uint8_t> reset;
 
   explicit Memory(Shape s)
-      : s(s), HR(Kernels::height(s.H)), HC(Kernels::width(s.H)), N(rows(s)), tiles((s.B + s.tile - 1) / s.tile),
-        lengths(s.ragged ? s.B : 0), offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
+      : s(s), HR(Kernels::height(s.H)), HC(Kernels::width(s.H)), N(rows(s)),
+        tiles((s.B + s.tile - 1) / s.tile), lengths(s.ragged ? s.B : 0),
+        offsets(s.ragged ? s.T : 0), gates(N * s.R * G * s.H), extra(s.save * N * s.R * E * s.H),
         y(N * s.R * s.H), h_0(s.state * states()), c_0(s.state * C * states()), h_n(states()),
-        c_n(C * states()), w_forward(int64_t(s.R) * G_HH * HR * HC), w_backward(int64_t(s.R) * G_HH * HC * HC),
+        c_n(C * states()), w_forward(int64_t(s.R) * G_HH * HR * HC),
+        w_backward(int64_t(s.R) * G_HH * HC * HC),
         b_hh(Cell::APART * states() / s.B * G_HH), unit(int64_t(s.R) * U * s.H),
         h_mask(s.h_mask * states()), dy(y.size()), dh_n(states()), dc_n(C * states()),
         dh_0(states()), dc_0(C * states()), dgates(gates.size()),

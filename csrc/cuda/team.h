@@ -38,9 +38,9 @@ struct ByGrid {
   static constexpr bool WAVE = false;
   CONSTANT static int inner(int) { return 4096; }
 };
-// A wave: teams of several layers, which are one cluster. A layer takes a step when the one below it has
-// taken it, one exchange before, so T steps of L layers are T + L - 1 exchanges. A CTA then holds its
-// rows of w_ih as well, but in the first layer, whose input product is made before.
+// A wave: teams of several layers, which are one cluster. A layer takes a step when the one below it
+// has taken it, one exchange before, so T steps of L layers are T + L - 1 exchanges. A CTA then holds
+// its rows of w_ih as well, but in the first layer, whose input product is made before.
 struct ByWave {
   using Way = ByCluster;
   static constexpr int UNITS = 32, OPERANDS = 2;
@@ -285,7 +285,7 @@ struct Held {
 };
 
 // COUNT pieces of `bytes` each of `rows` rows, one after another, by all threads: each(row, piece, at,
-// how many bytes at once). Where a piece has all of its BYTES and 16 divides its place, in vectors of 16.
+// how many bytes at once). Where a piece has all of its BYTES and 16 divides its place, in vectors.
 template <class S, int COUNT, int BYTES, class Each>
 DEVICE void each_piece(int rows, int bytes, int alignment, const Each& each) {
   const unsigned me = unsigned(thread_again()), all_rows = unsigned(rows) * COUNT;

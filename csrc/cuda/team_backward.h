@@ -2,8 +2,9 @@
 //
 // On the chip over time: the weights of a slice, the gates' gradients of its units as the operand of
 // the product, what of dh and dc is carried past it. A step reads what backward.h's does, of a slice;
-// what goes round is the product, to each CTA its units' part from everyone, H float32 a sequence, which
-// it adds up in the order of the CTAs: the same bits every run. Three barriers of the CTA a step.
+// what goes round is the product, to each CTA its units' part from everyone, H float32 a sequence,
+// which it adds up in the order of the CTAs: the same bits every run. Two barriers of the CTA a step,
+// in a grid three.
 //
 // A thread's elements are where a product's sums stand: number k of lane (g, q) is of unit 2 g + k / 2
 // of a tile and of column 2 q + k % 2.
@@ -46,38 +47,38 @@ DEVICE void team_backward(const Arguments& a) {
   Held<S, S::HELD_TILES, S::PAIRS> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
   const auto fill = [&](auto& held, const auto& rows) {
-  const auto words = [&](Words4& upper, Words4& lower, int m, int pair) {
-    constexpr int NUMBERS = 16 / SIZE;
-    const int lane = thread_again() & 31;
-    const int unit = (me.warp + m * S::WARPS) * 16 + (lane >> 2) * 2;
-    const int at = (pair * 64 + 16 * (lane & 3)) / SIZE;
-    uint32_t first[NUMBERS], second[NUMBERS];
+    const auto words = [&](Words4& upper, Words4& lower, int m, int pair) {
+      constexpr int NUMBERS = 16 / SIZE;
+      const int lane = thread_again() & 31;
+      const int unit = (me.warp + m * S::WARPS) * 16 + (lane >> 2) * 2;
+      const int at = (pair * 64 + 16 * (lane & 3)) / SIZE;
+      uint32_t first[NUMBERS], second[NUMBERS];
 #pragma unroll
-    for (int k = 0; k < NUMBERS; ++k) {
-      const bool is = me.is_row(at + k) && unit < me.pitch;
-      const auto both = load<Columns<Number>>(is ? rows(at + k) + unit : rows(0));
-      if constexpr (SIZE == 2) {
-        first[k] = is ? both.w[0] & 0xffff : 0, second[k] = is ? both.w[0] >> 16 : 0;
-      } else {
-        first[k] = is ? high(both.w[0]) : 0, second[k] = is ? high(both.w[1]) : 0;
+      for (int k = 0; k < NUMBERS; ++k) {
+        const bool is = me.is_row(at + k) && unit < me.pitch;
+        const auto both = load<Columns<Number>>(is ? rows(at + k) + unit : rows(0));
+        if constexpr (SIZE == 2) {
+          first[k] = is ? both.w[0] & 0xffff : 0, second[k] = is ? both.w[0] >> 16 : 0;
+        } else {
+          first[k] = is ? high(both.w[0]) : 0, second[k] = is ? high(both.w[1]) : 0;
+        }
       }
-    }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (SIZE == 2) {
-        upper.w[j] = first[2 * j] | first[2 * j + 1] << 16;
-        lower.w[j] = second[2 * j] | second[2 * j + 1] << 16;
-      } else {
-        upper.w[j] = first[j], lower.w[j] = second[j];
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (SIZE == 2) {
+          upper.w[j] = first[2 * j] | first[2 * j + 1] << 16;
+          lower.w[j] = second[2 * j] | second[2 * j + 1] << 16;
+        } else {
+          upper.w[j] = first[j], lower.w[j] = second[j];
+        }
       }
-    }
-  };
-  held.hold(words, room.tiles);
+    };
+    held.hold(words, room.tiles);
 #pragma unroll 1
-  for (int m = S::HELD_TILES; m < room.tiles; ++m)
+    for (int m = S::HELD_TILES; m < room.tiles; ++m)
 #pragma unroll 1
-    for (int pair = 0; pair < S::PAIRS; ++pair)
-      held.rest_of(words, (m - S::HELD_TILES) * S::PAIRS + pair, m, pair);
+      for (int pair = 0; pair < S::PAIRS; ++pair)
+        held.rest_of(words, (m - S::HELD_TILES) * S::PAIRS + pair, m, pair);
   };
   fill(weights, [&](int row) { return me.weights(row); });
   Held<S, S::WAVE ? S::HELD_TILES : 1, S::WAVE ? S::PAIRS : 1> input_weights;
@@ -281,7 +282,8 @@ DEVICE void team_backward(const Arguments& a) {
         };
         if (there) take(operand, dproduct);
         if constexpr (S::WAVE)
-          if (there && has_lower) take(operand + room.operand, narrow<Number>(lives ? at.din[g] : 0.0f));
+          if (there && has_lower)
+            take(operand + room.operand, narrow<Number>(lives ? at.din[g] : 0.0f));
         if (S::DIFFERS && a.dproduct && lives)
           static_cast<Number*>(
               a.dproduct)[(place - me.origin - unit) * S::G_HH + g * H + me.origin + unit] = dproduct;

@@ -1,7 +1,7 @@
 // Forward by a team: its CTAs walk their sequences from the first step to the last, side by side.
 //
-// On the chip over time: the weights of a slice, h_{t-1} of all units as the operand of the product, the
-// states of the slice. A step reads G*UNITS input products of a sequence and writes what forward.h's
+// On the chip over time: the weights of a slice, h_{t-1} of all units as the operand of the product,
+// the states of the slice. A step reads G*UNITS input products of a sequence and writes what forward.h's
 // does; what goes round is h, H numbers of a sequence to each CTA. Two barriers of the CTA a step, in a
 // grid three.
 #pragma once
