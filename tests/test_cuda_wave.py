@@ -123,14 +123,20 @@ def test_hooks_of_saved_tensors_may_bring_copies(on_host):
     assert walks(on_host) == ["forward_lstm_bfloat16_wave", "backward_lstm_bfloat16_wave"] * 2
 
 
-def test_inference_and_frozen_states(on_host):
-    m = fastseq.GRU(8, 40, num_layers=3, backend="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("lengths", [None, [4, 2]], ids=["dense", "ragged"])
+def test_inference_keeps_the_last_layer_alone(lengths, on_host):
+    """Its y and its other state at every step, in memory of their own."""
+    m = fastseq.LSTM(8, 40, num_layers=3, backend="cuda", dtype=torch.bfloat16)
     x = torch.randn(4, 2, 8, dtype=torch.bfloat16)
-    y, h = m(x)
+    given = {} if lengths is None else {"lengths": torch.tensor(lengths)}
+    y, (h, c), along = m(x, all_states=True, **given)
     with torch.no_grad():
-        again, state = m(x)
-    assert same_bits(y, again) and same_bits(h, state)
-    assert walks(on_host) == ["forward_gru_bfloat16_wave"] * 2
+        again, state, others = m(x, all_states=True, **given)
+    assert same_bits(y, again) and all(map(same_bits, (h, c), state))
+    assert all(map(same_bits, along, others))
+    if lengths is None:
+        assert again.untyped_storage().nbytes() == again.nbytes
+    assert walks(on_host) == ["forward_lstm_bfloat16_wave"] * 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@
 //   team           how many CTAs share a recurrence, each with a slice of the hidden units
 //   layers         of a wave how many layers walk side by side, else 1: rows and states then have
 //                  them in front, (layers, N, ...) and (layers, R, ...), but dy and dc_all, which
-//                  are of the last
+//                  are of the last, as are y and c_all where nothing is saved
 //   reverse        bit r % 32: recurrence r runs backward in time
 //   save           whether forward leaves what backward reads: gates, extras
 //   lengths        (B,) of sequences sorted by decreasing length, or 0 where all have T steps

@@ -264,7 +264,10 @@ DEVICE void team_forward(const Arguments& a) {
       if (!lives) continue;
       states[e] = h;
       if constexpr (S::C > 0) others[e] = at.c_after[0];
-      const int64_t place = int64_t(first_row) * me.stride + me.beside(column, unit);
+      // of a wave that saves nothing the last layer's y is all that is asked for
+      if (has_upper && !a.save) continue;
+      const int row = S::WAVE && !a.save ? me.row_of_layer(time) : first_row;
+      const int64_t place = int64_t(row) * me.stride + me.beside(column, unit);
       static_cast<Number*>(a.y)[place] = rounded_h;
       if constexpr (S::C > 0)
         if (a.c_all) a.c_all[place] = at.c_after[0];

@@ -503,6 +503,9 @@ class _Wave(_Task):
         shape = (self.layers, *self.lead, width)
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
+    def of_the_last(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.rows(width, dtype).unsqueeze(0)
+
     def states(self, dtype: torch.dtype) -> Tensor:
         shape = (self.layers, self.R, self.B, self.H)
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -517,14 +520,15 @@ def _wave_forward(calls: Sequence[Call], save: bool, trajectory: bool) -> list[R
     task = _Wave(calls, save)
     cell, H = task.cell, task.H
     with task.on_device():
-        y = task.of_all(H)
+        rows = task.of_all if save else task.of_the_last
+        y = rows(H)
         gates = task.of_all(cell.G * H) if save else task.rows(cell.G * H).unsqueeze(0)
         task.input_product(gates[0])
         extra = task.of_all(len(cell.extras) * H) if save and cell.extras else None
-        along = [task.of_all(H, task.wide) for _ in cell.other_states if save or trajectory]
-        for layer in range(task.layers):
-            for rows in (y, *along):
-                task.padded(rows[layer])
+        along = [rows(H, task.wide) for _ in cell.other_states if save or trajectory]
+        for buffer in (y, *along):
+            for of_layer in buffer:
+                task.padded(of_layer)
         finals = [task.states(task.dtype) for _ in cell.states]
         values: dict[str, Any] = {"save": int(save), "gates": gates, "extra": extra, "y": y}
         values |= {f"{s}_n": final for s, final in zip(cell.states, finals, strict=True)}
@@ -536,9 +540,10 @@ def _wave_forward(calls: Sequence[Call], save: bool, trajectory: bool) -> list[R
     for layer in range(task.layers):
         kept = [gates[layer]] if save and cell.keeps_gates(False) else []
         kept += [] if extra is None else [extra[layer]]
-        others, states = [a[layer] for a in along], [final[layer] for final in finals]
+        at = layer if save else 0
+        others, states = [a[at] for a in along], [final[layer] for final in finals]
         last = trajectory and layer == task.layers - 1
-        results.append(task.result(y[layer], states, kept, others, save, last))
+        results.append(task.result(y[at], states, kept, others, save, last))
     return results
 
 
