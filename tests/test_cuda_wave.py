@@ -18,11 +18,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DEVICE = replace(cuda_on_host.DEVICE, multiprocessors=12)
 SPECIAL = {
     "two layers": {"B": 5},
-    "three": {"layers": 3, "B": 9},
+    "three": {"layers": 3, "B": 9, "T": 3},
     "one CTA each": {"H": 17, "layers": 4, "B": 3},
     "one step": {"T": 1, "layers": 3, "H": 33},
     "no state": {"state": False, "bias": False, "H": 34},
-    "ragged": {"lengths": [2, 0, 5, 3], "B": 4, "T": 5, "layers": 3},
+    "ragged": {"lengths": [2, 0, 4, 3], "B": 4, "layers": 3},
     "all at once": {
         "lengths": [4, 0, 2, 1, 4, 3, 2, 2, 1],
         "B": 9,
@@ -57,12 +57,12 @@ def walks(on_host):
 
 
 def in_turn():
-    """An ordinary run takes each case in one cell and type, which go round."""
+    """An ordinary run takes each case of an LSTM or a GRU in one type, which go round."""
     found = []
-    for k, cell in enumerate(WAVE_CELLS):
+    for cell in WAVE_CELLS:
         for place, special in enumerate(SPECIAL):
             for turn, dtype in enumerate(DTYPES[:2]):
-                ordinary = (place + k) % len(WAVE_CELLS) == 0 and (place + k) % 2 == turn
+                ordinary = cell == ("lstm", "gru")[place % 2] and place // 2 % 2 == turn
                 name = f"{cell}-{special}-{str(dtype)[6:]}"
                 marks = () if ordinary else full
                 found.append(pytest.param(cell, special, dtype, marks=marks, id=name))
@@ -98,7 +98,7 @@ def test_the_same_bits_whatever_comes_late(on_host):
     case = draw("lstm", T=5, B=3, H=40, layers=2, dtype=torch.bfloat16)
     library = cuda_on_host.library_that_has("forward_lstm_bfloat16_wave")
     found = []
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         library.seed(seed)
         outputs = case.run("cuda")
         found.append(outputs | gradients(outputs, case.leaves()))
@@ -123,10 +123,12 @@ def test_hooks_of_saved_tensors_may_bring_copies(on_host):
     assert walks(on_host) == ["forward_lstm_bfloat16_wave", "backward_lstm_bfloat16_wave"] * 2
 
 
-@pytest.mark.parametrize("lengths", [None, [4, 2]], ids=["dense", "ragged"])
+@pytest.mark.parametrize(
+    "lengths", [None, pytest.param([4, 2], marks=full)], ids=["dense", "ragged"]
+)
 def test_inference_keeps_the_last_layer_alone(lengths, on_host):
     """Its y and its other state at every step, in memory of their own."""
-    m = fastseq.LSTM(8, 40, num_layers=3, backend="cuda", dtype=torch.bfloat16)
+    m = fastseq.LSTM(8, 40, num_layers=2, backend="cuda", dtype=torch.bfloat16)
     x = torch.randn(4, 2, 8, dtype=torch.bfloat16)
     given = {} if lengths is None else {"lengths": torch.tensor(lengths)}
     y, (h, c), along = m(x, all_states=True, **given)
