@@ -6,8 +6,8 @@ from dataclasses import replace
 import cuda_on_host
 import pytest
 import torch
-from problems import against_the_independent, draw, full, gradients
-from rules import same_bits
+from problems import KINKED, against_the_independent, draw, full, gradients
+from rules import check_all, same_bits
 
 import fastseq
 from fastseq.backends import cuda_plan, cuda_teams, load
@@ -22,7 +22,7 @@ SPECIAL = {
     "one CTA each": {"H": 17, "layers": 4, "B": 3},
     "one step": {"T": 1, "layers": 3, "H": 33},
     "no state": {"state": False, "bias": False, "H": 34},
-    "ragged": {"lengths": [2, 0, 4, 3], "B": 4, "layers": 3},
+    "ragged": {"lengths": [2, 0, 4, 3], "B": 4},
     "all at once": {
         "lengths": [4, 0, 2, 1, 4, 3, 2, 2, 1],
         "B": 9,
@@ -63,6 +63,7 @@ def in_turn():
         for place, special in enumerate(SPECIAL):
             for turn, dtype in enumerate(DTYPES[:2]):
                 ordinary = cell == ("lstm", "gru")[place % 2] and place // 2 % 2 == turn
+                ordinary = ordinary and special != "three"  # six CTAs, 1,536 threads
                 name = f"{cell}-{special}-{str(dtype)[6:]}"
                 marks = () if ordinary else full
                 found.append(pytest.param(cell, special, dtype, marks=marks, id=name))
@@ -74,6 +75,11 @@ def test_against_the_independent(cell, special, dtype, on_host):
     given = {"T": 4, "H": 40, "layers": 2} | SPECIAL[special]
     case = draw(cell, dtype=dtype, **given)
     trajectory = special in ("all at once", "ragged")
+    if cell in KINKED:  # on which side of its kink a gradient is, the rounding decides
+        values = [c.independent(trajectory) for c in (case, case.to(torch.float64))]
+        check_all(case.run("cuda", trajectory=trajectory), *values, dtype, special)
+        assert walks(on_host) == [f"forward_{cell}_{str(dtype)[6:]}_wave"]
+        return
     against_the_independent(case, "cuda", special, trajectory=trajectory)
     name = f"{cell}_{str(dtype)[6:]}_wave"
     assert walks(on_host) == [f"forward_{name}", f"backward_{name}"]

@@ -9,7 +9,7 @@
 //                 that is not aligned
 //   mma(), neighbour()    are an error where not all lanes of the warp are at the same word
 //   meet(), meet_pair(), meet_cluster()   are an error where one of their threads has left the kernel,
-//                 or does not come for half a minute
+//                 or does not come for two minutes
 //   push()        leaves NaNs and is kept back, of two every other one, until its CTA looks at the Box:
 //                 then what was kept back comes, in any order. The order that has_come() gives is
 //                 from those who pushed or expected to those who were told so, no other.
@@ -88,7 +88,7 @@ constexpr int SIDE_BY_SIDE = 256, MOST_THREADS = 8192;  // at once: where it is 
 constexpr unsigned char POISON = 0xff, GUARD = 0xa5;  // a NaN of every type; not a NaN
 constexpr size_t GUARDED = 256;                       // bytes on each side of a CTA's memory
 constexpr int YIELDS = 2;
-constexpr auto PATIENCE = std::chrono::seconds(30);
+constexpr auto PATIENCE = std::chrono::seconds(120);  // of a busy machine too
 constexpr auto LOOK = std::chrono::milliseconds(5);
 
 inline std::atomic<int64_t> seed{1};  // of the launches to come
