@@ -260,12 +260,12 @@ FEW = {way: TEAMS[f"{way}_gru_float16_grid"].shared(70, 9) - 1 for way in ("forw
     "multiprocessors, forward",
     [
         # one team at once, of five: a launch for each tile and direction
-        pytest.param(9, [(5, 1)] * 6, marks=full),
+        (9, [(5, 1)] * 6),
         # both directions together
         pytest.param(10, [(5, 2)] * 3, marks=full),
         pytest.param(19, [(5, 2)] * 3, marks=full),
         # and two tiles of three, of which the last is alone
-        (20, [(10, 2), (5, 2)]),
+        pytest.param(20, [(10, 2), (5, 2)], marks=full),
         pytest.param(30, [(15, 2)], marks=full),
     ],
 )
@@ -420,7 +420,7 @@ def test_a_slow_cta_finds_nothing_written_over(regime, odd):
     assert all(same_bits(value, found[1][name]) for name, value in found[0].items())
 
 
-@pytest.mark.parametrize("regime", ["grid", pytest.param("cluster", marks=full)])
+@pytest.mark.parametrize("regime", ["cluster", pytest.param("grid", marks=full)])
 @pytest.mark.parametrize("tell", ["check", pytest.param("the next call", marks=full)])
 def test_a_launch_ends_where_a_cta_waits_in_vain(regime, tell, odd, cuda):
     m = fastseq.LSTM(8, 70, backend="cuda", dtype=torch.bfloat16)

@@ -44,9 +44,9 @@ TEAMS = "tests/test_cuda_teams.py::"
 TEAMS_OF_ALL = tuple(
     f"{TEAMS}test_against_the_independent[{name}]"
     for name in (
-        "cluster-rnn_tanh-ring-tf32",
-        "cluster-gru-H70-bfloat16",
-        "grid-lstm-ring-bfloat16",
+        "cluster-gru-ring-bfloat16",
+        "cluster-lstm-H70-tf32",
+        "grid-peephole_lstm-ring-float16",
     )
 )
 WAVES = ("tests/test_cuda_wave.py::test_the_same_bits_whatever_comes_late",)
@@ -1137,7 +1137,7 @@ MUTATIONS = (
         TEAM_FORWARD,
         "const int step = turn - me.layer;",
         "const int step = turn;",
-        WAVES,
+        ("tests/test_cuda_wave.py::test_against_the_independent",),
     ),
     Mutation(
         "cuda's waves: what goes up is masked as what stays",
