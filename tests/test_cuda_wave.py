@@ -11,6 +11,7 @@ from rules import check_all, same_bits
 
 import fastseq
 from fastseq.backends import cuda_plan, cuda_teams, load
+from fastseq.backends.contract import Call, Weights
 from fastseq.backends.cuda_kernels import H100, TEAMS, WAVE_CELLS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -172,6 +173,17 @@ def test_too_many_layers_for_a_cluster_go_one_by_one(on_host):
     case = draw("lstm", T=3, B=2, H=70, layers=5, dtype=torch.bfloat16)  # 15 CTAs, room for 12
     case.run("cuda")
     assert len(walks(on_host)) == 5 and not any("wave" in name for name in walks(on_host))
+
+
+def test_rows_of_all_layers_are_counted_as_int(wave):
+    """More go layer by layer; nothing is launched here."""
+    w = Weights(torch.zeros(160, 8), torch.zeros(160, 40), None, None, None)
+
+    def walks_as_wave(T):
+        x = torch.zeros(1, 1, 8).expand(T, 2**10, 8)
+        return wave._walks_as_wave([Call("lstm", x, None, [], [w], (False,))] * 2, False)
+
+    assert walks_as_wave(2**19) and not walks_as_wave(2**20)
 
 
 def faster(cell="lstm", type="bfloat16", H=256, layers=2, B=16, T=512, device=H100):

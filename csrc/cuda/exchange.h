@@ -100,7 +100,6 @@ struct Exchange<S, ByCluster> {
 };
 
 // Numbers of 24 bits: a float32 without its last 8.
-DEVICE uint32_t cut(float v) { return float_to_bits(v) >> 8; }
 DEVICE uint32_t rounded(float v) {  // to nearest; of a NaN the sum would be no NaN
   const uint32_t w = float_to_bits(v);
   return (v == v ? w + 0x80 : w) >> 8;

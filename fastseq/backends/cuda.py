@@ -636,6 +636,8 @@ def _walks_as_wave(calls: Sequence[Call], training: bool) -> bool:
         return False
     if not first.B or any(call.H != first.H for call in calls):
         return False
+    if first.x.shape[:-1].numel() * len(calls) >= 2**31:  # rows, which the kernels count as int
+        return False
     device = device_at_hand(first.x.device.index)
     sizes = (first.cell, type, first.H, len(calls), first.B)
     if declined(*sizes[:2], "wave", first.H, device, len(calls)) is not None:

@@ -61,7 +61,8 @@ class Arrangement:
     """How the teams of a way stand.
 
     team: CTAs of each. sequences: of each, at most. tiles: teams for one recurrence. at_once:
-    teams that the device holds. shared: bytes of a CTA.
+    teams that the device holds. shared: bytes of a CTA. times: of one team; step: modelled us of
+    all. layers: of a wave, whose teams are one cluster.
     """
 
     kernel: TeamKernel
@@ -74,7 +75,6 @@ class Arrangement:
     launches: tuple[Launch, ...]
     times: Times
     step: float
-
     layers: int = 1
 
     @property
@@ -315,7 +315,7 @@ def _lines(plan: TeamPlan) -> Iterator[str]:
         )
         parts = ", ".join(f"{k} {v / 1000:.2f}" for k, v in teams.times._asdict().items())
         total = "" if walk.total is None else f"; {walk.total:,.0f} us in all, without the GEMMs"
-        yield (f"  modelled, not measured: {walk.step:.2f} us a step (one team: {parts}){total}")
+        yield f"  modelled, not measured: {walk.step:.2f} us a step (one team: {parts}){total}"
 
 
 def _launches(tiles: int, R: int, at_once: int) -> int:
