@@ -73,13 +73,13 @@ def problem(cell="lstm", dtype=torch.bfloat16, T=32, B=8, H=64, **options):
 
 def test_the_list():
     assert 160 < len(KERNELS) <= 180
-    assert len(TEAMS) == (7 * 2 + 4) * 3 * 2  # cells by regimes, types, ways
+    assert len(TEAMS) == (7 * 2 + 4) * 3 * 2 + 4 * 2 * 2  # cells by regimes, types, ways; wide
     for name, kernel in KERNELS.items():
         assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.HC}"
         other = {"forward": "backward", "backward": "forward"}[kernel.way]
         assert name.replace(kernel.way, other, 1) in KERNELS
     for name, kernel in TEAMS.items():
-        assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.regime}"
+        assert name == f"{kernel.way}_{kernel.cell}_{kernel.type}_{kernel.kind}"
 
 
 def test_the_cells_are_those_of_one_phase():
@@ -222,7 +222,7 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
         #include "list.h"
         using namespace fastseq::cuda;
         constexpr bool forward = false, backward = true;
-        constexpr int cluster = -1, grid = -2, wave = -3;
+        constexpr int cluster = -1, grid = -2, wave = -3, wide = -4;
         template <class Cell, class Type, int HC, bool way> void print(const char* name) {{
           std::printf("%s", name);
           if constexpr (HC > 0) {{
@@ -230,7 +230,8 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
             {alone}
           }} else {{
             using S = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster,
-                            std::conditional_t<HC == grid, ByGrid, ByWave>>>;
+                            std::conditional_t<HC == grid, ByGrid,
+                            std::conditional_t<HC == wave, ByWave, ByWideGrid>>>>;
             {printed(*(f"S::{n}" for n in OF_SLICES))}
             if (way == forward) {{
               {ways[0]} {rooms[0]}
@@ -273,7 +274,7 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
 def test_every_slice_of_weights_stands_in_one_place(kernel):
     """A CTA has all rows of w_hh of its units, of a wave those of w_ih too, and no others."""
     size = 2 if "16" in kernel.type else 4
-    gates, units = GATES[kernel.cell], 16 if kernel.regime == "grid" else 32
+    gates, units = GATES[kernel.cell], 16 if kernel.kind == "grid" else 32
     if kernel.regime == "wave":
         gates *= 2
     assert kernel.threads == 256 and kernel.units == units
@@ -285,12 +286,12 @@ def test_every_slice_of_weights_stands_in_one_place(kernel):
         beyond = 8 * 64 // size if kernel.way == "forward" else 16 * 16
         assert held + rest <= gates * units * (slices + beyond) * size + 64 * 16 * 16 * 8
         assert held <= 128 * 4 * 256 and (rest == 0 or held > 0)
-        # of packets a page of 32 elements of h has six or eight; of sums each lane has one
+        # of packets a page of 32 elements of h has five or eight; of sums each lane has one
         if kernel.regime == "grid":
-            team, way = -(-H // 16), kernel.way
-            each = {2: 6, 4: 8}[size] if way == "forward" else 32 * team
+            team, way, of_tile = -(-H // units), kernel.way, units // 16
+            each = {2: 5, 4: 8}[size] if way == "forward" else 32 * of_tile * team
             for B, pages, columns in ((1, 1, 1), (3, 2, 1), (8, 4, 1), (9, 5, 2)):
-                count = pages if way == "forward" else columns
+                count = (B if of_tile > 1 else pages) if way == "forward" else columns
                 assert kernel.packets(H, B) == 2 * 16 * team * each * count
         else:
             assert kernel.packets(H, 8) == 0
@@ -389,12 +390,15 @@ def check_teams(found, task, device, type, itemsize):
     assert cell in PRODUCT_CELLS and found.type == type != "float32" and found.H == H
     most = cuda_plan.largest(cell, type, task.training, device)
     assert H > most
-    units = {"cluster": 32, "grid": 16}[found.regime]
     assert H <= (512 if found.regime == "cluster" else 4096 // itemsize)
-    team = -(-H // units)
     for way, walk in (("forward", found.forward), ("backward", found.backward)):
         teams = walk.teams
-        assert teams.kernel is TEAMS[f"{way}_{cell}_{type}_{found.regime}"]
+        kind = found.regime
+        if kind == "grid" and teams.kernel.wide:
+            kind = "wide"
+            assert H <= 1024 and itemsize == 2
+        assert teams.kernel is TEAMS[f"{way}_{cell}_{type}_{kind}"]
+        team = -(-H // (16 if kind == "grid" else 32))
         assert teams.team == team and teams.H == H
         assert teams.shared == teams.kernel.shared(H, teams.sequences) <= device.shared_memory
         assert teams.at_once >= 1
@@ -427,6 +431,7 @@ def check_teams(found, task, device, type, itemsize):
         assert walk.step >= teams.step
         assert walk.total == pytest.approx(len(teams.launches) * cuda_time.LAUNCH + T * walk.step)
     printed = str(found)
+    team = found.forward.teams.team
     assert f"regime {found.regime}: teams of {team} CTAs" in printed and device.name in printed
     for walk in (found.forward, found.backward):
         assert f"{walk.teams.kernel.name}: {walk.teams.tiles} x {R} teams" in printed
@@ -582,9 +587,27 @@ def test_what_explain_prints_of_teams():
     # 128 rows of w_hh, of 320 units, whose 640 bytes are rounded up to 1024
     assert "of a CTA: weights 131,072 bytes in registers, 0 in shared memory" in printed
     assert printed.count("modelled, not measured: ") == 2 and printed.count("in 1 launch,") == 2
-    printed = str(plan(problem(B=32, H=1000, R=2), H100, regime="grid"))
+    printed = str(plan(problem(B=2, H=1000, R=1), H100, regime="grid"))
     assert "regime grid: teams of 63 CTAs, each part of a grid" in printed
     assert "backward_lstm_bfloat16_grid: " in printed and "bytes of sums" in printed
+
+
+def test_large_batches_have_slices_of_twice_the_width():
+    """Of the cells and types that have them, and layers that fit."""
+
+    def kinds(cell, B, H, precision="ieee", device=H100, **options):
+        asked = problem(cell, B=B, H=H, training=True, **options)
+        found = plan(asked, device, precision, regime="grid")
+        return found.forward.teams.kernel.kind, found.backward.teams.kernel.kind
+
+    for H in (768, 1024):
+        assert kinds("lstm", 1, H) == kinds("lstm", 16, H) == ("grid", "grid")
+        assert kinds("lstm", 64, H) == kinds("gru", 64, H) == ("wide", "wide")
+        assert kinds("peephole_lstm", 64, H) == ("grid", "grid")
+        assert kinds("lstm", 64, H, "tf32", dtype=torch.float32) == ("grid", "grid")
+    assert kinds("lstm", 64, 1025) == kinds("lstm", 64, 2048) == ("grid", "grid")
+    # an A100 has less shared memory: no room for h of all units beside half of the weights
+    assert kinds("lstm", 64, 1024, device=A100) == ("grid", "wide")
 
 
 def test_a_plan_is_frozen_and_one_value():

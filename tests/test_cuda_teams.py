@@ -7,6 +7,8 @@ two or three, and of three to five.
 """
 
 import dataclasses
+import itertools
+from contextlib import contextmanager
 
 import cuda_on_host
 import independent
@@ -19,7 +21,7 @@ from rules import check_all, same_bits
 import fastseq
 from fastseq.backends import choice, cuda_teams, faults, load
 from fastseq.backends.contract import Problem
-from fastseq.backends.cuda_kernels import H100, PRODUCT_CELLS, TEAMS
+from fastseq.backends.cuda_kernels import H100, PRODUCT_CELLS, TEAMS, WAVE_CELLS
 
 REGIMES = ("cluster", "grid")
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
@@ -85,10 +87,23 @@ def with_rounded_operands(W, v, b):
     return product if b is None else product + b
 
 
-def compare(case, regime, what, **options):
+@contextmanager
+def walked_by(kind):
+    """A regime, and of a grid's slices those of that width, whatever the model says."""
+
+    def kernels_of(way, cell, type, regime, H):
+        return [TEAMS[f"{way}_{cell}_{type}_{kind}"]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_teams, "kernels_of", kernels_of)
+        with load("cuda").larger_as("grid" if kind == "wide" else kind):
+            yield
+
+
+def compare(case, kind, what, **options):
     """Values and gradients by the rule. The measure of TF32 is the independent writing in float64,
     the operands of whose products are rounded."""
-    with load("cuda").larger_as(regime):
+    with walked_by(kind):
         if case.x.dtype is not torch.float32:
             against_the_independent(case, "cuda", what, **options)
             return
@@ -113,10 +128,10 @@ def compare(case, regime, what, **options):
         check_all(ours, rounded, exact, torch.float32, what)
 
 
-def launched(on_host, regime):
+def launched(on_host, kind):
     """(way, grid) of the teams' launches; there are no other walks."""
     walks = [(n, grid) for n, grid, _ in on_host.launched if not n.startswith("previous")]
-    assert walks and all(name.endswith(f"_{regime}") for name, _ in walks)
+    assert walks and all(name.endswith(f"_{kind}") for name, _ in walks)
     return [(name.split("_")[0], grid) for name, grid in walks]
 
 
@@ -125,6 +140,13 @@ ORDINARY = {
     "cluster": ("lstm", "gru", "rnn_relu"),
     "grid": ("lstm", "gru", "peephole_lstm"),
 }
+#: Two tiles of columns at once and one more; slices that are not whole; all that there is.
+WIDE = (
+    ("B9", "gru", "float16"),
+    ("B17", "lstm", "bfloat16"),
+    ("H70", "lstm", "bfloat16"),
+    ("all at once B9", "lstm", "bfloat16"),
+)
 
 
 def in_turn():
@@ -142,6 +164,12 @@ def in_turn():
                     name = f"{regime}-{cell}-{special}-{type}"
                     marks = () if ordinary else full
                     found.append(pytest.param(regime, cell, special, type, marks=marks, id=name))
+    for special in CASES:
+        for cell, type in itertools.product(WAVE_CELLS, ("bfloat16", "float16")):
+            ordinary = (special, cell, type) in WIDE
+            name = f"wide-{cell}-{special}-{type}"
+            marks = () if ordinary else full
+            found.append(pytest.param("wide", cell, special, type, marks=marks, id=name))
     return found
 
 
@@ -253,7 +281,7 @@ def test_nothing_to_do(regime, T, B, lengths):
 
 
 #: A CTA has room for eight sequences of a team of five, and no more.
-FEW = {way: TEAMS[f"{way}_gru_float16_grid"].shared(70, 9) - 1 for way in ("forward", "backward")}
+FEW = {way: TEAMS[f"{way}_gru_tf32_grid"].shared(70, 9) - 1 for way in ("forward", "backward")}
 
 
 @pytest.mark.parametrize(
@@ -272,13 +300,13 @@ FEW = {way: TEAMS[f"{way}_gru_float16_grid"].shared(70, 9) - 1 for way in ("forw
 def test_launches_in_parts(multiprocessors, forward, monkeypatch, on_host):
     few = min(FEW.values())
     device = of_device(monkeypatch, multiprocessors=multiprocessors, shared_memory=few)
-    case = draw("gru", T=2, B=19, H=70, dtype=torch.float16, directions=2, lengths=None)
+    case = draw("gru", T=2, B=19, H=70, dtype=torch.float32, directions=2, lengths=None)
     compare(case, "grid", f"{multiprocessors} multiprocessors")
     walks = launched(on_host, "grid")
     assert [grid[:2] for way, grid in walks if way == "forward"] == forward
     assert [grid[:2] for way, grid in walks if way == "backward"] == forward
     for way in ("forward", "backward"):
-        teams = cuda_teams.arrange(TEAMS[f"{way}_gru_float16_grid"], 70, 19, 2, device)
+        teams = cuda_teams.arrange(TEAMS[f"{way}_gru_tf32_grid"], 70, 19, 2, device)
         assert (teams.sequences, teams.tiles) == (7, 3)
 
 
@@ -286,7 +314,7 @@ def test_a_launch_in_parts_of_ragged_sequences(monkeypatch, on_host):
     """A launch for each tile of them. Those of the last tile are short, or empty."""
     of_device(monkeypatch, multiprocessors=9, shared_memory=min(FEW.values()))
     lengths = [3, 3, 2, 0, 1, 3, 2, 0, 0]
-    case = draw("gru", T=3, B=9, H=70, dtype=torch.float16, lengths=lengths, reset=True)
+    case = draw("gru", T=3, B=9, H=70, dtype=torch.float32, lengths=lengths, reset=True)
     compare(case, "grid", "ragged")
     assert len(launched(on_host, "grid")) == 4
 

@@ -325,7 +325,7 @@ def written(cells: Iterable[Cell] = tuple(CELLS.values())) -> dict[Path, str]:
         CUDA_LIST: kernel_list(
             [
                 *((k.way, k.cell, k.type, k.HC) for k in KERNELS.values()),
-                *((k.way, k.cell, k.type, k.regime) for k in TEAMS.values()),
+                *((k.way, k.cell, k.type, k.kind) for k in TEAMS.values()),
                 *PREVIOUS,
             ]
         ),

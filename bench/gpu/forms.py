@@ -228,7 +228,8 @@ def _launch_of_cuda(name: str) -> Launch | None:
     if way == "previous":
         return None
     cell, kind, last = rest.rsplit("_", 2)
-    form = next((form for form, regime in REGIMES.items() if regime == last), CTA)
+    regime = "grid" if last == "wide" else last  # of slices of twice the width
+    form = next((form for form, of in REGIMES.items() if of == regime), CTA)
     return Launch(cell, way, form, kind)
 
 

@@ -58,7 +58,11 @@
   X(forward, rnn_tanh, RnnTanh, tf32, grid) \
   X(backward, rnn_tanh, RnnTanh, tf32, grid) \
   X(forward, rnn_tanh, RnnTanh, tf32, wave) \
-  X(backward, rnn_tanh, RnnTanh, tf32, wave)
+  X(backward, rnn_tanh, RnnTanh, tf32, wave) \
+  X(forward, rnn_tanh, RnnTanh, bfloat16, wide) \
+  X(backward, rnn_tanh, RnnTanh, bfloat16, wide) \
+  X(forward, rnn_tanh, RnnTanh, float16, wide) \
+  X(backward, rnn_tanh, RnnTanh, float16, wide)
 
 #define FASTSEQ_KERNELS_rnn_relu(X) \
   X(forward, rnn_relu, RnnRelu, bfloat16, 32) \
@@ -100,7 +104,11 @@
   X(forward, rnn_relu, RnnRelu, tf32, grid) \
   X(backward, rnn_relu, RnnRelu, tf32, grid) \
   X(forward, rnn_relu, RnnRelu, tf32, wave) \
-  X(backward, rnn_relu, RnnRelu, tf32, wave)
+  X(backward, rnn_relu, RnnRelu, tf32, wave) \
+  X(forward, rnn_relu, RnnRelu, bfloat16, wide) \
+  X(backward, rnn_relu, RnnRelu, bfloat16, wide) \
+  X(forward, rnn_relu, RnnRelu, float16, wide) \
+  X(backward, rnn_relu, RnnRelu, float16, wide)
 
 #define FASTSEQ_KERNELS_rnn_sigmoid(X) \
   X(forward, rnn_sigmoid, RnnSigmoid, bfloat16, 32) \
@@ -176,7 +184,11 @@
   X(forward, lstm, Lstm, tf32, grid) \
   X(backward, lstm, Lstm, tf32, grid) \
   X(forward, lstm, Lstm, tf32, wave) \
-  X(backward, lstm, Lstm, tf32, wave)
+  X(backward, lstm, Lstm, tf32, wave) \
+  X(forward, lstm, Lstm, bfloat16, wide) \
+  X(backward, lstm, Lstm, bfloat16, wide) \
+  X(forward, lstm, Lstm, float16, wide) \
+  X(backward, lstm, Lstm, float16, wide)
 
 #define FASTSEQ_KERNELS_peephole_lstm(X) \
   X(forward, peephole_lstm, PeepholeLstm, bfloat16, 32) \
@@ -286,7 +298,11 @@
   X(forward, gru, Gru, tf32, grid) \
   X(backward, gru, Gru, tf32, grid) \
   X(forward, gru, Gru, tf32, wave) \
-  X(backward, gru, Gru, tf32, wave)
+  X(backward, gru, Gru, tf32, wave) \
+  X(forward, gru, Gru, bfloat16, wide) \
+  X(backward, gru, Gru, bfloat16, wide) \
+  X(forward, gru, Gru, float16, wide) \
+  X(backward, gru, Gru, float16, wide)
 
 #define FASTSEQ_KERNELS_indrnn(X) \
   X(forward, indrnn, Indrnn, bfloat16, 64) \

@@ -38,6 +38,14 @@ struct ByGrid {
   static constexpr bool WAVE = false;
   CONSTANT static int inner(int) { return 4096; }
 };
+// A grid with slices twice as wide: half as many CTAs read each number of h, or give a part of each sum,
+// and half of the weights of a CTA stand in shared memory.
+struct ByWideGrid {
+  using Way = ByGrid;
+  static constexpr int UNITS = 32, OPERANDS = 1;
+  static constexpr bool WAVE = false;
+  CONSTANT static int inner(int) { return 2048; }
+};
 // A wave: teams of several layers, which are one cluster. A layer takes a step when the one below it
 // has taken it, one exchange before, so T steps of L layers are T + L - 1 exchanges. A CTA then holds
 // its rows of w_ih as well, but in the first layer, whose input product is made before.
@@ -75,11 +83,18 @@ struct Slice {
   // Forward: row tiles of a warp, how many warps share the inner length of them, and how many pairs
   // of fragments each warp takes of it, BLOCK at a time.
   static constexpr int TILES = ROW_TILES < 4 ? (ROW_TILES == 3 ? 3 : 1) : ROW_TILES % 3 ? 2 : 3;
-  static constexpr int SPLIT = WARPS * TILES / ROW_TILES, BLOCK = SPLIT < 4 ? 8 / SPLIT : 2;
+  // Tiles of columns that are multiplied at once: what of the weights is not held is read for both.
+  static constexpr int COLUMNS = By::OPERANDS == 1 && UNITS == 32 && TILES < 3 ? 2 : 1;
+  static constexpr int SPLIT = WARPS * TILES / ROW_TILES;
+  static constexpr int BLOCK = SPLIT < 4 && COLUMNS == 1 ? 8 / SPLIT : 2;
   static constexpr int MOST_PAIRS = By::inner(SIZE) / 64 / SPLIT;
-  static constexpr int HELD = least(MOST_PAIRS, ROOM / (8 * TILES) / BLOCK * BLOCK);
-  // From a column of the sums to the next: what two lanes write together is in banks of its own.
-  static constexpr int SUMS = ROWS + 4;
+  // Unit parameters take registers of their own, which a grid has not to spare.
+  static constexpr int ROOM_FORWARD = U > 0 && By::OPERANDS == 1 ? ROOM - 16 : ROOM;
+  static constexpr int HELD = least(MOST_PAIRS, ROOM_FORWARD / (8 * TILES) / BLOCK * BLOCK);
+  // From a column of the sums to the next, each with the parts of its rows one after another: what two
+  // lanes write together is in banks of its own.
+  static constexpr int SUMS = SPLIT * ROWS + 4;
+  static constexpr int STATES = 1 + C;  // of an element: h, and the other state beside it
   static_assert(SPLIT * ROW_TILES == WARPS * TILES && HELD % BLOCK == 0, "warps have the same work");
 
   // Backward: the inner length is that of the slice's gates, the row tiles are those of all units.
@@ -88,7 +103,7 @@ struct Slice {
   static constexpr int MOST_TILES = By::inner(SIZE) / SIZE / 16 / WARPS;
   // Sums of unit parameters take registers of their own, which float32 and a grid have not to spare.
   // TOGETHER: how many tiles' products are made side by side.
-  static constexpr int ROOM_BACK = U > 0 && (SIZE == 4 || UNITS == 16) ? ROOM - 32 : ROOM;
+  static constexpr int ROOM_BACK = U > 0 && (SIZE == 4 || By::OPERANDS == 1) ? ROOM - 32 : ROOM;
   static constexpr int TOGETHER = ROOM_BACK < 16 * PAIRS ? 1 : 2;
   static constexpr int HELD_TILES = least(MOST_TILES, ROOM_BACK / (8 * PAIRS) / TOGETHER * TOGETHER);
   static constexpr int SUBS = UNITS / 16;  // tiles of a slice
@@ -125,10 +140,10 @@ CONSTANT Room forward_room(int team, int sequences) {
   constexpr int MATRICES = S::WAVE ? 2 : 1;
   r.at_operands = r.at_weights + MATRICES * r.weights;
   r.at_sums = r.at_operands + MATRICES * S::By::OPERANDS * r.operand;
-  r.sums = S::SPLIT * r.columns * S::SUMS * 4;
+  r.sums = r.columns * S::SUMS * 4;
   r.at_states = r.at_sums + MATRICES * r.sums;
-  r.at_pages = r.at_states + 2 * r.columns * S::UNITS * 4;  // h and the other state
-  r.at_lengths = r.at_pages + S::WARPS * S::PAGE * 4;       // and flags of resets
+  r.at_pages = r.at_states + r.columns * S::UNITS * S::STATES * 4;
+  r.at_lengths = r.at_pages + S::WARPS * S::PAGE * S::SIZE;  // and flags of resets
   r.at_words = up_to(r.at_lengths + r.columns * 4 + 2 * r.columns, 16);
   r.at_stages = r.at_words + (S::WAVE ? 2 * team * 16 : 0);
   r.bytes = r.at_stages + S::STAGES * r.columns * S::ROW;
@@ -161,11 +176,9 @@ CONSTANT Room backward_room(int team, int sequences) {
 template <class S>
 struct Member {
   const Arguments& a;
-  const int lane = thread() & 31, warp = thread() >> 5, g = lane >> 2, q = lane & 3;
+  const int lane, warp, g = lane >> 2, q = lane & 3;
   const int H = int(a.H), team = int(a.team), layers = S::WAVE ? int(a.layers) : 1;
-  const int layer = S::WAVE ? tile_x() % (team * layers) / team : 0;
-  const int rank = tile_x() % team, tile = tile_x() / (team * layers);
-  const int recurrence = int(a.start) + tile_y();
+  const int layer, rank, tile, recurrence;
   const int first = int(a.first) + tile * int(a.tile);  // of the team's sequences
   const int count = least(int(a.tile), int(a.B) - first);
   const int origin = rank * S::UNITS;               // the slice's first unit
@@ -174,7 +187,15 @@ struct Member {
   const int stride = int(a.R) * H;  // from a row to the next, of H numbers each recurrence
   const int place = layer * int(a.R) + recurrence;  // among all that have states and weights
 
-  DEVICE explicit Member(const Arguments& a) : a(a) {}
+  DEVICE explicit Member(const Arguments& a) : Member(a, thread(), tile_x(), tile_y()) {}
+  DEVICE Member(const Arguments& a, int thread, int x, int y)
+      : a(a), lane(thread & 31), warp(thread >> 5),
+        layer(S::WAVE ? x % (team * layers) / team : 0), rank(x % team),
+        tile(x / (team * layers)), recurrence(int(a.start) + y) {}
+  // The same behind the loop, which takes no register in it.
+  DEVICE static Member again(const Arguments& a) {
+    return Member(a, thread_again(), tile_x_again(), tile_y_again());
+  }
 
   DEVICE int length(int column) const {
     if (column >= count) return 0;
@@ -285,17 +306,10 @@ struct Held {
 };
 
 // COUNT pieces of `bytes` each of `rows` rows, one after another, by all threads: each(row, piece, at,
-// how many bytes at once). Where a piece has all of its BYTES and 16 divides its place, in vectors.
-template <class S, int COUNT, int BYTES, class Each>
+// how many bytes at once). What vectors of 16 bytes do not reach comes so.
+template <class S, int COUNT, class Each>
 DEVICE void each_piece(int rows, int bytes, int alignment, const Each& each) {
   const unsigned me = unsigned(thread_again()), all_rows = unsigned(rows) * COUNT;
-  if (bytes == BYTES && alignment % 16 == 0) {
-    constexpr unsigned VECTORS = BYTES / 16;
-#pragma unroll 1
-    for (unsigned k = me; k < all_rows * VECTORS; k += S::THREADS)
-      each(int(k / (COUNT * VECTORS)), int(k / VECTORS % COUNT), int(k % VECTORS * 16), 16);
-    return;
-  }
   const int all = bytes | alignment, grain = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 2;
 #pragma unroll 1
   for (unsigned k = me / LANES; k < all_rows; k += S::WARPS)
@@ -319,10 +333,75 @@ DEVICE void put_bytes(unsigned char* to, const unsigned char* from, int grain) {
   else
     store(to, load<uint16_t>(from));
 }
+// Kept, but by a grid, which has not the registers.
+template <class S, class V>
+DEVICE V spared(V v) {
+  return S::By::OPERANDS == 2 ? kept(v) : v;
+}
+
+// Rows of several arrays beside each other, in vectors of 16 bytes, of which there are at most ALL in a
+// row: a thread has the same vector of every STEP-th row, at every step, and knows where it is.
+template <class S, int ALL>
+struct Vectors {
+  static constexpr int STEP = S::THREADS / ALL;
+  static_assert(STEP > 0, "a vector for each thread");
+  // from the last thread on: the last warps have the least to do else
+  int row = (S::THREADS - 1 - thread()) / ALL, which = (S::THREADS - 1 - thread()) % ALL;
+  const int line;                  // from a row to the next here, in shared memory
+  unsigned char* here;             // its first row's; what follows are the places of steps
+  unsigned char* there = nullptr;  // of row 0 in global memory; null: this thread has none
+  int pitch = 0;                   // from a row to the next there
+  bool before = false;
+
+  DEVICE Vectors(unsigned char* stages, int line) : line(line), here(stages + row * line) {}
+  // COUNT pieces of BYTES, of which `width` are there, `apart` from one to the next, in row 0 from
+  // byte `first` of an array on.
+  template <int COUNT, int BYTES>
+  DEVICE void of(const void* base, int64_t pitch, int64_t apart, int width, int place,
+                 bool before = false, int64_t first = 0) {
+    constexpr int EACH = BYTES / 16;
+    const int piece = which / EACH, at = which % EACH * 16;
+    if (base && row < STEP && which >= 0 && which < COUNT * EACH && at < width) {
+      there = static_cast<unsigned char*>(const_cast<void*>(base)) + first + piece * apart + at;
+      this->pitch = int(pitch), here += place + piece * BYTES + at, this->before = before;
+    }
+    which -= COUNT * EACH;
+  }
+  DEVICE void keep() { here = kept(here), pitch = spared<S>(pitch); }
+  // Of `rows` rows from number `first` on: each(row, here, there).
+  template <class Each>
+  DEVICE void each(int rows, int first, int stage, const Each& each) const {
+    if (!there) return;
+    unsigned char* to = here + stage;
+#pragma unroll 1
+    for (int r = row; r < rows; r += STEP, to += STEP * line)
+      each(r, to, there + int64_t(first + r) * pitch);
+  }
+};
 // What divides a place and the way from a piece to the next.
 DEVICE int alignment_of(const void* p, int64_t pitch) {
   return (int(reinterpret_cast<uintptr_t>(p)) | int(pitch)) & 15;
 }
+
+// A team's steps: which time each is, from the first to the last or back, and its first row.
+template <class S>
+struct Steps {
+  const Member<S>& me;
+  const int first, by;          // times
+  const int first_row, by_row;  // and rows, where all sequences have all steps
+  const int base;               // of rows
+
+  // back: from the last step of `count` to the first.
+  DEVICE Steps(const Member<S>& me, int count, bool back, int layer)
+      : me(me), first(spared<S>(back ? count - 1 : 0)), by(back ? -1 : 1),
+        first_row(spared<S>(me.first + layer * int(me.a.rows) +
+                         (back ? count - 1 : 0) * int(me.a.B))),
+        by_row(spared<S>((back ? -1 : 1) * int(me.a.B))), base(me.first + layer * int(me.a.rows)) {}
+  DEVICE int time(int step) const { return first + step * by; }
+  DEVICE int row(int step) const {
+    return me.a.offsets ? base + int(me.a.offsets[time(step)]) : first_row + step * by_row;
+  }
+};
 
 // Whether states are zeroed at a step, of each column: a thread looks for one column's two steps ahead,
 // and puts it where all see it behind the step's barrier.
@@ -348,12 +427,12 @@ struct Resets {
   }
 };
 
-// Waits in vain no longer than the caller's patience, and tells. Nobody of a CTA waits after that, what
-// it makes is NaN, and it hands nothing on: others run out of patience themselves, and no place is
-// written that they may still read.
+// Waits in vain no longer than the caller's patience, and tells; with none it gives up before it looks.
+// Nobody of a CTA waits after that, what it makes is NaN, and it hands nothing on: others run out of
+// patience themselves, and no place is written that they may still read.
 template <class Ready>
 DEVICE void wait_for(const Arguments& a, int32_t* lost, const Ready& ready) {
-  for (int64_t looks = 0; !ready(); ++looks) {
+  for (int64_t looks = 0; looks >= a.patience || !ready(); ++looks) {
     if (is_marked(lost)) return;
     if (looks >= a.patience) {
       mark(lost);

@@ -14,6 +14,12 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
+// What an element carries to the next step: of dh what goes past the product and what the product is
+// multiplied by, of the other state dc, and what the state was that the step's words read: c, or h.
+struct alignas(16) Carried {
+  float direct, gain, dc, at;
+};
+
 template <class S, class Cell>
 DEVICE void team_backward(const Arguments& a) {
   using Number = typename S::Number;
@@ -23,11 +29,10 @@ DEVICE void team_backward(const Arguments& a) {
   const Room room = backward_room<S>(me.team, int(a.tile));
   const int H = me.H, steps = me.length(0);
   const int columns = up_to(me.count, EIGHT), elements = columns * UNITS;
-  // states of elements, each as many behind the other
-  const int apart = room.columns * UNITS;
-  auto* const direct = reinterpret_cast<float*>(memory + room.at_states);
-  float *const gain = direct + apart, *const dc = gain + apart;
-  float *const h_at = dc + apart, *const c_at = h_at + apart;
+  // of each element; of a cell with c whose words read h as well, that h behind all of them
+  constexpr bool BOTH = S::C > 0 && S::READS_Y;
+  auto* const states = reinterpret_cast<Carried*>(memory + room.at_states);
+  auto* const h_at = reinterpret_cast<float*>(states + room.columns * UNITS);
   auto* const lengths = reinterpret_cast<int32_t*>(memory + room.at_lengths);
   unsigned char* const stages = memory + room.at_stages;
   unsigned char* const operand = memory + room.at_operands;
@@ -39,7 +44,8 @@ DEVICE void team_backward(const Arguments& a) {
   // two columns of a tile are a vector of each of eight lanes
   const int given = me.team * S::SUBS * ((me.count + 1) / 2) * EIGHT * 16;
   const int word = has_lower ? me.team * Exchange<S, ByCluster>::WORD : 0;
-  const Exchange<S> exchange(me, room, memory, products, (has_upper ? 2 * given : given) + word);
+  const Exchange<S> exchange(me, room, memory, products, (has_upper ? 2 * given : given) + word,
+                             true);
   Resets<S> resets(me, reinterpret_cast<unsigned char*>(lengths + room.columns), room.columns);
 
   // Row tile m of this warp is number warp + WARPS m of all units: its row g is unit 2 g, and row g + 8
@@ -105,9 +111,9 @@ DEVICE void team_backward(const Arguments& a) {
     const int column = column_of(e);
     const bool there = is_unit && column < me.count;
     const int64_t place = me.state(column, unit);
-    direct[e] = there && a.dh_n ? number_at<Number>(a.dh_n, place) : 0.0f;
-    gain[e] = h_at[e] = c_at[e] = 0.0f;
-    dc[e] = S::C && there && a.dc_n ? number_at<Number>(a.dc_n, place) : 0.0f;
+    states[e] = {there && a.dh_n ? number_at<Number>(a.dh_n, place) : 0.0f, 0.0f,
+                 S::C && there && a.dc_n ? number_at<Number>(a.dc_n, place) : 0.0f, 0.0f};
+    if (BOTH) h_at[e] = 0.0f;
   }
   float units[S::U ? S::U : 1];
 #pragma unroll
@@ -117,7 +123,8 @@ DEVICE void team_backward(const Arguments& a) {
   Total<S::PARTS != 0> dbias[BIASES];
 
   // Time goes against forward's; `before` is forward's step before.
-  const auto time_of = [&](int step) { return me.reverse ? step : steps - 1 - step; };
+  const Steps<S> in_time(me, steps, !me.reverse, me.layer);
+  const auto time_of = [&](int step) { return in_time.time(step); };
   const auto has_before = [&](int step, int length) {
     return me.reverse ? step + 1 < length : time_of(step) > 0;
   };
@@ -130,37 +137,63 @@ DEVICE void team_backward(const Arguments& a) {
                         alignment_of(a.extra, 0) | alignment_of(a.dy, 0) | alignment_of(a.y, 0) |
                         alignment_of(a.c_all, 0) | alignment_of(a.dc_all, 0) |
                         alignment_of(a.dgates, me.origin * SIZE);
+  const bool in_vectors = (alignment | me.width * SIZE) % 16 == 0;
+  // The arrays that come in, one after another: with(how many numbers of each unit, their bytes, place
+  // in the ring, base, first number, whether it is of the step before)
+  const auto each_array = [&](const auto& with) {
+    if constexpr (Cell::KEEPS_GATES) with(Count<S::G>(), Count<SIZE>(), 0, a.gates, 0, false);
+    if constexpr (S::E > 0) with(Count<S::E>(), Count<SIZE>(), S::AT_EXTRA, a.extra, 0, false);
+    with(Count<1>(), Count<SIZE>(), S::AT_DY, dy, below, false);
+    if constexpr (S::READS_Y) with(Count<1>(), Count<SIZE>(), S::AT_H, a.y, 0, true);
+    if constexpr (S::C > 0) {
+      with(Count<1>(), Count<4>(), S::AT_C, a.c_all, 0, true);
+      with(Count<1>(), Count<4>(), S::AT_DC, dc_all, below, false);
+    }
+  };
+  constexpr int GATES = S::G * S::UNIT / 16;  // vectors
+  Vectors<S, GATES * Cell::KEEPS_GATES + (S::E + 1 + S::READS_Y) * S::UNIT / 16 +
+                 2 * S::C * S::WIDE / 16> vectors(stages, S::ROW_BACK);
+  Vectors<S, GATES> leaving(stages, S::ROW_BACK);
+  if (in_vectors) {
+    each_array([&](auto count, auto size, int place, const void* base, int64_t skipped, bool before) {
+      constexpr int COUNT = count.value, NUMBER = size.value;
+      vectors.template of<COUNT, UNITS * NUMBER>(
+          base, int64_t(me.stride) * COUNT * NUMBER, int64_t(H) * NUMBER, me.width * NUMBER, place,
+          before, (line * COUNT - skipped + me.origin) * NUMBER);
+    });
+    leaving.template of<S::G, S::UNIT>(a.dgates, int64_t(me.stride) * S::G * SIZE,
+                                       int64_t(H) * SIZE, me.width * SIZE, 0, false,
+                                       (line * S::G + me.origin) * SIZE);
+  }
+  vectors.keep(), leaving.keep();
+  const int ring = kept(room.columns * S::ROW_BACK);
   const auto on_its_way = [&](int step) {
     if (step >= 0 && step < steps) {
-      const int time = time_of(step);
-      const int64_t now = int64_t(me.row(time)) * me.stride + line;
-      const int64_t before =
-          step + 1 < steps ? int64_t(me.row(time_of(step + 1))) * me.stride + line : 0;
-      unsigned char* const to = stages + step % S::STAGES * room.columns * S::ROW_BACK;
-      const auto pieces = [&](auto count, auto size, int place, const void* base, int64_t first,
-                              bool of_before) {
-        constexpr int COUNT = count.value, NUMBER = size.value, BYTES = UNITS * NUMBER;
-        const auto* const from = static_cast<const unsigned char*>(base);
-        each_piece<S, COUNT, BYTES>(
-            me.count, me.width * NUMBER, alignment, [&](int row, int piece, int at, int grain) {
-              const int length = lengths[row];
-              if (time >= length || (of_before && !has_before(step, length))) return;
-              const int64_t number =
-                  (first + int64_t(row) * me.stride) * COUNT + int64_t(piece) * H + me.origin;
-              fetch_bytes(to + row * S::ROW_BACK + place + piece * BYTES + at,
-                          from + number * NUMBER + at, grain);
-            });
-      };
-      if constexpr (Cell::KEEPS_GATES)
-        pieces(Count<S::G>(), Count<SIZE>(), 0, a.gates, now, false);
-      if constexpr (S::E > 0)
-        pieces(Count<S::E>(), Count<SIZE>(), S::AT_EXTRA, a.extra, now, false);
-      if (dy) pieces(Count<1>(), Count<SIZE>(), S::AT_DY, dy, now - below, false);
-      if constexpr (S::READS_Y) pieces(Count<1>(), Count<SIZE>(), S::AT_H, a.y, before, true);
-      if constexpr (S::C > 0) {
-        pieces(Count<1>(), Count<4>(), S::AT_C, a.c_all, before, true);
-        if (dc_all) pieces(Count<1>(), Count<4>(), S::AT_DC, dc_all, now - below, false);
-      }
+      const int time = time_of(step), stage = step % S::STAGES * ring, now = in_time.row(step);
+      const int before = step + 1 < steps ? in_time.row(step + 1) : 0;
+      if (in_vectors)
+        vectors.each(me.count, vectors.before ? before : now, stage,
+                     [&](int row, unsigned char* to, const void* from) {
+                       const int length = lengths[row];
+                       if (time < length && (!vectors.before || has_before(step, length)))
+                         copy<16>(to, from);
+                     });
+      else
+        each_array([&](auto count, auto size, int place, const void* base, int64_t skipped,
+                       bool of_before) {
+          constexpr int COUNT = count.value, NUMBER = size.value;
+          if (!base) return;
+          const auto* const from = static_cast<const unsigned char*>(base);
+          each_piece<S, COUNT>(
+              me.count, me.width * NUMBER, alignment, [&](int row, int piece, int at, int grain) {
+                const int length = lengths[row];
+                if (time >= length || (of_before && !has_before(step, length))) return;
+                const int64_t first = int64_t((of_before ? before : now) + row) * me.stride + line;
+                const int64_t number = first * COUNT - skipped + int64_t(piece) * H + me.origin;
+                fetch_bytes(stages + stage + row * S::ROW_BACK + place + piece * UNITS * NUMBER + at,
+                            from + number * NUMBER + at, grain);
+              });
+        });
     }
     close();
   };
@@ -176,39 +209,62 @@ DEVICE void team_backward(const Arguments& a) {
   arrived<S::STAGES - 2>();
   exchange.begin();
 
-  // Of all that dh of an element is: what was carried, and the product of the step behind.
-  const auto sum_of = [&](const unsigned char* sums, int e) {
-    const auto* const from = reinterpret_cast<const float*>(sums) + e;
-    float s = from[0];
-#pragma unroll 4
-    for (int p = 1; p < exchange.parts(); ++p) s += from[p * elements];
+  // A thread's elements are of every AT_ONCE-th column from its first on. Where they stand is the same
+  // at every step.
+  constexpr int AT_ONCE = S::THREADS / UNITS;
+  const int first_column = column_of(thread());
+  unsigned char* const my_stage = kept(stages + first_column * S::ROW_BACK + unit * SIZE);
+  Carried* const my_states = kept(states + thread());
+  unsigned char* const my_operand = kept(operand + first_column * S::PITCH + unit * SIZE);
+  const int32_t* const my_length = kept(lengths + first_column);
+  const int my_place = kept(int(line + me.beside(first_column, unit) - me.recurrence * H));
+  enum { RESET = 1, MASK = 2, DY = 4, DC_ALL = 8 };
+  const int asked = kept((a.reset ? RESET : 0) | (a.h_mask ? MASK : 0) | (dy ? DY : 0) |
+                         (dc_all ? DC_ALL : 0));
+
+  // What the product of the step behind gave an element, from all parts: loads of eight are on their way
+  // together.
+  const int apart = kept(elements * 4), parts = exchange.parts();
+  const auto sum_of = [&](const unsigned char* from) {
+    float s = 0.0f;
+#pragma unroll 1
+    for (int p = 0; p < parts; p += 8, from += 8 * apart) {
+      float v[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) v[k] = p + k < parts ? load<float>(from + k * apart) : 0.0f;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) s += v[k];
+    }
     return s;
   };
-  const auto dh_of = [&](int turn, int e) {
-    if (turn == 0 || gain[e] == 0.0f) return direct[e];
-    return direct[e] + gain[e] * sum_of(exchange.sums(turn - 1), e);
-  };
+  unsigned char* const my_sums = kept(exchange.sums(0) + thread() * 4);
+  const int places = kept(int(exchange.sums(1) - exchange.sums(0)));
+  // The step's time and first row, found in the step before.
+  const auto in_range = [&](int step) { return !S::WAVE || (step >= 0 && step < steps) ? step : 0; };
+  int time = time_of(in_range(-later));
+  int first_row = turns > 0 ? in_time.row(in_range(-later)) : 0;
 
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     const int step = turn - later;
     const bool walks = !S::WAVE || (step >= 0 && step < steps);
     if (turn > 0) exchange.take_sums(turn - 1, elements);
-    const int time = time_of(walks ? step : 0);
-    const int64_t now = int64_t(me.row(time)) * me.stride + line;
-    unsigned char* const stage =
-        stages + unsigned(step) % S::STAGES * room.columns * S::ROW_BACK;
+    const int stage = int(unsigned(step) % S::STAGES) * ring;
     const bool lost = is_marked(exchange.lost);
     float biases[BIASES] = {};
+    const unsigned char* sums = my_sums + (turn - 1 & 1) * places;
+    Carried* state = my_states;
+    unsigned char *mine = my_stage + stage, *to_product = my_operand;
+    const int32_t* length_of = my_length;
+    int column = first_column;
+    int64_t place = int64_t(first_row) * me.stride + my_place;
 #pragma unroll 1
     for (int e = thread(); e < elements; e += S::THREADS) {
-      const int column = column_of(e);
-      unsigned char* const row = stage + column * S::ROW_BACK;
-      unsigned char* const mine = row + unit * SIZE;
-      const float* const wide = reinterpret_cast<const float*>(row) + unit;
+      const auto* const wide = reinterpret_cast<const float*>(mine + unit * (4 - SIZE));
       // All loads come first, so that they are on their way together; of what is not there anything.
       Number saved[S::G], extras[S::E ? S::E : 1], of_h, of_y;
       float of_c, of_dc;
+      const Carried was = load<Carried>(state);
       if constexpr (Cell::KEEPS_GATES) {
 #pragma unroll
         for (int g = 0; g < S::G; ++g) saved[g] = load<Number>(mine + g * S::UNIT);
@@ -218,12 +274,14 @@ DEVICE void team_backward(const Arguments& a) {
       of_y = load<Number>(mine + S::AT_DY);
       if constexpr (S::READS_Y) of_h = load<Number>(mine + S::AT_H);
       if constexpr (S::C > 0) of_c = wide[S::AT_C / 4], of_dc = wide[S::AT_DC / 4];
-      const float h_kept = S::READS_Y ? h_at[e] : 0.0f, c_kept = S::C ? c_at[e] : 0.0f;
-      const float dc_kept = S::C ? dc[e] : 0.0f, dh = dh_of(turn, e);
-      const int length = lengths[column];
+      const float h_kept = BOTH ? h_at[e] : was.at, c_kept = was.at, dc_kept = was.dc;
+      const int length = *length_of;
+      const float product = turn == 0 ? 0.0f : sum_of(sums);
+      const float dh = was.gain == 0.0f ? was.direct : was.direct + was.gain * product;
       const bool there = is_unit && column < me.count, lives = there && walks && time < length;
-      const bool is_reset = there && resets.of(step, column), has = has_before(step, length);
-      const int64_t place = now + int64_t(column) * me.stride + me.origin + unit;
+      bool is_reset = false;
+      if (asked & RESET) is_reset = there && resets.of(step, column);
+      const bool has = has_before(step, length);
       BackwardAt<S> at;
       float h_before = 0.0f, c_before = 0.0f;
       if constexpr (S::READS_Y) h_before = has ? widen(of_h) : 0.0f;
@@ -238,12 +296,12 @@ DEVICE void team_backward(const Arguments& a) {
         if constexpr (S::READS_Y) at.h_after = number_at<Number>(a.y, place);
         if constexpr (S::C > 0) at.c_after[0] = a.c_all[place];
       }
-      at.dh_now = dy ? dh + widen(of_y) : dh;
+      at.dh_now = asked & DY ? dh + widen(of_y) : dh;
       if constexpr (S::WAVE)
-        if (has_upper && lives) at.dh_now += sum_of(exchange.sums(turn - 1, true), e);
+        if (has_upper && lives) at.dh_now += sum_of(sums + room.sums);
       at.dc_now[0] = dc_kept;
       if constexpr (S::C > 0)
-        if (dc_all) at.dc_now[0] += of_dc;
+        if (asked & DC_ALL) at.dc_now[0] += of_dc;
 #pragma unroll
       for (int g = 0; g < S::G; ++g) at.saves[g] = Cell::KEEPS_GATES ? widen(saved[g]) : 0.0f;
 #pragma unroll
@@ -255,17 +313,18 @@ DEVICE void team_backward(const Arguments& a) {
       if (lost) at.dh_now = bits_to_float(0x7fffffff);
       Cell::template backward<0>(at);
       float mask = 1.0f;
-      if (a.h_mask && there) mask = number_at<Number>(a.h_mask, me.state(column, unit));
+      if ((asked & MASK) && there) mask = number_at<Number>(a.h_mask, me.state(column, unit));
+      Carried now = was;
       if (lives) {
-        h_at[e] = h_before, c_at[e] = c_before;
-        direct[e] = is_reset ? 0.0f : at.dh_before;
-        gain[e] = is_reset ? 0.0f : mask;
-        dc[e] = is_reset ? 0.0f : at.dc_before[0];
+        now = {is_reset ? 0.0f : at.dh_before, is_reset ? 0.0f : mask,
+               is_reset ? 0.0f : at.dc_before[0], S::C ? c_before : h_before};
+        if (BOTH) h_at[e] = h_before;
 #pragma unroll
         for (int u = 0; u < S::U; ++u) dunit[u].add(at.dunits[u]);
       } else {
-        direct[e] = dh, gain[e] = 0.0f;
+        now.direct = dh, now.gain = 0.0f;
       }
+      store(state, now);
 #pragma unroll
       for (int g = 0; g < S::G; ++g) {
         const Number din = narrow<Number>(at.din[g]);
@@ -278,16 +337,19 @@ DEVICE void team_backward(const Arguments& a) {
         if (g >= S::G_HH) continue;
         const auto take = [&](unsigned char* to, Number taken) {
           if constexpr (S::PARTS == 1) taken = round_tf32(taken);
-          store(to + column * S::PITCH + (g * UNITS + unit) * SIZE, taken);
+          store(to + g * S::UNIT, taken);
         };
-        if (there) take(operand, dproduct);
+        if (there) take(to_product, dproduct);
         if constexpr (S::WAVE)
           if (there && has_lower)
-            take(operand + room.operand, narrow<Number>(lives ? at.din[g] : 0.0f));
+            take(to_product + room.operand, narrow<Number>(lives ? at.din[g] : 0.0f));
         if (S::DIFFERS && a.dproduct && lives)
           static_cast<Number*>(
               a.dproduct)[(place - me.origin - unit) * S::G_HH + g * H + me.origin + unit] = dproduct;
       }
+      sums += S::THREADS * 4;
+      column += AT_ONCE, length_of += AT_ONCE, mine += AT_ONCE * S::ROW_BACK;
+      to_product += AT_ONCE * S::PITCH, state += S::THREADS, place += AT_ONCE * me.stride;
     }
 #pragma unroll
     for (int g = 0; g < BIASES; ++g) dbias[g].add(biases[g], step);
@@ -336,29 +398,48 @@ DEVICE void team_backward(const Arguments& a) {
         if (has_lower) multiply(input_weights, operand + room.operand, true);
     }
     // while the sums go round
-    each_piece<S, S::G, S::UNIT>(
-        me.count, me.width * SIZE, alignment, [&](int row, int piece, int at, int grain) {
-          if (!walks || time >= lengths[row]) return;
-          const int64_t number = (now + int64_t(row) * me.stride) * S::G + int64_t(piece) * H +
-                                 me.origin;
-          put_bytes(static_cast<unsigned char*>(a.dgates) + number * SIZE + at,
-                    stage + row * S::ROW_BACK + piece * S::UNIT + at, grain);
-        });
+    if (turn > 0) exchange.again(turn - 1);
+    const auto leaves = [&](int row) { return walks && time < lengths[row]; };
+    if (in_vectors)
+      leaving.each(me.count, first_row, stage, [&](int row, unsigned char* from, void* to) {
+        if (leaves(row)) store(to, load<Words4>(from));
+      });
+    else
+      each_piece<S, S::G>(
+          me.count, me.width * SIZE, alignment, [&](int row, int piece, int at, int grain) {
+            if (!leaves(row)) return;
+            const int64_t first = int64_t(first_row + row) * me.stride + line;
+            put_bytes(static_cast<unsigned char*>(a.dgates) +
+                          (first * S::G + int64_t(piece) * H + me.origin) * SIZE + at,
+                      stages + stage + row * S::ROW_BACK + piece * S::UNIT + at, grain);
+          });
     on_its_way(step + S::STAGES - 1);
-    resets.put(step + 1, next_reset);
-    next_reset = reset_of(step + 2);
+    if (asked & RESET) {
+      resets.put(step + 1, next_reset);
+      next_reset = reset_of(step + 2);
+    }
+    if (turn + 1 < turns) {
+      time = time_of(in_range(step + 1));
+      first_row = in_time.row(in_range(step + 1));
+    }
     arrived<S::STAGES - 2>();
     meet();
   }
 
   if (a.dh_0 && turns > 0) exchange.take_sums(turns - 1, elements);
   const bool lost = is_marked(exchange.lost);
-  for (int e = thread(); e < elements; e += S::THREADS) {
+  const Member<S> you = Member<S>::again(a);
+  const int last_unit = unit_of(thread_again());
+  for (int e = thread_again(); e < elements; e += S::THREADS) {
     const int column = column_of(e);
-    if (!is_unit || column >= me.count) continue;
-    const float dh = lost ? bits_to_float(0x7fffffff) : dh_of(a.dh_0 ? turns : 0, e);
-    if (a.dh_0) put_at<Number>(a.dh_0, me.state(column, unit), dh);
-    if (S::C > 0 && a.dc_0) put_at<Number>(a.dc_0, me.state(column, unit), dc[e]);
+    if (last_unit >= you.width || column >= you.count) continue;
+    const Carried was = states[e];
+    float dh = was.direct;
+    if (a.dh_0 && turns > 0 && was.gain != 0.0f)
+      dh += was.gain * sum_of(exchange.sums(turns - 1) + e * 4);
+    if (lost) dh = bits_to_float(0x7fffffff);
+    if (a.dh_0) put_at<Number>(a.dh_0, you.state(column, last_unit), dh);
+    if (S::C > 0 && a.dc_0) put_at<Number>(a.dc_0, you.state(column, last_unit), was.dc);
   }
   exchange.end();
 
@@ -369,13 +450,13 @@ DEVICE void team_backward(const Arguments& a) {
     meet();
     totals[thread()] = total;
     meet();
-    if (thread() >= me.width) return;
+    if (thread() >= you.width) return;
     float s = 0.0f;
 #pragma unroll 1
     for (int k = 0; k < S::THREADS; ++k)
       if (unit_of(k) == thread()) s += totals[k];
-    const int tile = int(a.first / a.tile) + me.tile;
-    to[me.unit_of(tile * int(a.R) * me.layers + me.place, count, which, thread())] = s;
+    const int tile = int(a.first / a.tile) + you.tile;
+    to[you.unit_of(tile * int(a.R) * you.layers + you.place, count, which, thread())] = s;
   };
 #pragma unroll
   for (int g = 0; g < BIASES; ++g) leave(a.dbias, BIASES, g, dbias[g].total());

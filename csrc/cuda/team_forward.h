@@ -10,6 +10,11 @@
 namespace fastseq {
 namespace FASTSEQ_ISA {
 
+template <int COUNT>
+struct alignas(4 * COUNT) States {  // of an element, loaded and stored as one
+  float of[COUNT];
+};
+
 template <class S, class Cell>
 DEVICE void team_forward(const Arguments& a) {
   using Number = typename S::Number;
@@ -19,7 +24,6 @@ DEVICE void team_forward(const Arguments& a) {
   const Room room = forward_room<S>(me.team, int(a.tile));
   auto* const sums = reinterpret_cast<float*>(memory + room.at_sums);
   auto* const states = reinterpret_cast<float*>(memory + room.at_states);
-  auto* const others = states + room.columns * UNITS;
   auto* const lengths = reinterpret_cast<int32_t*>(memory + room.at_lengths);
   unsigned char* const stages = memory + room.at_stages;
   const int H = me.H, steps = me.length(0), part = me.warp % SPLIT, tile = me.warp / SPLIT * TILES;
@@ -30,7 +34,7 @@ DEVICE void team_forward(const Arguments& a) {
   const bool is_upper = S::WAVE && me.layer > 0, has_upper = S::WAVE && me.layer + 1 < me.layers;
   const int given = (is_upper ? 2 : 1) * me.team * me.count * S::UNIT;
   const int word = has_upper ? me.team * Exchange<S, ByCluster>::WORD : 0;
-  const Exchange<S> exchange(me, room, memory, turns - 1, given + word);
+  const Exchange<S> exchange(me, room, memory, turns - 1, given + word, false);
 
   Held<S, TILES, S::HELD> weights;
   weights.rest = memory + room.at_weights + thread() * 16;
@@ -80,8 +84,9 @@ DEVICE void team_forward(const Arguments& a) {
     const int column = int(unsigned(e) / UNITS), unit = e % UNITS;
     const bool there = unit < me.width;
     const int64_t place = me.state(column, unit);
-    states[e] = there && a.h_0 ? number_at<Number>(a.h_0, place) : 0.0f;
-    if (S::C > 0) others[e] = there && a.c_0 ? number_at<Number>(a.c_0, place) : 0.0f;
+    states[e * S::STATES] = there && a.h_0 ? number_at<Number>(a.h_0, place) : 0.0f;
+    if (S::C > 0)
+      states[e * S::STATES + 1] = there && a.c_0 ? number_at<Number>(a.c_0, place) : 0.0f;
   }
   // a thread's elements are all of one unit
   const int unit = thread() % UNITS;
@@ -105,22 +110,33 @@ DEVICE void team_forward(const Arguments& a) {
               : 0.0f;
   }
 
-  const auto time_of = [&](int step) { return me.reverse ? steps - 1 - step : step; };
-  const int64_t pitch = int64_t(me.stride) * (S::G * SIZE);  // of a row of gates
+  const Steps<S> in_time(me, steps, me.reverse, S::WAVE && !a.save ? 0 : me.layer);
+  const auto time_of = [&](int step) { return in_time.time(step); };
+  const int pitch = me.stride * (S::G * SIZE);  // of a row of gates
   auto* const gates = static_cast<unsigned char*>(a.gates) +
                       (int64_t(me.recurrence) * S::G * H + me.origin) * SIZE;
-  const int alignment = alignment_of(gates, int64_t(H) * SIZE);
+  const int alignment = alignment_of(gates, int64_t(H) * SIZE), bytes = me.width * SIZE;
+  const bool in_vectors = (alignment | bytes) % 16 == 0;
+  Vectors<S, S::G * S::UNIT / 16> vectors(stages, S::ROW);
+  if (in_vectors && !is_upper)
+    vectors.template of<S::G, S::UNIT>(gates, pitch, int64_t(H) * SIZE, bytes, 0);
+  vectors.keep();
+  const int ring = spared<S>(room.columns * S::ROW);
   const auto on_its_way = [&](int step) {
     if (step >= 0 && step < steps && !is_upper) {
-      const int time = time_of(step);
-      const unsigned char* const from = gates + me.row(time) * pitch;
-      unsigned char* const to = stages + step % S::STAGES * room.columns * S::ROW;
-      each_piece<S, S::G, S::UNIT>(
-          me.count, me.width * SIZE, alignment, [&](int row, int piece, int at, int grain) {
-            if (time < lengths[row])
-              fetch_bytes(to + row * S::ROW + piece * S::UNIT + at,
-                          from + row * pitch + piece * H * SIZE + at, grain);
-          });
+      const int time = time_of(step), first = in_time.row(step);
+      const int stage = step % S::STAGES * ring;
+      if (in_vectors)
+        vectors.each(me.count, first, stage, [&](int row, unsigned char* to, const void* from) {
+          if (time < lengths[row]) copy<16>(to, from);
+        });
+      else
+        each_piece<S, S::G>(
+            me.count, bytes, alignment, [&](int row, int piece, int at, int grain) {
+              if (time < lengths[row])
+                fetch_bytes(stages + stage + row * S::ROW + piece * S::UNIT + at,
+                            gates + int64_t(first + row) * pitch + piece * H * SIZE + at, grain);
+            });
     }
     close();
   };
@@ -136,46 +152,85 @@ DEVICE void team_forward(const Arguments& a) {
   exchange.begin();
 
   // Columns of an operand times a matrix, into sums: of the columns 2 q and 2 q + 1, rows g and g + 8
-  // of each tile.
-  const auto multiply = [&](const auto& held, const unsigned char* operand, float* sums) {
-    operand += me.g * room.pitch + part * 64 + 16 * me.q;
-#pragma unroll 1
-    for (int n = 0; n < columns; n += EIGHT) {
-      constexpr int CHAINS = TILES >= 3 ? 1 : 2;
-      float chain[TILES][2 * CHAINS][4] = {};
-      const unsigned char* const from = operand + n * room.pitch;
+  // of each tile. So many tiles of columns at once.
+  const auto multiply_some = [&](auto count, const auto& held, const unsigned char* from,
+                                 float* to) {
+    constexpr int COUNT = count.value;
+    constexpr int CHAINS = TILES * COUNT > 1 ? 1 : 2;  // enough for the two warps of a scheduler
+    float chain[COUNT][TILES][2 * CHAINS][4] = {};
 #pragma unroll
-      for (int first = 0; first < S::HELD; first += S::BLOCK) {
-        if (first >= room.pairs) break;
+    for (int first = 0; first < S::HELD; first += S::BLOCK) {
+      if (first > 0 && first >= room.pairs) break;  // the first there always is
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) {
         Words4 b[S::BLOCK];
 #pragma unroll
-        for (int k = 0; k < S::BLOCK; ++k) b[k] = load<Words4>(from + (first + k) * SPLIT * 64);
+        for (int k = 0; k < S::BLOCK; ++k)
+          b[k] = load<Words4>(from + n * EIGHT * room.pitch + (first + k) * SPLIT * 64);
 #pragma unroll
         for (int k = 0; k < S::BLOCK; ++k)
 #pragma unroll
           for (int m = 0; m < TILES; ++m)
-            held.add(chain[m][k % CHAINS * 2], chain[m][k % CHAINS * 2 + 1],
+            held.add(chain[n][m][k % CHAINS * 2], chain[n][m][k % CHAINS * 2 + 1],
                      held.held[m][first + k], b[k]);
       }
-#pragma unroll 2
-      for (int pair = S::HELD; pair < room.pairs; ++pair) {
-        const Words4 b = load<Words4>(from + pair * SPLIT * 64);
+    }
+#pragma unroll(COUNT > 1 ? 1 : 2)
+    for (int pair = S::HELD; pair < room.pairs; ++pair) {
+      Words4 b[COUNT];
 #pragma unroll
-        for (int m = 0; m < TILES; ++m)
-          held.add(chain[m][0], chain[m][1], held.load_rest((pair - S::HELD) * TILES + m), b);
+      for (int n = 0; n < COUNT; ++n)
+        b[n] = load<Words4>(from + n * EIGHT * room.pitch + pair * SPLIT * 64);
+#pragma unroll
+      for (int m = 0; m < TILES; ++m) {
+        const auto w = held.load_rest((pair - S::HELD) * TILES + m);
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) held.add(chain[n][m][0], chain[n][m][1], w, b[n]);
       }
-      float* const to = sums + (part * room.columns + n + 2 * me.q) * S::SUMS + tile * 16 + me.g;
+    }
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n)
 #pragma unroll
       for (int m = 0; m < TILES; ++m)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float s = chain[m][0][j];
+          float s = chain[n][m][0][j];
 #pragma unroll
-          for (int c = 1; c < 2 * CHAINS; ++c) s += chain[m][c][j];
-          to[(j & 1) * S::SUMS + m * 16 + (j >> 1) * 8] = s;
+          for (int c = 1; c < 2 * CHAINS; ++c) s += chain[n][m][c][j];
+          to[(n * EIGHT + (j & 1)) * S::SUMS + m * 16 + (j >> 1) * 8] = s;
         }
-    }
   };
+  const auto multiply = [&](const auto& held, const unsigned char* operand, float* sums) {
+    operand += me.g * room.pitch + part * 64 + 16 * me.q;
+    sums += 2 * me.q * S::SUMS + part * S::ROWS + tile * 16 + me.g;
+    int n = 0;
+    if constexpr (S::COLUMNS > 1) {
+#pragma unroll 1
+      for (; n + EIGHT < columns; n += 2 * EIGHT)
+        multiply_some(Count<2>(), held, operand + n * room.pitch, sums + n * S::SUMS);
+    }
+#pragma unroll 1
+    for (; n < columns; n += EIGHT)
+      multiply_some(Count<1>(), held, operand + n * room.pitch, sums + n * S::SUMS);
+  };
+
+  // A thread's elements are of every AT_ONCE-th column from its first on. Where they stand is the same
+  // at every step.
+  constexpr int AT_ONCE = S::THREADS / UNITS;
+  const int first_column = thread() / UNITS;
+  float* const my_sums = kept(sums + first_column * S::SUMS + unit);
+  float* const my_states = kept(states + thread() * S::STATES);
+  const unsigned char* const my_stage = kept(stages + first_column * S::ROW + unit * SIZE);
+  unsigned char* const page_of_h = memory + room.at_pages + me.warp * (S::PAGE * SIZE);
+  unsigned char* const my_h = kept(page_of_h + me.lane * SIZE);
+  const int my_place = spared<S>(int(me.beside(first_column, unit)));
+  enum { RESET = 1, MASK = 2, SAVE = 4, C_ALL = 8 };
+  const int asked = spared<S>((a.reset ? RESET : 0) | (a.h_mask ? MASK : 0) | (a.save ? SAVE : 0) |
+                         (a.c_all ? C_ALL : 0));
+
+  // The step's time and first row, found in the step before.
+  const auto in_range = [&](int step) { return !S::WAVE || (step >= 0 && step < steps) ? step : 0; };
+  int time = time_of(in_range(-me.layer)), row = turns > 0 ? in_time.row(in_range(-me.layer)) : 0;
 
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
@@ -189,31 +244,31 @@ DEVICE void team_forward(const Arguments& a) {
     arrived<S::STAGES - 2>();
     meet();
 
-    const int time = time_of(walks ? step : 0), first_row = me.row(time);
-    const unsigned char* const stage =
-        stages + unsigned(step) % S::STAGES * room.columns * S::ROW;
-    unsigned char* const page_of_h = memory + room.at_pages + me.warp * (S::PAGE * 4);
+    const unsigned char* mine = my_stage + unsigned(step) % S::STAGES * ring;
+    const float* sum = my_sums;
+    float* state = my_states;
+    int64_t place = int64_t(row) * me.stride + my_place;
     const bool lost = is_marked(exchange.lost);
     if constexpr (S::WAVE)
       if (is_upper && turn + 1 < turns && !lost) exchange.hand_word(turn, me.layer - 1);
+    int column = first_column;
 #pragma unroll 1
     for (int page = me.warp; page * S::PAGE < elements; page += S::WARPS) {
-      const int e = page * S::PAGE + me.lane, column = int(unsigned(e) / UNITS);
       // All loads come first, so that they are on their way together; of what is not there anything.
-      const unsigned char* const mine = stage + column * S::ROW + unit * SIZE;
-      const float* const sum = sums + column * S::SUMS + unit;
       Number in[S::G];
       float parts[S::G_HH][SPLIT];
 #pragma unroll
-      for (int g = 0; g < S::G; ++g) in[g] = load<Number>(mine + g * S::UNIT);
-#pragma unroll
       for (int g = 0; g < S::G_HH; ++g)
 #pragma unroll
-        for (int p = 0; p < SPLIT; ++p) parts[g][p] = sum[p * room.columns * S::SUMS + g * UNITS];
-      const float h_before = states[e], c_before = S::C ? others[e] : 0.0f;
-      const bool there = is_unit && column < me.count;
-      const bool lives = there && walks && time < lengths[column];
-      const bool is_reset = there && resets.of(step, column);
+        for (int p = 0; p < SPLIT; ++p) parts[g][p] = sum[p * S::ROWS + g * UNITS];
+#pragma unroll
+      for (int g = 0; g < S::G; ++g) in[g] = load<Number>(mine + g * S::UNIT);
+      const auto before = load<States<S::STATES>>(state);
+      const float h_before = before.of[0], c_before = S::C ? before.of[S::C] : 0.0f;
+      const int length = lengths[column];
+      const bool there = is_unit && column < me.count, lives = there && walks && time < length;
+      bool is_reset = false;
+      if (asked & RESET) is_reset = there && resets.of(step, column);
       ForwardAt<S> at;
 #pragma unroll
       for (int g = 0; g < S::G; ++g) at.in[g] = widen(in[g]);
@@ -224,7 +279,7 @@ DEVICE void team_forward(const Arguments& a) {
             float s = input_bias[g];
 #pragma unroll
             for (int p = 0; p < SPLIT; ++p)
-              s += sum[room.sums / 4 + p * room.columns * S::SUMS + g * UNITS];
+              s += sum[room.sums / 4 + p * S::ROWS + g * UNITS];
             at.in[g] = s;
           }
         }
@@ -246,54 +301,66 @@ DEVICE void team_forward(const Arguments& a) {
       const float h = lives ? widen(rounded_h) : there ? h_before : 0.0f;
       if (turn + 1 < turns) {
         const auto put = [&](float handed) {
-          put_number(page_of_h + me.lane * SIZE, handed);
+          put_number(my_h, handed);
           meet_warp();
         };
         float handed = h;
-        if (a.h_mask && there) handed *= number_at<Number>(a.h_mask, me.state(column, unit));
+        if ((asked & MASK) && there)
+          handed *= number_at<Number>(a.h_mask, me.state(column, unit));
         put(handed);
         if (!lost) exchange.hand_h(turn, page, page_of_h);
         meet_warp();
         if constexpr (S::WAVE)
           if (has_upper) {
-            if (a.h_mask) put(h);
+            if (asked & MASK) put(h);
             if (!lost) exchange.hand_h(turn, page, page_of_h, true);
             meet_warp();
           }
       }
-      if (!lives) continue;
-      states[e] = h;
-      if constexpr (S::C > 0) others[e] = at.c_after[0];
       // of a wave that saves nothing the last layer's y is all that is asked for
-      if (has_upper && !a.save) continue;
-      const int row = S::WAVE && !a.save ? me.row_of_layer(time) : first_row;
-      const int64_t place = int64_t(row) * me.stride + me.beside(column, unit);
-      static_cast<Number*>(a.y)[place] = rounded_h;
-      if constexpr (S::C > 0)
-        if (a.c_all) a.c_all[place] = at.c_after[0];
-      if (!a.save) continue;
-      // of a row's numbers each recurrence there are G H, and E H
-      const int64_t before = place - me.origin - unit;
-      if constexpr (Cell::KEEPS_GATES) {
+      if (lives) {
+        States<S::STATES> after{{h}};
+        if constexpr (S::C > 0) after.of[1] = at.c_after[0];
+        store(state, after);
+        if (!has_upper || (asked & SAVE)) {
+          static_cast<Number*>(a.y)[place] = rounded_h;
+          if constexpr (S::C > 0)
+            if (asked & C_ALL) a.c_all[place] = at.c_after[0];
+        }
+        if (asked & SAVE) {
+          // of a row's numbers each recurrence there are G H, and E H
+          const int64_t line = place - me.origin - unit;
+          if constexpr (Cell::KEEPS_GATES) {
 #pragma unroll
-        for (int g = 0; g < S::G; ++g)
-          put_at<Number>(a.gates, before * S::G + g * H + me.origin + unit, at.saves[g]);
+            for (int g = 0; g < S::G; ++g)
+              put_at<Number>(a.gates, line * S::G + g * H + me.origin + unit, at.saves[g]);
+          }
+#pragma unroll
+          for (int k = 0; k < S::E; ++k)
+            put_at<Number>(a.extra, line * S::E + k * H + me.origin + unit, at.extras[k]);
+        }
       }
-#pragma unroll
-      for (int k = 0; k < S::E; ++k)
-        put_at<Number>(a.extra, before * S::E + k * H + me.origin + unit, at.extras[k]);
+      column += AT_ONCE, mine += AT_ONCE * S::ROW, sum += AT_ONCE * S::SUMS;
+      state += S::THREADS * S::STATES, place += AT_ONCE * me.stride;
     }
     // while h goes round: into the place that was read in the step before this
+    if (turn > 0) exchange.again(turn - 1);
     on_its_way(step + S::STAGES - 1);
-    resets.put(step + 1, next_reset);
-    next_reset = reset_of(step + 2);
+    if (turn + 1 < turns) time = time_of(in_range(step + 1)), row = in_time.row(in_range(step + 1));
+    if (asked & RESET) {
+      resets.put(step + 1, next_reset);
+      next_reset = reset_of(step + 2);
+    }
   }
 
-  for (int e = thread(); e < elements; e += S::THREADS) {
+  const Member<S> you = Member<S>::again(a);
+  const int last_unit = thread_again() % UNITS;
+  for (int e = thread_again(); e < you.count * UNITS; e += S::THREADS) {
     const int column = int(unsigned(e) / UNITS);
-    if (!is_unit) continue;
-    put_at<Number>(a.h_n, me.state(column, unit), states[e]);
-    if constexpr (S::C > 0) put_at<Number>(a.c_n, me.state(column, unit), others[e]);
+    if (last_unit >= you.width) continue;
+    put_at<Number>(a.h_n, you.state(column, last_unit), states[e * S::STATES]);
+    if constexpr (S::C > 0)
+      put_at<Number>(a.c_n, you.state(column, last_unit), states[e * S::STATES + 1]);
   }
   exchange.end();
 }

@@ -7,7 +7,10 @@
 //   thread(), tile_x(), tile_y(), tile_z()        where it is: in its CTA, and the CTA in the grid
 //   tiles_z()                             how many CTAs the grid has that way
 //   thread_again()                        thread(), so that what is computed from it takes no register
-//                                         until then
+//                                         until then; and tile_x_again(), tile_y_again()
+//   kept(v)                               v, an integer or a place in shared(), which stays in a register
+//                                         and is not made again where it is used (of all lanes of a
+//                                         warp at once)
 //   shared()                              the CTA's memory, aligned to 128 bytes
 //   meet()                                a barrier of all threads of the CTA
 //   meet_pair(n)                          of the two warps 2 n and 2 n + 1, n < 15
@@ -15,6 +18,8 @@
 //   close()                               what was copied since is one group of this thread's
 //   arrived<N>()                          all of this thread's groups but the last N are there; for
 //                                         other threads they are there behind the next meet()
+//   quotient(a, m)                        the upper half of a m: where m = 2^32 / b, rounded up, a / b for
+//                                         a b < 2^32
 //   neighbour(v, mask)                    v of the lane that differs in mask (of all lanes at once)
 //   mma(d, a, b0, b1, Type)               d += a b on tensor cores, of all lanes of a warp at once
 //   load<V>(p), store<V>(p, v)            a vector of bytes at an aligned place
@@ -104,6 +109,16 @@ DEVICE int thread_again() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(found));
   return found;
 }
+DEVICE int tile_x_again() {
+  int found;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(found));
+  return found;
+}
+DEVICE int tile_y_again() {
+  int found;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(found));
+  return found;
+}
 DEVICE int tile_x() { return blockIdx.x; }
 DEVICE int tile_y() { return blockIdx.y; }
 DEVICE int tile_z() { return blockIdx.z; }
@@ -112,6 +127,14 @@ DEVICE int tiles_z() { return gridDim.z; }
 extern __shared__ __align__(128) unsigned char cta_memory[];
 DEVICE unsigned char* shared() { return cta_memory; }
 
+// From a lane to itself: neither compiler nor assembler sees what it is, or can do it twice.
+DEVICE int kept(int v) { return __shfl_sync(0xffffffffu, v, thread() & 31); }
+DEVICE int64_t kept(int64_t v) { return __shfl_sync(0xffffffffu, v, thread() & 31); }
+template <class T>
+DEVICE T* kept(T* p) {
+  const int place = kept(int(__cvta_generic_to_shared(p)));
+  return static_cast<T*>(__cvta_shared_to_generic(unsigned(place)));  // known to be in shared memory
+}
 DEVICE void meet() { __syncthreads(); }
 DEVICE void meet_pair(int n) { asm volatile("bar.sync %0, 64;" ::"r"(n + 1) : "memory"); }
 
@@ -131,6 +154,7 @@ DEVICE void arrived() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+DEVICE uint32_t quotient(uint32_t a, uint32_t m) { return __umulhi(a, m); }
 DEVICE float neighbour(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
 #define FASTSEQ_MMA(shape, types) \
@@ -226,7 +250,7 @@ DEVICE bool has_come(Box*, int) { return true; }
 DEVICE void push(void*, Box*, int, Words4) {}
 #endif
 
-DEVICE Words4 load_packet(const Words4* p) {
+DEVICE Words4 load_packet(const void* p) {
   Words4 v;
   asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
@@ -234,7 +258,7 @@ DEVICE Words4 load_packet(const Words4* p) {
                : "memory");
   return v;
 }
-DEVICE void store_packet(Words4* p, Words4 v) {
+DEVICE void store_packet(void* p, Words4 v) {
   asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]),
                "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
                : "memory");

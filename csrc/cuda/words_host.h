@@ -922,9 +922,16 @@ constexpr bool HAS_CLUSTERS = true;
 
 DEVICE int thread() { return host::current->id; }
 DEVICE int thread_again() { return thread(); }
+template <class V>
+DEVICE V kept(V v) {
+  return v;
+}
+DEVICE uint32_t quotient(uint32_t a, uint32_t m) { return uint32_t(uint64_t(a) * m >> 32); }
 DEVICE int tile_x() { return host::current->cta.x; }
 DEVICE int tile_y() { return host::current->cta.y; }
 DEVICE int tile_z() { return host::current->cta.z; }
+DEVICE int tile_x_again() { return tile_x(); }
+DEVICE int tile_y_again() { return tile_y(); }
 DEVICE int tiles_z() { return host::current->cta.launch.tiles_z; }
 DEVICE unsigned char* shared() { return host::current->cta.memory; }
 DEVICE void meet() { host::current->meet(host::current->cta.barrier); }
@@ -947,8 +954,8 @@ DEVICE void push(void* to, Box* box, int rank, Words4 v) {
   host::current->push(to, box, rank, v);
 }
 
-DEVICE Words4 load_packet(const Words4* p) { return host::current->load_packet(p); }
-DEVICE void store_packet(Words4* p, Words4 v) { host::current->store_packet(p, v); }
+DEVICE Words4 load_packet(const void* p) { return host::current->load_packet(static_cast<const Words4*>(p)); }
+DEVICE void store_packet(void* p, Words4 v) { host::current->store_packet(static_cast<Words4*>(p), v); }
 DEVICE void look_again() { host::current->look_again(); }
 DEVICE void tell(int32_t* place, int32_t code) {
   std::atomic_ref<int32_t>(*place).store(code, std::memory_order_relaxed);

@@ -48,7 +48,7 @@ from .cuda_kernels import (
     unit_tiles,
 )
 from .cuda_plan import Precision, decline, is_wave_faster, plan, regime_of, wave_of
-from .cuda_teams import Arrangement, arrange, declined
+from .cuda_teams import Arrangement, arranged, declined
 from .gpu_layer import Layer
 from .layout import declined_anywhere
 from .layout import side_by_side as saved_layout
@@ -299,8 +299,8 @@ class _Task(Layer):
 
     def arrangement(self, way: Way) -> Arrangement:
         """Of a team's way."""
-        kernel = TEAMS[f"{way}_{self.cell.name}_{self.type}_{self.regime}"]
-        return arrange(kernel, self.H, self.B, self.R, self.at_hand, self.layers)
+        sizes = (self.H, self.B, self.R, self.at_hand, self.layers)
+        return arranged(way, self.cell.name, self.type, self.regime, *sizes)
 
     def w_hh(self) -> Tensor | None:
         return self.stacked([w.w_hh for w in self.call.weights])

@@ -312,6 +312,8 @@ class TeamKernel:
     cell: str
     type: Type
     regime: Regime
+    #: A grid's slices of twice the hidden units: half as many CTAs take in, or give, as much.
+    wide: bool = False
 
     #: Of a CTA, whatever the cell.
     warps = 8
@@ -322,7 +324,12 @@ class TeamKernel:
 
     @cached_property
     def name(self) -> str:
-        return f"{self.way}_{self.cell}_{self.type}_{self.regime}"
+        return f"{self.way}_{self.cell}_{self.type}_{self.kind}"
+
+    @property
+    def kind(self) -> str:
+        """In place of hidden units in the list of kernels."""
+        return "wide" if self.wide else self.regime
 
     @property
     def definition(self) -> Cell:
@@ -335,7 +342,7 @@ class TeamKernel:
     @property
     def units(self) -> int:
         """Hidden units of a slice."""
-        return SLICE[self.regime]
+        return SLICE[self.kind]
 
     @property
     def matrices(self) -> int:
@@ -350,7 +357,8 @@ class TeamKernel:
     @property
     def most(self) -> int:
         """The hidden units of the largest layer."""
-        return {"cluster": 512, "wave": 256}.get(self.regime, 4096 // self.itemsize)
+        of_grid = (2048 if self.wide else 4096) // self.itemsize
+        return {"cluster": 512, "wave": 256}.get(self.regime, of_grid)
 
     def team(self, H: int) -> int:
         """CTAs that share a recurrence of H units."""
@@ -375,7 +383,7 @@ class TeamKernel:
     @property
     def block(self) -> int:
         """Forward: pairs of fragments whose operand is loaded at once."""
-        return max(2, 8 // self.split)
+        return 2 if self.wide else max(2, 8 // self.split)
 
     @cached_property
     def held(self) -> int:
@@ -383,7 +391,8 @@ class TeamKernel:
         tiles."""
         if self.way == "forward":
             most = self.most * self.itemsize // 64 // self.split
-            return min(most, self.room // (8 * self.tiles) // self.block * self.block)
+            taken = 16 if self.definition.unit_parameters and self.regime == "grid" else 0
+            return min(most, (self.room - taken) // (8 * self.tiles) // self.block * self.block)
         fit = self.room_back // (8 * self.pairs) // self.together * self.together
         return min(self.most // 16 // self.warps, fit)
 
@@ -444,8 +453,9 @@ class TeamKernel:
         found, matrices = 128 + self.weights(H)[1], self.matrices
         if self.way == "forward":
             found += (1 if self.regime == "grid" else 2) * matrices * self.operand(H, sequences)
-            found += matrices * self.split * columns * (self.rows + 4) * 4 + 2 * elements
-            found += self.warps * 32 * 4
+            found += matrices * columns * (self.split * self.rows + 4) * 4
+            found += (1 + len(self.definition.other_states)) * elements
+            found += self.warps * 32 * self.itemsize
         else:
             places = self.warps if self.regime == "grid" else 2 * self.team(H)
             found += matrices * (self.operand(H, sequences) + places * elements) + 5 * elements
@@ -462,7 +472,7 @@ class TeamKernel:
         team = self.team(H)
         if self.way == "forward":
             pages = -(-sequences * self.units // 32)
-            return 2 * 16 * pages * team * (6 if self.itemsize == 2 else 8)
+            return 2 * 16 * pages * team * (5 if self.itemsize == 2 else 8)
         return 2 * 16 * _up_to(sequences, 8) * self.units // 4 * team * team
 
     def handed(self, H: int, sequences: int) -> int:
@@ -479,7 +489,7 @@ def _up_to(n: int, to: int) -> int:
 
 
 #: Hidden units of a CTA of a team.
-SLICE: dict[str, int] = {"cluster": 32, "grid": 16, "wave": 32}
+SLICE: dict[str, int] = {"cluster": 32, "grid": 16, "wide": 32, "wave": 32}
 #: A cluster has no more CTAs than this.
 MOST_OF_A_CLUSTER = 16
 
@@ -500,7 +510,7 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _all()}
 
 #: float32's own products, four of TF32 parts each, are one CTA's alone.
 TEAM_TYPES: tuple[Type, ...] = ("bfloat16", "float16", "tf32")
-#: Of the cells of stacks that are usual.
+#: Of the cells that are usual, in stacks and in large batches.
 WAVE_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 TEAMS: dict[str, TeamKernel] = {
     kernel.name: kernel
@@ -510,6 +520,16 @@ TEAMS: dict[str, TeamKernel] = {
     for kernel in (
         TeamKernel("forward", cell, type, regime),
         TeamKernel("backward", cell, type, regime),
+    )
+}
+#: Wide slices hold too little in 32 bits.
+TEAMS |= {
+    kernel.name: kernel
+    for cell in WAVE_CELLS
+    for type in TEAM_TYPES[:2]
+    for kernel in (
+        TeamKernel("forward", cell, type, "grid", wide=True),
+        TeamKernel("backward", cell, type, "grid", wide=True),
     )
 }
 

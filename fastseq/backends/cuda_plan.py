@@ -424,8 +424,8 @@ def regime_of(
 
     def step(regime: Regime) -> float:
         ways: tuple[Way, ...] = ("forward", "backward")
-        kernels = [cuda_teams.kernel_of(way, cell, type, regime) for way in ways]
-        return sum(cuda_teams.arrange(k, H, B, R, device).step for k in kernels if k is not None)
+        found = [cuda_teams.arranged(way, cell, type, regime, H, B, R, device) for way in ways]
+        return sum(one.step for one in found)
 
     return min(able, key=step)
 
@@ -440,9 +440,8 @@ def is_wave_faster(
     ways: tuple[Way, ...] = ("forward", "backward")
 
     def step(regime: Regime, of: int = 1) -> float:
-        kernels = [cuda_teams.kernel_of(way, cell, type, regime) for way in ways]
         return sum(
-            cuda_teams.arrange(k, H, B, 1, device, of).step for k in kernels if k is not None
+            cuda_teams.arranged(way, cell, type, regime, H, B, 1, device, of).step for way in ways
         )
 
     alone = regime_of(cell, type, H, B, 1, training, device)
@@ -463,10 +462,10 @@ def wave_of(problem: Problem, device: Device, precision: Precision) -> str | Non
     if not is_wave_faster(p.cell, type, p.H, p.layers, p.B, p.T, p.training, device):
         return None
     steps = []
-    for way in ("forward", "backward"):
-        kernel = cuda_teams.kernel_of(way, p.cell, type, "wave")
-        assert kernel is not None
-        steps.append(cuda_teams.arrange(kernel, p.H, p.B, 1, device, p.layers))
+    ways: tuple[Way, ...] = ("forward", "backward")
+    for way in ways:
+        sizes = (p.H, p.B, 1, device, p.layers)
+        steps.append(cuda_teams.arranged(way, p.cell, type, "wave", *sizes))
     size = steps[0].cluster
     return (
         f"{p.layers} layers of this kind, with no dropout between them, walk side by side, in "
