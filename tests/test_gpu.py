@@ -499,9 +499,10 @@ def test_large_batches_by_a_team_grid_of_wide_slices(cell, mode, monkeypatch):
     skip_without_teams("team-grid")
     names = []
     launch = cuda.launch
-    monkeypatch.setattr(
-        cuda, "launch", lambda name, *rest: (names.append(name), launch(name, *rest))
-    )
+
+    def record(name, *rest):
+        names.append(name)
+        launch(name, *rest)
 
     def wide(way, cell, type, regime, H):
         return [TEAMS[f"{way}_{cell}_{type}_wide"]]
