@@ -222,16 +222,13 @@ def test_sizes_are_those_of_the_kernels(tmp_path):
         #include "list.h"
         using namespace fastseq::cuda;
         constexpr bool forward = false, backward = true;
-        constexpr int cluster = -1, grid = -2, wave = -3, wide = -4;
         template <class Cell, class Type, int HC, bool way> void print(const char* name) {{
           std::printf("%s", name);
           if constexpr (HC > 0) {{
             using T = Tile<Cell, Type, HC, way>;
             {alone}
           }} else {{
-            using S = Slice<Cell, Type, std::conditional_t<HC == cluster, ByCluster,
-                            std::conditional_t<HC == grid, ByGrid,
-                            std::conditional_t<HC == wave, ByWave, ByWideGrid>>>>;
+            using S = Slice<Cell, Type, typename OfKind<HC>::By>;
             {printed(*(f"S::{n}" for n in OF_SLICES))}
             if (way == forward) {{
               {ways[0]} {rooms[0]}

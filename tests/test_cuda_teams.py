@@ -201,6 +201,7 @@ both = pytest.mark.parametrize("regime", REGIMES)
                 ("cluster", "coupled_lstm", "float16", 400),
                 ("grid", "gru", "tf32", 250),
                 ("grid", "lstm", "bfloat16", 270),
+                ("wide", "lstm", "bfloat16", 520),
             ]
         ),
     ],
@@ -212,7 +213,8 @@ def test_larger(regime, walked, type, H, monkeypatch):
     assert all(way.shared(H, 8) <= device.shared_memory for way in ways)
     if regime == "cluster" and type == "tf32":
         assert all(min(way.weights(H)) > 0 for way in ways)
-    compare(draw(walked, T=2, B=1, H=H, dtype=TYPES[type]), regime, f"H={H}")
+    B = 9 if regime == "wide" else 1  # two tiles of columns
+    compare(draw(walked, T=2, B=B, H=H, dtype=TYPES[type]), regime, f"H={H}")
 
 
 @both

@@ -51,6 +51,7 @@ TEAMS_OF_ALL = tuple(
 )
 WAVES = ("tests/test_cuda_wave.py::test_the_same_bits_whatever_comes_late",)
 IN_PARTS = (f"{TEAMS}test_launches_in_parts",)
+WIDE = (f"{TEAMS}test_against_the_independent[wide-lstm-B17-bfloat16]",)
 SLOW = (f"{TEAMS}test_a_slow_cta_finds_nothing_written_over",)
 IN_VAIN = (f"{TEAMS}test_a_launch_ends_where_a_cta_waits_in_vain",)
 LONG_WAY = ("tests/test_streaming.py::test_resets_and_all_states_have_the_bits_of_the_long_way",)
@@ -855,15 +856,15 @@ MUTATIONS = (
     Mutation(
         "cuda's teams: one place for packets",
         EXCHANGE,
-        "(team * 2 + (n & 1)) * each",
-        "team * 2 * each",
+        "return base + (n & 1) * apart;",
+        "return base;",
         SLOW,
     ),
     Mutation(
         "cuda's teams: both directions through the same packets",
         EXCHANGE,
-        "int64_t(me.tile) * me.a.R + me.recurrence;",
-        "int64_t(me.tile) * me.a.R;",
+        "(int64_t(me.tile) * me.a.R + me.recurrence) * 2",
+        "int64_t(me.tile) * me.a.R * 2",
         LOOPS,
     ),
     Mutation(
@@ -932,8 +933,8 @@ MUTATIONS = (
     Mutation(
         "cuda's teams: a grid's CTA multiplies before all packets stand there",
         EXCHANGE,
-        "int(packet % PACKETS), got[k]);\n      }\n    }\n    meet();",
-        "int(packet % PACKETS), got[k]);\n      }\n    }",
+        "sender * S::UNIT, got[k]);\n      }\n    }\n    meet();",
+        "sender * S::UNIT, got[k]);\n      }\n    }",
         RACES,
     ),
     Mutation(
@@ -946,7 +947,7 @@ MUTATIONS = (
     Mutation(
         "cuda's teams: a packet is not waited for",
         EXCHANGE,
-        "all &= !from(k) || got[k].w[3] == uint32_t(epoch);",
+        "all &= k >= have || is(got[k]);",
         "all = true;",
         TEAMS_OF_ALL,
     ),
@@ -960,22 +961,22 @@ MUTATIONS = (
     Mutation(
         "cuda's teams: sums are taken from those of another CTA of a grid",
         EXCHANGE,
-        "(int64_t(tile / S::SUBS) * me.team + me.rank) * each()",
-        "(int64_t(me.rank) * me.team + tile / S::SUBS) * each()",
+        "(tile / S::SUBS * me.team + me.rank) * each()",
+        "(me.rank * me.team + tile / S::SUBS) * each()",
         TEAMS_OF_ALL,
     ),
     Mutation(
         "cuda's teams: a slice of h stands as the first one",
         EXCHANGE,
-        "(me.origin + unit) * S::SIZE",
-        "unit * S::SIZE",
+        "kept(me.origin * S::SIZE + vector)",
+        "kept(vector)",
         TEAMS_OF_ALL,
     ),
     Mutation(
         "cuda's teams: a packet of h stands as another CTA's",
         EXCHANGE,
-        "sender * LINE + byte % LINE",
-        "(me.team - 1 - sender) * LINE + byte % LINE",
+        "sender * S::UNIT, got[k]);",
+        "(team - 1 - sender) * S::UNIT, got[k]);",
         TEAMS_OF_ALL,
     ),
     Mutation(
@@ -1023,8 +1024,8 @@ MUTATIONS = (
     Mutation(
         "cuda's teams: h is handed on without its mask",
         TEAM_FORWARD,
-        "if (a.h_mask && there) handed *=",
-        "if (a.h_mask && !there) handed *=",
+        "if ((asked & MASK) && there)\n          handed *=",
+        "if ((asked & MASK) && !there)\n          handed *=",
         LOOPS,
     ),
     Mutation(
@@ -1100,15 +1101,15 @@ MUTATIONS = (
     Mutation(
         "cuda's teams: vectors of a place that is not aligned to them",
         TEAM,
-        "if (bytes == BYTES && alignment % 16 == 0) {",
-        "if (bytes == BYTES) {",
+        "return (int(reinterpret_cast<uintptr_t>(p)) | int(pitch)) & 15;",
+        "return int(pitch) & 15;",
         LOOPS,
     ),
     Mutation(
         "cuda's teams: a launch in parts begins with the first recurrence",
         TEAM,
-        "int(a.start) + tile_y();",
-        "tile_y();",
+        "recurrence(int(a.start) + y)",
+        "recurrence(y)",
         IN_PARTS,
     ),
     Mutation(
@@ -1121,8 +1122,8 @@ MUTATIONS = (
     Mutation(
         "cuda's teams: a launch in parts leaves its sums at the first place",
         TEAM_BACKWARD,
-        "int(a.first / a.tile) + me.tile;",
-        "me.tile;",
+        "int(a.first / a.tile) + you.tile;",
+        "you.tile;",
         IN_PARTS,
     ),
     Mutation(
@@ -1140,9 +1141,72 @@ MUTATIONS = (
         ("tests/test_cuda_wave.py::test_against_the_independent",),
     ),
     Mutation(
+        "cuda's teams: two numbers of a page are in no packet",
+        EXCHANGE,
+        "if (first_word <= 12)",
+        "if (first_word < 12)",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: a packet's second sequence begins where the first does",
+        EXCHANGE,
+        "(TWO && first_word == 24 ? second : 0)",
+        "0",
+        TEAMS_OF_ALL,
+    ),
+    Mutation(
+        "cuda's teams: of wide slices both tiles of sums stand in one place",
+        EXCHANGE,
+        "(columns * S::SUBS + tile % S::SUBS) * LANES",
+        "columns * S::SUBS * LANES",
+        WIDE,
+    ),
+    Mutation(
+        "cuda's teams: of two tiles of columns the second is written over the first",
+        TEAM_FORWARD,
+        "to[(n * EIGHT + (j & 1)) * S::SUMS",
+        "to[(j & 1) * S::SUMS",
+        WIDE,
+    ),
+    Mutation(
+        "cuda's teams: two tiles of columns have one operand beyond what is held",
+        TEAM_FORWARD,
+        "b[n] = load<Words4>(from + n * EIGHT * room.pitch + pair * SPLIT * 64);",
+        "b[n] = load<Words4>(from + pair * SPLIT * 64);",
+        (f"{TEAMS}test_larger[wide-lstm-bfloat16-520]",),
+    ),
+    Mutation(
+        "cuda's teams: a vector beyond a slice that is not whole",
+        TEAM,
+        "which < COUNT * EACH && at < width",
+        "which < COUNT * EACH",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: a thread's second row is its first",
+        TEAM,
+        "there + int64_t(first + r) * pitch",
+        "there + int64_t(first + row) * pitch",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: rows of ragged sequences as if all had all steps",
+        TEAM,
+        "return me.a.offsets ? base + int(me.a.offsets[time(step)]) : first_row + step * by_row;",
+        "return first_row + step * by_row;",
+        LOOPS,
+    ),
+    Mutation(
+        "cuda's teams: nothing is expected of the exchange after the next",
+        TEAM_FORWARD,
+        "if (turn > 0) exchange.again(turn - 1);",
+        "",
+        LOOPS,
+    ),
+    Mutation(
         "cuda's waves: what goes up is masked as what stays",
         TEAM_FORWARD,
-        "if (a.h_mask) put(h);",
+        "if (asked & MASK) put(h);",
         "",
         ("tests/test_cuda_wave.py::test_against_the_independent",),
     ),

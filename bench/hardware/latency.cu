@@ -615,11 +615,11 @@ int main() {
         return error;
       });
     }
-  // The slices of 16 hidden units of 2, 8, 16 and 64 sequences in 16 bits, 96 bytes of packets for
+  // The slices of 16 hidden units of 2, 8, 16 and 64 sequences in 16 bits, 80 bytes of packets for
   // two of them; the teams of H = 256, 512, 768, 1024 and 2048.
   for (int ctas : {16, 32, 48, 64, 128})
     for (int pages : {1, 4, 8, 32}) {
-      const int bytes = 96 * pages;
+      const int bytes = 80 * pages;
       time_it("grid-packets-ahead-1", ctas, bytes, kSteps, [&] {
         cudaError_t error =
             launch(grid_packets, ctas, 256, 0, 1, true, kSteps, bytes, buffers, epoch);

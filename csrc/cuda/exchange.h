@@ -135,7 +135,7 @@ struct Exchange<S, ByGrid> {
   // This lane's packet, its first group, and where its words go: of three of 16 bits 32 a page, of those
   // in TF32 four numbers.
   const int packet = me.lane % PACKETS, group = me.warp * GROUPS + me.lane / PACKETS;
-  const int own = S::UNITS < S::PAGE ? kept((group * PACKETS + packet) * BYTES) : (group * PACKETS + packet) * BYTES;
+  const int own = narrow_kept((group * PACKETS + packet) * BYTES);
   int first_word;
   const unsigned each_team = unsigned(kept(int(0xffffffffu / unsigned(me.team) + 1)));
 
@@ -148,9 +148,10 @@ struct Exchange<S, ByGrid> {
         apart(sums ? of_sums() : of_h()) {
     // of a page, a sequence of which has UNIT bytes
     const int byte = packet * (S::SIZE == 2 ? 12 : 16);
-    first_word = byte / S::UNIT * room.pitch + byte % S::UNIT;
-    if (S::UNITS < S::PAGE) first_word = kept(first_word);
+    first_word = narrow_kept(byte / S::UNIT * room.pitch + byte % S::UNIT);
   }
+  // Wide slices have no registers for them.
+  DEVICE static int narrow_kept(int v) { return S::UNITS < S::PAGE ? kept(v) : v; }
 
   DEVICE void begin() const { meet(); }
   DEVICE void end() const {}
@@ -175,7 +176,9 @@ struct Exchange<S, ByGrid> {
   template <int BITS, int COUNT>
   DEVICE void wait(Words4 (&got)[COUNT], int epoch, const unsigned char* from, int have,
                    int pitch) const {
-    const auto is = [&](const Words4& p) { return p.w[3] << (32 - BITS) == uint32_t(epoch) << (32 - BITS); };
+    const auto is = [&](const Words4& p) {
+      return p.w[3] << (32 - BITS) == uint32_t(epoch) << (32 - BITS);
+    };
     wait_for(me.a, lost, [&] {
       bool all = true;
 #pragma unroll

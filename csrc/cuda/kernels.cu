@@ -8,13 +8,8 @@
 using fastseq::Arguments;
 using namespace fastseq::cuda;
 
-// In the place of a number of hidden units: those of a team of CTAs.
-constexpr int cluster = -1, grid = -2, wave = -3, wide = -4;
 template <class Cell, class Type, int HC>
-using Team = Slice<Cell, Type,
-                   std::conditional_t<HC == cluster, ByCluster,
-                                      std::conditional_t<HC == grid, ByGrid,
-                                                         std::conditional_t<HC == wave, ByWave, ByWideGrid>>>>;
+using Team = Slice<Cell, Type, typename OfKind<HC>::By>;
 
 // What one CTA walks, or a team.
 #define FASTSEQ_WAY(way)                                              \

@@ -56,6 +56,27 @@ struct ByWave {
   CONSTANT static int inner(int size) { return 256 * size; }
 };
 
+// In the list of kernels these stand in the place of a number of hidden units.
+constexpr int cluster = -1, grid = -2, wave = -3, wide = -4;
+template <int>
+struct OfKind;
+template <>
+struct OfKind<cluster> {
+  using By = ByCluster;
+};
+template <>
+struct OfKind<grid> {
+  using By = ByGrid;
+};
+template <>
+struct OfKind<wave> {
+  using By = ByWave;
+};
+template <>
+struct OfKind<wide> {
+  using By = ByWideGrid;
+};
+
 CONSTANT int up_to(int n, int to) { return (n + to - 1) / to * to; }
 // From a row of an operand to the next: pairs of rows start half the banks apart.
 CONSTANT int pitch_of(int inner) { return inner % 128 ? inner : inner + 64; }

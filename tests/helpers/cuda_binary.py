@@ -13,19 +13,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
+SIZE = 16  # bytes of an instruction
 
 
 @dataclass
 class Binary:
     """A kernel's machine code: bytes of a thread's stack frame and local memory and of a CTA's
-    static shared memory, and how often each instruction stands in it, as HMMA.16816.F32.BF16."""
+    static shared memory, how often each instruction stands in it, as HMMA.16816.F32.BF16, and how
+    many stand in its longest loop, which is that over time."""
 
     registers: int
     stack: int
     shared: int
     local: int
     code: Counter = field(default_factory=Counter)
+    loop: int = 0
 
     def count(self, pattern: str) -> int:
         """Of the instructions that match from their start."""
@@ -73,7 +76,12 @@ def understood(text: str) -> dict[str, Binary]:
     for line in text.splitlines():
         word = INSTRUCTION.match(line)
         if word:
-            found[kernel].code[word[1]] += 1
+            at, name, operands = int(word[1], 16), word[2], word[3]
+            found[kernel].code[name] += 1
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name == "BRA" else None
+            if target:
+                length = (at - int(target[1], 16)) // SIZE + 1
+                found[kernel].loop = max(found[kernel].loop, length)
         elif "Function" in line:
             kernel = re.match(r"\s*Function\s*:?\s*(\w+)", line)[1]
         elif "REG:" in line:
@@ -91,13 +99,14 @@ def main(patterns: list[str]) -> None:
         for name in _cuda.kernels()
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*"])
     ]
-    print("kernel architecture registers shared stack spilled instructions products")
+    print("kernel architecture registers shared stack spilled instructions loop products")
     for unit in _cuda.units():
         for architecture in _cuda.architectures().split():
             for name, b in read(_cuda.image(unit), architecture, *chosen).items():
                 if name in chosen:
                     numbers = (b.registers, b.shared, b.stack + b.local, b.spilled)
-                    print(name, f"sm_{architecture}", *numbers, b.code.total(), b.count("HMMA"))
+                    counts = b.code.total(), b.loop, b.count("HMMA")
+                    print(name, f"sm_{architecture}", *numbers, *counts)
 
 
 if __name__ == "__main__":
