@@ -483,8 +483,8 @@ def test_the_products_of_teams(binaries, request, regime):
 
 
 #: Instructions of the loop over time of an LSTM in 16 bits for sm_90a, as nvcc 13.0 makes it: of
-#: all that a step may need, ragged rows, resets, masks and rows at places that 16 does not divide. A
-#: step of full rows runs about half. In the first form, which made addresses anew at every use,
+#: all that a step may need, ragged rows, resets, masks and rows at places that 16 does not divide.
+#: A step of full rows runs about half. In the first form, which made addresses anew at every use,
 #: they were 745 and 1,326, 1,091 and 1,950, and a step took up to twice as long.
 TEAM_LOOPS = {
     "forward_cluster": 630,

@@ -397,6 +397,7 @@ def check_teams(found, task, device, type, itemsize):
         assert teams.kernel is TEAMS[f"{way}_{cell}_{type}_{kind}"]
         team = -(-H // (16 if kind == "grid" else 32))
         assert teams.team == team and teams.H == H
+        assert teams.sequences * R * H < 2**31
         assert teams.shared == teams.kernel.shared(H, teams.sequences) <= device.shared_memory
         assert teams.at_once >= 1
         if found.regime == "cluster":
@@ -587,6 +588,13 @@ def test_what_explain_prints_of_teams():
     printed = str(plan(problem(B=2, H=1000, R=1), H100, regime="grid"))
     assert "regime grid: teams of 63 CTAs, each part of a grid" in printed
     assert "backward_lstm_bfloat16_grid: " in printed and "bytes of sums" in printed
+
+
+def test_a_teams_elements_are_counted_by_an_int():
+    kernel = TEAMS["forward_lstm_bfloat16_cluster"]
+    for R, most in ((1, 64), (500_000, 16), (1_000_000, 8)):
+        found = cuda_teams.arrange(kernel, 256, 64, R, H100).sequences
+        assert 1 <= found <= most and found * R * 256 < 2**31
 
 
 def test_large_batches_have_slices_of_twice_the_width():

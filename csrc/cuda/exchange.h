@@ -5,9 +5,10 @@
 // follows its last read of n - 1. So what is written over nobody reads any more.
 //
 // By a cluster: into the receiver's shared memory, where a box of each place counts the bytes. By a
-// grid: in packets of 16 bytes through global memory, 12 of numbers and the exchange that they belong
-// to, n + 1, which only grows: waiting is loading. h of 16 bits goes as it is; h in TF32, and sums, as
-// numbers of 24 bits, 2^-17 of each, which is less than what a product's operands were rounded by.
+// grid: in packets of 16 bytes through global memory, which carry the exchange that they belong to, n + 1,
+// or its last 16 bits beside h of 16 bits: waiting is loading. What else may stand in their place is of n - 2,
+// or zeros. h of 16 bits goes as it is; h in TF32, and sums, as numbers of 24 bits, 2^-17 of each, which is
+// less than what a product's operands were rounded by.
 #pragma once
 #include "team.h"
 

@@ -225,8 +225,8 @@ DEVICE void team_forward(const Arguments& a) {
   unsigned char* const my_h = kept(page_of_h + me.lane * SIZE);
   const int my_place = spared<S>(int(me.beside(first_column, unit)));
   enum { RESET = 1, MASK = 2, SAVE = 4, C_ALL = 8 };
-  const int asked = spared<S>((a.reset ? RESET : 0) | (a.h_mask ? MASK : 0) | (a.save ? SAVE : 0) |
-                         (a.c_all ? C_ALL : 0));
+  const int asked = spared<S>((a.reset ? RESET : 0) | (a.h_mask ? MASK : 0) |
+                              (a.save ? SAVE : 0) | (a.c_all ? C_ALL : 0));
 
   // The step's time and first row, found in the step before.
   const auto in_range = [&](int step) { return !S::WAVE || (step >= 0 && step < steps) ? step : 0; };

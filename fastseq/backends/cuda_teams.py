@@ -192,6 +192,7 @@ def arrange(
 ) -> Arrangement:
     """The sequences of a team are chosen by the modelled time of all steps. layers: of a wave."""
     team, most = kernel.team(H), most_sequences(kernel, H, device)
+    most = min(most, max(8, (2**31 - 1) // (R * H) // 8 * 8))  # an element's place is an int
     if kernel.regime != "grid":
         at_once = device.at_once(team * layers)
     else:
