@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastseq
 from bench import cuda_results, cuda_rule, rule, table
-from fastseq.backends import choice, cuda_plan, load, measured_cuda
+from fastseq.backends import choice, cuda_kernels, cuda_plan, load, measured_cuda
 from fastseq.backends import cuda_rule as chooser
 from fastseq.backends.contract import Abilities, Problem
 from fastseq.nn.recurrent import call_stack
@@ -142,6 +142,33 @@ def order(**changes):
 
 def test_the_committed_rule_follows_from_the_committed_results():
     assert cuda_rule.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    "expected, regime, cell, dtype, H, B",
+    [
+        ("cuda", "cta", "lstm", torch.bfloat16, 128, 1),
+        ("cuda", "cluster", "lstm", torch.bfloat16, 256, 1),
+        ("cuda", "cluster", "gru", torch.float16, 512, 16),
+        ("cuda", "cluster", "lstm", torch.bfloat16, 512, 64),
+        ("cuda", "grid", "lstm", torch.bfloat16, 768, 16),
+        ("cuda", "grid", "lstm", torch.bfloat16, 1024, 64),
+        ("cuda", "grid", "gru", torch.float16, 1024, 64),
+        # where cuDNN keeps the weights on the chip
+        ("torch", "grid", "lstm", torch.float16, 768, 16),
+        # not measured
+        ("torch", "grid", "lstm", torch.float16, 2048, 16),
+        ("torch", "grid", "lstm", torch.float16, 1024, 256),
+    ],
+)
+def test_what_the_committed_measurements_choose(expected, regime, cell, dtype, H, B):
+    """Named, so that no kernel drops out of the choice unseen. Of calls without autograd."""
+    if not cuda_results.committed():
+        pytest.skip("no results beside the tests")
+    asked = {"cell": cell, "dtype": dtype, "T": 1024, "B": B, "I": H, "H": H, "P": H}
+    assert order(**asked)[0] == expected
+    type = str(dtype).removeprefix("torch.")
+    assert cuda_plan.regime_of(cell, type, H, B, 1, False, cuda_kernels.H200) == regime
 
 
 def test_without_results_the_rule_is_empty():
