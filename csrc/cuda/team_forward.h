@@ -219,7 +219,7 @@ DEVICE void team_forward(const Arguments& a) {
   constexpr int AT_ONCE = S::THREADS / UNITS;
   const int first_column = thread() / UNITS;
   float* const my_sums = kept(sums + first_column * S::SUMS + unit);
-  float* const my_states = kept(states + thread() * S::STATES);
+  float* const my_states = spared<S>(states + thread() * S::STATES);
   const unsigned char* const my_stage = kept(stages + first_column * S::ROW + unit * SIZE);
   unsigned char* const page_of_h = memory + room.at_pages + me.warp * (S::PAGE * SIZE);
   unsigned char* const my_h = kept(page_of_h + me.lane * SIZE);
