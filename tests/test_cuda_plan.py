@@ -503,7 +503,8 @@ def test_more_work_takes_teams_hardly_less_time(cell, regime):
             ("T", (1, 2, 100, 100000)),
             ("B", (1, 4, 8, 9, 33, 64, 500, 513, 5000)),
             ("R", (1, 2, 3, 20)),
-            ("H", (1, 32, 100, 129, 256, 512)),
+            # a peephole LSTM's clusters hold less in 32 bits
+            ("H", (1, 32, 100, 129, 256, 384 if cell == "peephole_lstm" else 512)),
         ):
             asked = [task._replace(**{name: value}) for value in values]
             found = [plan(one, H100, precision, regime=regime) for one in asked]
