@@ -1099,10 +1099,10 @@ MUTATIONS = (
         (f"{TEAMS}test_larger[cluster-gru-tf32-260]",),
     ),
     Mutation(
-        "cuda's teams: vectors of a place that is not aligned to them",
+        "cuda's teams: vectors of rows that are not aligned to them",
         TEAM,
         "return (int(reinterpret_cast<uintptr_t>(p)) | int(pitch)) & 15;",
-        "return int(pitch) & 15;",
+        "return int(reinterpret_cast<uintptr_t>(p)) & 15;",
         LOOPS,
     ),
     Mutation(
