@@ -174,8 +174,11 @@ def in_turn():
 
 
 @pytest.mark.parametrize("regime, walked, special, type", in_turn())
-def test_against_the_independent(regime, walked, special, type, on_host):
+def test_against_the_independent(regime, walked, special, type, monkeypatch, on_host):
     options = {"T": 4, **SPECIAL[special]}
+    if regime == "wide" and special in ("B9", "B17"):
+        # one team at once, which has several tiles of columns
+        of_device(monkeypatch, multiprocessors=-(-options["H"] // 16))
     if walked in KINKED and special in ("B9", "B17"):
         options["seed"] = 5
     if special == "saturated" and walked == "peephole_lstm":
