@@ -1169,13 +1169,6 @@ MUTATIONS = (
         WIDE,
     ),
     Mutation(
-        "cuda's teams: two tiles of columns have one operand beyond what is held",
-        TEAM_FORWARD,
-        "b[n] = load<Words4>(from + n * EIGHT * room.pitch + pair * SPLIT * 64);",
-        "b[n] = load<Words4>(from + pair * SPLIT * 64);",
-        (f"{TEAMS}test_larger[wide-lstm-bfloat16-520]",),
-    ),
-    Mutation(
         "cuda's teams: a vector beyond a slice that is not whole",
         TEAM,
         "which < COUNT * EACH && at < width",
@@ -1187,7 +1180,7 @@ MUTATIONS = (
         TEAM,
         "there + int64_t(first + r) * pitch",
         "there + int64_t(first + row) * pitch",
-        LOOPS,
+        WIDE,
     ),
     Mutation(
         "cuda's teams: rows of ragged sequences as if all had all steps",
