@@ -177,7 +177,8 @@ def in_turn():
 def test_against_the_independent(regime, walked, special, type, monkeypatch, on_host):
     options = {"T": 4, **SPECIAL[special]}
     if regime == "wide" and special in ("B9", "B17"):
-        # one team at once, which has several tiles of columns
+        # one team at once, which has several tiles of columns, and rows in whole vectors
+        options["H"] = 40
         of_device(monkeypatch, multiprocessors=-(-options["H"] // 16))
     if walked in KINKED and special in ("B9", "B17"):
         options["seed"] = 5
