@@ -222,11 +222,10 @@ struct Member {
     if (column >= count) return 0;
     return a.lengths ? int(a.lengths[first + column]) : int(a.T);
   }
-  // The first row of a step of the team, in its layer and in the whole. There are fewer than 2^31.
+  // The first row of a step of the team, in its layer. There are fewer than 2^31 in all.
   DEVICE int row_of_layer(int time) const {
     return (a.offsets ? int(a.offsets[time]) : time * int(a.B)) + first;
   }
-  DEVICE int row(int time) const { return row_of_layer(time) + layer * int(a.rows); }
   // Where an element's number is: of the states, and of a row of H numbers each recurrence.
   DEVICE int64_t state(int column, int unit) const {
     return (int64_t(place) * a.B + first + column) * H + origin + unit;
