@@ -150,23 +150,29 @@ WIDE = (
 
 
 def in_turn():
-    """All cells, cases, types and regimes; an ordinary run takes each case in one regime, the short
-    ones in both, of some cells and all types, which go round."""
+    """All cells, cases and regimes, in TF32 and in one of the types of 16 bits, which take turns
+    (they differ in one instruction); wide slices with one of their cells a case. An ordinary run
+    takes each case in one regime, the short ones in both, of some cells and all types."""
     found = []
     for r, regime in enumerate(REGIMES):
         for place, special in enumerate(CASES):
             turns = ORDINARY[regime]
-            for cell in PRODUCT_CELLS:
+            for c, cell in enumerate(PRODUCT_CELLS):
                 for turn, type in enumerate(TYPES):
                     ordinary = special in SHORT or place % len(REGIMES) == r
                     ordinary = ordinary and turns[(place + r) % len(turns)] == cell
                     ordinary = ordinary and (place + place // len(turns) + r) % 3 == turn
                     name = f"{regime}-{cell}-{special}-{type}"
+                    if not ordinary and turn == (place + c + r) % 2:
+                        continue
                     marks = () if ordinary else full
                     found.append(pytest.param(regime, cell, special, type, marks=marks, id=name))
-    for special in CASES:
-        for cell, type in itertools.product(WAVE_CELLS, ("bfloat16", "float16")):
+    of_wide = list(itertools.product(WAVE_CELLS, ("bfloat16", "float16")))
+    for place, special in enumerate(CASES):
+        for turn, (cell, type) in enumerate(of_wide):
             ordinary = (special, cell, type) in WIDE
+            if not ordinary and turn != place % len(of_wide):
+                continue
             name = f"wide-{cell}-{special}-{type}"
             marks = () if ordinary else full
             found.append(pytest.param("wide", cell, special, type, marks=marks, id=name))
