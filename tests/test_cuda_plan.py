@@ -525,7 +525,7 @@ def test_which_regime():
     ]
     assert regime(129, device=A100) == regime(384, device=LAPTOP) == "grid"
     assert regime(512, device=dataclasses.replace(H100, cooperative=False)) == "cluster"
-    assert isinstance(plan(problem(H=385), LAPTOP), str)
+    assert isinstance(plan(problem(H=769), LAPTOP), str)
     tasks = [problem(cell="gru", H=H, B=B) for H in (256, 400, 512) for B in (1, 64, 512)]
     for task in tasks:
         both = [plan(task, H100, regime=r) for r in TEAMS_OF]
@@ -614,6 +614,12 @@ def test_large_batches_have_slices_of_twice_the_width():
     assert kinds("lstm", 64, 1025) == kinds("lstm", 64, 2048) == ("grid", "grid")
     # an A100 has less shared memory: no room for h of all units beside half of the weights
     assert kinds("lstm", 64, 1024, device=A100) == ("grid", "wide")
+    # few multiprocessors: no team of 48 CTAs, but one of 24
+    assert kinds("lstm", 1, 384, device=LAPTOP) == ("grid", "grid")
+    assert kinds("gru", 1, 768, device=LAPTOP) == ("wide", "wide")
+    for cell, H in (("peephole_lstm", 400), ("gru", 784)):
+        reason = cuda_teams.declined(cell, "bfloat16", "grid", H, LAPTOP)
+        assert f"a grid of {H // 16} CTAs" in reason and "24 multiprocessors" in reason
 
 
 def test_a_plan_is_frozen_and_one_value():
@@ -699,10 +705,11 @@ ON_H100 = f"on {H100.name}"
             "CTAs of a grid may wait for others that have no place; choose triton",
         ),
         (
-            {"H": 400, "device": LAPTOP},
-            f"H=400: one CTA holds up to H=128 in bfloat16 of lstm on {LAPTOP.name}; {LAPTOP.name} "
-            "has no clusters, which need compute capability 9.0; H=400: a grid of 25 CTAs that "
-            f"wait for one another, and {LAPTOP.name} has 24 multiprocessors; choose triton",
+            {"H": 400, "cell": "peephole_lstm", "device": LAPTOP},
+            "H=400: one CTA holds up to H=128 in bfloat16 of peephole_lstm on "
+            f"{LAPTOP.name}; {LAPTOP.name} has no clusters, which need compute capability 9.0; "
+            f"H=400: a grid of 25 CTAs that wait for one another, and {LAPTOP.name} has 24 "
+            "multiprocessors; choose triton",
         ),
         (
             {"H": 300, "device": dataclasses.replace(H100, clusters=(0,) + 8 * (9,), mps=True)},

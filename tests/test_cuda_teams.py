@@ -354,14 +354,15 @@ def test_directions_in_one_launch(regime, on_host):
 
 
 def test_a_layer_runs_as_planned(monkeypatch, on_host):
-    """One CTA where it fits; a cluster, or a grid where there are none."""
-    of_device(monkeypatch, multiprocessors=24)
-    for H, capability, size in (
-        (64, (9, 0), "64"),
-        (129, (9, 0), "cluster"),
-        (129, (8, 0), "grid"),
+    """One CTA where it fits; a cluster, or a grid where there are none, whose slices are wide where
+    there is no multiprocessor for each of nine."""
+    for H, capability, multiprocessors, size in (
+        (64, (9, 0), 24, "64"),
+        (129, (9, 0), 24, "cluster"),
+        (129, (8, 0), 24, "grid"),
+        (129, (8, 0), 8, "wide"),
     ):
-        of_device(monkeypatch, capability=capability)
+        of_device(monkeypatch, capability=capability, multiprocessors=multiprocessors)
         on_host.launched.clear()
         fastseq.LSTM(4, H, backend="cuda", dtype=torch.bfloat16)(torch.randn(1, 1, 4).bfloat16())
         assert [name for name, *_ in on_host.launched] == [f"forward_lstm_bfloat16_{size}"]

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from ..cells import CELLS, Cell
 
 Way = Literal["forward", "backward"]
+WAYS: tuple[Way, ...] = ("forward", "backward")
 #: Of a kernel's numbers. tf32: float32 in memory, multiplied in TF32; float32: in four products.
 Type = Literal["bfloat16", "float16", "tf32", "float32"]
 
@@ -502,7 +503,7 @@ def _all() -> list[Kernel]:
             sizes += [(cell, type, HC) for HC in (*classes, *wider)]
     for cell in POINTWISE_CELLS:
         sizes += [(cell, type, POINTWISE_UNITS) for type in CLASSES if type != "tf32"]
-    return [Kernel(way, *size) for size in sizes for way in ("forward", "backward")]
+    return [Kernel(way, *size) for size in sizes for way in WAYS]
 
 
 #: Every kernel that is built, by name.

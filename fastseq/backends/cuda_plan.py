@@ -38,6 +38,7 @@ from .cuda_kernels import (
     POINTWISE_UNITS,
     PRODUCT_CELLS,
     ROWS,
+    WAYS,
     Device,
     Kernel,
     Regime,
@@ -314,7 +315,7 @@ def _fits(way: Way, cell: str, type: str, HC: int, device: Device) -> bool:
 @lru_cache(maxsize=256)
 def largest(cell: str, type: str, training: bool, device: Device) -> int:
     """The largest H that one CTA holds on a device; 0 where none."""
-    ways: tuple[Way, ...] = ("forward", "backward") if training else ("forward",)
+    ways = WAYS if training else WAYS[:1]
     sizes = classes(cell, type)
     return max((n for n in sizes if all(_fits(w, cell, type, n, device) for w in ways)), default=0)
 
@@ -423,8 +424,7 @@ def regime_of(
             return regime
 
     def step(regime: Regime) -> float:
-        ways: tuple[Way, ...] = ("forward", "backward")
-        found = [cuda_teams.arranged(way, cell, type, regime, H, B, R, device) for way in ways]
+        found = [cuda_teams.arranged(way, cell, type, regime, H, B, R, device) for way in WAYS]
         return sum(one.step for one in found)
 
     return min(able, key=step)
@@ -437,11 +437,10 @@ def is_wave_faster(
     """Whether a stack of one direction is modelled to take less time where its layers walk side by
     side, forward and backward, than one after another. Not where one CTA holds a layer: that was
     measured, and a wave was not yet."""
-    ways: tuple[Way, ...] = ("forward", "backward")
 
     def step(regime: Regime, of: int = 1) -> float:
         return sum(
-            cuda_teams.arranged(way, cell, type, regime, H, B, 1, device, of).step for way in ways
+            cuda_teams.arranged(way, cell, type, regime, H, B, 1, device, of).step for way in WAYS
         )
 
     alone = regime_of(cell, type, H, B, 1, training, device)
@@ -462,8 +461,7 @@ def wave_of(problem: Problem, device: Device, precision: Precision) -> str | Non
     if not is_wave_faster(p.cell, type, p.H, p.layers, p.B, p.T, p.training, device):
         return None
     steps = []
-    ways: tuple[Way, ...] = ("forward", "backward")
-    for way in ways:
+    for way in WAYS:
         sizes = (p.H, p.B, 1, device, p.layers)
         steps.append(cuda_teams.arranged(way, p.cell, type, "wave", *sizes))
     size = steps[0].cluster
@@ -522,8 +520,7 @@ def plan(
         reason = cuda_teams.declined(cell.name, type, regime, H, device)
         if reason is not None:
             return reason
-        ways: tuple[Way, ...] = ("forward", "backward")
-        moved = [_row_bytes(way, cell, ITEMSIZE[type], H, problem) for way in ways]
+        moved = [_row_bytes(way, cell, ITEMSIZE[type], H, problem) for way in WAYS]
         return cuda_teams.plan(problem, regime, type, runs_on, device, *moved)
     forward = kernel_of("forward", cell.name, type, H)
     HC = forward.HC

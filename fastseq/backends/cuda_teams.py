@@ -24,7 +24,16 @@ from typing import NamedTuple
 
 from . import cuda_time
 from .contract import Problem
-from .cuda_kernels import FRAGMENT, MOST_OF_A_CLUSTER, TEAMS, Device, Regime, TeamKernel, Way
+from .cuda_kernels import (
+    FRAGMENT,
+    MOST_OF_A_CLUSTER,
+    TEAMS,
+    WAYS,
+    Device,
+    Regime,
+    TeamKernel,
+    Way,
+)
 
 #: What a step takes beside product, barriers and text: handing on, taking in what every CTA of a
 #: team gave, and all that nobody waits for elsewhere. ns, and more for each KB taken in. Fitted to
@@ -37,7 +46,7 @@ EXCHANGE = {
     ("wide", "forward"): (1350.0, 36.0),
     ("wide", "backward"): (2000.0, 55.0),
 }
-EXCHANGE |= {("wave", way): EXCHANGE["cluster", way] for way in ("forward", "backward")}
+EXCHANGE |= {("wave", way): EXCHANGE["cluster", way] for way in WAYS}
 #: Barriers of a CTA in a step.
 BARRIERS = {("cluster", "forward"): 1, ("wave", "forward"): 1}
 #: Clocks of a page, 32 elements, beside its words: until the first is handed on, and of each that
@@ -116,14 +125,13 @@ def declined(
     cell: str, type: str, regime: Regime, H: int, device: Device, layers: int = 1
 ) -> str | None:
     """Why no team of a regime runs a layer, in words; None where one does. layers: of a wave."""
-    kernels = [kernel_of(way, cell, type, regime) for way in ("forward", "backward")]
-    forward = kernels[0]
+    forward = kernel_of("forward", cell, type, regime)
     if forward is None:
         return f"cuda's {regime}s have no kernel of {cell} in {type}"
-    team = forward.team(H) * layers
     if H > forward.most:
         return f"H={H}: a {regime} holds up to H={forward.most} in {type}"
     if regime != "grid":
+        team = forward.team(H) * layers
         if device.capability < (9, 0):
             return f"{device.name} has no clusters, which need compute capability 9.0"
         if team > MOST_OF_A_CLUSTER or device.at_once(team) == 0:
@@ -136,19 +144,28 @@ def declined(
                 f"{device.name} is shared by processes through MPS, where CTAs of a grid may wait "
                 "for others that have no place"
             )
-        if team > device.multiprocessors:
-            return (
-                f"H={H}: a grid of {team} CTAs that wait for one another, and {device.name} has "
-                f"{device.multiprocessors} multiprocessors"
-            )
-    for kernel in kernels:
-        assert kernel is not None
-        if not most_sequences(kernel, H, device):
-            return (
-                f"H={H} in {type} of {cell}: {kernel.way} takes {kernel.shared(H, 8):,} bytes of "
-                f"shared memory in a {regime}, and a CTA of {device.name} has "
-                f"{device.shared_memory:,}"
-            )
+    for way in WAYS:
+        reasons = [_no_room(k, H, device) for k in kernels_of(way, cell, type, regime, H)]
+        if None not in reasons:
+            return reasons[0]
+    return None
+
+
+def _no_room(kernel: TeamKernel, H: int, device: Device) -> str | None:
+    """Why a device does not hold a team of a kernel; whether it holds its cluster is asked of the
+    driver."""
+    team = kernel.team(H)
+    if kernel.regime == "grid" and team > device.multiprocessors:
+        return (
+            f"H={H}: a grid of {team} CTAs that wait for one another, and {device.name} has "
+            f"{device.multiprocessors} multiprocessors"
+        )
+    if not most_sequences(kernel, H, device):
+        return (
+            f"H={H} in {kernel.type} of {kernel.cell}: {kernel.way} takes "
+            f"{kernel.shared(H, 8):,} bytes of shared memory in a {kernel.regime}, and a CTA of "
+            f"{device.name} has {device.shared_memory:,}"
+        )
     return None
 
 
@@ -244,8 +261,7 @@ def arranged(
         (
             arrange(kernel, H, B, R, device, layers)
             for kernel in kernels_of(way, cell, type, regime, H)
-            if not kernel.wide
-            or (most_sequences(kernel, H, device) and kernel.team(H) <= device.multiprocessors)
+            if _no_room(kernel, H, device) is None
         ),
         key=lambda found: found.step,
     )
