@@ -38,7 +38,10 @@ from bench import workloads
 from bench.gpu import barrier, crew, smoke
 from fastseq.backends import cuda_kernels, imported, native, triton_kernels
 from fastseq.backends import triton as backend
+from fastseq.backends.contract import Wanted
+from fastseq.backends.stacked import in_one_call
 from fastseq.backends.triton_tiling import Device
+from fastseq.ops import modes
 
 NAME = "Fake H100"
 FAULTS = json.loads(os.environ.get("FAKE_GPU", "{}"))
@@ -100,6 +103,13 @@ class OnTheCPU(TorchFunctionMode):
             alive()
         args = [_here(a) for a in args]
         return function(*args, **{k: _here(v) for k, v in kwargs.items()})
+
+
+# who sees what this one does, as of torch.set_default_device: calls of a whole stack stay plain
+modes.only_default_devices = lambda: all(
+    type(torch._C._get_function_stack_at(k)) is OnTheCPU
+    for k in range(torch._C._len_torch_function_stack())
+)
 
 
 class Event:
@@ -328,15 +338,12 @@ def _heard(launch, refused):
     _wrong = _fault(launch) or _wrong
 
 
-def _with_numbers(module):
+def _with_numbers(module, together=None):
     """The host's code for the launches and the layout of what it gives; the CPU's kernels for the
-    numbers."""
+    numbers. together: what runs all layers of a stack at once, forward and backward."""
     host_forward, host_backward = module.forward, module.backward
 
-    def forward(call, save, trajectory):
-        global _wrong
-        _wrong = False
-        result = host_forward(call, save, trajectory)
+    def numbers(call, result, trajectory):
         right = native.forward(replace(call, memory="full"), False, trajectory)
         for ours, theirs in zip(
             (result.y, *result.states, *result.trajectory),
@@ -344,12 +351,9 @@ def _with_numbers(module):
             strict=True,
         ):
             ours.copy_(theirs + 1 if _wrong else theirs)
-        return result
+        return right.y
 
-    def backward(call, result, grads, wanted):
-        global _wrong
-        _wrong = False
-        host_backward(call, result, grads, wanted)
+    def gradients(call, grads, wanted):
         call = replace(call, memory="full")
         trajectory = bool(grads.trajectory)
         found = native.backward(call, native.forward(call, True, trajectory), grads, wanted)
@@ -357,11 +361,49 @@ def _with_numbers(module):
             found.x += 1
         return found
 
+    def forward(call, save, trajectory):
+        global _wrong
+        _wrong = False
+        result = host_forward(call, save, trajectory)
+        numbers(call, result, trajectory)
+        return result
+
+    def backward(call, result, grads, wanted):
+        global _wrong
+        _wrong = False
+        host_backward(call, result, grads, wanted)
+        return gradients(call, grads, wanted)
+
+    def all_forward(calls, save, trajectory):
+        global _wrong
+        _wrong = False
+        results = together[0](calls, save, trajectory)
+        x = calls[0].x
+        for call, result in zip(calls, results or [], strict=bool(results)):
+            x = numbers(replace(call, x=x), result, bool(result.trajectory))
+        return results
+
+    def all_backward(calls, results, grads, wanted):
+        global _wrong
+        _wrong = False
+        if together[1](calls, results, grads, wanted) is None:
+            return None
+        found = []
+        for call, given in zip(calls[::-1], grads[::-1], strict=True):
+            if found:
+                given.y = found[-1].x
+            needs = Wanted(wanted.x or call is not calls[0], wanted.states, wanted.weights)
+            found.append(gradients(call, given, needs))
+        return found[::-1]
+
     module.forward, module.backward = forward, backward
+    module.stacks, module.layers, module.layers_backward = in_one_call(
+        forward, backward, together and (all_forward, all_backward)
+    )
 
 
 _with_numbers(backend)
-_with_numbers(compiled)
+_with_numbers(compiled, (compiled._wave_forward, compiled._wave_backward))
 OnTheCPU().__enter__()
 # the first listener of launches: whoever listens as well has heard of them before a fault comes
 _listening = forms.heard(_heard)
