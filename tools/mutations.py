@@ -1194,7 +1194,21 @@ MUTATIONS = (
         TEAM_FORWARD,
         "if (turn > 0) exchange.again(turn - 1);",
         "",
-        LOOPS,
+        (f"{TEAMS}test_against_the_independent[cluster-gru-ring-bfloat16]",),
+    ),
+    Mutation(
+        "cuda's teams: wide slices alone do not hold a layer",
+        "fastseq/backends/cuda_teams.py",
+        "if None not in reasons:",
+        "if any(reasons):",
+        (f"{TEAMS}test_a_layer_runs_as_planned",),
+    ),
+    Mutation(
+        "cuda's teams: slices that a device has no room for are planned too",
+        "fastseq/backends/cuda_teams.py",
+        "            if _no_room(kernel, H, device) is None\n",
+        "",
+        (f"{TEAMS}test_a_layer_runs_as_planned",),
     ),
     Mutation(
         "cuda's waves: what goes up is masked as what stays",
