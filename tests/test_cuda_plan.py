@@ -525,7 +525,9 @@ def test_which_regime():
     ]
     assert regime(129, device=A100) == regime(384, device=LAPTOP) == "grid"
     assert regime(512, device=dataclasses.replace(H100, cooperative=False)) == "cluster"
-    assert isinstance(plan(problem(H=769), LAPTOP), str)
+    assert regime(768, device=LAPTOP) == regime(384, device=LAPTOP, cell="peephole_lstm") == "grid"
+    for most, cell in ((768, "lstm"), (384, "peephole_lstm")):  # one of them has wide slices
+        assert isinstance(plan(problem(H=most + 1, cell=cell), LAPTOP), str)
     tasks = [problem(cell="gru", H=H, B=B) for H in (256, 400, 512) for B in (1, 64, 512)]
     for task in tasks:
         both = [plan(task, H100, regime=r) for r in TEAMS_OF]

@@ -151,8 +151,9 @@ WIDE = (
 
 def in_turn():
     """All cells, cases and regimes, in TF32 and in one of the types of 16 bits, which take turns
-    (they differ in one instruction); wide slices with one of their cells a case. An ordinary run
-    takes each case in one regime, the short ones in both, of some cells and all types."""
+    (one kernel, but for products and rounding); wide slices with one of their cells a case. An
+    ordinary run takes each case in one regime, the short ones in both, of some cells and all types.
+    """
     found = []
     for r, regime in enumerate(REGIMES):
         for place, special in enumerate(CASES):
@@ -162,9 +163,9 @@ def in_turn():
                     ordinary = special in SHORT or place % len(REGIMES) == r
                     ordinary = ordinary and turns[(place + r) % len(turns)] == cell
                     ordinary = ordinary and (place + place // len(turns) + r) % 3 == turn
-                    name = f"{regime}-{cell}-{special}-{type}"
                     if not ordinary and turn == (place + c + r) % 2:
                         continue
+                    name = f"{regime}-{cell}-{special}-{type}"
                     marks = () if ordinary else full
                     found.append(pytest.param(regime, cell, special, type, marks=marks, id=name))
     of_wide = list(itertools.product(WAVE_CELLS, ("bfloat16", "float16")))
@@ -351,6 +352,22 @@ def test_directions_in_one_launch(regime, on_host):
     walks = launched(on_host, regime)
     assert [way for way, _ in walks] == ["forward"] * 2 + ["backward"] * 2
     assert all(grid == (CTAs, 2, 1) for _, grid in walks)
+
+
+@pytest.mark.parametrize("widths", [("grid", "wide"), ("wide", "grid")], ids="-".join)
+def test_each_way_of_a_grid_has_slices_of_its_own_width(widths, monkeypatch, on_host):
+    """As on an A100, where forward at H = 1024 has no room for wide ones."""
+
+    def kernels_of(way, cell, type, regime, H):
+        return [TEAMS[f"{way}_{cell}_{type}_{widths[way == 'backward']}"]]
+
+    monkeypatch.setattr(cuda_teams, "kernels_of", kernels_of)
+    with load("cuda").larger_as("grid"):
+        case = draw("lstm", T=4, B=9, H=40, dtype=torch.bfloat16, directions=2)
+        against_the_independent(case, "cuda", "-".join(widths))
+    names = [name for name, *_ in on_host.launched if not name.startswith("previous")]
+    ways = zip(("forward", "backward"), widths, strict=True)
+    assert sorted(set(names)) == sorted(f"{way}_lstm_bfloat16_{width}" for way, width in ways)
 
 
 def test_a_layer_runs_as_planned(monkeypatch, on_host):
