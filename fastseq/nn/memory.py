@@ -183,7 +183,8 @@ class MemoryHops(nn.Module):
         words = Words(sentences.reshape(B * M, W), self.vocabulary_size)
         parts = self._parts(words.tokens, self.tables)
         memories = [
-            self._bags(words, parts, table).view(B, M, -1) for table in self.tables.unbind()
+            self._bags(words, parts, table).view(B, M, self.embedding_size)
+            for table in self.tables.unbind()
         ]
         if self.times is not None:
             times = self.times.unbind()
