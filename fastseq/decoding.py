@@ -101,8 +101,8 @@ def sample(
 
 
 def nucleus(probabilities: Tensor, p: float) -> Tensor:
-    """``probabilities`` (N, V) with zeros for all but the smallest set of likeliest tokens whose sum
-    is at least p."""
+    """``probabilities`` (N, V) with zeros for all but the smallest set of likeliest tokens whose
+    sum is at least p."""
     ordered, order = probabilities.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     kept = (before < p).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=order.device), True)
@@ -282,7 +282,7 @@ def _penalty(length: int, alpha: float) -> float:
 
 
 def take_rows(state: Any, rows: Tensor, batch_dim: Any = 0) -> Any:
-    """A state with the ``rows`` (N,) of its batch, as :func:`beam_search` describes ``batch_dim``."""
+    """A state with the ``rows`` (N,) of its batch; ``batch_dim`` as :func:`beam_search` says."""
     if isinstance(state, Tensor):
         if batch_dim is None:
             return state

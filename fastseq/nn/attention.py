@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.attention import attend
+from ..ops.attention import attend, seen_of
 from ..ops.checks import check_lengths
 
 Score = Literal["additive", "dot", "general", "scaled_dot"]
@@ -253,16 +253,13 @@ class Attention(nn.Module):
         weight: Any = self.weight_query
         q = q if weight is None else F.linear(q, weight)
         keys, values, mask = prepared
-        seen = None if mask is None else mask.unsqueeze(1)
-        if causal:
-            before = torch.ones(q.shape[1], keys.shape[1], dtype=torch.bool, device=q.device).tril()
-            seen = before if seen is None else before & seen
         weights: Tensor | None = None
         if self.score == "scaled_dot" and not need_weights:
+            seen = seen_of(mask, causal, q.shape[1], keys.shape[1], q.device)
             context = F.scaled_dot_product_attention(q, keys, values, seen, scale=self.scale)
         else:
             v: Any = self.weight_score
-            context, weights = attend(q, keys, values, seen, v, self.scale)
+            context, weights = attend(q, keys, values, mask, v, self.scale, causal)
         if one:
             context = context.squeeze(1)
             weights = None if weights is None else weights.squeeze(1)

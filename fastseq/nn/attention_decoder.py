@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cells import CELLS
+from ..ops.attention import kernels_of
+from ..ops.attention_loop import Loop, loop
+from . import short
 from .attention import Attention, PreparedKeys
 from .cells import RecurrentCell
 from .options import options
@@ -187,8 +190,8 @@ class AttentionDecoder(nn.Module):
         """Scheduled sampling: all steps, each with the given token or with the model's own choice.
 
         The first token is the given one. Each later one is, in each sequence by itself, the given
-        one with probability ``teacher_forcing``, and else what the logits of the step before choose,
-        through which no gradient goes.
+        one with probability ``teacher_forcing``, and else what the logits of the step before
+        choose, through which no gradient goes.
 
         Args:
             tokens: (U, B) integers, (B, U) with ``batch_first``; the first is what begins a
@@ -249,8 +252,8 @@ class AttentionDecoder(nn.Module):
             return self.prepare(memory, values, lengths=lengths, mask=mask)
         if values is not None or lengths is not None or mask is not None:
             raise ValueError(
-                "memory: values, lengths and mask were given to prepare(), and are not given beside "
-                "what it returned"
+                "memory: values, lengths and mask were given to prepare(), and are not given "
+                "beside what it returned"
             )
         return memory
 
@@ -290,12 +293,41 @@ class AttentionDecoder(nn.Module):
         _check_read(self.recurrent, inputs, prepared)
         if state is None:
             state = self._initial(inputs[0])
+        fused = self._fused(inputs, prepared, state)
+        if fused is not None:
+            return fused
         outputs, weights = [], []
         for x in inputs.unbind():
             output, state, weight = self._fed_step(x, prepared, state)
             outputs.append(output)
             weights.append(weight)
         return torch.stack(outputs), state, torch.stack(weights)
+
+    def _fused(
+        self, inputs: Tensor, prepared: PreparedKeys, state: State
+    ) -> tuple[Tensor, State, Tensor] | None:
+        """The loop as one node of the graph, where kernels take it; else None."""
+        cell, attention = self.recurrent, self.attention
+        if not (isinstance(cell, RecurrentCell) and is_bare(cell) and is_bare(attention)):
+            return None
+        pair = isinstance(state, (tuple, list))
+        states: Any = tuple(state) if pair else (state,)
+        sizes = [(inputs.shape[1], size) for size in state_sizes(cell)]
+        if [getattr(s, "shape", None) for s in states] != sizes or not inputs.shape[1]:
+            return None  # the cell says what is wrong
+        w_query: Any = attention.weight_query
+        v: Any = attention.weight_score
+        kernels = kernels_of(inputs, *prepared, w_query, v, *states)
+        found = None if kernels is None else short.of_steps(cell, inputs)
+        if found is None:
+            return None
+        by = Loop(*found[:2], kernels, attention.scale, len(states))
+        states = [s.contiguous() for s in states]
+        out = loop(by, inputs, *prepared, w_query, v, states, found[2])
+        if out is None:
+            return None
+        outputs, weights, finals = out
+        return outputs, tuple(finals) if pair else finals[0], weights
 
     def _fed_step(
         self, x: Tensor, prepared: PreparedKeys, state: State
@@ -327,6 +359,16 @@ class AttentionDecoder(nn.Module):
 def is_cell(module: Any) -> bool:
     """Whether it makes one step; else it is a layer."""
     return isinstance(module, (RecurrentCell, SCRNCell, nn.RNNCellBase))
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of it is fastseq's own forward and nothing else."""
+    return (
+        "forward" not in module.__dict__
+        and type(module).forward.__module__.startswith("fastseq.")
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
 
 
 def state_sizes(module: Any) -> list[int]:

@@ -34,17 +34,17 @@ class MemoryHops(nn.Module):
         p = \mathrm{softmax}(u^\top m), \quad
         o = \sum_i p_i n_i
 
-    with T (i) only with ``temporal_encoding``, i the distance to the last sentence. Adjacent tying:
-    u becomes u + o, A of a hop is C of the one before, B = A^1, and the logits are u C^K. Layer-wise
+    with T only with ``temporal_encoding``, i the distance to the last sentence. Adjacent tying: u
+    becomes u + o, A of a hop is C of the one before, B = A^1, and the logits are C^K u. Layer-wise
     tying, as of a recurrent network: u becomes H u + o, all hops share A, C and H, and the logits
     are W u.
 
     Since l is a sum of two products, (1 - k/d) 1 + (2k/d - 1) (j/J), so is a bag: two weighted sums
     of rows of the table, with no tensor of all words.
 
-    Parameters begin in N(0, 0.1): ``tables`` (K + 1, N, d) and ``times`` (K + 1, M, d), of layer-wise
-    tying A and C in (2, ...), and besides ``table_question`` (N, d), ``weight_hop`` (d, d) and
-    ``weight_answer`` (N, d).
+    Parameters begin as normal numbers of deviation 0.1: ``tables`` (K + 1, N, d) and ``times``
+    (K + 1, M, d); of layer-wise tying A and C are in (2, ...), and there are ``table_question``
+    (N, d), ``weight_hop`` (d, d) and ``weight_answer`` (N, d) besides.
 
     Args:
         vocabulary_size: N.
