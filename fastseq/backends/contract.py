@@ -437,9 +437,9 @@ class Attends(Protocol):
 
     queries: (B, U, A), keys (B, S, A), values (B, S, V), dense, of one floating-point type. v (A,):
     the score is additive; None: it is a dot product times ``scale``, which is 1 with v. mask (B, S)
-    bool, true where there is a key; what is elsewhere is not read. Of one query a sequence, whatever
-    has a dimension U may lack it. Both write to what they are given and return True; or None, with
-    nothing written, where they do not take the tensors as they are.
+    bool, true where there is a key; what is elsewhere is not read. Where a sequence has one query,
+    all that has a dimension U may lack it. Both write to what they are given and return True; or
+    None, with nothing written, where they do not take the tensors as they are.
     """
 
     def attend(

@@ -100,19 +100,18 @@ class Attention(nn.Module):
         self.query_size, self.key_size, self.score = query_size, key_size, score
         self.batch_first = batch_first
         self.attention_size = (attention_size or query_size) if score == "additive" else query_size
-        shapes = {"weight_query": None, "weight_key": None, "weight_score": None}
+        A = self.attention_size
+        shapes: dict[str, tuple[int, ...]] = {}
         if score == "additive":
-            A = self.attention_size
-            shapes = {
-                "weight_query": (A, query_size),
-                "weight_key": (A, key_size),
-                "weight_score": (A,),
-            }
+            shapes |= {"weight_query": (A, query_size), "weight_key": (A, key_size)}
+            shapes["weight_score"] = (A,)
         elif score == "general":
-            shapes["weight_key"] = query_size, key_size
-        for name, shape in shapes.items():
-            made = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
-            self.register_parameter(name, None if made is None else nn.Parameter(made))
+            shapes["weight_key"] = A, key_size
+        for name in ("weight_query", "weight_key", "weight_score"):
+            made = None
+            if name in shapes:
+                made = nn.Parameter(torch.empty(shapes[name], device=device, dtype=dtype))
+            self.register_parameter(name, made)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

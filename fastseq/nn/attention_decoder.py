@@ -242,7 +242,8 @@ class AttentionDecoder(nn.Module):
                     fed_list.append(torch.where(forced[u + 1], given[u + 1], own.to(given.dtype)))
             logits, weights = torch.stack(logits_list), torch.stack(weights_list)
             fed = torch.stack(fed_list)
-        return Sampled(self._turned(logits), self._turned(fed), state, self._turned(weights))
+        last: Any = state  # U >= 1, so there is one
+        return Sampled(self._turned(logits), self._turned(fed), last, self._turned(weights))
 
     def _turned(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) if self.attention.batch_first else x
@@ -391,7 +392,7 @@ def output_size(module: Any) -> int:
 
 def _output(module: Any, state: State) -> Tensor:
     """Of the last layer, (B, H), as it stands in a state."""
-    own = state if isinstance(state, (tuple, list)) else (state,)
+    own: Sequence[Tensor] = state if isinstance(state, (tuple, list)) else (state,)
     if not is_cell(module):
         own = [part[-1] for part in own]
     if isinstance(module, (SCRN, SCRNCell)):

@@ -2,9 +2,9 @@
 
     c_u = attention(W h_{u-1}, keys, values)    h_u = cell([x_u, c_u], h_{u-1})
 
-As one node of the graph. In backward the loop makes what the step before must know, and behind it
-one product each the gradients of the cell's weights (:func:`.steps.multiply`), of W and of the values;
-those of the keys are added up in place. Autograd's own loop writes each of them at every step.
+As one node of the graph. In backward the loop makes what the step before must know; behind it one
+product each makes the gradients of the cell's weights (:func:`.steps.multiply`), of W and of the
+values. Those of the keys are added up in place. Autograd's own loop writes each at every step.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def loop(
 
 
 class Walked(NamedTuple):
-    """What backward reads, each a list with an entry for each step, besides ``reads`` (U, B, I + V),
-    the cell's inputs."""
+    """What backward reads: the cell's inputs ``reads`` (U, B, I + V), and lists with an entry for
+    each step."""
 
     reads: Tensor
     queries: list[Tensor]
