@@ -301,10 +301,10 @@ def take_rows(state: Any, rows: Tensor, batch_dim: Any = 0) -> Any:
         return type(state)({k: take_rows(v, rows, dims[k]) for k, v in state.items()})
     if isinstance(state, (tuple, list)):
         nested = isinstance(batch_dim, (tuple, list))
-        dims = batch_dim if nested else (batch_dim,) * len(state)
-        if len(dims) != len(state):
-            raise ValueError(f"batch_dim: expected {len(state)} entries, got {len(dims)}")
-        parts = [take_rows(part, rows, dim) for part, dim in zip(state, dims, strict=True)]
+        each = batch_dim if nested else (batch_dim,) * len(state)
+        if len(each) != len(state):
+            raise ValueError(f"batch_dim: expected {len(state)} entries, got {len(each)}")
+        parts = [take_rows(part, rows, dim) for part, dim in zip(state, each, strict=True)]
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     return state
 

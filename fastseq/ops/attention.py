@@ -109,7 +109,7 @@ class AttendFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Any, mask: Any, scale: float, *tensors: Any) -> Any:
         queries, keys, values, v = map(_dense, tensors)
-        B, U, S = *queries.shape[:2], keys.shape[1]
+        (B, U, _), S = queries.shape, keys.shape[1]
         context, weights = values.new_empty(B, U, values.shape[2]), values.new_empty(B, U, S)
         mask = None if mask is None else mask.contiguous()
         threads = torch.get_num_threads()
@@ -119,14 +119,14 @@ class AttendFunction(torch.autograd.Function):
         return context, weights
 
     @staticmethod
-    def backward(ctx: Any, dcontext: Any, dweights: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dcontext: Any, dweights: Any) -> Any:
         *tensors, mask, weights = ctx.saved_tensors
         need = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled() or not is_ordinary(dcontext, dweights) or not is_plain():
 
             def again(inputs: Any) -> Any:
-                *rest, v = inputs
-                return plain_attend(*rest, mask, v, ctx.scale)
+                queries, keys, values, v = inputs
+                return plain_attend(queries, keys, values, mask, v, ctx.scale)
 
             return None, None, None, *gradients_again(again, tensors, need, (dcontext, dweights))
         queries, keys, values, v = map(_dense, tensors)

@@ -60,7 +60,7 @@ class BagFunction(torch.autograd.Function):
         return F.embedding_bag(words.tokens, table, mode="sum", per_sample_weights=parts)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         table, parts = ctx.saved_tensors
         words: Words = ctx.words
         if torch.is_grad_enabled():  # embedding_bag's gradient has none of its own
