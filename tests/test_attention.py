@@ -8,13 +8,16 @@ import pickle
 import pytest
 import torch
 from problems import full
+from rules import check_close
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 import fastseq
 from fastseq import schedules
+from fastseq.backends import choice
 from fastseq.nn.attention import SCORES, Attention, PreparedKeys
 from fastseq.nn.attention_decoder import AttentionDecoder
+from fastseq.ops.attention import AttendFunction, plain_attend
 
 U, S, B, I, H, K, V = 4, 5, 3, 2, 4, 4, 3  # noqa: E741  (the field's letter)
 LENGTHS = [5, 0, 2]
@@ -129,6 +132,73 @@ def test_derivatives_of_attention(name, sequence):
             assert torch.isfinite(g).all()
 
 
+KERNELS = choice.attends("cpu")
+kernels = pytest.mark.skipif(KERNELS is None, reason="the C++ kernels are not built here")
+
+
+@pytest.fixture(params=KERNELS.instruction_sets() if KERNELS else [])
+def instruction_set(request):
+    before = KERNELS._cpu.use_instruction_set(request.param)
+    yield
+    KERNELS._cpu.use_instruction_set(before)
+
+
+@kernels
+@pytest.mark.parametrize("additive", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels(dtype, additive, instruction_set, threads):
+    """Beside torch's operations, with several queries, on any number of threads; what is masked is
+    never read."""
+    B, U, S, A, V = 5, 2, 7, 37, 18
+    mask = torch.arange(S) < torch.tensor([7, 0, 3, 1, 6])[:, None]
+    q, k, values = (torch.randn(B, n, size) for n, size in ((U, A), (S, A), (S, V)))
+    v, scale = (torch.randn(A), 1.0) if additive else (None, 0.4)
+    dcontext, dweights = torch.randn(B, U, V), torch.randn(B, U, S)
+
+    def run(attend, dtype, poison):
+        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (q, k, values, v)]
+        given = list(leaves)
+        if poison:
+            given[1:3] = [t.masked_fill(~mask[..., None], math.nan) for t in given[1:3]]
+        outputs = attend(*given[:3], mask, given[3], scale)
+        there = [t for t in leaves if t is not None]
+        found = torch.autograd.grad(
+            outputs, there, (dcontext.to(dtype), dweights.to(dtype)), retain_graph=True
+        )
+        return [*outputs, *found]
+
+    def by_kernels(queries, keys, values, mask, v, scale):
+        return AttendFunction.apply(KERNELS, mask, scale, queries, keys, values, v)
+
+    truth = run(plain_attend, torch.float64, False)
+    theirs = run(plain_attend, dtype, False)
+    for count in (1, 2, 3):
+        threads(count)
+        ours = run(by_kernels, dtype, True)
+        for k_, (mine, their, true) in enumerate(zip(ours, theirs, truth, strict=True)):
+            check_close(mine, their, true, dtype, f"{k_} of {count} threads")
+
+
+@kernels
+def test_kernels_decline_what_they_cannot_read():
+    q, k, w, c = torch.randn(2, 3), torch.randn(2, 5, 3), torch.zeros(2, 5), torch.zeros(2, 3)
+    given = [q, k, k, None, None, 1.0, w, c, 1]
+    assert KERNELS.attend(*given) is True
+    for place, wrong in (
+        (0, q.double()),
+        (0, torch.randn(2, 4)),
+        (0, torch.randn(3, 2).t()),
+        (1, torch.randn(5, 2, 3).transpose(0, 1)),
+        (3, torch.randn(4)),
+        (4, torch.ones(2, 4, dtype=torch.bool)),
+        (6, torch.zeros(2, 6)),
+        (7, torch.zeros(2, 4)),
+    ):
+        assert KERNELS.attend(*given[:place], wrong, *given[place + 1 :]) is None, place
+    with pytest.raises(TypeError, match="expected 9 arguments"):
+        KERNELS.attend(*given[:-1])
+
+
 CELLS = {
     "LSTM": lambda n: fastseq.LSTMCell(n, H, **double),
     "GRU": lambda n: fastseq.GRUCell(n, H, **double),
@@ -205,6 +275,82 @@ def test_a_context_is_fed(kind, name):
         losses.append(sum((p**2).sum() for p in (outputs, weights, *parts)))
     for mine, their in zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True):
         close(mine, their)
+
+
+def fused_of(decoder, *given):
+    """The decoder's outputs with the loop as one node, which has to be taken."""
+    seen, own = [], decoder._fused
+
+    def fused(*arguments):
+        seen.append(own(*arguments))
+        return seen[-1]
+
+    decoder._fused = fused
+    try:
+        outputs = decoder(*given, lengths=LENGTHS)
+    finally:
+        del decoder._fused
+    assert seen[0] is not None
+    return outputs
+
+
+@kernels
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "MGU"])
+def test_the_loop_as_one_node(kind, name, monkeypatch):
+    """Beside the loop of modules: values, gradients of everything, twice with the same bits."""
+    decoder = filled(AttentionDecoder(CELLS[kind](I + K), Attention(H, K, name, **double)))
+    inputs = torch.randn(U, B, I, **double, requires_grad=True)
+    memory = torch.randn(S, B, K, **double, requires_grad=True)
+    h = torch.randn(B, H, **double, requires_grad=True)
+    state = (h, h * 2) if kind == "LSTM" else h
+    leaves = [inputs, memory, h, *decoder.parameters()]
+
+    def gradients(found, of=slice(None)):
+        outputs, last, weights = found
+        parts = [outputs, weights, *(last if isinstance(last, tuple) else (last,))][of]
+        return torch.autograd.grad(
+            sum((p**2).sum() for p in parts), leaves, retain_graph=True, allow_unused=True
+        )
+
+    ours = fused_of(decoder, inputs, memory, state)
+    monkeypatch.setattr(decoder, "_fused", lambda *_: None)
+    theirs = decoder(inputs, memory, state, lengths=LENGTHS)
+    close(ours, theirs)
+    for of in (slice(None), slice(0, 1), slice(1, 2), slice(2, None)):
+        found = gradients(ours, of)
+        for mine, their in zip(found, gradients(theirs, of), strict=True):
+            close(mine, torch.zeros_like(mine) if their is None else their)
+        for mine, again in zip(found, gradients(ours, of), strict=True):
+            assert mine.equal(again)
+    monkeypatch.undo()
+    with torch.no_grad():
+        close(fused_of(decoder, inputs, memory, state), theirs)
+
+
+@kernels
+def test_whatever_watches_a_module_is_called():
+    decoder = AttentionDecoder(fastseq.GRUCell(I + K, H), Attention(H, K))
+    inputs, memory = torch.randn(U, B, I), torch.randn(S, B, K)
+    fused_of(decoder, inputs, memory)
+    for module in (decoder.recurrent, decoder.attention):
+        calls = []
+        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        decoder(inputs, memory)
+        handle.remove()
+        assert len(calls) == U
+    own = decoder.recurrent.forward
+    decoder.recurrent.forward = lambda *given: calls.append(1) or own(*given)
+    decoder(inputs, memory)
+    assert len(calls) == 2 * U
+
+
+def test_without_kernels(monkeypatch):
+    decoder = AttentionDecoder(fastseq.LSTMCell(I + K, H, **double), Attention(H, K, **double))
+    inputs, memory = torch.randn(U, B, I, **double), torch.randn(S, B, K, **double)
+    ours = decoder(inputs, memory, lengths=LENGTHS)
+    monkeypatch.setattr(choice, "attends", lambda device: None)
+    close(decoder(inputs, memory, lengths=LENGTHS), ours)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
