@@ -24,7 +24,7 @@ from . import table
 from .measure import in_turn
 
 STEPS, KEYS = 30, 30
-SHAPES = ((256, 32), (256, 1), (64, 16), (64, 1), (512, 64))  # I = K = H, and B
+SHAPES = ((256, 32), (256, 1), (64, 16), (64, 1))  # I = K = H, and B
 HEADER = ["", "way", "torch ms", "cell ms", "fused ms", "over torch", "over cell"]
 
 
