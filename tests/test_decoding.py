@@ -97,40 +97,40 @@ def test_a_beam_that_is_too_wide_has_empty_places(model):
     assert found.lengths[0].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_narrow_beam(model, alpha):
-    """Beside a search in words: K open hypotheses, and finished ones apart, to the last step."""
-    start, state = torch.tensor([3, 0, 2]), torch.randn(3, H).double()
-    K, length = 2, 6
-    found = beam_search(
-        model,
-        start,
-        state,
-        beam_size=K,
-        end=END,
-        max_length=length,
-        length_penalty=alpha,
-        n_best=K,
-    )
-    for b in range(3):
-        open_, finished = [()], []
+@pytest.mark.parametrize("n_best", [1, 2])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
+def test_a_narrow_beam(alpha, n_best):
+    """Beside a search in words: K open hypotheses, and finished ones apart, to the last step. Each
+    of many sentences has probabilities of its own, of a token after another."""
+    B, K, length = 30, 2, 6
+    tables = torch.log_softmax(1.5 * torch.randn(B, N, N).double(), -1)
+    start = torch.randint(N, (B,))
+
+    def step(tokens, sentence):
+        return tables[sentence, tokens], sentence
+
+    given = {"beam_size": K, "end": END, "max_length": length, "n_best": n_best}
+    given["length_penalty"] = alpha
+    together = beam_search(step, start, torch.arange(B), **given)
+    for b in range(B):
+        alone = beam_search(step, start[b : b + 1], torch.arange(b, b + 1), **given)
+        open_, finished = [(0.0, ())], []
         for n in range(1, length + 1):
+            penalty = ((5 + n) / 6) ** alpha
             grown = [
-                (log_probability(model, start[b], state[b : b + 1], (*h, t)), (*h, t))
-                for h in open_
+                (total + tables[b, (start[b], *h)[-1], t].item(), (*h, t))
+                for total, h in open_
                 for t in range(N)
             ]
             grown = sorted(grown, reverse=True)[: 2 * K]
-            penalty = ((5 + n) / 6) ** alpha
-            finished += [(s / penalty, h) for s, h in grown if h[-1] == END]
-            open_ = [h for _, h in grown if h[-1] != END][:K]
-        finished += [
-            (log_probability(model, start[b], state[b : b + 1], h) / penalty, h) for h in open_
-        ]
-        for k, (score, sequence) in enumerate(sorted(finished, reverse=True)[:K]):
-            assert math.isclose(found.scores[b, k].item(), score, rel_tol=1e-9)
-            n = found.lengths[b, k].item()
-            assert tuple(found.tokens[b, k, :n].tolist()) == sequence
+            finished += [(total / penalty, h) for total, h in grown if h[-1] == END]
+            open_ = [(total, h) for total, h in grown if h[-1] != END][:K]
+        finished += [(total / penalty, h) for total, h in open_]
+        for k, (score, sequence) in enumerate(sorted(finished, reverse=True)[:n_best]):
+            for found, at in ((together, b), (alone, 0)):  # which stops as soon as it may
+                assert math.isclose(found.scores[at, k].item(), score, rel_tol=1e-9)
+                n = found.lengths[at, k].item()
+                assert tuple(found.tokens[at, k, :n].tolist()) == sequence
 
 
 def test_a_beam_stops_when_nothing_can_enter():
