@@ -2,7 +2,7 @@
 
 A *chain* scores every path y of tags through a sequence x,
 
-    score(x, y) = start[y_0] + sum_t emissions[t, y_t] + sum_t transitions[y_{t-1}, y_t] + end[y_last]
+    score(x, y) = start[y_0] + sum_t e_t[y_t] + sum_t transitions[y_{t-1}, y_t] + end[y_last]
 
 and gives it the probability exp(score(x, y) - log Z(x)), where Z sums over all paths (Lafferty,
 McCallum and Pereira 2001). A room walks the recursion over time
@@ -19,10 +19,10 @@ tags at step t, first p_last = softmax(u_last + end):
     w_t(i, j)  = exp(u_{t-1}(i) - m_{t-1}) exp(transitions(i, j)) r_t(j)    of both tags
     p_{t-1}(i) = sum_j w_t(i, j)
 
-These are reverse mode applied to log Z: d log Z / d e_t = p_t, d log Z / d transitions = sum_t w_t.
+This is reverse mode applied to log Z: d log Z / d e_t = p_t, d log Z / d transitions = sum_t w_t.
 
-A room is a module with the functions of :class:`Room`. It gets raw tensors: float32 or float64, all of
-one type and on one device, checked by :mod:`fastseq.ops.crf`. Scores may be -inf, for what is
+A room is a module with the functions of :class:`Room`. It gets raw tensors: float32 or float64, all
+of one type and on one device, checked by :mod:`fastseq.ops.crf`. Scores may be -inf, for what is
 forbidden. Rooms write to nothing that they are given.
 """
 
@@ -82,21 +82,22 @@ class Room(Protocol):
         transitions. dvalue: (B,)."""
 
     def viterbi(self, chain: Chain, n: int) -> tuple[Tensor, Tensor]:
-        """(scores (B, n), tags (B, n, T) int64): the n best paths, the best first. Tags are -1 beyond
-        the length. Where there are fewer paths (of a score above -inf), the scores that are left are
-        -inf, and their tags -1. A sequence of length 0 has one path, of score 0. Of paths of one score
-        any may be first."""
+        """(scores (B, n), tags (B, n, T) int64): the n best paths, the best first. Tags are -1
+        beyond the length. Where there are fewer paths (of a score above -inf), the scores that are
+        left are -inf, and their tags -1. A sequence of length 0 has one path, of score 0. Of paths
+        of one score any may be first."""
 
 
-#: Where the rooms are; what each is; whether autograd sees through its forward. In the order in which
-#: a call without a name takes them, by the kind of device.
+#: The rooms, and what each is.
 ROOMS = {
     "native": "fused loops over time for CPU, in C++",
     "numba": "fused loops over time for CPU, no compiler needed",
     "triton": "fused loops over time for GPUs",
     "eager": "torch operations step by step, every device and transform",
 }
+#: The room whose forward autograd sees through.
 DIFFERENTIABLE = "eager"
+#: By the kind of device, in which order a call that names none takes them.
 ORDER = {"cpu": ("native", "numba", "eager")}
 ELSEWHERE = ("eager",)  # triton runs where it is named: it was not yet measured on a GPU
 

@@ -50,8 +50,7 @@ def log_partition(chain: Chain) -> Tensor:
 def score(chain: Chain, tags: Tensor) -> Tensor:
     """Of the path ``tags`` (T, B): (B,)."""
     emissions, within = chain.emissions, alive(chain)
-    T, B, _ = emissions.shape
-    if T == 0:
+    if emissions.shape[0] == 0:
         return emissions.sum((0, 2))
     if within is not None:
         tags = torch.where(within, tags, 0)
