@@ -1,5 +1,5 @@
-"""docs/recipes.md and the pages of parts: every block runs, and where torch.nn can run it, both give
-the same numbers. docs/own-cell.md: all blocks run, in the page's order."""
+"""docs/recipes.md and the pages of parts: every block runs, and where torch.nn can run it, both
+give the same numbers. docs/own-cell.md: all blocks run, in the page's order."""
 
 import re
 import runpy
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def recipes(page):
-    heading, found = "", []
+    heading, found, k = "", [], 0
     for match in PARTS.finditer((DOCS / page).read_text()):
         if match[1]:
             heading, k = match[1], 0
