@@ -67,7 +67,8 @@ class Room(Protocol):
         self, chain: Chain, tags: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor | None]:
         """(value, u). value (B,): log Z, or with tags (T, B) int64 score(x, tags) - log Z; 0 for a
-        sequence of length 0. u (T, B, K) as above where ``save``, of any value beyond the lengths.
+        sequence of length 0. u, where ``save``: (T, B, K) in the type of emissions, what backward
+        reads of each step; its numbers are the room's own, and of any value beyond the lengths.
         """
 
     def backward(
