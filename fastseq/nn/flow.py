@@ -71,9 +71,11 @@ def gradient_flow(
     The product, for a loss of the last step, is why it vanishes or explodes as one goes back from
     the loss. The gradient is the whole of it: by the step behind, by the layer above, and by the
     loss. With regard to c of an LSTM it is taken with h of that step held fixed, and so of any
-    state with the others. The layer computes as in evaluation, without dropout. Neither its
-    parameters nor x get a gradient, and each step is one call of the layer's own backend: an
-    LSTM(128, 128) of T = 100, B = 32 takes about as long as one step of training.
+    state with the others; but with s of an SCRN, which h of that step is made of, h moves.
+
+    The layer computes as in evaluation, without dropout. Neither its parameters nor x get a
+    gradient. Each step is one call of the layer's own backend, with all layers and directions one
+    after another.
 
     Args:
         layer: a recurrent layer of fastseq or torch.nn, of any depth and both directions.

@@ -71,8 +71,8 @@ def tbptt(
     steps that are left. ``windows.state`` is the state behind the last step that was yielded,
     detached; given as ``state`` it is carried into another sequence or epoch.
 
-    With ``back`` the gradient of a window's loss goes back over the last ``back`` steps, into
-    windows before its own:
+    With ``back`` the gradient of a window's loss goes back over the ``back - window`` steps in
+    front of it, too:
 
     .. math::
         \frac{\partial}{\partial \theta} \sum_{t = t' - k_1 + 1}^{t'} L_t

@@ -124,12 +124,14 @@ def _nonlinearity(layer: Any) -> str:
             f"num_layers={layer.num_layers}, bidirectional={layer.bidirectional}; make single "
             "layers, and add a term of each"
         )
-    if isinstance(layer, HasOptions) and layer.training and (rates := options(layer).rates):
-        masked = [
-            name for name, rate in rates._asdict().items() if rate and name != "input_dropout"
-        ]
-        if masked:
-            raise ValueError(f"layer: its {' and '.join(masked)} changes what a step does to h")
+    if isinstance(layer, HasOptions) and (rates := options(layer).rates):
+        training = ("recurrent_dropout", "weight_dropout") if layer.training else ()
+        for name in ("zoneout", *training):
+            if getattr(rates, name):
+                raise ValueError(
+                    f"layer: with its {name} a step is not the equation above; set it to 0, "
+                    f"layer.fastseq.{name} = 0"
+                )
     return layer.nonlinearity
 
 
