@@ -285,6 +285,14 @@ def test_the_picture(monkeypatch):
         plot_gradient_flow(norms)
 
 
+@pytest.mark.full
+def test_the_picture_of_the_page(tmp_path, threads):
+    from bench import gradient_flow as command
+
+    command.main(["--out", str(tmp_path / "new" / "flow.png")])
+    assert (tmp_path / "new" / "flow.png").read_bytes().startswith(b"\x89PNG")
+
+
 # Truncated backpropagation through time
 
 
