@@ -1,6 +1,6 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
-from . import compat, init
+from . import compat, init, pooling, training
 from .backends.choice import backends
 from .backends.faults import check
 from .nn import (
@@ -11,6 +11,8 @@ from .nn import (
     SCRN,
     CoupledLSTM,
     CoupledLSTMCell,
+    Decoder,
+    Encoder,
     GRUCell,
     IndRNN,
     IndRNNCell,
@@ -18,8 +20,10 @@ from .nn import (
     MGUCell,
     PeepholeLSTM,
     PeepholeLSTMCell,
+    Pooling,
     RNNCell,
     SCRNCell,
+    SequenceAutoencoder,
     Stacked,
     cell,
     explain,
@@ -41,6 +45,8 @@ __all__ = [
     "SCRN",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "Decoder",
+    "Encoder",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -48,8 +54,10 @@ __all__ = [
     "MGUCell",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
+    "Pooling",
     "RNNCell",
     "SCRNCell",
+    "SequenceAutoencoder",
     "Stacked",
     "backends",
     "cell",
@@ -64,11 +72,13 @@ __all__ = [
     "lstm",
     "mgu",
     "peephole_lstm",
+    "pooling",
     "replace",
     "restore",
     "rnn",
     "scrn",
     "set_options",
     "streaming",
+    "training",
     "uninstall",
 ]
