@@ -2,9 +2,6 @@
 
 import math
 import pickle
-import re
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -206,17 +203,3 @@ def test_the_module():
 def test_what_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call(draw())
-
-
-DOCS = Path(__file__).parent.parent / "docs"
-BLOCKS = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("page", ["pooling.md", "training.md"])
-def test_the_code_of_the_pages_runs(page, tmp_path):
-    found = BLOCKS.findall((DOCS / page).read_text())
-    assert len(found) >= 4
-    for k, code in enumerate(found):
-        path = tmp_path / f"block_{k}.py"
-        path.write_text(code)
-        runpy.run_path(str(path))
