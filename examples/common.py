@@ -370,11 +370,12 @@ def speed(
             break
         losses = {}
         for which in (0, 1) if turn % 2 else (1, 0):
-            torch.manual_seed(turn + 2)  # the same dropout
-            began = time.perf_counter()
-            losses[which] = update(both[which], optimizers[which], loss, batch, 1.0)
-            if turn >= 0:
-                samples[which].append(time.perf_counter() - began)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(turn + 2)  # the same dropout
+                began = time.perf_counter()
+                losses[which] = update(both[which], optimizers[which], loss, batch, 1.0)
+                if turn >= 0:
+                    samples[which].append(time.perf_counter() - began)
         if turn == -2 and not math.isclose(losses[0], losses[1], rel_tol=1e-3, abs_tol=1e-5):
             raise ValueError(
                 f"model: its first loss is {losses[0]:.6g} with torch.nn's layers and "

@@ -387,6 +387,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = common.parse(parser, argv, short)
     if not 0 <= options.dropout < 1:
         parser.error(f"argument --dropout: expected at least 0, below 1, got {options.dropout:g}")
+    if options.vocabulary**4 > np.iinfo(np.int64).max:  # the key of a 4-gram
+        parser.error(f"argument --vocabulary: expected at most 55,108, got {options.vocabulary}")
     return options
 
 
@@ -445,9 +447,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     title = f"{options.hidden} units, vocabulary {V:,}, dropout {options.dropout:g}"
     plot(results, title, options.out / "word_lm.png")
     print(
-        f"Perplexity on held-out text: {results[best].perplexity:.1f} for the {best}, "
-        f"{results[grams].perplexity:.1f} for the {grams}\nwith Kneser-Ney smoothing, {both:.1f} for "
-        "the mean of their probabilities."
+        f"Held-out perplexity: {results[best].perplexity:.1f} by the {best}, "
+        f"{results[grams].perplexity:.1f} by the {grams} (Kneser-Ney), {both:.1f} by their mean."
     )
     return figures
 
