@@ -171,7 +171,7 @@ def test_speed_of_what_is_not_the_same_is_refused(common):
     x = [torch.randn(5, 2, 3)]
     with pytest.raises(ValueError, match="not the same model"):
         common.speed(model, squares, x, theirs=Reader(nn.GRU(3, 4)))
-    with pytest.raises(ValueError, match="expected layers that torch.nn has as well"):
+    with pytest.raises(ValueError, match=r"expected layers that torch\.nn has as well"):
         common.speed(Reader(fastseq.MGU(3, 4)), squares, x)
 
 
