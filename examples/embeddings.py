@@ -43,10 +43,10 @@ NEAREST = 10
 BREAK = -1  # between two files; no window reaches across
 
 NEGATIVES = 5  # words drawn for each pair
-DRAWN = 128  # words drawn for a batch, which its positions share
-POSITIONS = 1024  # of a batch
+DRAWN = 64  # words drawn for a batch, which its positions share
+POSITIONS = 512  # of a batch
 ROWS = 100  # of the counts, a batch of GloVe's
-X_MAX = 20.0  # pairs that are seen so often count fully; GloVe's 100 was for 1000 times the text
+X_MAX = 10.0  # pairs that are seen so often count fully; GloVe's 100 was for 1000 times the text
 
 BPTT, BATCH = 32, 16  # of the language model
 
@@ -266,10 +266,17 @@ def position_batches(
 
 
 def fit(label: str, model, loss, batches, *, steps: int, lr: float, seconds: float) -> Tensor:
-    """The vectors after Adam with a rate that falls to 0 in a line. Dense gradients: the tables
-    are small, and a fused update of all of them costs less than sparse ones of a batch's rows."""
+    """The vectors after Adam with a rate that falls to 0 in a line, with the steps or the seconds,
+    whichever end first. Gradients are dense: the tables are small, and one fused update of all of
+    them costs less than sparse ones of a batch's rows."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    start = time.perf_counter()
+
+    def slow_down(step: int) -> None:
+        gone = max(step / steps, (time.perf_counter() - start) / seconds)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * max(1 - gone, 0.0)
+
     common.train(
         label,
         model,
@@ -279,7 +286,7 @@ def fit(label: str, model, loss, batches, *, steps: int, lr: float, seconds: flo
         seconds=seconds,
         clip=math.inf,
         optimizer=optimizer,
-        after=lambda _: falling.step(),
+        after=slow_down,
     )
     return model.vectors()
 
@@ -439,7 +446,7 @@ def arguments(argv: list[str] | None):
         "--passes", type=common.positive, default=30, help="passes over the counts of GloVe"
     )
     made.add_argument(
-        "--threshold", type=common.above_zero, default=1e-3, help="of frequency, to thin out words"
+        "--threshold", type=common.above_zero, default=2e-4, help="of frequency, to thin out words"
     )
     made.add_argument("--hidden", type=common.positive, default=128, help="the GRU's units")
     made.add_argument("--steps", type=common.positive, default=1000, help="of the language model")
@@ -447,7 +454,7 @@ def arguments(argv: list[str] | None):
         "--show", nargs="+", metavar="WORD", default=["file", "read", "int", "min", "thread"]
     )
     return common.parse(
-        made, argv, {"seconds": 20.0, "epochs": 2, "passes": 10, "hidden": 64, "steps": 120}
+        made, argv, {"seconds": 20.0, "epochs": 2, "passes": 15, "hidden": 64, "steps": 120}
     )
 
 
@@ -484,7 +491,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         steps = math.ceil(options.epochs * kept.item() / POSITIONS)
         batches = position_batches(stream, vocabulary.counts, options.window, options.threshold)
         model = Word2Vec(size, options.dim)
-        return fit(label, model, loss, batches, steps=steps, lr=0.02, seconds=seconds)
+        return fit(label, model, loss, batches, steps=steps, lr=0.03, seconds=seconds)
 
     seconds = options.seconds / 5  # of each training: three of vectors, two of language models
     learn = {

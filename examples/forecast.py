@@ -118,8 +118,12 @@ def parts_of(series: Tensor, window: int, horizon: int) -> Parts:
             f"{window} and --horizon {horizon}"
         )
     mean, deviation = series[:train].mean(0), series[:train].std(0)
-    if not (deviation > 0).all():
-        common.stop("the training part of a column has the same value throughout: nothing to learn")
+    for column, spread in enumerate(deviation.tolist(), 1):
+        if spread == 0:
+            common.stop(
+                f"column {column} of the series: expected values that differ, got one value "
+                f"throughout the training part, its first {train}"
+            )
     return Parts(((series - mean) / deviation).float(), train, test)
 
 
@@ -211,7 +215,7 @@ def fit(label: str, model: Forecaster, loss, parts: Parts, options, scale: Tenso
 
     def check(step: int) -> None:
         nonlocal best
-        if step % CHECK and step != options.steps:
+        if step % CHECK:
             return
         square = ((model.forecasts(parts.x, origins) - truth) ** 2).mean((0, 2))
         error = (square / scale).mean().item()
@@ -248,9 +252,8 @@ def errors(forecasts: Tensor, truth: Tensor, step: Tensor) -> tuple[Tensor, Tens
 def plot(forecasts, truth, mase, x: Tensor, origins: Tensor, title: str, out: Path) -> None:
     """Forecasts over a stretch of the first column's test part, and errors by horizon."""
     horizon = truth.shape[1]
-    colours = dict(
-        zip(LABELS, ("#999999", "#edae49", "#00798c", *common.COLOURS[1::-1]), strict=True)
-    )
+    drawn = ("#999999", "#edae49", "#00798c", "#7d5ba6", common.FASTSEQ)
+    colours = dict(zip(LABELS, drawn, strict=True))
     figure, (left, right) = common.picture(columns=2, height=4.5)
     chosen = [k * horizon for k in range(4) if k * horizon < len(origins)]
     start, end = int(origins[0]) - horizon, int(origins[chosen[-1]]) + horizon + 1
@@ -268,10 +271,12 @@ def plot(forecasts, truth, mase, x: Tensor, origins: Tensor, title: str, out: Pa
             )
     left.set_title(title, fontsize=11, loc="left")
     left.set_xlabel("step")
+    left.set_ylabel("deviations from the mean")
     for name, label in LABELS.items():
         right.plot(range(1, horizon + 1), mase[name], ".-", color=colours[name], label=label)
     right.set_title("Error (MASE) by horizon", fontsize=11, loc="left")
     right.set_xlabel("steps ahead")
+    right.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
     )
