@@ -130,13 +130,16 @@ def cooccurrence(stream: Tensor, size: int, window: int, *, harmonic: bool) -> T
     return x + x.t()
 
 
-def ppmi(x: Tensor, smoothing: float = 0.75) -> Tensor:
-    """max(0, log p(a, b) / (p(a) q(b))), with q of the counts to the power of ``smoothing``
-    (Levy, Goldberg and Dagan 2015), or a rare word would seem close to all it stands by."""
+def pmi(x: Tensor, smoothing: float = 0.75) -> Tensor:
+    """log p(a, b) / (p(a) q(b)), pointwise mutual information, and 0 where a and b never meet.
+
+    q is of the counts to the power of ``smoothing`` (Levy, Goldberg and Dagan 2015), or a rare word
+    would seem close to all it stands by.
+    """
     p_a = x.sum(1, keepdim=True) / x.sum()
     q_b = x.sum(0) ** smoothing
     ratio = (x / x.sum()) / (p_a * (q_b / q_b.sum()))
-    return torch.where(x > 0, ratio, 1.0).log().clamp(min=0)
+    return torch.where(x > 0, ratio, 1.0).log()
 
 
 def svd_vectors(x: Tensor, dim: int) -> Tensor:
@@ -311,7 +314,7 @@ def form_pairs(vocabulary: Vocabulary) -> Tensor:
         for form in (word + "s", word + ("d" if word[-1] == "e" else "ed"))
         if form in known
     ]
-    return torch.tensor([vocabulary.numbers(pair) for pair in pairs]).view(-1, 2)
+    return torch.tensor([vocabulary.numbers(pair) for pair in pairs], dtype=torch.long).view(-1, 2)
 
 
 def analogy_questions(vocabulary: Vocabulary) -> Tensor:
@@ -341,13 +344,13 @@ def share(right: Tensor) -> float:
 
 
 def held_out_agreement(vectors: Tensor, x: Tensor) -> float:
-    """Spearman's rank correlation of cosine and PPMI, over the pairs that meet in the counts x."""
+    """Spearman's rank correlation of cosine and PMI, over the pairs that meet in the counts x."""
     a, b = torch.nonzero(x.triu(1) >= RARE).unbind(1)
     if len(a) < 3:
         return 0.0
     unit = normalize(vectors, dim=1)
     cosine = (unit[a] * unit[b]).sum(1)
-    ranks = torch.stack([values.argsort().argsort() for values in (cosine, ppmi(x)[a, b])])
+    ranks = torch.stack([values.argsort().argsort() for values in (cosine, pmi(x)[a, b])])
     return torch.corrcoef(ranks.double())[0, 1].item()
 
 
@@ -454,7 +457,7 @@ def arguments(argv: list[str] | None):
         "--show", nargs="+", metavar="WORD", default=["file", "read", "int", "min", "thread"]
     )
     return common.parse(
-        made, argv, {"seconds": 20.0, "epochs": 2, "passes": 15, "hidden": 64, "steps": 120}
+        made, argv, {"seconds": 40.0, "epochs": 2, "passes": 15, "hidden": 64, "steps": 120}
     )
 
 
@@ -463,10 +466,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     texts, held_out_texts = common.split(documents(options))
     vocabulary = Vocabulary(texts, options.words)
     size = len(vocabulary)
-    if size <= options.dim:
+    least = max(options.dim, 2 * NEAREST)
+    if size <= least:
         common.stop(
-            f"{size} words occur {RARE} times or more; expected more than --dim {options.dim}: "
-            "give a longer text or a smaller --dim"
+            f"{size} words occur {RARE} times or more; expected more than {least} for --dim "
+            f"{options.dim}: give a longer text"
         )
     stream, held_out = vocabulary.stream(texts), vocabulary.stream(held_out_texts)
     print(
@@ -476,7 +480,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def svd() -> Tensor:
         counts = cooccurrence(stream, size, options.window, harmonic=False)
-        return svd_vectors(ppmi(counts), options.dim)
+        return svd_vectors(pmi(counts).clamp(min=0), options.dim)
 
     def glove() -> Tensor:
         counts = cooccurrence(stream, size, options.window, harmonic=True)
@@ -518,7 +522,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     print(
         f"\n{len(pairs)} plurals and past tenses, found if among the {NEAREST} nearest; "
-        f"{len(questions)} analogies; rank correlation\nof cosine and PPMI in the files held out:\n"
+        f"{len(questions)} analogies; rank correlation\nof cosine and PMI in the files held out:\n"
     )
     print(common.table(("", "forms", "analogies", "held out", "seconds"), rows))
 
@@ -555,7 +559,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"after {len(done.losses)} steps of training:\n"
     )
     print(common.table(("starts from", "in training, mean", "then, held out"), rows))
-    found = common.speed(model, lm_loss, text_batches(train_cut, 1), seconds=seconds / 2)
+    found = common.speed(model, lm_loss, text_batches(train_cut, 1), seconds=min(seconds, 3.0))
     figures["ratio"] = found.ratio
     print(f"\n{found}")
 

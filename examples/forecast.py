@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import fastseq
 
-TRAIN, TEST = 0.6, 0.7  # where the training part ends and the test part starts
+TRAIN, TEST = 6, 7  # tenths: where the training part ends and the test part starts
 WARM = 8  # steps that a window is read before its forecasts count
 BATCH = 16  # windows, each of all columns
 CHECK = 20  # steps of training between two looks at the validation part
@@ -110,12 +110,12 @@ class Parts(NamedTuple):
 def parts_of(series: Tensor, window: int, horizon: int) -> Parts:
     """Mean and deviation are of the training part alone."""
     length = len(series)
-    train, test = int(TRAIN * length), int(TEST * length)
-    need = max((window + horizon + 1) / TRAIN, (horizon + 2) / (TEST - TRAIN))
-    if length < need:
+    train, test = length * TRAIN // 10, length * TEST // 10
+    if train < window + horizon or test - train <= horizon:
+        need = max(-(-(window + horizon) * 10 // TRAIN), (horizon + 2) * 10 // (TEST - TRAIN))
         common.stop(
-            f"the series has {length} values; expected at least {math.ceil(need)} for --window "
-            f"{window} and --horizon {horizon}"
+            f"the series has {length} values; expected at least {need} for --window {window} and "
+            f"--horizon {horizon}"
         )
     mean, deviation = series[:train].mean(0), series[:train].std(0)
     for column, spread in enumerate(deviation.tolist(), 1):
