@@ -332,11 +332,14 @@ def forms_found(vectors: Tensor, pairs: Tensor) -> float:
     return share((found == pairs[:, 1:]).any(1))
 
 
-def analogies_solved(vectors: Tensor, questions: Tensor) -> float:
-    """The word nearest to b - a + c, of unit vectors, which is none of the three."""
+def answers(vectors: Tensor, questions: Tensor) -> Tensor:
+    """(N, 1): the word nearest to b - a + c, of unit vectors, which is none of the three."""
     a, b, c, _ = normalize(vectors, dim=1)[questions].unbind(1)
-    found = nearest(vectors, b - a + c, questions[:, :3], 1)
-    return share((found == questions[:, 3:]).any(1))
+    return nearest(vectors, b - a + c, questions[:, :3], 1)
+
+
+def analogies_solved(vectors: Tensor, questions: Tensor) -> float:
+    return share((answers(vectors, questions) == questions[:, 3:]).any(1))
 
 
 def share(right: Tensor) -> float:
@@ -456,9 +459,8 @@ def arguments(argv: list[str] | None):
     made.add_argument(
         "--show", nargs="+", metavar="WORD", default=["file", "read", "int", "min", "thread"]
     )
-    return common.parse(
-        made, argv, {"seconds": 40.0, "epochs": 2, "passes": 15, "hidden": 64, "steps": 120}
-    )
+    short = {"seconds": 40.0, "words": 3000, "epochs": 2, "passes": 15, "hidden": 64, "steps": 100}
+    return common.parse(made, argv, short)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -536,6 +538,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             found = nearest(vectors[name], vectors[name][at[0]], at, 6)[0].tolist()
             print(f"{word:8} {label:13} {' '.join(vocabulary.words[k] for k in found)}")
 
+    if len(questions):
+        some = questions[:: math.ceil(len(questions) / 5)]
+        found = [answers(vectors[name], some)[:, 0].tolist() for name in LABELS]
+        rows = []
+        for question, *answered in zip(some.tolist(), *found, strict=True):
+            a, b, c, *answered = (vocabulary.words[k] for k in question[:3] + answered)
+            rows.append([f"{a} : {b} :: {c} :", *answered])
+        print(f"\n{common.table(('', *LABELS.values()), rows)}")
+
     best = max(LABELS, key=lambda name: figures[f"{name}_forms"])
     train_cut, held_out_cut = passages(stream), passages(held_out)
     if not len(held_out_cut):
@@ -544,12 +555,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "random": torch.randn(size, options.dim),
         "vectors": vectors[best] / vectors[best].std(),  # as large as the random ones
     }
-    rows = []
+    rows, steps, limit = [], options.steps, seconds
     for name, start in starts.items():
         torch.manual_seed(options.seed)
         model = WordLM(start, options.hidden, options.backend)
         batches = text_batches(train_cut, options.seed)
-        done = common.train(name, model, lm_loss, batches, steps=options.steps, seconds=seconds)
+        done = common.train(name, model, lm_loss, batches, steps=steps, seconds=limit)
+        steps, limit = len(done.losses), math.inf  # the other has as many, however long they take
         figures[f"lm_{name}_train"] = sum(done.losses) / len(done.losses)
         figures[f"lm_{name}"] = held_out_loss(model, held_out_cut)
         label = f"{LABELS[best]} vectors" if name == "vectors" else "random vectors"

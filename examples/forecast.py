@@ -295,7 +295,7 @@ def arguments(argv: list[str] | None):
     made.add_argument("--layers", type=common.positive, default=1)
     made.add_argument("--steps", type=common.positive, default=1500, help="of training, each")
     made.add_argument("--lr", type=common.above_zero, default=5e-3)
-    options = common.parse(made, argv, {"seconds": 12.0, "steps": 300})
+    options = common.parse(made, argv, {"seconds": 24.0, "steps": 300})
     if (options.csv is None) != (options.column is None):
         made.error("arguments --csv and --column: give both or neither")
     if options.window <= WARM:
