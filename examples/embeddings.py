@@ -22,6 +22,7 @@ Word Representation. Levy and Goldberg 2014, Neural Word Embedding as Implicit M
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import time
@@ -78,10 +79,10 @@ def words_of(text: str) -> list[str]:
     return [word.lower() for word in WORD.findall(text)]
 
 
-def documents(options) -> list[list[str]]:
+def documents(options: argparse.Namespace) -> list[list[str]]:
     """The words of each file; of one text, of ten parts of it."""
     if options.text is None:
-        paths = common.modules(files=options.files, packages=True)
+        paths = common.modules(files=options.files, packages=options.packages)
         return [words_of(common.read(path)) for path in paths]
     words = words_of(common.read(options.text))
     if len(words) < 1000:
@@ -436,10 +437,16 @@ def plot(vectors: dict[str, Tensor], vocabulary: Vocabulary, out: Path) -> None:
     common.save(figure, out / "embeddings.png")
 
 
-def arguments(argv: list[str] | None):
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     made = common.parser(__doc__, seconds=120.0)
     made.add_argument("--text", type=Path, help="a text file in place of the standard library")
     made.add_argument("--files", type=common.positive, help="files of it; all if left out")
+    made.add_argument(
+        "--packages",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read the library's packages too",
+    )
     made.add_argument(
         "--words", type=common.positive, default=4000, help="with vectors: counts are its square"
     )

@@ -21,6 +21,7 @@ Forecasting.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -207,22 +208,21 @@ def windows(x: Tensor, length: int) -> Iterator[Tensor]:
         yield spans[starts].flatten(0, 1).t()
 
 
-def fit(label: str, model: Forecaster, loss, parts: Parts, options, scale: Tensor) -> None:
-    """Train, and take the parameters with the least scaled error in the validation part."""
+def fit(label: str, model: Forecaster, loss, parts: Parts, options, scale: Tensor) -> int:
+    """Train, and take the parameters with the least scaled error in the validation part. Returns
+    after how many steps they were found."""
     origins = parts.origins("valid", options.horizon)
     truth = future(parts.x, origins, options.horizon)
-    best: tuple[float, dict] = (math.inf, {})
+    best: tuple[float, int, dict] = (math.inf, 0, {})
 
     def check(step: int) -> None:
         nonlocal best
-        if step % CHECK:
-            return
         square = ((model.forecasts(parts.x, origins) - truth) ** 2).mean((0, 2))
         error = (square / scale).mean().item()
         if error < best[0]:
-            best = error, {name: value.clone() for name, value in model.state_dict().items()}
+            best = error, step, {name: value.clone() for name, value in model.state_dict().items()}
 
-    common.train(
+    done = common.train(
         label,
         model,
         loss,
@@ -230,10 +230,11 @@ def fit(label: str, model: Forecaster, loss, parts: Parts, options, scale: Tenso
         steps=options.steps,
         seconds=options.seconds / 2,
         optimizer=torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01),
-        after=check,
+        after=lambda step: None if step % CHECK else check(step),
     )
-    check(0)
-    model.load_state_dict(best[1])
+    check(len(done.losses))
+    model.load_state_dict(best[2])
+    return best[1]
 
 
 def errors(forecasts: Tensor, truth: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +284,7 @@ def plot(forecasts, truth, mase, x: Tensor, origins: Tensor, title: str, out: Pa
     common.save(figure, out / "forecast.png")
 
 
-def arguments(argv: list[str] | None):
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     made = common.parser(__doc__, seconds=90.0)
     made.add_argument("--csv", type=Path, help="a CSV file with a header, in place of the sample")
     made.add_argument("--column", nargs="+", metavar="NAME", help="of the CSV file")
@@ -336,13 +337,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "seasonal": seasonal_naive(x, origins, horizon, period),
         "linear": linear(x, origins, horizon, fit_linear(known, options.order)),
     }
-    models = {}
+    models, chosen = {}, {}
     for name in ("lstm", "gru"):
         torch.manual_seed(options.seed)
         layer = getattr(fastseq, LABELS[name])
         layer = layer(2, options.hidden, options.layers, backend=options.backend)
         models[name] = Forecaster(layer, horizon)
-        fit(LABELS[name], models[name], loss, parts, options, scale)
+        chosen[name] = fit(LABELS[name], models[name], loss, parts, options, scale)
         forecasts[name] = models[name].forecasts(x, origins)
 
     step = known.diff(dim=0).abs().mean(0)
@@ -350,6 +351,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for name, values in forecasts.items():
         mase[name], rmse[name] = errors(values, truth, step)
     shown = sorted({1, 2, 4, 8, horizon} & set(range(1, horizon + 1)))
+    print(
+        f"The validation part chose the LSTM after {chosen['lstm']} of {options.steps} steps and the "
+        f"GRU after {chosen['gru']}"
+    )
     print(f"\nMASE, and RMSE in deviations of the training part, of {len(origins)} test origins:\n")
     header = ["", *(f"{h} ahead" for h in shown), "mean", f"RMSE {shown[0]}", f"RMSE {shown[-1]}"]
     rows = [
@@ -366,12 +371,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     figures = {f"{name}_one": mase[name][0].item() for name in LABELS}
     figures |= {f"{name}_mean": mase[name].mean().item() for name in LABELS}
 
-    print()
+    rows = []
     for name, model in models.items():
         batches = windows(known, options.window + horizon)
-        found = common.speed(model, loss, batches, seconds=options.seconds / 8)
+        found = common.speed(model, loss, batches, seconds=min(options.seconds / 8, 3.0))
         figures[f"{name}_ratio"] = found.ratio
-        print(f"{LABELS[name]}: {found}")
+        rows.append(found.row(LABELS[name]))
+    print(f"\nMedians of steps in turn, the same batches, {common.threads()}:\n")
+    print(common.table(common.SPEEDS, rows))
 
     title = f"{options.column[0] if options.csv else 'First electrode'}, {horizon} steps ahead"
     plot(forecasts, truth, mase, x, origins, title, options.out)
