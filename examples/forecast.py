@@ -4,7 +4,8 @@ The series is the electroencephalogram in matplotlib's sample data, four electro
 columns of a CSV file of your own. An LSTM and a GRU read it once and forecast at every step all
 horizons directly (a readout with one output for each), as a change from the last value. Beside them
 stand the last value repeated (naive), the value one period ago (seasonal naive) and a linear
-autoregression, whose forecasts are iterated. One model serves all columns, each standardised.
+autoregression, whose forecasts are iterated. One model serves all columns, each standardised; the
+long form averages the forecasts of five networks.
 
 Training, validation and test part follow each other in time. Mean and deviation, the period, the
 autoregression and the scale of the errors are of the training part; the validation part chooses
@@ -228,7 +229,7 @@ def fit(label: str, model: Forecaster, loss, parts: Parts, options, scale: Tenso
         loss,
         windows(parts.x[: parts.train], options.window + options.horizon),
         steps=options.steps,
-        seconds=options.seconds / 2,
+        seconds=options.seconds / (2 * options.members),
         optimizer=torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01),
         after=lambda step: None if step % CHECK else check(step),
     )
@@ -294,9 +295,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--order", type=common.positive, default=8, help="of the autoregression")
     made.add_argument("--hidden", type=common.positive, default=32, help="units of each layer")
     made.add_argument("--layers", type=common.positive, default=1)
-    made.add_argument("--steps", type=common.positive, default=1500, help="of training, each")
+    made.add_argument(
+        "--members", type=common.positive, default=5, help="networks, whose mean is the forecast"
+    )
+    made.add_argument("--steps", type=common.positive, default=400, help="of training, each")
     made.add_argument("--lr", type=common.above_zero, default=5e-3)
-    options = common.parse(made, argv, {"seconds": 24.0, "steps": 300})
+    options = common.parse(made, argv, {"seconds": 24.0, "members": 1, "steps": 300})
     if (options.csv is None) != (options.column is None):
         made.error("arguments --csv and --column: give both or neither")
     if options.window <= WARM:
@@ -337,24 +341,27 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "seasonal": seasonal_naive(x, origins, horizon, period),
         "linear": linear(x, origins, horizon, fit_linear(known, options.order)),
     }
-    models, chosen = {}, {}
+    models = {}
     for name in ("lstm", "gru"):
-        torch.manual_seed(options.seed)
-        layer = getattr(fastseq, LABELS[name])
-        layer = layer(2, options.hidden, options.layers, backend=options.backend)
-        models[name] = Forecaster(layer, horizon)
-        chosen[name] = fit(LABELS[name], models[name], loss, parts, options, scale)
-        forecasts[name] = models[name].forecasts(x, origins)
+        forecasts[name], steps = torch.zeros_like(truth), []
+        for member in range(options.members):
+            torch.manual_seed(options.seed + member)
+            layer = getattr(fastseq, LABELS[name])
+            layer = layer(2, options.hidden, options.layers, backend=options.backend)
+            models[name] = Forecaster(layer, horizon)
+            label = f"{LABELS[name]} {member + 1}"
+            steps.append(fit(label, models[name], loss, parts, options, scale))
+            forecasts[name] += models[name].forecasts(x, origins) / options.members
+        print(
+            f"{LABELS[name]}: the validation part chose {', '.join(map(str, steps))} of "
+            f"{options.steps} steps"
+        )
 
     step = known.diff(dim=0).abs().mean(0)
     mase, rmse = {}, {}
     for name, values in forecasts.items():
         mase[name], rmse[name] = errors(values, truth, step)
     shown = sorted({1, 2, 4, 8, horizon} & set(range(1, horizon + 1)))
-    print(
-        f"The validation part chose the LSTM after {chosen['lstm']} of {options.steps} steps and the "
-        f"GRU after {chosen['gru']}"
-    )
     print(f"\nMASE, and RMSE in deviations of the training part, of {len(origins)} test origins:\n")
     header = ["", *(f"{h} ahead" for h in shown), "mean", f"RMSE {shown[0]}", f"RMSE {shown[-1]}"]
     rows = [

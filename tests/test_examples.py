@@ -21,7 +21,7 @@ TINY = {
     "char_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --sample 20 --files 10",
     "embeddings": "--files 10 --no-packages --words 300 --dim 8 --epochs 1 --passes 1"
     " --hidden 8 --steps 3 --seconds 0.5",
-    "forecast": "--window 16 --horizon 4 --hidden 4 --steps 3 --seconds 0.5",
+    "forecast": "--window 16 --horizon 4 --hidden 4 --members 1 --steps 3 --seconds 0.5",
     "word_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --files 10 --no-packages --race 0.01",
 }
 
