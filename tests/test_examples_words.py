@@ -205,6 +205,18 @@ def test_agreement_is_spearmans_rank_correlation():
     assert words.held_out_agreement(vectors, x) == pytest.approx(expected)
 
 
+def test_held_out_loss_is_the_mean_over_passages():
+    torch.manual_seed(0)
+    stream = torch.randint(7, (70 * (words.BPTT + 1) + 5,))
+    stream[40] = words.BREAK
+    cut = words.passages(stream)
+    assert cut.shape == (70, words.BPTT + 1)
+    assert cut.flatten().tolist() == stream[stream != words.BREAK][: cut.numel()].tolist()
+    model = words.WordLM(torch.randn(7, 3), 4, None)
+    each = [words.lm_loss(model, passage[:, None]).item() for passage in cut]
+    assert words.held_out_loss(model, cut) == pytest.approx(sum(each) / 70, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "message"),
     [
