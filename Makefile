@@ -1,5 +1,5 @@
-# make demo | examples | test | test-all | fuzz | integration | bench | table | capabilities | cells | build | wheel
-#      sanitize | lint | clean
+# make demo | examples | test | test-all | fuzz | integration | bench | table | capabilities | cells
+#      build | wheel | sanitize | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
 # installed, the package and its tools, the C++ kernels where there is a C++ compiler (CXX), and the
@@ -31,7 +31,8 @@ help:
 	@echo "make examples  every example in its short form, some minutes; ARGS=\"--only tag\" runs one,"
 	@echo "               ARGS=--write writes docs/examples.md from what they print"
 	@echo "make test      the tests"
-	@echo "make test-all  the tests in their long form, and a short run of the benchmarks"
+	@echo "make test-all  the tests in their long form, which asks each example's short form to learn, and a"
+	@echo "               short run of the benchmarks"
 	@echo "make fuzz      random problems of every backend, an hour; MINUTES and BACKEND narrow it,"
 	@echo "               SEED runs one again"
 	@echo "make integration  other libraries with fastseq's layers, Captum to torchrl; installs them"

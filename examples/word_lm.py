@@ -348,6 +348,7 @@ def plot(results: dict[str, Result], title: str, path: Path) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("words read in training")
     axes.set_ylabel("perplexity on held-out text")
     axes.set_title(title, fontsize=11, loc="left")
