@@ -1,0 +1,11 @@
+"""Pooling over time: see :mod:`fastseq.nn.pooling`."""
+
+from .nn.pooling import (
+    average_pool,
+    dynamic_k_max_pool,
+    k_max_pool,
+    max_pool,
+    region_max_pool,
+)
+
+__all__ = ["average_pool", "dynamic_k_max_pool", "k_max_pool", "max_pool", "region_max_pool"]
