@@ -19,11 +19,15 @@ EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELS
 #: Arguments with which an example starts and ends within a second; --out is added.
 TINY = {
     "char_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --sample 20 --files 10",
+    "classify": "--packages http json --models CBOW Elman --epochs 1 --hidden 4 --longest 9",
+    "toys": "--tasks adding --cells IRNN MGU --lengths 3 --hidden 4 --batch 4 --steps 3",
 }
 
 #: What the figures of the short form must be, by the names under which ``main`` returns them.
 LEARNS = {
     "char_lm": "fastseq_bits < 3.2 and abs(fastseq_bits - torch_bits) < 0.2",  # of 97: 6.6 bits
+    "classify": "accuracy > majority + 0.25 and gru > majority + 0.2",
+    "toys": "max(adding_50_gru, adding_50_lstm, adding_50_indrnn) < 0.1 < 0.7 < adding_50_elman",
 }
 
 SHORT = """
