@@ -440,7 +440,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=common.positive, default=40, help="at most")
     parser.add_argument("--lr", type=common.above_zero, default=3e-3)
     options = common.parse(
-        parser, argv, short={"seconds": 20.0, "epochs": 4, "longest": 40, "lr": 5e-3}
+        parser,
+        argv,
+        short={"seconds": 20.0, "size": 32, "hidden": 48, "longest": 32, "epochs": 4, "lr": 1e-2},
     )
     if options.packages is None:
         options.packages = [name for name in PACKAGES if (common.STDLIB / name).is_dir()]
@@ -472,11 +474,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         + ", ".join(f"{label} {count}" for label, count in counts.most_common())
     )
 
-    results = []
-    for name in names:
+    results: list[Result] = []
+    for k, name in enumerate(names):
+        left = options.seconds - sum(result.seconds[-1] for result in results)
         torch.manual_seed(options.seed)
         model = Classifier(made[name](), corpus.vocabulary, options.size, len(corpus.labels))
-        result = trained(name, model, corpus, options, options.seconds / len(names))
+        result = trained(name, model, corpus, options, left / (len(names) - k))
         if isinstance(model.encoder, Recurrent):
             generator = torch.Generator().manual_seed(options.seed)
             batches = epoch(corpus.train, options.batch, generator)

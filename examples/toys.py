@@ -349,16 +349,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=400.0)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
-    parser.add_argument("--lengths", nargs="+", type=common.positive, default=[20, 50, 100, 200])
-    parser.add_argument("--hidden", type=common.positive, default=64)
+    parser.add_argument("--lengths", nargs="+", type=common.positive, default=[10, 50, 100])
+    parser.add_argument("--hidden", type=common.positive, default=128)
     parser.add_argument("--batch", type=common.positive, default=64)
-    parser.add_argument("--steps", type=common.positive, default=3000, help="at most, for each T")
+    parser.add_argument("--steps", type=common.positive, default=2500, help="at most, for each T")
     parser.add_argument("--lr", type=common.above_zero, default=1e-2)
     short = {
         "seconds": 20.0,
         "tasks": ["adding", "parity"],
         "cells": ["Elman", "IndRNN", "GRU", "LSTM"],
-        "lengths": [10, 50, 100],
+        "lengths": [10, 50],
+        "hidden": 64,
         "steps": 1200,
     }
     options = common.parse(parser, argv, short)
@@ -374,13 +375,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{options.hidden} units, batches of {options.batch}, at most {options.steps} steps; "
         "loss over the baseline's on sequences held out"
     )
-    each = options.seconds / (len(options.tasks) * len(options.cells))
-    runs = [
-        run
-        for task in options.tasks
-        for cell in options.cells
-        for run in lengths_of(task, cell, each, options)
-    ]
+    runs: list[Run] = []
+    pairs = [(task, cell) for task in options.tasks for cell in options.cells]
+    for k, (task, cell) in enumerate(pairs):
+        left = options.seconds - sum(run.seconds for run in runs)
+        runs += lengths_of(task, cell, left / (len(pairs) - k), options)
     print(f"\n{report(runs, options)}\n(yes: below {LEARNED:g}; -: not tried after a shorter no)")
     figures = {}
     for run in runs:
