@@ -80,20 +80,7 @@ def streams(text: str, batch: int, bptt: int) -> Tensor:
     """(rows, batch) character numbers: each column reads its own part of the text."""
     number = {c: k for k, c in enumerate(ALPHABET)}
     codes = torch.tensor([number[c] for c in text])
-    rows = len(codes) // batch
-    if rows < bptt + 1:
-        common.stop(
-            f"the text has {len(codes)} characters, too few for --batch {batch} times "
-            f"--bptt {bptt}; make one of them smaller"
-        )
-    return codes[: rows * batch].view(batch, rows).t().contiguous()
-
-
-def windows(data: Tensor, bptt: int):
-    """(inputs, targets, starts) without end; ``starts`` where reading begins at the top again."""
-    while True:
-        for t in range(0, len(data) - bptt, bptt):
-            yield data[t : t + bptt], data[t + 1 : t + bptt + 1], t == 0
+    return common.columns(codes, batch, bptt)
 
 
 def train_step(run: Run, inputs: Tensor, targets: Tensor, fresh: bool, clip: float) -> float:
@@ -113,7 +100,7 @@ def validate(model: CharLM, data: Tensor, bptt: int) -> float:
     """Bits per character."""
     model.eval()
     losses, state = [], None
-    for step, (inputs, targets, fresh) in enumerate(windows(data, bptt)):
+    for step, (inputs, targets, fresh) in enumerate(common.windows(data, bptt)):
         if step == VALID_STEPS or (step and fresh):
             break
         logits, state = model(inputs, state)
@@ -152,7 +139,7 @@ def warm_up(runs: list[Run], inputs: Tensor, targets: Tensor) -> None:
 
 def train(runs: list[Run], data: Tensor, options: argparse.Namespace) -> None:
     """Both models over the same windows, taking turns. Stops early when the time is up."""
-    batches = windows(data, options.bptt)
+    batches = common.windows(data, options.bptt)
     characters = options.batch * options.bptt
     bars = [
         tqdm(
@@ -240,7 +227,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--files", type=common.positive, help="read so many of them; all if left out"
     )
-    short = {"hidden": 128, "steps": 400, "seconds": 14.0, "sample": 300}
+    short = {"hidden": 128, "steps": 400, "seconds": 20.0, "sample": 300}
     return common.parse(parser, argv, short)
 
 
@@ -269,7 +256,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{options.bptt} steps, {torch.get_num_threads()} threads"
     )
     print(f"{title}; {len(train_text):,} characters of Python's standard library")
-    first = next(windows(data, options.bptt))
+    first = next(common.windows(data, options.bptt))
     try:
         warm_up(runs, *first[:2])
     except (ValueError, RuntimeError) as error:

@@ -183,6 +183,24 @@ def tokens(path: Path) -> list[tokenize.TokenInfo]:
         stop(f"{path}: not this Python's syntax: {error}")
 
 
+def columns(codes: Tensor, batch: int, bptt: int) -> Tensor:
+    """(rows, batch) of a text of numbers: each column reads its own part of it."""
+    rows = len(codes) // batch
+    if rows < bptt + 1:
+        stop(
+            f"the text has {len(codes)} items, too few for --batch {batch} times --bptt {bptt}; "
+            "make one of them smaller"
+        )
+    return codes[: rows * batch].view(batch, rows).t().contiguous()
+
+
+def windows(data: Tensor, bptt: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """(inputs, targets, fresh) without end; ``fresh`` where reading begins at the top again."""
+    while True:
+        for t in range(0, len(data) - bptt, bptt):
+            yield data[t : t + bptt], data[t + 1 : t + bptt + 1], t == 0
+
+
 # Training
 
 
@@ -256,6 +274,8 @@ def train(
         if len(done.losses) >= steps or done.elapsed >= seconds:
             break
     bar.close()
+    if len(done.losses) < steps and done.elapsed >= seconds:
+        print(f"{label}: stopped after {len(done.losses)} of {steps} steps: its time is up.")
     return done
 
 
@@ -299,6 +319,10 @@ class Speed(NamedTuple):
     def ratio(self) -> float:
         return self.torch_ms / self.fastseq_ms
 
+    def row(self, label: str) -> tuple[str, ...]:
+        """Of a table under :data:`SPEEDS`."""
+        return label, f"{self.torch_ms:.3g}", f"{self.fastseq_ms:.3g}", f"{self.ratio:.2f}"
+
     def __str__(self) -> str:
         count = torch.get_num_threads()
         return (
@@ -306,6 +330,10 @@ class Speed(NamedTuple):
             f"ms with fastseq, {self.ratio:.2f} times\nas fast (medians of {self.rounds} steps "
             f"each, in turn, the same batches; {count} thread{'s' * (count > 1)})."
         )
+
+
+#: Over rows of :meth:`Speed.row`.
+SPEEDS = ("ms a training step", "torch.nn", "fastseq", "times as fast")
 
 
 def speed(
@@ -342,11 +370,12 @@ def speed(
             break
         losses = {}
         for which in (0, 1) if turn % 2 else (1, 0):
-            torch.manual_seed(turn + 2)  # the same dropout
-            began = time.perf_counter()
-            losses[which] = update(both[which], optimizers[which], loss, batch, 1.0)
-            if turn >= 0:
-                samples[which].append(time.perf_counter() - began)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(turn + 2)  # the same dropout
+                began = time.perf_counter()
+                losses[which] = update(both[which], optimizers[which], loss, batch, 1.0)
+                if turn >= 0:
+                    samples[which].append(time.perf_counter() - began)
         if turn == -2 and not math.isclose(losses[0], losses[1], rel_tol=1e-3, abs_tol=1e-5):
             raise ValueError(
                 f"model: its first loss is {losses[0]:.6g} with torch.nn's layers and "
@@ -362,8 +391,10 @@ def speed(
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Rows under a header; the first column to the left, the others to the right."""
+    """Rows under a header; the first column to the left, the others to the right. A row may be
+    shorter."""
     lines = [[str(word) for word in row] for row in (header, *rows)]
+    lines = [[*line, *[""] * (len(header) - len(line))] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -66,7 +66,7 @@ def test_streams_and_windows(demo):
     text = "".join(demo.ALPHABET[k] for k in range(20))
     data = demo.streams(text, 2, 3)
     assert data[:, 0].tolist() == list(range(10)) and data[:, 1].tolist() == list(range(10, 20))
-    batches = demo.windows(data, 3)
+    batches = demo.common.windows(data, 3)
     inputs, targets, fresh = next(batches)
     assert fresh and torch.equal(inputs[1:], targets[:-1])
     seen = [next(batches)[2] for _ in range(3)]
