@@ -19,8 +19,10 @@ from .literature import (
 )
 from .options import CellOptions, LayerOptions, set_options
 from .own import OwnCell, OwnLayer, cell
+from .pooling import Pooling
 from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
+from .sequence import Decoder, Encoder, SequenceAutoencoder
 from .streaming import StackedStreaming, Streaming, streaming
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "CellOptions",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "Decoder",
+    "Encoder",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -42,10 +46,12 @@ __all__ = [
     "OwnLayer",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
+    "Pooling",
     "RNNCell",
     "Recurrent",
     "Report",
     "SCRNCell",
+    "SequenceAutoencoder",
     "Stacked",
     "StackedStreaming",
     "Streaming",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from ..ops.checks import check_lengths, is_integral
+from ..ops.checks import check_integers, check_lengths, is_integral
 from ..ops.geometry import Dense
 
 Lengths = Tensor | Sequence[int] | None
@@ -121,6 +121,7 @@ def dynamic_k_max_pool(
     k_top: int,
     lengths: Lengths = None,
     *,
+    s: Lengths = None,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""k-max pooling between convolutions, with a k of each sequence's own.
@@ -129,27 +130,29 @@ def dynamic_k_max_pool(
         k_l = \max\left(k_{top}, \left\lceil \frac{L - l}{L} s \right\rceil\right)
 
     with l the number of the convolution behind which it stands, L how many there are, and s the
-    sequence's length. It is the paper's :func:`k_max_pool` with that k.
+    length of the sentence that went into the first. It is :func:`k_max_pool` with that k.
 
     Args:
-        x: (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a PackedSequence; floating. The
-            lengths are those of the sentences, which l = 1, 2, ... cut down in turn.
+        x: (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a PackedSequence; floating.
         layer: l, from 1 to ``num_layers``.
         num_layers: L, at least 1.
         k_top: the k of the last layer, at least 1.
         lengths: (B,) integers from 0 to T, or None.
+        s: (B,) integers from 0 on; the lengths of x if None, as of a first convolution that keeps
+            them.
         batch_first: how x and the result lie.
 
     Returns:
         ``pooled, lengths``: (K, B, F), (B, K, F) with ``batch_first``, or (K, F) of one sequence,
-        with K the k of a sequence of T steps; and how many values each sequence has there, the
-        lesser of its k and s, (B,) int64, behind which there are zeros.
+        with K the k of the longest that s may be, T or the greatest given; and how many values each
+        sequence has there, the lesser of its k and its length, (B,) int64, behind which there are
+        zeros. They are the ``lengths`` of the next layer.
 
     Raises:
         TypeError, ValueError: an argument is none of these.
 
     Source: Kalchbrenner, Grefenstette and Blunsom 2014, A Convolutional Neural Network for
-    Modelling Sentences, section 3.3 and equation 4.
+    Modelling Sentences, section 3.3.
     """
     _check_count("num_layers", num_layers)
     _check_count("layer", layer)
@@ -162,9 +165,15 @@ def dynamic_k_max_pool(
         """Rounded up, in integers: (L - l) / L of a length may not be a number of a float."""
         return -(-(num_layers - layer) * s // num_layers)
 
-    counts = share(steps.lengths).clamp(min=k_top).minimum(steps.lengths)
-    pooled = _greatest(steps, max(k_top, share(steps.x.shape[0])), counts)
-    return steps.vectors(pooled), counts if steps.geometry.batched else counts[0]
+    sizes, longest = steps.lengths, steps.x.shape[0]
+    if s is not None:
+        sizes = check_integers("s", s, steps.x.shape[1]).to(steps.x.device)
+        if len(sizes) and int(sizes.min()) < 0:
+            raise ValueError(f"s: expected lengths from 0 on, got {int(sizes.min())}")
+        longest = int(sizes.max()) if len(sizes) else 0
+    counts = share(sizes).clamp(min=k_top).minimum(steps.lengths)
+    pooled = steps.vectors(_greatest(steps, max(k_top, share(longest)), counts))
+    return pooled, counts if steps.geometry.batched else counts[0]
 
 
 def region_max_pool(
@@ -199,8 +208,8 @@ def region_max_pool(
         TypeError, ValueError: an argument is none of these.
 
     Source: Johnson and Zhang 2015, Effective Use of Word Order for Text Categorization with
-    Convolutional Neural Networks, section 2.2; Chen et al. 2015, Event Extraction via Dynamic
-    Multi-Pooling Convolutional Neural Networks, section 3.3.
+    Convolutional Neural Networks; Chen et al. 2015, Event Extraction via Dynamic
+    Multi-Pooling Convolutional Neural Networks, section 3.3.3.
     """
     if not isinstance(regions, Tensor):
         _check_count("regions", regions)
