@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
-from fastseq.nn.pooling import Pooling
+from fastseq.pooling import Pooling
 
 WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")  # letters, numbers, and each sign by itself
 #: Packages of the standard library with many docstrings. Not every Python has them all.
@@ -404,7 +404,8 @@ def plot(results: list[Result], majority: float, path: Path) -> None:
 
 
 def figures(results: list[Result], majority: float) -> dict[str, float]:
-    """What ``main`` returns: each model's accuracy by its name, and the recurrent ones' ratios."""
+    """What ``main`` returns: the accuracy of each model by its name, and of the best; and how many
+    times as fast as torch.nn's the recurrent ones train."""
     found = {"majority": majority, "accuracy": best_of(results).accuracy}
     for result in results:
         name = re.sub(r"\W", "_", result.label.lower())
@@ -416,14 +417,13 @@ def figures(results: list[Result], majority: float) -> dict[str, float]:
 
 def report(results: list[Result], majority: float) -> str:
     header = ["", "accuracy", "parameters", "seconds", "documents/s"]
-    header += ["torch.nn ms", "fastseq ms", "ratio"]
+    header += ["torch.nn ms", "fastseq ms", "times as fast"]
     rows = [["majority", f"{majority:.1%}", *[""] * 6]]
     for one in results:
         row = [one.label, f"{one.accuracy:.1%}", f"{one.parameters:,}"]
         row += [f"{one.seconds[-1]:.1f}", f"{one.speed:,.0f}"]
         if one.beside:
-            row += [f"{one.beside.torch_ms:.2f}", f"{one.beside.fastseq_ms:.2f}"]
-            row += [f"{one.beside.ratio:.2f}"]
+            row += one.beside.row("")[1:]
         rows.append(row + [""] * (len(header) - len(row)))
     return common.table(header, rows)
 
@@ -489,7 +489,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         results.append(result)
 
     majority = corpus.majority()
-    print(f"\n{report(results, majority)}")
+    print(
+        f"\n{report(results, majority)}\n(documents/s: in training; ms: a training step, in turn; "
+        "torch.nn's layers take packed sequences)"
+    )
     plot(results, majority, options.out / "classify.png")
     best = best_of(results)
     if found := confused(best, corpus):

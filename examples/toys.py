@@ -249,11 +249,11 @@ def trained(name: str, cell: str, T: int, seconds: float, options: argparse.Name
 
 
 def lengths_of(name: str, cell: str, seconds: float, options: argparse.Namespace) -> list[Run]:
-    """From the shortest length on, as far as the cell learns."""
+    """From the shortest length on, as far as the cell learns and the seconds allow."""
     runs: list[Run] = []
     for T in options.lengths:
         left = seconds - sum(run.seconds for run in runs)
-        if left > 0 and (not runs or runs[-1].learned):
+        if not runs or (left > 0 and runs[-1].learned):
             runs.append(trained(name, cell, T, left, options))
     return runs
 
@@ -315,10 +315,9 @@ def by_cell(flows: list[dict[str, Tensor]], speeds: dict[str, common.Speed]) -> 
     for cell in flows[0]:
         row = [cell, *(f"{norms[cell][0]:.1e}" for norms in flows), "-", "-", "-"]
         if cell in speeds:
-            one = speeds[cell]
-            row[-3:] = f"{one.torch_ms:.2f}", f"{one.fastseq_ms:.2f}", f"{one.ratio:.2f}"
+            row[-3:] = speeds[cell].row(cell)[1:]
         rows.append(row)
-    header = ["cell", "gradient", "torch's init", "torch.nn ms", "fastseq ms", "ratio"]
+    header = ["cell", "gradient", "torch's init", "torch.nn ms", "fastseq ms", "times as fast"]
     return common.table(header, rows)
 
 
@@ -363,7 +362,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "steps": 1200,
     }
     options = common.parse(parser, argv, short)
-    options.lengths.sort()
+    options.lengths = sorted(set(options.lengths))
     if options.lengths[0] < 2:
         parser.error(f"argument --lengths: expected at least 2, got {options.lengths[0]}")
     return options

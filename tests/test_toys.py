@@ -115,6 +115,9 @@ def test_a_cell_goes_on_as_far_as_it_learns(monkeypatch):
     runs = toys.lengths_of("adding", "GRU", 10.0, options())
     assert tried == [(2, 10.0), (4, 8.0)], "each with the time that is left; nothing after a no"
     assert toys.farthest(runs, "adding", "GRU") == 2
+    tried.clear()
+    toys.lengths_of("adding", "GRU", -1.0, options())
+    assert tried == [(2, -1.0)], "the shortest, so that there is something to show"
     assert toys.farthest(runs, "adding", "LSTM") == 0
 
 
