@@ -196,10 +196,15 @@ class Run:
     looks: list[int] = field(default_factory=list)  # steps of training at each
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    cut: bool = False  # its time was up before its steps
 
     @property
     def learned(self) -> bool:
         return self.losses[-1] < LEARNED
+
+    @property
+    def verdict(self) -> str:
+        return "yes" if self.learned else "cut" if self.cut else "no"
 
 
 def model_of(
@@ -245,6 +250,7 @@ def trained(name: str, cell: str, T: int, seconds: float, options: argparse.Name
     if len(done.losses) > run.looks[-1]:
         look(len(done.losses))
     run.seconds = done.elapsed
+    run.cut = not run.learned and run.looks[-1] < options.steps
     return run
 
 
@@ -303,7 +309,7 @@ def report(runs: list[Run], options: argparse.Namespace) -> str:
             row = [task, T, f"{TASKS[task].baseline(T):.3f}"]
             for cell in options.cells:
                 run = by_name.get((task, T, cell))
-                row.append(f"{run.losses[-1]:.2f} {'yes' if run.learned else 'no'}" if run else "-")
+                row.append(f"{run.losses[-1]:.2f} {run.verdict}" if run else "-")
             rows.append(row)
     return common.table(header, rows)
 
@@ -379,7 +385,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for k, (task, cell) in enumerate(pairs):
         left = options.seconds - sum(run.seconds for run in runs)
         runs += lengths_of(task, cell, left / (len(pairs) - k), options)
-    print(f"\n{report(runs, options)}\n(yes: below {LEARNED:g}; -: not tried after a shorter no)")
+    print(
+        f"\n{report(runs, options)}\n(yes: below {LEARNED:g}; cut: its time was up; "
+        "-: not tried where a shorter one was not learned)"
+    )
     figures = {}
     for run in runs:
         figures[f"{run.task}_{run.length}_{run.cell.lower()}"] = run.losses[-1]

@@ -132,8 +132,14 @@ def test_training_ends_when_the_loss_on_what_is_held_out_is_low(monkeypatch):
     monkeypatch.setattr(toys, "loss", loss)
     given = options(steps=500, lr=0.01)
     run = toys.trained("adding", "GRU", 4, 1000.0, given)
-    assert run.looks == [0, toys.LOOK, 2 * toys.LOOK] and run.learned
+    assert run.looks == [0, toys.LOOK, 2 * toys.LOOK] and run.verdict == "yes"
     assert run.losses == pytest.approx([1.0, 0.5, 0.05])
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(0.0, "cut"), (1000.0, "no")])
+def test_a_cell_whose_time_was_up_is_not_said_to_have_failed(seconds, verdict):
+    run = toys.trained("adding", "GRU", 4, seconds, options(steps=3, lr=1e-4))
+    assert run.verdict == verdict
 
 
 def test_the_gradient_goes_back_farther_with_the_literatures_values():
