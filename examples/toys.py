@@ -420,8 +420,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             (f"T = {T}" if T else "none") + " by " + ", ".join(c for c in reach if reach[c] == T)
             for T in sorted(set(reach.values()), reverse=True)
         ]
-        baseline = TASKS[task].baseline(options.lengths[-1])
-        print(f"{task} learned, against a baseline of {baseline:.3f}: {'; '.join(groups)}")
+        T = options.lengths[-1]
+        baseline = TASKS[task].baseline(T)
+        print(f"{task}, baseline {baseline:.3f} at T = {T}; learned: {'; '.join(groups)}")
     return figures
 
 

@@ -49,19 +49,21 @@ def test_the_three_parts_share_no_text_and_have_all_labels():
 
 
 def test_an_epoch_has_each_document_once_and_another_order_each_time():
-    items = [(torch.arange(2, 3 + k % 7), k) for k in range(50)]
+    items = [(torch.arange(2, 12 + k % 7), k) for k in range(50)]
     generator = torch.Generator().manual_seed(0)
-    orders = []
+    orders, together = [], []
     for _ in range(2):
         batches = classify.epoch(items, 8, generator)
         orders.append(torch.cat([batch.labels for batch in batches]).tolist())
         assert sorted(orders[-1]) == list(range(50))
+        together.append({frozenset(batch.labels.tolist()) for batch in batches})
         for batch in batches:
             assert batch.words.shape == (len(batch.labels), batch.lengths.max())
             for words, length, label in zip(*batch, strict=True):
                 assert torch.equal(words[:length], items[label][0])
                 assert (words[length:] == classify.PADDING).all()
     assert orders[0] != orders[1]
+    assert together[0] != together[1], "other neighbours in a batch"
 
 
 @pytest.mark.parametrize("name", classify.encoders(1, 1, None))
