@@ -369,7 +369,7 @@ def confused(result: Result, corpus: Corpus, most: int = 4) -> str:
         if label != answer
     )
     return ", ".join(
-        f"{label} for {answer} ({count})" for (label, answer), count in pairs.most_common(most)
+        f"{label} taken for {answer} ({count})" for (label, answer), count in pairs.most_common(most)
     )
 
 
@@ -496,7 +496,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     plot(results, majority, options.out / "classify.png")
     best = best_of(results)
     if found := confused(best, corpus):
-        print(f"Most frequent mistakes of {best.label}: {found}")
+        print(f"Most frequent mistakes of {best.label}: {found}.")
     print(
         f"{best.label}, the best on validation texts, is right about {best.accuracy:.1%} of the\n"
         f"{len(corpus.held_out)} texts held out; always the most frequent label: {majority:.1%}."

@@ -219,6 +219,16 @@ def model_of(
     return Reader(layer, task)
 
 
+def check_backend(options: argparse.Namespace) -> None:
+    """Not every backend has every cell."""
+    for cell in options.cells:
+        layer = CELLS[cell].layer(1, 1, backend=options.backend)
+        try:
+            layer(torch.zeros(2, 1, 1))[0].sum().backward()
+        except (ValueError, RuntimeError) as error:
+            common.stop(f"--backend {options.backend}, {cell}: {error}")
+
+
 def trained(name: str, cell: str, T: int, seconds: float, options: argparse.Namespace) -> Run:
     """Train until the cell has learned the problem, or the steps or the seconds are over."""
     task, run = TASKS[name], Run(name, cell, T)
@@ -376,6 +386,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     options = arguments(argv)
+    if options.backend is not None:
+        check_backend(options)
     print(
         f"{options.hidden} units, batches of {options.batch}, at most {options.steps} steps; "
         "loss over the baseline's on sequences held out"

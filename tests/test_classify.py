@@ -105,7 +105,7 @@ def test_the_most_frequent_mistakes():
     corpus = classify.Corpus(documents(100, 100))
     wrong = [1 - label if k < 12 else label for k, (_, label) in enumerate(corpus.held_out)]
     result = classify.Result("m", nn.Linear(1, 1), [1.0], [0.4], 1.0, wrong, 0.4)
-    assert classify.confused(result, corpus) == "a for b (10), b for a (2)"
+    assert classify.confused(result, corpus) == "a taken for b (10), b taken for a (2)"
 
 
 def test_a_table_of_texts(tmp_path):

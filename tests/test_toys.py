@@ -163,3 +163,5 @@ def test_mistakes_on_the_command_line(capsys):
     with pytest.raises(SystemExit):
         toys.main(["--lengths", "20", "1"])
     assert "--lengths: expected at least 2, got 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"--backend torch, MGU: .* has no mgu"):
+        toys.main(["--backend", "torch", "--cells", "GRU", "MGU"])
