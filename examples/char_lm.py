@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     title = (
         f"{name}, {options.layers} x {options.hidden} units, batch {options.batch}, "
-        f"{options.bptt} steps, {torch.get_num_threads()} threads"
+        f"{options.bptt} steps, {common.threads()}"
     )
     print(f"{title}; {len(train_text):,} characters of Python's standard library")
     first = next(common.windows(data, options.bptt))

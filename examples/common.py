@@ -287,6 +287,12 @@ def detached(state: Any) -> Any:
 # torch.nn's layers beside fastseq's
 
 
+def threads() -> str:
+    """How many torch has, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def ragged(layer: nn.Module, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
     """Output, padded with zeros, and last states of a padded batch: by ``lengths=`` of fastseq's
     layers, by packing for torch.nn's."""
@@ -324,11 +330,10 @@ class Speed(NamedTuple):
         return label, f"{self.torch_ms:.3g}", f"{self.fastseq_ms:.3g}", f"{self.ratio:.2f}"
 
     def __str__(self) -> str:
-        count = torch.get_num_threads()
         return (
             f"A training step takes {self.torch_ms:.3g} ms with torch.nn and {self.fastseq_ms:.3g} "
             f"ms with fastseq, {self.ratio:.2f} times\nas fast (medians of {self.rounds} steps "
-            f"each, in turn, the same batches; {count} thread{'s' * (count > 1)})."
+            f"each, in turn, the same batches; {threads()})."
         )
 
 
@@ -370,8 +375,7 @@ def speed(
             break
         losses = {}
         for which in (0, 1) if turn % 2 else (1, 0):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(turn + 2)  # the same dropout
+            with torch.random.fork_rng(devices=[]):  # the same dropout for both
                 began = time.perf_counter()
                 losses[which] = update(both[which], optimizers[which], loss, batch, 1.0)
                 if turn >= 0:

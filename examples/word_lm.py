@@ -4,7 +4,7 @@ The text is the prose of Python's standard library, its docstrings and comments,
 All models predict the same words of files that were not trained on, one by one, and perplexity says
 how many words they hesitate between: n-grams with Kneser-Ney smoothing (modified, interpolated), a
 network that reads a window of words, and fastseq's recurrent layers, which read all words so far.
-Words beyond the vocabulary are one word, <unk>, and numbers are another.
+Words beyond the vocabulary are one word, ``<unk>``, and numbers are another.
 
 Paper: Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling;
 Bengio et al. 2003, A Neural Probabilistic Language Model; Mikolov et al. 2010, Recurrent Neural
@@ -18,6 +18,7 @@ the dropout is); Press and Wolf 2017, Using the Output Embedding to Improve Lang
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import time
 from collections import Counter
@@ -249,6 +250,11 @@ def alone(model: nn.Module, batch: Batch) -> Tensor:
     return Carried()(model, batch)
 
 
+def layer_alone(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss without embedding and readout, to see what the layer itself takes."""
+    return model[0](x)[0].square().mean()
+
+
 @torch.no_grad()
 def probabilities(model: WordLM, codes: np.ndarray) -> np.ndarray:
     """Of each word of a text, after those before it, as an n-gram's: <eos> stands before it."""
@@ -439,9 +445,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if name == "feed-forward":
             continue
         windows = common.windows(data, options.bptt)
-        found = common.speed(models[name], alone, windows, seconds=options.race)
-        figures[f"{name.lower()}_ratio"] = found.ratio
-        rows.append(found.row(name))
+        model = models[name]
+        x = model.embedding(next(windows)[0]).detach().requires_grad_()
+        whole = common.speed(model, alone, windows, seconds=options.race)
+        layer = common.speed(
+            nn.Sequential(model.layer), layer_alone, itertools.repeat(x), seconds=options.race / 2
+        )
+        figures |= {
+            f"{name.lower()}_ratio": whole.ratio,
+            f"{name.lower()}_layer_ratio": layer.ratio,
+        }
+        rows += [whole.row(name), layer.row(f"{name}, the layer alone")]
     if rows:
         print(f"{common.table(common.SPEEDS, rows)}\n")
     title = f"{options.hidden} units, vocabulary {V:,}, dropout {options.dropout:g}"

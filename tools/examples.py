@@ -28,7 +28,7 @@ PICTURES = ROOT / "docs" / "examples"
 #: What is no example that runs by itself: the shared code, and a script for torchrun.
 APART = {"common", "distributed"}
 #: Arguments of the short form of examples that have no --short.
-SHORT = {"own_cell": ["--steps", "200"]}
+SHORT = {"own_cell": ["--length", "20", "--steps", "400"]}
 
 INTRODUCTION = """# Examples
 
