@@ -133,6 +133,14 @@ def test_compiled_in_one_graph(kind):
     torch.testing.assert_close(compiled(x), POOLS[kind](x, LENGTHS))
 
 
+def test_of_many_equal_values_the_earlier_stand():
+    x = torch.randint(3, (200, 2, F)).double()
+    expected = [
+        greatest_in_order(values, 90) for _, _, values in columns(x, torch.tensor([200] * 2))
+    ]
+    assert pooling.k_max_pool(x, 90).permute(1, 2, 0).flatten(0, 1).tolist() == expected
+
+
 def test_more_than_there_is():
     x = draw()
     pooled = pooling.k_max_pool(x, 9)

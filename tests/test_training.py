@@ -123,6 +123,7 @@ def hidden_of_scrn(layer, x_t, h_prev, states):
 
 LAYERS = {
     "lstm": lambda: fastseq.LSTM(I, H, **F64),
+    "by torch": lambda: fastseq.LSTM(I, H, backend="torch", **F64),
     "projected": lambda: fastseq.LSTM(I, H, proj_size=3, **F64),
     "zoneout": lambda: fastseq.LSTM(I, H, zoneout=(0.3, 0.2), dtype=torch.float64),
     "reset before": lambda: fastseq.GRU(I, H, reset_after=False, **F64),
@@ -231,12 +232,14 @@ def test_one_sequence_empty_batch_and_no_grad_mode():
 
 
 def test_a_gradient_too_small_to_be_squared():
-    layer = fastseq.RNN(I, H, nonlinearity="relu")
+    layer = fastseq.RNN(I, 64, nonlinearity="relu")
     with torch.no_grad():
-        layer.weight_hh_l0.copy_(1e-6 * torch.eye(H))
+        layer.weight_hh_l0.copy_(1e-6 * torch.eye(64))
         layer.bias_ih_l0.fill_(9.0)
-    norms = gradient_flow(layer, torch.zeros(T, 1, I))
-    torch.testing.assert_close(norms[0], H**0.5 * 1e-6 ** torch.arange(T - 1.0, -1, -1))
+    norms = gradient_flow(layer, torch.zeros(T, 4, I))
+    torch.testing.assert_close(
+        norms[0], 16 * 1e-6 ** torch.arange(T - 1.0, -1, -1), atol=0, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -391,6 +394,8 @@ def test_a_state_goes_on_and_its_gradient_does_not():
         assert torch.autograd.grad(first.sum(), h_0)[0].any()
         assert torch.autograd.grad(second.sum(), h_0, allow_unused=True) == (None,)
         close(windows.state, layer(x, h_0)[1].detach())
+    first, second = (part.output for part in tbptt(layer, x, window=5, back=10, state=h_0))
+    assert torch.autograd.grad(second.sum(), h_0)[0].any()
     carried = tbptt(layer, x, window=5, state=windows.state)
     close(next(iter(carried)).output, layer(x[:5], windows.state)[0])
 

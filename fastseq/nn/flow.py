@@ -362,7 +362,7 @@ def _walk_layer(
         steps: list[list[Tensor]] = []
         for t in reversed(range(len(x))) if d else range(len(x)):
             step = Stack(own, x[t], now, flat, OneStep(x[t]), zoneout=zoneout)
-            # whatever reads a state reads this very tensor: its gradient is all that there is of it
+            # views: what comes behind the step reads them, all of it, and nothing within the step
             new = [s.view_as(s) for s in run(step)[1]]
             steps.append(new)
             if inside is None:

@@ -92,8 +92,6 @@ def vanishing_gradient_regularizer(
     h = geometry.dense(y)
     dy = torch.zeros_like(h) if dy is None else geometry.dense(dy)
     dh_n = torch.zeros_like(h[0]) if dh_n is None else geometry.state(dh_n)[0]
-    if not full:
-        h = h.detach()
     T, B, _ = h.shape
     ends = torch.full((B,), T) if lengths is None else lengths
     time, ends = torch.arange(T, device=h.device)[:, None], ends.to(h.device)
