@@ -369,7 +369,8 @@ def confused(result: Result, corpus: Corpus, most: int = 4) -> str:
         if label != answer
     )
     return ", ".join(
-        f"{label} taken for {answer} ({count})" for (label, answer), count in pairs.most_common(most)
+        f"{label} taken for {answer} ({count})"
+        for (label, answer), count in pairs.most_common(most)
     )
 
 
@@ -490,8 +491,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     majority = corpus.majority()
     print(
-        f"\n{report(results, majority)}\n(documents/s: in training; ms: a training step, in turn; "
-        "torch.nn's layers take packed sequences)"
+        f"\n{report(results, majority)}\n(documents/s: in training; ms: a training step, in turn, "
+        f"{common.threads()}; torch.nn's layers take packed sequences)"
     )
     plot(results, majority, options.out / "classify.png")
     best = best_of(results)

@@ -421,7 +421,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(f"\n{by_cell(flows, speeds)}")
     print(
         f"({where}; gradient: its norm at the first step over the greatest, before training, with\n"
-        "the literature's initial values and with torch's; ms: of a step of training, in turn)\n"
+        f"the literature's initial values and with torch's; ms: a training step, in turn, "
+        f"{common.threads()})\n"
     )
     figures |= {f"{cell.lower()}_ratio": one.ratio for cell, one in speeds.items()}
     figures |= {f"{cell.lower()}_gradient": norms[0].item() for cell, norms in flows[0].items()}
