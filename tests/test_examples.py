@@ -19,18 +19,22 @@ EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELS
 #: Arguments with which an example starts and ends within a second; --out is added.
 TINY = {
     "char_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --sample 20 --files 10",
+    "classify": "--packages http json --models CBOW Elman --epochs 1 --hidden 4 --longest 9",
     "embeddings": "--files 10 --no-packages --words 300 --dim 8 --epochs 1 --passes 1"
     " --hidden 8 --steps 3 --seconds 0.5",
     "forecast": "--window 16 --horizon 4 --hidden 4 --members 1 --steps 3 --seconds 0.5",
+    "toys": "--tasks adding --cells IRNN MGU --lengths 3 --hidden 4 --batch 4 --steps 3",
     "word_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --files 10 --no-packages --race 0.01",
 }
 
 #: What the figures of the short form must be, by the names under which ``main`` returns them.
 LEARNS = {
     "char_lm": "fastseq_bits < 3.2 and abs(fastseq_bits - torch_bits) < 0.2",  # of 97: 6.6 bits
+    "classify": "accuracy > majority + 0.25 and gru > majority + 0.2",
     "embeddings": "min(svd_forms, skip_gram_forms, cbow_forms, glove_forms) > 20 * chance_forms"
     " and lm_vectors < lm_random",
     "forecast": "max(lstm_one, gru_one) < min(naive_one, seasonal_one) and gru_mean < naive_mean",
+    "toys": "max(adding_50_gru, adding_50_lstm, adding_50_indrnn) < 0.1 < 0.7 < adding_50_elman",
     "word_lm": "both < kneser_ney_4 < kneser_ney_2 and max(lstm, gru, rnn) < 190",
 }
 
