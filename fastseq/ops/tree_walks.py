@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..backends.products import product
 from .autograd import gradients_again
 from .modes import foreign, in_transform
 from .trees import Level, Trees
@@ -243,16 +244,15 @@ def _igo(w: Tensor) -> Tensor:
     return torch.cat((w[:H], w[2 * H :]))
 
 
-def _affine(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
-    """out = x w^T + b"""
-    if b is None:
-        torch.mm(x, w.t(), out=out)
-    else:
-        torch.addmm(b, x, w.t(), out=out)
-
-
 def _fill(b: Tensor | None, out: Tensor) -> None:
     out.zero_() if b is None else out.copy_(b)
+
+
+def _affine(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
+    """out = x w^T + b"""
+    if b is not None:
+        out.copy_(b)
+    product(x, w.t(), out, add=b is not None)
 
 
 def _lstm_up(gates: Gates, before: Tensor | None, c: Tensor, tanh_c: Tensor, h: Tensor) -> None:
@@ -311,7 +311,7 @@ class ChildSum(Walk):
         def give(first: int, last: int) -> None:
             """What rows add to their parents' c."""
             f = F[first:last]
-            torch.sigmoid_(f.addmm_(h[first:last], u_f))
+            torch.sigmoid_(product(h[first:last], u_f, f, add=True))
             torch.mul(f, c[first:last], out=kept[first:last])
 
         _lstm_up(G[n:].chunk(3, 1), None, c[n:], tanh_c[n:], h[n:])
@@ -321,7 +321,7 @@ class ChildSum(Walk):
         for first, last, children, starts, _ in reversed(trees.levels):
             s = torch.embedding_bag(h, children, starts)[0]
             sums.append(s)
-            own = G[first:last].addmm_(s, u_igo)
+            own = product(s, u_igo, G[first:last], add=True)
             before = torch.embedding_bag(kept, children, starts)[0]
             _lstm_up(own.chunk(3, 1), before, c[first:last], tanh_c[first:last], h[first:last])
             if first:
@@ -346,7 +346,7 @@ class ChildSum(Walk):
             torch.mul(dc_above, c[first:last], out=df)
             sigmoid_backward(df, f, grad_input=df)
             dc[first:last].addcmul_(dc_above, f)
-            dh[first:last].add_(ds.index_select(0, above)).addmm_(df, u_f)
+            product(df, u_f, dh[first:last].add_(ds.index_select(0, above)), add=True)
 
         for first, last, *_ in trees.levels:
             if first:
@@ -354,7 +354,7 @@ class ChildSum(Walk):
             rows = slice(first, last)
             gates, dgates = G[rows].chunk(3, 1), dG[rows].chunk(3, 1)
             _lstm_down(gates, tanh_c[rows], dh[rows], dc[rows], dgates)
-            torch.mm(dG[rows], u_igo, out=ds[rows])
+            product(dG[rows], u_igo, out=ds[rows])
         single = trees.leaf_roots[1]
         if single < N:
             take(single, N)
@@ -367,18 +367,18 @@ class ChildSum(Walk):
         di, dgo = dG[:, :H], dG[:, H:]
         for d, rows in ((di, slice(0, H)), (dgo, slice(2 * H, 4 * H))):
             torch.sum(d, 0, out=db[rows])
-            torch.mm(d[n:].t() if alone else d.t(), x, out=dw_ih[rows])
-            torch.mm(d[:n].t(), s, out=dw_hh[rows])
+            product(d[n:].t() if alone else d.t(), x, out=dw_ih[rows])
+            product(d[:n].t(), s, out=dw_hh[rows])
         torch.sum(dF, 0, out=db[f])
-        torch.mm(dF.t(), h, out=dw_hh[f])
-        dx = torch.mm(dG[n:] if alone else dG, _igo(w_ih)) if wants_x else None
+        product(dF.t(), h, out=dw_hh[f])
+        dx = product(dG[n:] if alone else dG, _igo(w_ih)) if wants_x else None
         if alone or n == 0:
             dw_ih[f] = 0
         else:
             above = torch.embedding_bag(dF, trees.tensor("children"), trees.tensor("starts"))[0]
-            torch.mm(above.t(), x[:n], out=dw_ih[f])
+            product(above.t(), x[:n], out=dw_ih[f])
             if dx is not None:
-                dx[:n].addmm_(above, w_ih[f])
+                product(above, w_ih[f], dx[:n], add=True)
         return dx, dw_ih, dw_hh, db
 
 
@@ -424,7 +424,7 @@ class NAry(Walk):
             rows = slice(level.first, level.last)
             _take_places(trees, h, level, arity, h_below)
             _take_places(trees, c, level, arity, c_below)
-            own, f = NAry.gates(P[rows].addmm_(h_below[rows], u), H)
+            own, f = NAry.gates(product(h_below[rows], u, P[rows], add=True), H)
             torch.sigmoid_(f)
             before = (f * c_below[rows].view_as(f)).sum(1)
             _lstm_up(own, before, c[rows], tanh_c[rows], h[rows])
@@ -457,7 +457,7 @@ class NAry(Walk):
             torch.mul(above, c_below[rows].view_as(f), out=df)
             sigmoid_backward(df, f, grad_input=df)
             torch.mul(above, f, out=dc_below[rows].view_as(f))
-            torch.mm(dP[rows], w_hh, out=dh_below[rows])
+            product(dP[rows], w_hh, out=dh_below[rows])
         single = trees.leaf_roots[1]
         if single < N:
             take(single, N)
@@ -466,18 +466,18 @@ class NAry(Walk):
         (di, dg, do), df = NAry.gates(dP, H)
         da = torch.cat((di, df.sum(1), dg, do), 1)
         x_leaf = x if alone else x[n:]
-        dw_ih = torch.zeros_like(w_ih) if alone else torch.mm(da.t(), x[:n])
+        dw_ih = torch.zeros_like(w_ih) if alone else product(da.t(), x[:n])
         db = da.sum(0)
         for d, rows in ((dG[:, :H], slice(0, H)), (dG[:, H:], slice(2 * H, 4 * H))):
-            dw_ih[rows].addmm_(d.t(), x_leaf)
+            product(d.t(), x_leaf, dw_ih[rows], add=True)
             db[rows] += d.sum(0)
         dx = None
         if wants_x:
             dx = torch.empty_like(x)
-            torch.mm(dG, _igo(w_ih), out=dx if alone else dx[n:])
+            product(dG, _igo(w_ih), out=dx if alone else dx[n:])
             if not alone:
-                torch.mm(da, w_ih, out=dx[:n])
-        return dx, dw_ih, torch.mm(dP.t(), h_below), db
+                product(da, w_ih, out=dx[:n])
+        return dx, dw_ih, product(dP.t(), h_below), db
 
 
 class Recursive(Walk):
@@ -499,7 +499,7 @@ class Recursive(Walk):
         for level in reversed(trees.levels):
             _take_places(trees, h, level, arity, below)
             rows = slice(level.first, level.last)
-            cls.activate(h[rows].addmm_(below[rows], w_hh.t()))
+            cls.activate(product(below[rows], w_hh.t(), h[rows], add=True))
         return (h[:N],), (h[:N], below)
 
     @classmethod
@@ -519,14 +519,14 @@ class Recursive(Walk):
             if first:
                 take(first, last)
             cls.differentiate(dh[first:last], h[first:last], dh[first:last])
-            torch.mm(dh[first:last], w_hh, out=dbelow[first:last])
+            product(dh[first:last], w_hh, out=dbelow[first:last])
         single = trees.leaf_roots[1]
         if single < N:
             take(single, N)
         cls.differentiate(dh[n:], h[n:], dh[n:])
         own = dh[n:] if alone else dh
-        dx = torch.mm(own, w_ih) if wants_x else None
-        return dx, torch.mm(own.t(), x), torch.mm(dh[:n].t(), below), dh.sum(0)
+        dx = product(own, w_ih) if wants_x else None
+        return dx, product(own.t(), x), product(dh[:n].t(), below), dh.sum(0)
 
 
 class RecursiveTanh(Recursive):
