@@ -19,11 +19,13 @@ EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELS
 #: Arguments with which an example starts and ends within a second; --out is added.
 TINY = {
     "char_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --sample 20 --files 10",
+    "trees": "--hidden 8 --width 8 --batch 4 --epochs 1 --files 10 --seconds 0.2",
 }
 
 #: What the figures of the short form must be, by the names under which ``main`` returns them.
 LEARNS = {
     "char_lm": "fastseq_bits < 3.2 and abs(fastseq_bits - torch_bits) < 0.2",  # of 97: 6.6 bits
+    "trees": "min(tree_accuracy, sequence_accuracy) > majority + 0.15",
 }
 
 SHORT = """
