@@ -13,7 +13,10 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jvp, vmap
 
+from fastseq.backends import products
 from fastseq.nn.trees import ChildSumTreeLSTM, NaryTreeLSTM, RecursiveNetwork
+from fastseq.ops.tree_walks import KINDS as WALKS
+from fastseq.ops.tree_walks import tree_recurrence
 from fastseq.ops.trees import Trees
 
 H, I = 4, 3  # noqa: E741  (the field's letters)
@@ -194,6 +197,21 @@ def test_a_gradient_of_one_output_alone():
         (ours,) = torch.autograd.grad(outputs(net, x, trees)[k].sum(), x)
         (plain,) = torch.autograd.grad(theirs[k].sum(), x, retain_graph=True)
         assert torch.allclose(ours, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["child-sum", "binary", "recursive"])
+@pytest.mark.parametrize("leaves_only", [False, True], ids=["all nodes", "leaves only"])
+def test_with_our_own_products(kind, leaves_only, monkeypatch):
+    """As in networks large enough for them."""
+    monkeypatch.setattr(products, "LEAST", 0)
+    trees = Trees.from_parents(BINARY * 5)
+    net = KINDS[kind](19, 21, dtype=torch.float64)
+    rows = trees.num_leaves if leaves_only else trees.num_nodes
+    x = torch.randn(rows, 19, dtype=torch.float64, requires_grad=True)
+    weights = net.weight_ih, net.weight_hh, net.bias
+    plain = WALKS[net._fastseq_kind].equations(trees, x, *weights)
+    walked = tree_recurrence(net._fastseq_kind, trees, x, *weights)
+    assert differences(walked, plain, [x, *weights]) < 1e-12
 
 
 def test_backward_twice_gives_the_same_bits():
