@@ -30,7 +30,7 @@ from .measure import ROUNDS, in_turn
 from .pages import note, write
 
 PAGE = Path(__file__).parent.parent / "docs" / "trees.md"
-SHAPES = ((32, 20, 300, 150), (8, 20, 64, 64), (128, 40, 128, 128), (1, 20, 300, 150))
+SHAPES = ((32, 20, 300, 150), (1, 20, 300, 150), (8, 20, 64, 64), (100, 20, 128, 128))
 HEADER = ["", "way", "nodes ms", "levels ms", "fastseq ms", "of nodes", "of levels", "plan ms"]
 
 States = list[tuple[Tensor, ...]]
