@@ -335,7 +335,7 @@ class Trees:
 
         Returns:
             (n * arity,) the row of each inner row's child at each place, N where there is none; and
-            (N,) for each row its place among these, 0 for a root.
+            (N,) for each row its place among these; a root's means nothing.
         """
         if arity not in self._slots:
             parent, position = self._tensors["parent"], self._tensors["position"]
@@ -343,7 +343,6 @@ class Trees:
             place = parent * arity + position
             child = parent.new_full((self.num_inner * arity,), self.num_nodes)
             child[place[rows]] = rows
-            place[self._tensors["root_rows"]] = 0
             self._slots[arity] = child, place
         return self._slots[arity]
 
