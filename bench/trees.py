@@ -155,6 +155,7 @@ def rows(name: str, shape: tuple[int, int, int, int], seconds: float) -> list[li
     if not (torch.allclose(theirs, ours, atol=1e-5) and torch.allclose(levels, ours, atol=1e-5)):
         raise ValueError(f"{name}: the recursion computes something else")
     plan = f"{1e3 * planning(parents):.2g}"
+    count = f"{B} tree" + "s" * (B > 1)
     lines = []
     for way in ("forward", "training"):
         leaf = x.clone().requires_grad_(way == "training")
@@ -165,8 +166,8 @@ def rows(name: str, shape: tuple[int, int, int, int], seconds: float) -> list[li
         # in pairs: what follows the recursion finds its caches full of the recursion's tensors
         nodes, after = (1e3 * t for t in in_turn([timed[0], timed[2]], seconds))
         level, ours_ms = (1e3 * t for t in in_turn(timed[1:], seconds))
-        label = f"{name} {B} trees of {leaves} leaves, I{I} H{H}"
-        line = [label, way, f"{nodes:.3g}", f"{level:.3g}", f"{ours_ms:.3g}"]
+        label = f"{name} {count} of {leaves} leaves, I{I} H{H}"
+        line = [label, way, *map(table.milliseconds, (nodes, level, ours_ms))]
         lines.append([*line, f"{nodes / after:.1f}x", f"{level / ours_ms:.1f}x", plan])
     return lines
 
