@@ -6,8 +6,7 @@ Rows are in the order of :class:`.trees.Trees`: n inner nodes by depth, then the
 outputs are in the caller's order. Where only the leaves have an input, x is (L, I), and an inner
 node has the bias alone.
 
-*pull*: a node takes what belongs to it from its parent's row. On the way down it reads gradients
-so, and no two rows ever write to one place.
+On the way down a node takes its gradients from its parent's row, so no two rows write to one place.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def _in_order(trees: Trees, x: Tensor) -> tuple[Tensor, bool]:
     return x.index_select(0, trees.tensor("leaf_order" if alone else "order")), alone
 
 
-# ------------------------------------------------------------------------ the equations, eagerly
+# The equations
 
 
 def _parts(trees: Trees, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,7 +170,7 @@ def _recursive_equations(activation: Callable[[Tensor], Tensor]) -> Callable[...
     return equations
 
 
-# ------------------------------------------------------------------------------- walks in place
+# Walks in place
 
 
 class Walk(torch.autograd.Function):
