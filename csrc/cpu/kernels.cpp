@@ -13,6 +13,7 @@
 #include "draw.h"
 #include "forward.h"
 #include "gradients.h"
+#include "viterbi.h"
 
 namespace fastseq {
 namespace FASTSEQ_ISA {
@@ -228,7 +229,7 @@ template <class T>
 constexpr Kernels<T> kernels() {
   return {forward_scratch<T>, forward<T>,    pack<T>,    backward_scratch<T>,
           backward<T>,        vocabulary<T>, in_pairs<T>, attend<T>,
-          attend_backward<T>};
+          attend_backward<T>, chains_scratch<T>, chains<T>};
 }
 
 static bool runs_here() {

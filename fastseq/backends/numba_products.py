@@ -26,15 +26,13 @@ _FEW_ROWS = 8
 _SHARE = 8e6
 
 
-_SLOTS = "a a_stride a_step b b_stride transposed out out_stride rows inner columns room"
-
-
 def _product_loop(data):
-    """out = a b in pieces of k. b[k, j] is at k * b_stride + j, transposed at j * b_stride + k."""
+    """out = a b in pieces of k, + out if add. b[k, j] is at k * b_stride + j, transposed at
+    j * b_stride + k."""
     tasks = load_int(data, 1)
     task = take(data)
     while task < tasks:
-        p = data + (2 + task * 12) * 8
+        p = data + (2 + task * 13) * 8
         a, a_stride, a_step = load_int(p, 0), load_int(p, 1), load_int(p, 2)
         b, b_stride, transposed = load_int(p, 3), load_int(p, 4), load_int(p, 5) != 0
         out, out_stride = load_int(p, 6), load_int(p, 7)
@@ -44,12 +42,13 @@ def _product_loop(data):
             load_int(p, 10),
             load_int(p, 11),
         )
+        add = load_int(p, 12) != 0
         for k in range(0, inner, PIECE):
             n = min(PIECE, inner - k)
             b_k = b + (k if transposed else k * b_stride) * ITEMSIZE
             pack(b_k, b_stride, n, columns, transposed, room)
             a_k = a + k * a_step * ITEMSIZE
-            gemm(a_k, a_stride, a_step, room, out, out_stride, rows, n, columns, k > 0)
+            gemm(a_k, a_stride, a_step, room, out, out_stride, rows, n, columns, add or k > 0)
         task = take(data)
 
 
@@ -71,11 +70,16 @@ class Room:
         self.address = (self.tensor.data_ptr() + 63) & -64
 
 
-def product(a: Tensor, b: Tensor, threads: int, out: Tensor | None = None) -> Tensor:
-    """a b for two matrices, each of which may be a transposed view. Rows are shared by threads."""
+def product(
+    a: Tensor, b: Tensor, threads: int, out: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """a b for two matrices, each of which may be a transposed view. Rows are shared by threads.
+
+    out: of any stride between its rows. add: whether what is there is added.
+    """
     (rows, inner), columns = a.shape, b.shape[1]
     if rows < _FEW_ROWS or inner == 0 or columns == 0:
-        return torch.mm(a, b, out=out)
+        return out.addmm_(a, b) if out is not None and add else torch.mm(a, b, out=out)
     if out is None:
         out = torch.empty((rows, columns), dtype=a.dtype, device="cpu")
     s = simd(NUMPY[a.dtype])
@@ -85,6 +89,7 @@ def product(a: Tensor, b: Tensor, threads: int, out: Tensor | None = None) -> Te
         b, transposed = b.contiguous(), False
     b_stride = b.stride(1) if transposed else b.stride(0)
     a_stride, a_step = a.stride()
+    out_stride = out.stride(0)
     size = s.packed_size(min(inner, _PIECE), columns)
     itemsize = s.ITEMSIZE
     parts = max(1, min(threads, int(2.0 * rows * inner * columns / _SHARE), rows // 6))
@@ -100,12 +105,13 @@ def product(a: Tensor, b: Tensor, threads: int, out: Tensor | None = None) -> Te
                 b.data_ptr(),
                 b_stride,
                 transposed,
-                out.data_ptr() + first * columns * itemsize,
-                columns,
+                out.data_ptr() + first * out_stride * itemsize,
+                out_stride,
                 last - first,
                 inner,
                 columns,
                 rooms[part].address,
+                add,
             )
         )
     kernel.run(tasks, threads)
