@@ -1,6 +1,6 @@
 """Fused loops over time for the CPU in C++, from ``csrc/cpu/chains.h`` and ``viterbi.h``.
 
-What ``forward`` saves is not u but the numbers that :func:`backward` reads: ``chains.h`` says which.
+What ``forward`` saves is not u but what :func:`backward` reads: ``chains.h`` says which numbers.
 """
 
 from __future__ import annotations
