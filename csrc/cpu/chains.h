@@ -56,6 +56,11 @@ FASTSEQ_INLINE void add_wide(const T* from, double* to) {
   }
 }
 
+template <int N>
+struct Count {
+  static constexpr int VALUE = N;
+};
+
 // What all walks have in common: the scores in vectors and panels, and a tile's product.
 template <class T>
 struct Tags {
@@ -109,27 +114,74 @@ struct Tags {
       }
     }
   }
-  // f(v, where it stands) for each vector of row r of such a product.
+};
+
+// A row of K numbers while it is computed: N vectors, in registers; or any number of them, at `memory`.
+template <class T, int N>
+struct Row {
+  using V = Vec<T>;
+  static constexpr int L = LANES<T>;
+  const Tags<T>& tags;
+  T* memory;
+  V held[N ? N : 1];
+
+  FASTSEQ_INLINE Row(const Tags<T>& tags, T* memory) : tags(tags), memory(memory) {}
+  // f(v, vector v)
   template <class Function>
-  FASTSEQ_INLINE void each(T* out, index R, index r, Function f) const {
-    for (index p = 0; p < panels.count(); ++p) {
-      const int W = panels.vectors_of(p);
-      T* at = out + (panels.vector(p) * R + r * W) * L;
-      for (int v = 0; v < W; ++v) f(panels.vector(p) + v, at + v * L);
+  FASTSEQ_INLINE void each(Function f) {
+    if constexpr (N > 0) {
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) f(index(v), held[v]);
+    } else {
+      for (index v = 0; v < tags.vectors; ++v) {
+        V x = load(memory + v * L);
+        f(v, x);
+        store(memory + v * L, x);
+      }
     }
   }
+  // Vector v of K numbers anywhere; zeros behind them.
+  FASTSEQ_INLINE V of(const T* row, index v) const {
+    if (N > 0 && v < N - 1) return load(row + v * L);
+    return tags.of_row(row, v);
+  }
+  FASTSEQ_INLINE void give(T* row, index v, V x) const {
+    if (N > 0 && v < N - 1) return store(row + v * L, x);
+    store_upto(row + v * L, x, tags.K - v * L);
+  }
+  // Where vector v of row r of a product of R rows stands.
+  FASTSEQ_INLINE T* product(T* out, index R, index r, index v) const {
+    if constexpr (N > 0) return out + (r * N + v) * L;
+    const index first = v / WIDEST * WIDEST, left = tags.vectors - first;
+    return out + (first * R + r * (left < WIDEST ? left : WIDEST) + v - first) * L;
+  }
 
-  // x = emissions + `scores`; c, in every lane.
-  FASTSEQ_INLINE V sum_scores(const T* emissions, const T* scores, T* x) const {
+  // The row becomes emissions + `scores`; c, in every lane.
+  FASTSEQ_INLINE V sum(const T* emissions, const T* scores) {
     V most = splat(std::numeric_limits<T>::lowest());
-    for (index v = 0; v < vectors; ++v) {
-      const V sum = of_row(emissions, v) + load(scores + v * L);
-      store(x + v * L, sum);
-      most = larger(sum, most);
-    }
+    each([&](index v, V& x) {
+      x = of(emissions, v) + load(scores + v * L);
+      most = larger(x, most);
+    });
     return every_largest<T>(most);
   }
 };
+
+// f(N) for each r of R rows: a number of vectors that the compiler knows where there are few.
+template <int N, class Function>
+FASTSEQ_INLINE void each_row_of(index R, Function f) {
+  for (index r = 0; r < R; ++r) f(Count<N>{}, r);
+}
+template <class Function>
+FASTSEQ_INLINE void each_row(index vectors, index R, Function f) {
+  switch (vectors) {
+    case 1: return each_row_of<1>(R, f);
+    case 2: return each_row_of<2>(R, f);
+    case 3: return each_row_of<3>(R, f);
+    case 4: return each_row_of<4>(R, f);
+    default: return each_row_of<0>(R, f);
+  }
+}
 
 // Walks of one sequence in logarithms, whatever lies between its scores: u_t - m_t.
 template <class T>
@@ -246,7 +298,7 @@ struct ChainsForward {
   const Exact<T> exact;
   const ChainCall<T>& call;
   const index K, vectors, padded;
-  T *start, *end, *ones, *x, *a, *out, *least;  // a: (TILE, padded); least: (TILE, LANES)
+  T *start, *end, *x, *w, *a, *out, *least;  // w, a: (TILE, padded); least: (TILE, LANES)
   T end_most;
   double shifts[TILE];
   index powers[TILE];
@@ -254,8 +306,8 @@ struct ChainsForward {
   ChainsForward(const ChainCall<T>& call, Arena& arena)
       : tags(call, arena), exact(tags, arena), call(call), K(call.K), vectors(tags.vectors),
         padded(tags.padded) {
-    take_each<T>(arena, padded, start, end, ones, x);
-    take_each<T>(arena, TILE * padded, a, out);
+    take_each<T>(arena, padded, start, end, x);
+    take_each<T>(arena, TILE * padded, w, a, out);
     least = arena.take<T>(TILE * L);
   }
 
@@ -268,7 +320,6 @@ struct ChainsForward {
           store(to, tags.weight(i, tags.panels.vector(p) + v));
     tags.bound(call.start, start);
     end_most = exponents_of_end(tags, end);
-    for (index at = 0; at < padded; at += L) store(ones + at, splat(T(1)));
   }
 
   // exp(end - its largest score), which is returned
@@ -280,29 +331,37 @@ struct ChainsForward {
     return most;
   }
 
+  // w_t of sequence b, in row r of a tile. Apart from `step`, for shorter chains of what waits for what.
+  template <int N>
+  FASTSEQ_INLINE void weigh(index r, index t, index b) {
+    Row<T, N> row(tags, w + r * padded);
+    const V c = row.sum(call.emission(t, b), t ? tags.shift : start);
+    shifts[r] += static_cast<double>(c[0]);
+    row.each([&](index v, V& x) {
+      x = exp_of_negative(x - c);
+      if (N) store(w + r * padded + v * L, x);
+    });
+  }
   // Row r of a tile of R makes step t of sequence b.
+  template <int N>
   FASTSEQ_INLINE void step(index R, index r, index t, index b) {
-    const V c = tags.sum_scores(call.emission(t, b), t ? tags.shift : start, x);
+    Row<T, N> row(tags, x);
     V most{}, low = load(least + r * L);
-    const auto grow = [&](index v, const T* s_j) {
-      const V s = load(s_j), grown = exp_of_negative(load(x + v * L) - c) * s;
-      low = smaller(s, low), most = larger(grown, most);
-      store(x + v * L, grown);
-    };
-    if (t) tags.each(out, R, r, grow);
-    else
-      for (index v = 0; v < vectors; ++v) grow(v, ones + v * L);
+    row.each([&](index v, V& x) {
+      const V s = t ? load(row.product(out, R, r, v)) : splat(T(1));
+      x = load(w + r * padded + v * L) * s;
+      low = smaller(s, low), most = larger(x, most);
+    });
     store(least + r * L, low);
     const Integers exponent = (Integers)every_largest<T>(most) >> MANTISSA;
-    shifts[r] += static_cast<double>(c[0]);
     powers[r] += exponent[0] - BIAS;
     const V scale = (V)((2 * BIAS - exponent) << MANTISSA);
     T *to = a + r * padded, *kept = call.u ? call.u + (t * call.batch + b) * K : nullptr;
-    for (index v = 0; v < vectors; ++v) {
-      const V scaled = load(x + v * L) * scale;
-      store(to + v * L, scaled);
-      if (kept) store_upto(kept + v * L, scaled, K - v * L);
-    }
+    row.each([&](index v, V& x) {
+      x = x * scale;
+      store(to + v * L, x);
+      if (kept) row.give(kept, v, x);
+    });
   }
 
   double log_z(index r, index b) const {
@@ -344,8 +403,9 @@ struct ChainsForward {
         call.value[b] = static_cast<T>(t && call.tags ? score(b) - z : z);
       }
       if (R == 0) break;
+      each_row(vectors, R, [&](auto n, index r) { weigh<decltype(n)::VALUE>(r, t, order[r]); });
       if (t) tags.template product<Single<T>>(row, R, out);
-      for (index r = 0; r < R; ++r) step(R, r, t, order[r]);
+      each_row(vectors, R, [&](auto n, index r) { step<decltype(n)::VALUE>(R, r, t, order[r]); });
     }
   }
 
@@ -430,47 +490,54 @@ struct ChainsBackward {
     ChainsForward<T>::exponents_of_end(tags, end);
   }
 
-  // Scales row r of b such that b a_t sums up to 1, and leaves the gradient of step t; returns f.
-  FASTSEQ_INLINE V settle(index r, index t, index sequence) {
-    const T* a = call.u + (t * call.batch + sequence) * K;
-    T *own = b + r * padded, *de = call.demissions + (t * call.batch + sequence) * K;
-    V total{};
-    for (index v = 0; v < vectors; ++v)
-      total = fma(load(own + v * L), tags.of_row(a, v), total);
-    const V f = splat(T(1)) / every_sum<T>(total), d = splat(slope(sequence));
-    for (index v = 0; v < vectors; ++v) {
-      const V scaled = load(own + v * L) * f;
-      store(own + v * L, scaled);
-      store_upto(de + v * L, scaled * tags.of_row(a, v) * d, K - v * L);
-    }
-    return f;
-  }
   // What log Z is multiplied by in the sum whose gradient is wanted.
   T slope(index sequence) const {
     return call.tags ? -call.dvalue[sequence] : call.dvalue[sequence];
   }
-
-  // From step t to the one before it, in row r of a tile of R.
-  FASTSEQ_INLINE void leave(index r, index t, index sequence) {
-    const V c = tags.sum_scores(call.emission(t, sequence), tags.shift, x);
-    for (index v = 0; v < vectors; ++v)
-      store(r_ + r * padded + v * L,
-            load(b + r * padded + v * L) * exp_of_negative(load(x + v * L) - c));
+  // b_t of a sequence, scaled such that b_t a_t sums up to 1, becomes row r. Leaves the gradient of
+  // step t, and returns f.
+  template <int N>
+  FASTSEQ_INLINE V settle(Row<T, N>& row, index r, index t, index sequence) {
+    const index at = (t * call.batch + sequence) * K;
+    const T* a = call.u + at;
+    V total{};
+    row.each([&](index v, V& x) { total = fma(x, row.of(a, v), total); });
+    const V f = splat(T(1)) / every_sum<T>(total), d = splat(slope(sequence));
+    row.each([&](index v, V& x) {
+      x = x * f;
+      store(b + r * padded + v * L, x);
+      row.give(call.demissions + at, v, x * row.of(a, v) * d);
+    });
+    return f;
   }
+  template <int N>
+  FASTSEQ_INLINE void begin(index r, index t, index sequence) {
+    Row<T, N> row(tags, x);
+    row.each([&](index v, V& x) { x = load(end + v * L); });
+    settle(row, r, t, sequence);
+  }
+  // From step t to the one before it, in row r of a tile of R.
+  template <int N>
+  FASTSEQ_INLINE void leave(index r, index t, index sequence) {
+    Row<T, N> row(tags, x);
+    const V c = row.sum(call.emission(t, sequence), tags.shift);
+    const index at = r * padded;
+    row.each([&](index v, V& x) {
+      store(r_ + at + v * L, load(b + at + v * L) * exp_of_negative(x - c));
+    });
+  }
+  template <int N>
   FASTSEQ_INLINE void arrive(index R, index r, index t, index sequence) {
-    T* own = b + r * padded;
-    tags.each(out, R, r, [&](index v, const T* y) { store(own + v * L, load(y)); });
-    const V f = settle(r, t, sequence) * splat(slope(sequence));
+    Row<T, N> row(tags, x);
+    row.each([&](index v, V& x) { x = load(row.product(out, R, r, v)); });
+    const V f = settle(row, r, t, sequence) * splat(slope(sequence));
     if (!parameters) return;
     const T* a = call.u + (t * call.batch + sequence) * K;
     const index n = waiting++;
-    for (index v = 0; v < vectors; ++v) store(before + n * padded + v * L, tags.of_row(a, v));
-    for (index p = 0; p < tags.panels.count(); ++p) {
-      const int W = tags.panels.vectors_of(p);
-      const index first = tags.panels.vector(p) * L;
-      for (int v = 0; v < W; ++v)
-        store(after + first * most + (n * W + v) * L, load(r_ + r * padded + first + v * L) * f);
-    }
+    row.each([&](index v, V&) {
+      store(before + n * padded + v * L, row.of(a, v));
+      store(row.product(after, most, n, v), load(r_ + r * padded + v * L) * f);
+    });
   }
 
   template <int M, int W>
@@ -525,15 +592,19 @@ struct ChainsBackward {
     index alive = 0;
     for (index t = R ? call.length(sequence[0]) - 1 : -1; t >= 0; --t) {
       if (alive) {
-        for (index r = 0; r < alive; ++r) leave(r, t + 1, sequence[r]);
+        each_row(vectors, alive, [&](auto n, index r) {
+          leave<decltype(n)::VALUE>(r, t + 1, sequence[r]);
+        });
         tags.template product<Single<T>>(row, alive, out);
         if (waiting + alive > most) flush(g.counts);
-        for (index r = 0; r < alive; ++r) arrive(alive, r, t, sequence[r]);
+        each_row(vectors, alive, [&](auto n, index r) {
+          arrive<decltype(n)::VALUE>(alive, r, t, sequence[r]);
+        });
       }
-      for (; alive < R && call.length(sequence[alive]) - 1 == t; ++alive) {
-        for (index at = 0; at < padded; at += L) store(b + alive * padded + at, load(end + at));
-        settle(alive, t, sequence[alive]);
-      }
+      for (; alive < R && call.length(sequence[alive]) - 1 == t; ++alive)
+        each_row(vectors, 1, [&](auto n, index) {
+          begin<decltype(n)::VALUE>(alive, t, sequence[alive]);
+        });
     }
     if (parameters) flush(g.counts);
     for (index k = 0; k < count; ++k)
