@@ -5,6 +5,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .container import Stacked
 from .convert import Report, replace, restore
 from .counterparts import to_torch
+from .crf import CRF
 from .explain import explain
 from .layers import GRU, LSTM, RNN
 from .literature import (
@@ -19,11 +20,14 @@ from .literature import (
 )
 from .options import CellOptions, LayerOptions, set_options
 from .own import OwnCell, OwnLayer, cell
+from .pooling import Pooling
 from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
+from .sequence import Decoder, Encoder, SequenceAutoencoder
 from .streaming import StackedStreaming, Streaming, streaming
 
 __all__ = [
+    "CRF",
     "GRU",
     "LSTM",
     "MGU",
@@ -32,6 +36,8 @@ __all__ = [
     "CellOptions",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "Decoder",
+    "Encoder",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -42,10 +48,12 @@ __all__ = [
     "OwnLayer",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
+    "Pooling",
     "RNNCell",
     "Recurrent",
     "Report",
     "SCRNCell",
+    "SequenceAutoencoder",
     "Stacked",
     "StackedStreaming",
     "Streaming",

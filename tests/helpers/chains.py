@@ -1,4 +1,4 @@
-"""Random chains for the tests of conditional random fields, and the truth: every path, one by one."""
+"""Random chains for the tests of conditional random fields, and the truth from every path."""
 
 import itertools
 

@@ -2,7 +2,7 @@
 
 A *chain* scores every path y of tags through a sequence x,
 
-    score(x, y) = start[y_0] + sum_t emissions[t, y_t] + sum_t transitions[y_{t-1}, y_t] + end[y_last]
+    score(x, y) = start[y_0] + sum_t e_t[y_t] + sum_t transitions[y_{t-1}, y_t] + end[y_last]
 
 and gives it the probability exp(score(x, y) - log Z(x)), where Z sums over all paths (Lafferty,
 McCallum and Pereira 2001). A room walks the recursion over time
@@ -19,10 +19,10 @@ tags at step t, first p_last = softmax(u_last + end):
     w_t(i, j)  = exp(u_{t-1}(i) - m_{t-1}) exp(transitions(i, j)) r_t(j)    of both tags
     p_{t-1}(i) = sum_j w_t(i, j)
 
-These are reverse mode applied to log Z: d log Z / d e_t = p_t, d log Z / d transitions = sum_t w_t.
+This is reverse mode applied to log Z: d log Z / d e_t = p_t, d log Z / d transitions = sum_t w_t.
 
-A room is a module with the functions of :class:`Room`. It gets raw tensors: float32 or float64, all of
-one type and on one device, checked by :mod:`fastseq.ops.crf`. Scores may be -inf, for what is
+A room is a module with the functions of :class:`Room`. It gets raw tensors: float32 or float64, all
+of one type and on one device, checked by :mod:`fastseq.ops.crf`. Scores may be -inf, for what is
 forbidden. Rooms write to nothing that they are given.
 """
 
@@ -67,7 +67,8 @@ class Room(Protocol):
         self, chain: Chain, tags: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor | None]:
         """(value, u). value (B,): log Z, or with tags (T, B) int64 score(x, tags) - log Z; 0 for a
-        sequence of length 0. u (T, B, K) as above where ``save``, of any value beyond the lengths.
+        sequence of length 0. u, where ``save``: (T, B, K) in the type of emissions, what backward
+        reads of each step; its numbers are the room's own, and of any value beyond the lengths.
         """
 
     def backward(
@@ -82,21 +83,22 @@ class Room(Protocol):
         transitions. dvalue: (B,)."""
 
     def viterbi(self, chain: Chain, n: int) -> tuple[Tensor, Tensor]:
-        """(scores (B, n), tags (B, n, T) int64): the n best paths, the best first. Tags are -1 beyond
-        the length. Where there are fewer paths (of a score above -inf), the scores that are left are
-        -inf, and their tags -1. A sequence of length 0 has one path, of score 0. Of paths of one score
-        any may be first."""
+        """(scores (B, n), tags (B, n, T) int64): the n best paths, the best first. Tags are -1
+        beyond the length. Where there are fewer paths (of a score above -inf), the scores that are
+        left are -inf, and their tags -1. A sequence of length 0 has one path, of score 0. Of paths
+        of one score any may be first."""
 
 
-#: Where the rooms are; what each is; whether autograd sees through its forward. In the order in which
-#: a call without a name takes them, by the kind of device.
+#: The rooms, and what each is.
 ROOMS = {
     "native": "fused loops over time for CPU, in C++",
     "numba": "fused loops over time for CPU, no compiler needed",
     "triton": "fused loops over time for GPUs",
     "eager": "torch operations step by step, every device and transform",
 }
+#: The room whose forward autograd sees through.
 DIFFERENTIABLE = "eager"
+#: By the kind of device, in which order a call that names none takes them.
 ORDER = {"cpu": ("native", "numba", "eager")}
 ELSEWHERE = ("eager",)  # triton runs where it is named: it was not yet measured on a GPU
 
@@ -117,7 +119,19 @@ def load(name: str) -> Any:
     return room.unavailable() or room
 
 
-@cache
+def as_order(backend: Any) -> str | tuple[str, ...] | None:
+    """What a caller gives as ``backend``, checked: None, a name, or names in order.
+
+    Raises:
+        ValueError: there is no room of that name.
+    """
+    names = (backend,) if isinstance(backend, str) else backend
+    for name in names or ():
+        if name not in ROOMS:
+            raise ValueError(f"backend: expected one of {', '.join(ROOMS)}, got {name!r}")
+    return backend if backend is None or isinstance(backend, str) else tuple(backend)
+
+
 def select(dtype: torch.dtype, device: str, K: int, backend: str | Sequence[str] | None) -> str:
     """The room that runs chains of K tags.
 
@@ -125,6 +139,15 @@ def select(dtype: torch.dtype, device: str, K: int, backend: str | Sequence[str]
         RuntimeError: the room that was named is not available on this machine.
         NotImplementedError: it does not run such chains.
     """
+    return _select(dtype, device, K, backend)
+
+
+# for Dynamo a constant, as backends.choice.select_constant
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _select(dtype: torch.dtype, device: str, K: int, backend: str | Sequence[str] | None) -> str:
     names = (backend,) if isinstance(backend, str) else backend
     reasons = {}
     for name in ORDER.get(device, ELSEWHERE) if names is None else names:
