@@ -1,8 +1,8 @@
 """Conditional random fields beside pytorch-crf: ``python -m bench.crf [--write]``.
 
-The loss of a batch with the gradients of emissions and parameters, and decoding to Python's lists, each
-by ``fastseq.CRF`` on every backend that this machine has. Both sides start from the same parameters,
-and their losses are compared before the clock starts.
+The loss of a batch with the gradients of emissions and parameters, and decoding to Python's lists,
+each by ``fastseq.CRF`` on every backend that this machine has. Both sides start from the same
+parameters, and their losses are compared before the clock starts.
 """
 
 from __future__ import annotations

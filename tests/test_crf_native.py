@@ -1,4 +1,5 @@
-"""What is the C++ room's own: bits, instruction sets, edges of vectors, wrong input, ties, long walks."""
+"""What is the C++ room's own: bits, instruction sets, edges of vectors, wrong input, ties, long
+walks."""
 
 import itertools
 
@@ -112,7 +113,7 @@ def test_bits_do_not_depend_on_sequences_beside(K):
 
 def test_nothing_is_lost_in_a_long_walk(instruction_set):
     """float32 beside float64: log Z to a last digit, probabilities and counts to a few."""
-    single, tags = draw(5000, 2, 9, lengths=False, dtype=torch.float32, scale=2.0)
+    single, _ = draw(5000, 2, 9, lengths=False, dtype=torch.float32, scale=2.0)
     single.emissions[:, :, 3] += 3.0  # sums of terms of one sign, and of no size that fits all
     double = typed(single, torch.float64)
     value, u = room.forward(single, None, True)
@@ -126,7 +127,9 @@ def test_nothing_is_lost_in_a_long_walk(instruction_set):
         gap = (got.double() - want).abs() / want.abs().clamp_min(1e-3)
         assert gap.max() < 2e-5
     assert (found[0].double().sum(2) - 1).abs().max() < 1e-6  # no drift
-    torch.testing.assert_close(found[3].double().sum(), torch.tensor(9998.0).double(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        found[3].double().sum(), torch.tensor(9998.0).double(), rtol=2e-7, atol=0
+    )
     scores, paths = room.viterbi(single, 1)
     best, _ = room.viterbi(double, 1)
     for b in range(2):
@@ -142,8 +145,8 @@ def expect_exact(chain, tags, rtol=1e-9):
 
 @pytest.mark.parametrize("far", [-10000.0, -800.0, -torch.inf])
 def test_what_is_forbidden_has_no_say(far):
-    """A tag that nothing leads to, another that leads nowhere, and one that cannot be first: as -inf,
-    and as the scores in its place that float64's exp holds no more."""
+    """A tag that nothing leads to, another that leads nowhere, and one that cannot be first: as
+    -inf, and as the scores in its place that float64's exp holds no more."""
     chain, tags = draw(9, 6, 6, seed=1)
     chain.transitions[:, 1] = far
     chain.transitions[2] = far
@@ -151,13 +154,26 @@ def test_what_is_forbidden_has_no_say(far):
     tags[tags == 1] = 0
     tags[tags == 2] = 4
     tags[0, tags[0] == 3] = 5
-    if far == -800.0:  # then a path must go there: nothing else may be last
-        chain.end[[0, 3, 4, 5]] = -2500.0
+    if far == -800.0:  # where paths must go all the same: nothing else may be last
+        chain.end[[0, 2, 3, 4, 5]] = -2500.0
     expect_exact(chain, tags)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [0.0, -10000.0, -torch.inf])
+def test_forbidden_tags_take_no_other_walk(dtype, far):
+    """Numbers above 0 at step 0 are of the walk that takes one exp a tag (csrc/cpu/chains.h)."""
+    chain, _ = draw(30, 9, 21, lengths=False, scale=3.0, dtype=dtype)
+    chain.transitions[:, 1] += far
+    chain.transitions[2] += far
+    chain.start[3] += far
+    _, u = room.forward(chain, None, True)
+    most = u.amax(2)
+    assert (most >= 1).all() and (most < 2).all()
+
+
 def test_states_that_are_reached_late():
-    """Left to right: tag j cannot be before step j, so that sums over what comes before are empty."""
+    """Left to right: tag j cannot be before step j, so that sums over what is before are empty."""
     chain, tags = draw(8, 5, 5, lengths=False)
     chain.transitions[torch.ones(5, 5).tril(-1).bool()] = -torch.inf
     chain.transitions[torch.ones(5, 5).triu(2).bool()] = -torch.inf
@@ -204,7 +220,7 @@ def test_ties_give_different_paths(instruction_set, n, dtype):
     chain = Chain(whole(T, B, K), None, whole(K), whole(K), whole(K, K))
     scores, paths = room.viterbi(chain, n)
     for b in range(B):
-        every = sorted((score_of(chain, b, p).item() for p in itertools.product(range(K), repeat=T)))
+        every = sorted(score_of(chain, b, p).item() for p in itertools.product(range(K), repeat=T))
         count = min(n, K**T)
         assert scores[b, :count].tolist() == every[::-1][:count]
         found = {tuple(path) for path in paths[b, :count].tolist()}
@@ -242,7 +258,9 @@ def test_lengths_out_of_range(wrong):
     chain, _ = draw(6, 9, 4)
     lengths = chain.lengths.clone()
     lengths[5] = wrong
-    with pytest.raises(ValueError, match=f"lengths: expected 0 to T = 6, got {wrong} of sequence 5"):
+    with pytest.raises(
+        ValueError, match=f"lengths: expected 0 to T = 6, got {wrong} of sequence 5"
+    ):
         room.viterbi(chain._replace(lengths=lengths), 1)
 
 
