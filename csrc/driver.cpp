@@ -3,7 +3,7 @@
 // so that AddressSanitizer sees a step beyond them. What more threads give is compared with what one
 // gives: outputs and the gradients of inputs and states bit for bit, those of weights closely, since
 // they are added up in other pieces; so are outputs where the weights are not packed. What forward
-// saves is made again from its y, bit for bit.
+// saves is made again from its y, bit for bit. Conditional random fields come last.
 //
 // The cell of trial.h has more than one of all that a cell may have several of; it is compared with
 // plain loops over scalars besides, forward and backward. Some shapes zone states out.
@@ -555,6 +555,8 @@ void check_masks() {
   }
 }
 
+#include "driver_chains.h"
+
 }  // namespace
 
 // One number behind the first of two pieces, into the room that they are rounded up to or beyond it.
@@ -579,6 +581,12 @@ int main(int count, char** names) {
       check<double>(static_cast<Cell>(cell), shape);
     }
   check_masks();
+  for (int64_t K : {1, 2, 17, 66})
+    for (int64_t n : {1, 3, 5})
+      for (bool far : {false, true}) {
+        check_chains<float>(7, 19, K, n, far), check_chains<double>(5, 3, K, n, far);
+        check_chains<float>(40, 9, K, n, far);
+      }
   std::printf("%d failures\n", failures);
   return failures > 0;
 }

@@ -68,6 +68,7 @@ PAGES = (
     "pooling.md",
     "stacks.md",
     "training.md",
+    "trees.md",
 )
 RECIPES = recipes("recipes.md")
 EVERY = RECIPES + [one for page in PAGES for one in recipes(page)]

@@ -10,6 +10,7 @@
 #include "../trial.h"
 #endif
 #include "attention.h"
+#include "chains_backward.h"
 #include "draw.h"
 #include "forward.h"
 #include "gradients.h"
@@ -194,6 +195,30 @@ void backward(const BackwardCall<T>& call, int id, int count) {
         }
       }
   });
+}
+
+template <class T>
+void chains_scratch(const ChainCall<T>& call, int, size_t* each, size_t* shared) {
+  Arena arena(nullptr), common(nullptr);
+  switch (call.what) {
+    case Chains::FORWARD: ChainsForward<T>(call, arena); break;
+    case Chains::VITERBI: Viterbi<T>(call, arena); break;
+    case Chains::BACKWARD:
+      ChainsBackward<T>(call, arena);
+      for (index k = 0; call.dtransitions && k < ChainsBackward<T>::groups(call); ++k)
+        ChainsBackward<T>::group(call, common);
+  }
+  *each = arena.used(), *shared = common.used();
+}
+
+template <class T>
+void chains(const ChainCall<T>& call, int id, int count) {
+  Arena arena(call.scratch + id * call.scratch_each);
+  switch (call.what) {
+    case Chains::FORWARD: return ChainsForward<T>(call, arena).run();
+    case Chains::VITERBI: return Viterbi<T>(call, arena).run();
+    case Chains::BACKWARD: return ChainsBackward<T>(call, arena).run(id, count);
+  }
 }
 
 // ------------------------------------------------------------------------------- for the tests

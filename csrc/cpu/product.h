@@ -66,14 +66,14 @@ struct Pair {
 };
 #endif
 
-// max(a + b, c): the semiring of best paths.
+// max(a + b, c) of numbers that are 0 or less: the semiring of best paths.
 template <class T>
 struct MaxPlus {
   using Number = T;
   static FASTSEQ_INLINE Vec<T> every(T a) { return splat(a); }
   static FASTSEQ_INLINE Vec<T> none() { return splat(-std::numeric_limits<T>::infinity()); }
-  static FASTSEQ_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) { return larger(a + b, c); }
-  static FASTSEQ_INLINE Vec<T> join(Vec<T> a, Vec<T> b) { return larger(a, b); }
+  static FASTSEQ_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) { return join(a + b, c); }
+  static FASTSEQ_INLINE Vec<T> join(Vec<T> a, Vec<T> b) { return larger_of_negative(a, b); }
 };
 
 template <class T, class Function>

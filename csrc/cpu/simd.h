@@ -293,6 +293,23 @@ FASTSEQ_INLINE V smaller(V a, V b) {
 #endif
 }
 
+// The larger of numbers that are 0 or less, as whole numbers, of which the smaller is that: processors
+// have more units for these (Zen 5: four, beside two that add floating-point numbers or compare them).
+template <class V>
+FASTSEQ_INLINE V larger_of_negative(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_maskz_min_epu32((__mmask16)0xffff, (__m512i)a, (__m512i)b);
+  else
+    return (V)_mm512_maskz_min_epu64((__mmask8)0xff, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_min_epu32((__m256i)a, (__m256i)b);
+  else return larger(a, b);
+#else
+  return larger(a, b);
+#endif
+}
+
 // Which lanes of a and b are equal, a bit each.
 template <class V>
 FASTSEQ_INLINE uint64_t equal_lanes(V a, V b) {

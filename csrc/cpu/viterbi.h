@@ -4,8 +4,10 @@
 //   v_t(j) = max_i (v_{t-1}(i) + transitions(i, j)) + emissions(t, j)
 //
 // is all that the walk keeps. Where a path came from is found again while it is traced back, for its one
-// tag a step, from the same sums, so that they compare as they did. What is common to all tags of a step
-// is taken off, for the sake of long sequences; the path's score is its own sum, in double.
+// tag a step, from the same sums, so that they compare as they did. The largest of transitions(., j) is
+// added to emissions(t, j) instead, and the largest of these taken off, so that all numbers are 0 or less;
+// now and then the largest v_t is taken off, for the sake of long sequences. The path's score is its own
+// sum, in double.
 //
 // Of n best paths v_t(j) holds n numbers, the greatest first. The m-th of tag j came from the m-th of the
 // candidates in one strict order, by value and then by number, so that no two paths are the same.
@@ -38,17 +40,22 @@ struct Viterbi {
     values = arena.take<T>(n), numbers = arena.take<index>(n), slots = arena.take<index>(n);
   }
   // As many as fill 32 MB.
+  static constexpr index OFTEN = 16;  // steps after which the largest v_t is taken off
   static index tile_of(index each) {
     const index most = (index(1) << 25) / (each * index(sizeof(T)) + 1);
     return most > TILE ? TILE : most < 1 ? 1 : most;
   }
 
   void pack() {
-    for (index i = 0; i < K; ++i) tags.bound(call.transitions + i * K, rows + i * padded);
-    for (index j = 0; j < K; ++j) {
-      for (index i = K; i < padded; ++i) columns[j * padded + i] = -INFINITE<T>;
-      for (index i = 0; i < K; ++i) columns[j * padded + i] = call.transitions[i * K + j];
-    }
+    tags.find_shift();
+    for (index i = 0; i < K; ++i)
+      for (index v = 0; v < vectors; ++v) {
+        const V shift = load(tags.shift + v * L), moves = tags.bounded(call.transitions + i * K, v);
+        store(rows + i * padded + v * L, shift == splat(-INFINITE<T>) ? shift : moves - shift);
+      }
+    for (index j = 0; j < K; ++j)
+      for (index i = 0; i < padded; ++i)
+        columns[j * padded + i] = i < K ? rows[i * padded + j] : -INFINITE<T>;
     T* to = tags.packed;
     for (index p = 0; p < tags.panels.count(); ++p)
       for (index i = 0; i < K; ++i)
@@ -89,31 +96,39 @@ struct Viterbi {
 
   T* at(index t, index r) const { return v + (t * tile + r) * size; }
 
+  // Row r of a tile of R makes step t of sequence b.
+  template <int N>
+  FASTSEQ_INLINE void step(index R, index r, index t, index b) {
+    T* to = at(t, r);
+    Row<T, N> row(tags, to);
+    const V c = row.sum(call.emission(t, b), t ? tags.shift : start);
+    row.each([&](index v, V& x) {
+      const V best = t ? load(row.product(out, R, r, v)) : V{};
+      x = best + (x - c);
+      if (N) store(to + v * L, x);
+    });
+    if (t % OFTEN < OFTEN - 1) return;
+    V most = splat(std::numeric_limits<T>::lowest());
+    row.each([&](index, V& x) { most = larger(x, most); });
+    most = every_largest<T>(most);
+    row.each([&](index v, V& x) {
+      x = x - most;
+      if (N) store(to + v * L, x);
+    });
+  }
+
   // Sequences order[0] to order[R - 1].
   void walk(const index* order, index R) {
     const T* row[TILE];
-    T most[TILE];
     index alive = R;
     for (index t = 0;; ++t) {
       while (alive > 0 && call.length(order[alive - 1]) == t) --alive;
       if (alive == 0) break;
       for (index r = 0; t && r < alive; ++r) row[r] = at(t - 1, r);
       if (t) tags.template product<MaxPlus<T>>(row, alive, out);
-      for (index r = 0; r < alive; ++r) {
-        const T* e = call.emission(t, order[r]);
-        V top = splat(std::numeric_limits<T>::lowest());
-        const V before = splat(t ? most[r] : T(0));
-        const auto grow = [&](index k, const T* best) {
-          const V grown = load(best) + (tags.of_row(e, k) - before);
-          store(at(t, r) + k * L, grown);
-          top = larger(grown, top);
-        };
-        if (t) tags.each(out, alive, r, grow);
-        else
-          for (index k = 0; k < vectors; ++k) grow(k, start + k * L);
-        most[r] = every_largest<T>(top)[0];
-        if (most[r] == std::numeric_limits<T>::lowest()) most[r] = 0;
-      }
+      each_row(vectors, alive, [&](auto n, index r) {
+        step<decltype(n)::VALUE>(alive, r, t, order[r]);
+      });
     }
     index tag[TILE];
     double score[TILE];
@@ -141,40 +156,66 @@ struct Viterbi {
   // The n best, one sequence at a time.
 
   void walk_best(index b) {
-    const index T_ = call.length(b);
+    const index length = call.length(b);
     T before = 0;
-    for (index t = 0; t < T_; ++t) {
+    for (index t = 0; t < length; ++t) {
       T* own = at(t, 0);
-      const T *last = t ? at(t - 1, 0) : nullptr, *e = call.emission(t, b);
-      for (index k = 0; k < vectors; ++k) {
-        for (index m = 0; m < n; ++m) store(own + m * padded + k * L, splat(-INFINITE<T>));
-        if (t == 0) store(own + k * L, load(start + k * L));
-        for (index i = 0; t && i < K; ++i)
-          for (index m = 0; m < n; ++m)  // the greatest first: the others go where it does not
-            if (!insert(own + k * L, splat(last[m * padded + i]) + load(rows + i * padded + k * L)))
-              break;
-        for (index m = 0; m < n; ++m) {
-          T* to = own + m * padded + k * L;
-          store(to, load(to) + (tags.of_row(e, k) - splat(before)));
+      for (index v = 0; v < vectors; ++v) {
+        if (t == 0) {
+          store(own + v * L, load(start + v * L));
+          for (index m = 1; m < n; ++m) store(own + m * padded + v * L, splat(-INFINITE<T>));
+        } else {
+          choose(at(t - 1, 0), v, own);
         }
+        const V e = tags.of_row(call.emission(t, b), v);
+        const V scores = (t ? e + load(tags.shift + v * L) : e) - splat(before);
+        for (index m = 0; m < n; ++m)
+          store(own + m * padded + v * L, load(own + m * padded + v * L) + scores);
       }
       before = -INFINITE<T>;
       for (index j = 0; j < K; ++j) before = own[j] > before ? own[j] : before;
       if (before == -INFINITE<T>) before = 0;
     }
-    trace_best(b, T_);
+    trace_best(b, length);
   }
-  // Into a column of n vectors, the greatest first; whether any lane went in.
-  FASTSEQ_INLINE bool insert(T* column, V value) const {
-    T* least = column + (n - 1) * padded;
-    if (equal_lanes<V>(larger(value, load(least)), load(least)) == ALL) return false;
-    for (index m = 0; m < n; ++m) {
-      T* to = column + m * padded;
-      const V kept = load(to);
-      store(to, larger(value, kept));
-      value = smaller(value, kept);
+  // The n greatest of last(m, i) + rows(i, j) for the tags j of vector v.
+  void choose(const T* last, index v, T* own) const {
+    switch (n) {
+      case 2: return choose<2>(last, v, own);
+      case 3: return choose<3>(last, v, own);
+      case 4: return choose<4>(last, v, own);
     }
-    return true;
+    for (index m = 0; m < n; ++m) store(own + m * padded + v * L, splat(-INFINITE<T>));
+    for (index i = 0; i < K; ++i)
+      for (index m = 0; m < n; ++m) {
+        V value = splat(last[m * padded + i]) + load(rows + i * padded + v * L);
+        const V least = load(own + (n - 1) * padded + v * L);
+        if (equal_lanes<V>(larger(value, least), least) == ALL) break;  // nor does the next, smaller one
+        for (index k = m; k < n; ++k) put(own + k * padded + v * L, value);
+      }
+  }
+  // The same, in registers. The m-th of a tag's numbers has m before it that are no smaller.
+  template <int M>
+  FASTSEQ_INLINE void choose(const T* last, index v, T* own) const {
+    V best[M];
+    for (int m = 0; m < M; ++m) best[m] = splat(-INFINITE<T>);
+    for (index i = 0; i < K; ++i) {
+      const V moves = load(rows + i * padded + v * L);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        V value = splat(last[m * padded + i]) + moves;
+#pragma GCC unroll 4
+        for (int k = m; k < M; ++k) {
+          const V kept = best[k];
+          best[k] = larger(value, kept), value = smaller(value, kept);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) store(own + m * padded + v * L, best[m]);
+  }
+  static FASTSEQ_INLINE void put(T* to, V& value) {
+    const V kept = load(to);
+    store(to, larger(value, kept)), value = smaller(value, kept);
   }
   static constexpr uint64_t ALL = L == 64 ? ~uint64_t(0) : (uint64_t(1) << L) - 1;
 
@@ -210,8 +251,12 @@ struct Viterbi {
         path[t] = j;
         score += score_at(t, b, j, t == length - 1 ? -1 : path[t + 1]);
         if (t == 0) break;
-        rank(at(t - 1, 0), columns + j * padded, m + 1);
-        slot = numbers[m];
+        if (m == 0) {
+          slot = argmax(at(t - 1, 0), columns + j * padded, values) * n;
+        } else {
+          rank(at(t - 1, 0), columns + j * padded, m + 1);
+          slot = numbers[m];
+        }
       }
       give(b, k, score);
     }
@@ -229,30 +274,6 @@ struct Viterbi {
     }
   }
 };
-
-template <class T>
-void chains_scratch(const ChainCall<T>& call, int, size_t* each, size_t* shared) {
-  Arena arena(nullptr), common(nullptr);
-  switch (call.what) {
-    case Chains::FORWARD: ChainsForward<T>(call, arena); break;
-    case Chains::VITERBI: Viterbi<T>(call, arena); break;
-    case Chains::BACKWARD:
-      ChainsBackward<T>(call, arena);
-      for (index k = 0; call.dtransitions && k < ChainsBackward<T>::groups(call); ++k)
-        ChainsBackward<T>::group(call, common);
-  }
-  *each = arena.used(), *shared = common.used();
-}
-
-template <class T>
-void chains(const ChainCall<T>& call, int id, int count) {
-  Arena arena(call.scratch + id * call.scratch_each);
-  switch (call.what) {
-    case Chains::FORWARD: return ChainsForward<T>(call, arena).run();
-    case Chains::VITERBI: return Viterbi<T>(call, arena).run();
-    case Chains::BACKWARD: return ChainsBackward<T>(call, arena).run(id, count);
-  }
-}
 
 }  // namespace FASTSEQ_ISA
 }  // namespace fastseq

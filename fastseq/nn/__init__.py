@@ -25,6 +25,7 @@ from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
 from .sequence import Decoder, Encoder, SequenceAutoencoder
 from .streaming import StackedStreaming, Streaming, streaming
+from .trees import ChildSumTreeLSTM, NaryTreeLSTM, RecursiveNetwork, Trees
 
 __all__ = [
     "CRF",
@@ -34,6 +35,7 @@ __all__ = [
     "RNN",
     "SCRN",
     "CellOptions",
+    "ChildSumTreeLSTM",
     "CoupledLSTM",
     "CoupledLSTMCell",
     "Decoder",
@@ -44,6 +46,7 @@ __all__ = [
     "LSTMCell",
     "LayerOptions",
     "MGUCell",
+    "NaryTreeLSTM",
     "OwnCell",
     "OwnLayer",
     "PeepholeLSTM",
@@ -51,12 +54,14 @@ __all__ = [
     "Pooling",
     "RNNCell",
     "Recurrent",
+    "RecursiveNetwork",
     "Report",
     "SCRNCell",
     "SequenceAutoencoder",
     "Stacked",
     "StackedStreaming",
     "Streaming",
+    "Trees",
     "cell",
     "explain",
     "replace",

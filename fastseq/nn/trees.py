@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.modes import outside_graphs
 from ..ops.tree_walks import tree_recurrence
 from ..ops.trees import Trees
 
@@ -47,7 +48,7 @@ class _TreeNetwork(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     # a graph would hold for one batch of trees, so that every batch would compile another
-    @torch.compiler.disable
+    @outside_graphs
     def _states(self, x: Tensor, trees: Trees) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Of all nodes, and of the roots."""
         self._check(x, trees)

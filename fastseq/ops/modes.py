@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +14,29 @@ from torch.utils._device import DeviceContext
 from ..backends.contract import Mode
 from ..backends.tracing import is_tracing
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 def is_exporting() -> bool:
     """Whether torch.export traces us. torch.compiler.is_exporting() is true under torch.compile as
     well, in torch 2.10 and 2.11, whose compiled layers would then have no gradients."""
     return torch.compiler._is_exporting_flag
+
+
+def outside_graphs(method: F) -> F:
+    """As torch.compiler.disable, which imports Dynamo at once: seconds of ``import fastseq``."""
+    disabled: list[Any] = []
+
+    @wraps(method)
+    def run(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return method(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method))
+        return disabled[0](*args)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
 
 
 def in_transform() -> bool:

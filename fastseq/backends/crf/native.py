@@ -1,6 +1,6 @@
 """Fused loops over time for the CPU in C++, from ``csrc/cpu/chains.h`` and ``viterbi.h``.
 
-What ``forward`` saves is not u but the numbers that :func:`backward` reads: ``chains.h`` says which.
+What :func:`forward` saves, a_t or, of some sequences, u_t - m_t, is explained in ``chains.h``.
 """
 
 from __future__ import annotations
