@@ -14,6 +14,7 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include "python/attention.h"
 #include "python/layers.h"
 #include "python/stream.h"
 
@@ -200,7 +201,8 @@ constexpr int count_of(const char* text) {  // of its arguments
   return count;
 }
 static_assert(count_of(FORWARD) == COMMON + 3 && count_of(BACKWARD) == COMMON + 8 &&
-              count_of(STREAM) == Stream<float>::COUNT);
+              count_of(STREAM) == Stream<float>::COUNT && count_of(ATTEND) == Attend<float>::COUNT &&
+              count_of(ATTEND_BACKWARD) == Attend<float>::COUNT_BACKWARD);
 
 PyMethodDef methods[] = {
     {"connect", fast(connect), METH_FASTCALL, CONNECT},
@@ -217,6 +219,11 @@ PyMethodDef methods[] = {
     {"keep", fast(keep), METH_FASTCALL, KEEP},
     {"stream", fast(stream), METH_FASTCALL, STREAM},
     {"stream_step", fast(stream_step), METH_FASTCALL, STREAM_STEP},
+    {"attend", fast(attention<Attend<float>::forward, Attend<double>::forward, count_of(ATTEND)>),
+     METH_FASTCALL, ATTEND},
+    {"attend_backward", fast(attention<Attend<float>::backward, Attend<double>::backward,
+                                       count_of(ATTEND_BACKWARD)>),
+     METH_FASTCALL, ATTEND_BACKWARD},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -188,6 +188,25 @@ struct DrawCall {
   int threads;
 };
 
+// Attention of U queries a sequence over S keys of A numbers and values of V (attention.h). In backward
+// context and weights are read: the former is its own gradient.
+template <class T>
+struct AttentionCall {
+  int64_t B, U, S, A, V;
+  const T *queries, *keys, *values;  // (B, U, A), (B, S, A), (B, S, V)
+  const T* v;                        // (A), or null: the score is a dot product
+  const uint8_t* mask;               // (B, S), or null
+  T scale;
+  T* weights;                        // (B, U, S)
+  T* context;                        // (B, U, V), rows context_row apart
+  int64_t context_row;
+  const T* dweights;                 // (B, U, S), or null
+  T* dqueries;                       // (B, U, A), output
+  T *dkeys, *dv;                     // (B, S, A) and (B, A), which are added to
+  T* dscores;                        // (B, U, S), scratch
+  int threads;
+};
+
 // What the kernels of one instruction set offer. `id` of `count` threads; scratch: bytes for each
 // thread, and bytes for all.
 template <class T>
@@ -200,6 +219,8 @@ struct Kernels {
   void (*backward)(const BackwardCall<T>&, int id, int count);
   void (*vocabulary)(int name, const T* x, T* y, int64_t n);
   bool (*in_pairs)(const Input<T>&);  // whether products in bfloat16 are made as such
+  void (*attend)(const AttentionCall<T>&, int id, int count);
+  void (*attend_backward)(const AttentionCall<T>&, int id, int count);
 };
 
 struct InstructionSet {

@@ -9,6 +9,7 @@
 #ifdef FASTSEQ_TRIAL
 #include "../trial.h"
 #endif
+#include "attention.h"
 #include "draw.h"
 #include "forward.h"
 #include "gradients.h"
@@ -226,7 +227,8 @@ void vocabulary(int name, const T* x, T* y, int64_t n) {
 template <class T>
 constexpr Kernels<T> kernels() {
   return {forward_scratch<T>, forward<T>,    pack<T>,    backward_scratch<T>,
-          backward<T>,        vocabulary<T>, in_pairs<T>};
+          backward<T>,        vocabulary<T>, in_pairs<T>, attend<T>,
+          attend_backward<T>};
 }
 
 static bool runs_here() {

@@ -175,14 +175,24 @@ bool run(BackwardCall<T>& call, int threads) {
   const Kernels<T>& k = kernels(T());
   return run_call(call, threads, k.backward_scratch, k.backward);
 }
-void run(DrawCall& call, int threads) {
+// A call without scratch, whose threads do not meet.
+template <class Call>
+static void run_apart(Call& call, int threads, void (*kernel)(const Call&, int, int)) {
   call.threads = pool.parallel ? threads : 1;
-  Region<DrawCall> region{&call, instruction_set().draw};
+  Region<Call> region{&call, kernel};
   if (call.threads > 1)
-    pool.parallel(Region<DrawCall>::enter, &region, call.threads, 0);
+    pool.parallel(Region<Call>::enter, &region, call.threads, 0);
   else
     region.kernel(call, 0, 1);
 }
+void run(DrawCall& call, int threads) { run_apart(call, threads, instruction_set().draw); }
+template <class T>
+void run(AttentionCall<T>& call, int threads, bool backward) {
+  const Kernels<T>& k = kernels(T());
+  run_apart(call, threads, backward ? k.attend_backward : k.attend);
+}
+template void run(AttentionCall<float>&, int, bool);
+template void run(AttentionCall<double>&, int, bool);
 template bool run(ForwardCall<float>&, int);
 template bool run(ForwardCall<double>&, int);
 template bool run(BackwardCall<float>&, int);

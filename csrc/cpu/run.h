@@ -29,5 +29,7 @@ bool run(ForwardCall<T>& call, int threads);
 template <class T>
 bool run(BackwardCall<T>& call, int threads);
 void run(DrawCall& call, int threads);
+template <class T>
+void run(AttentionCall<T>& call, int threads, bool backward);
 
 }  // namespace fastseq

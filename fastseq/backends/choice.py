@@ -306,6 +306,16 @@ def draws(device: str) -> Any | None:
     return next((module for module in modules if hasattr(module, "keep")), None)
 
 
+#: The backends that may have kernels of attention on a kind of device.
+ATTENDING = {"cpu": ("native",)}
+
+
+def attends(device: str) -> Any | None:
+    """The module of the first backend of this machine that has them there, or None."""
+    modules = map(load, ATTENDING.get(device, ()))
+    return next((module for module in modules if hasattr(module, "attend")), None)
+
+
 class Table(dict[str, str]):
     """name -> 'available', or why not and the remedy; prints as a table."""
 

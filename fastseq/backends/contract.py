@@ -5,8 +5,8 @@ it is loaded. Forward and backward neither write to what they are given nor retu
 backward, called twice with the same arguments, gives the same bits.
 
 A backend may also run a whole stack, all layers in one call: :class:`WholeStacks`; single steps on
-packed weights: :class:`Streams`; draw masks: :class:`Draws`; and say how it runs a problem:
-:class:`Explains`.
+packed weights: :class:`Streams`; draw masks: :class:`Draws`; have kernels of attention:
+:class:`Attends`; and say how it runs a problem: :class:`Explains`.
 
 Rows. ``x`` is ``(T, B, I)`` with ``batch_sizes=None``, or packed ``(N', I)`` with ``batch_sizes``
 as in ``PackedSequence``: sequences sorted by decreasing length, the rows of one step side by side.
@@ -432,6 +432,50 @@ class Draws(Protocol):
         """
 
 
+class Attends(Protocol):
+    """Of a backend with kernels of attention: ops/attention.py says what they compute.
+
+    queries: (B, U, A), keys (B, S, A), values (B, S, V), dense, of one floating-point type. v (A,):
+    the score is additive; None: it is a dot product times ``scale``, which is 1 with v. mask (B, S)
+    bool, true where there is a key; what is elsewhere is not read. Where a sequence has one query,
+    all that has a dimension U may lack it. Both write to what they are given and return True; or
+    None, with nothing written, where they do not take the tensors as they are.
+    """
+
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        v: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        weights: Tensor,
+        context: Tensor,
+        threads: int,
+    ) -> bool | None:
+        """Write weights (B, U, S) and context (B, U, V), whose rows may stand apart."""
+
+    def attend_backward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        v: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        weights: Tensor,
+        dcontext: Tensor,
+        dweights: Tensor | None,
+        dqueries: Tensor,
+        dkeys: Tensor,
+        dv: Tensor | None,
+        threads: int,
+    ) -> bool | None:
+        """Write dqueries (B, U, A); add to dkeys (B, S, A) and to dv (B, A), that of each sequence.
+        The gradient of values is weights^T dcontext."""
+
+
 class Explains(Protocol):
     """Of a backend that tells :func:`fastseq.explain` how it will run a problem."""
 
@@ -458,6 +502,8 @@ def fault(module: Any) -> str | None:
         asked += [(Streams, name) for name in ("streams", "stream", "stream_step")]
     if hasattr(module, "keep"):
         asked.append((Draws, "keep"))
+    if hasattr(module, "attend"):
+        asked += [(Attends, name) for name in ("attend", "attend_backward")]
     if hasattr(module, "explain"):
         asked.append((Explains, "explain"))
     for protocol, name in asked:

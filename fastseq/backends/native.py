@@ -47,6 +47,8 @@ except ImportError as error:
     raise ImportError(f"fastseq was built without its C++ kernels: {why}") from error
 
 __all__ = [
+    "attend",
+    "attend_backward",
     "backward",
     "forward",
     "keep",
@@ -87,6 +89,9 @@ SIGNATURES = {
     "keep": "(seed, sites, ids, steps, units, threshold, threads) -> kept | None",
     "stream": "(cell, weights, layers, h, others) -> stream | None",
     "stream_step": "(stream, x, out, threads) -> y | None",
+    "attend": "(queries, keys, values, v, mask, scale, weights, context, threads) -> True | None",
+    "attend_backward": "(queries, keys, values, v, mask, scale, weights, dcontext, dweights,"
+    " dqueries, dkeys, dv, threads) -> True | None",
 }
 
 
@@ -400,7 +405,10 @@ def stream(
     return _cpu.stream(NUMBER[request.cell], tuple(weights), request.layers, h, tuple(others))
 
 
-stream_step = getattr(_cpu, "stream_step", None)  # another build may have none
+# another build may have none
+stream_step = getattr(_cpu, "stream_step", None)
+attend = getattr(_cpu, "attend", None)
+attend_backward = getattr(_cpu, "attend_backward", None)
 
 
 def instruction_sets() -> list[str]:

@@ -264,6 +264,19 @@ def checked_step(cell: Any, input: Tensor, hx: Sequence[Tensor]) -> Sequence[Ten
     return found[1].layers(request, input, None, hx, weights, NOTHING, False)[1]
 
 
+def of_steps(cell: Any, input: Tensor) -> tuple[tuple[str, Any], Request, tuple[Any, ...]] | None:
+    """What a loop of a cell's steps runs by itself, as :func:`step` does: the backend and its name,
+    the request, and the weights; None where the cell has to be called."""
+    found = _backend(cell, options(cell), input, False, True)
+    if found is None:
+        return None
+    try:
+        request, weights = _of_cell(cell)
+    except KeyError:
+        return None
+    return None if overridden(weights) else (found, request, weights)
+
+
 def _of_cell(cell: Any) -> tuple[Request, tuple[Any, ...]]:
     """What a cell asks for, and its weights. Raises KeyError where one is no parameter."""
     bias, own, name = cell.bias, cell._parameters, cell._fastseq_cell

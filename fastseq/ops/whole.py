@@ -181,7 +181,7 @@ class StackFunction(torch.autograd.Function):
             def again(inputs):
                 x, batch_sizes, *rest = inputs
                 n = end - 2
-                return _one_by_one(name, request, x, batch_sizes, rest[:n], rest[n:], given)
+                return differentiable(name, request, x, batch_sizes, rest[:n], rest[n:], given)
 
             inputs = (x, batch_sizes, *states, *weights)
             again_found = gradients_again(again, inputs, needs, grads)
@@ -213,7 +213,7 @@ def _is_ordinary(gradient: Tensor | None) -> bool:
     return gradient is None or (type(gradient) is Tensor and not is_batched(gradient))
 
 
-def _one_by_one(
+def differentiable(
     name: str,
     request: Request,
     x: Tensor,
