@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,13 +44,11 @@ THINGS = ("apple", "book", "lamp", "letter")
 WENT = ("went to", "walked to", "hurried to")
 TOOK, DROPPED = ("took", "picked up"), ("dropped", "put down")
 NUMBERS = ("none", "one", "two", "three", "four")
-SIDES = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "west": (-1, 0)}
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 ROOMS = (*PLACES, "bathroom", "bedroom", "office", "workshop")
 
 HOPS = (1, 2, 3)
 CHECKS = 25  # steps between two looks at the validation loss
-EVALUATED = 500  # stories in a batch that is not trained on
 
 
 class Story(NamedTuple):
@@ -160,7 +159,7 @@ def relations(draw: random.Random) -> tuple[list[str], Asked]:
     count = draw.choice((2, 3))
     middle, *rooms = draw.sample(ROOMS, count + 1)
     told = []
-    for room, side in zip(rooms, draw.sample(sorted(SIDES), count), strict=True):
+    for room, side in zip(rooms, draw.sample(list(OPPOSITE), count), strict=True):
         turned = draw.random() < 0.5
         told.append((middle, OPPOSITE[side], room) if turned else (room, side, middle))
     n = draw.randrange(count)
@@ -172,8 +171,7 @@ def relations(draw: random.Random) -> tuple[list[str], Asked]:
 
 
 class Kind(NamedTuple):
-    """What a task asks about someone or something that an attribute of the world knows, and what
-    there is in the world."""
+    """What a task asks of whom an attribute of its world names, and what the world has."""
 
     ask: Callable[[World, str], Asked]
     about: str
@@ -220,17 +218,15 @@ def many(task: str, count: int, longest: int, seed: int) -> list[list[Story]]:
         story = made(task, draw, longest)
         if story:
             found.setdefault(story.sentences, story)
-    common.stop(
-        f"--stories {count}: found {len(found)} different stories of {task}; ask for fewer, or for "
-        "longer ones by --sentences"
-    )
+    got = f"found {len(found)} different stories of {task}"
+    common.stop(f"--stories {count}: {got}; ask for fewer, or raise --sentences")
 
 
 # Stories of a file
 
 
 def read(path: Path) -> list[list[Story]]:
-    """The stories of a file in bAbI's form, with all questions of each.
+    """The different stories of a file in bAbI's form, with all questions of each.
 
     A line is a number and a sentence, or a number, a question, its answer, and the numbers of the
     lines that it follows from, with tabs between. The number 1 begins a story. A question is asked
@@ -244,7 +240,7 @@ def read(path: Path) -> list[list[Story]]:
         if not line.strip():
             continue
         at = f"{path}, line {row}"
-        form = re.fullmatch(r"\s*(\d+) +(\S.*)", line)
+        form = re.fullmatch(r"\s*(\d{1,9}) +(\S.*)", line)
         if not form or not words(form[2].split("\t")[0]):
             common.stop(f"{at}: expected a number and a sentence, got {line.strip()[:60]!r}")
         if int(form[1]) not in (1, number + 1):
@@ -267,21 +263,19 @@ def read(path: Path) -> list[list[Story]]:
         if not sentences:
             common.stop(f"{at}: expected a sentence before the first question of a story")
         for fact in rest[1].split():
-            if not fact.isdigit() or int(fact) not in lines:
+            if not fact.isdecimal() or int(fact) not in lines:
                 common.stop(f"{at}: expected facts that are sentences above it, got {fact}")
         facts = sorted({lines[int(fact)] for fact in rest[1].split()})
         stories[-1].append(Story(path.stem, tuple(sentences), question, rest[0], tuple(facts)))
-    asked = [story for story in stories if story]
-    if len(asked) < 20:
-        common.stop(f"{path}: expected at least 20 stories with questions, got {len(asked)}")
-    return asked
+    different = list({story[-1].sentences: story for story in stories if story}.values())
+    if len(different) < 20:
+        common.stop(f"{path}: expected at least 20 different stories, got {len(different)}")
+    return different
 
 
 def divided(stories: list[list[Story]]) -> tuple[list[Story], list[Story], list[Story]]:
-    """Questions to train on, to validate and to hold out: of every story all in one of them, and
-    stories of the same sentences once."""
-    different = {questions[-1].sentences: questions for questions in stories}
-    rest, held_out = common.split(list(different.values()))
+    """Questions to train on, to validate and to hold out, of other stories each."""
+    rest, held_out = common.split(stories)
     train, valid = common.split(rest)
     return tuple([story for some in part for story in some] for part in (train, valid, held_out))
 
@@ -312,26 +306,21 @@ def encoded(stories: Sequence[Story], numbers: dict[str, int], memory: int) -> B
     """Padded with zeros; of a story longer than ``memory`` its latest sentences."""
     texts = [[words(text) for text in story.sentences[-memory:]] for story in stories]
     asked = [words(story.question) for story in stories]
-    rows, width = max(map(len, texts)), max(len(text) for story in texts for text in story)
+    answers = [numbers.get(story.answer.lower(), -1) for story in stories]
+    lengths = list(map(len, texts))
+    width, asks = max(len(text) for story in texts for text in story), max(map(len, asked))
 
     def row(text: list[str], size: int) -> list[int]:
         return [*(numbers.get(word, 1) for word in text), *[0] * (size - len(text))]
 
-    sentences = [
-        [row(text, width) for text in story + [[]] * (rows - len(story))] for story in texts
-    ]
-    longest = max(map(len, asked))
-    return Batch(
-        torch.tensor(sentences),
-        torch.tensor([len(story) for story in texts]),
-        torch.tensor([row(text, longest) for text in asked]),
-        torch.tensor([numbers.get(story.answer.lower(), -1) for story in stories]),
-    )
+    padded = [story + [[]] * (max(lengths) - len(story)) for story in texts]
+    sentences = [[row(text, width) for text in story] for story in padded]
+    questions = [row(text, asks) for text in asked]
+    return Batch(*map(torch.tensor, (sentences, lengths, questions, answers)))
 
 
 def noisy(batch: Batch, noise: float, memory: int) -> Batch:
-    """With an empty sentence behind each with a chance of ``noise``, so that times in training vary
-    more than its stories do; of more than ``memory`` the latest."""
+    """With empty sentences at random, so that times vary more; the latest ``memory`` of all."""
     B, M, W = batch.sentences.shape
     lengths = batch.lengths.unsqueeze(1)
     there = torch.arange(M) < lengths
@@ -380,15 +369,11 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 @torch.no_grad()
 def answered(model: nn.Module, data: Batch) -> Tensor:
     """The answers (S,) of many stories."""
-    parts = zip(*(part.split(EVALUATED) for part in data), strict=True)
-    return torch.cat(
-        [model(sentences, question, n)[0] for sentences, n, question, _ in parts]
-    ).argmax(1)
+    return model(data.sentences, data.question, data.lengths)[0].argmax(1)
 
 
 class LinearStart:
-    """Puts the softmax into the hops once the validation loss has not fallen between two looks, and
-    after ``last`` steps at the latest."""
+    """Puts the softmax into the hops when the validation loss stalls, or after ``last`` steps."""
 
     def __init__(self, memory: MemoryHops, valid: Batch, last: int) -> None:
         self.memory, self.valid, self.last = memory, valid, last
@@ -410,9 +395,9 @@ def learn(
     model: nn.Module,
     data: Batch,
     options: argparse.Namespace,
-    start: LinearStart | None = None,
-) -> common.Training:
-    """Adam, whose rate falls to almost nothing over the second half."""
+    start: LinearStart | None,
+) -> None:
+    """By Adam, whose rate falls to almost nothing over the second half."""
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 2 * (1 - step / options.steps) + 0.02)
@@ -423,17 +408,10 @@ def learn(
         if start:
             start(step)
 
-    return common.train(
-        label,
-        model,
-        loss,
-        batches(data, options.batch, options.noise if start else 0.0, options.memory),
-        steps=options.steps,
-        seconds=options.seconds / (1 + len(HOPS)),
-        clip=options.clip,
-        optimizer=optimizer,
-        after=after,
-    )
+    feed = batches(data, options.batch, options.noise if start else 0.0, options.memory)
+    bounds = {"steps": options.steps, "seconds": options.seconds / (1 + len(HOPS))}
+    ways = {"clip": options.clip, "optimizer": optimizer, "after": after}
+    common.train(label, model, loss, feed, **bounds, **ways)
 
 
 # What is shown
@@ -441,25 +419,22 @@ def learn(
 
 def accuracies(right: Tensor, stories: Sequence[Story]) -> dict[str, float]:
     """Of each task."""
-    found: dict[str, list[bool]] = {}
-    for story, good in zip(stories, right.tolist(), strict=True):
-        found.setdefault(story.task, []).append(good)
-    return {task: sum(some) / len(some) for task, some in found.items()}
+    asked = Counter(story.task for story in stories)
+    good = Counter(s.task for s, well in zip(stories, right.tolist(), strict=True) if well)
+    return {task: good[task] / count for task, count in asked.items()}
 
 
 def majority(train: Sequence[Story], held_out: Sequence[Story]) -> Tensor:
     """Where each task's most frequent answer is right."""
-    counts: dict[str, Counter[str]] = {}
-    for story in train:
-        counts.setdefault(story.task, Counter())[story.answer] += 1
-    return torch.tensor([s.answer == counts[s.task].most_common(1)[0][0] for s in held_out])
+    counts = Counter((story.task, story.answer) for story in train).most_common()
+    best = {task: answer for (task, answer), _ in reversed(counts)}
+    return torch.tensor([story.answer == best[story.task] for story in held_out])
 
 
-def finds_facts(weights: Tensor, story: Story) -> bool:
-    """Whether each fact has the greatest weight (K, M) of some hop."""
-    seen = min(len(story.sentences), weights.shape[1])
-    first = len(story.sentences) - seen
-    return set(story.facts) <= {first + n for n in weights[:, :seen].argmax(1).tolist()}
+def on_facts(weights: Tensor, story: Story) -> float:
+    """The share of hops whose greatest weight (K, M) is a fact's."""
+    first = max(0, len(story.sentences) - weights.shape[1])
+    return sum(first + n in story.facts for n in weights.argmax(1).tolist()) / len(weights)
 
 
 def plot(
@@ -472,28 +447,23 @@ def plot(
     colours = ("#bbbbbb", common.COLOURS[2], "#b5cbe0", "#6b98c2", common.FASTSEQ)
     for k, ((label, found), colour) in enumerate(zip(columns.items(), colours, strict=True)):
         at = [n + (k - (len(columns) - 1) / 2) * thick for n in range(len(tasks))]
-        heights = [100 * found[task] for task in tasks]
-        left.barh(at, heights, 0.9 * thick, color=colour, label=label)
+        left.barh(at, [100 * found[task] for task in tasks], 0.9 * thick, color=colour, label=label)
     left.grid(axis="y", visible=False)
     left.set_yticks(range(len(tasks)), tasks)
     left.invert_yaxis()
     left.set_xlim(0, 100)
     left.set_xlabel("held-out questions answered right (%)")
-    left.set_title("Accuracy", fontsize=11, loc="left")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False
-    )
+    bars, labels = left.get_legend_handles_labels()
+    figure.legend(bars, labels, loc="outside lower left", ncols=len(labels), frameon=False)
 
     hops, seen = weights.shape
     shown = weights.T.numpy()
     right.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     right.grid(False)
-    for m in range(seen):
-        for k in range(hops):
-            p = float(shown[m, k])
-            if p >= 0.005:
-                colour = "white" if p > 0.5 else "black"
-                right.text(k, m, f"{p:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    for (m, k), p in np.ndenumerate(shown):
+        if p >= 0.005:
+            colour = "white" if p > 0.5 else "black"
+            right.text(k, m, f"{p:.2f}", ha="center", va="center", color=colour, fontsize=8)
     right.set_xticks(range(hops), [f"hop {k + 1}" for k in range(hops)])
     right.yaxis.tick_right()
     right.set_yticks(range(seen), story.sentences[-seen:], fontsize=9)
@@ -508,40 +478,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=480.0)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    source.add_argument(
-        "--file", type=Path, nargs="+", help="files of bAbI's form, one a task, instead"
-    )
-    parser.add_argument("--stories", type=common.positive, default=5000, help="of each task made")
-    parser.add_argument(
-        "--sentences", type=common.positive, default=10, help="of the longest story made; from 4"
-    )
-    parser.add_argument("--embedding", type=common.positive, default=48)
-    parser.add_argument("--hidden", type=common.positive, default=64, help="units of the LSTM")
-    parser.add_argument(
-        "--memory", type=common.positive, default=50, help="sentences a memory holds, the latest"
-    )
-    parser.add_argument(
-        "--noise", type=float, default=0.1, help="chance of an empty sentence behind each"
-    )
-    parser.add_argument(
-        "--linear-start", action=argparse.BooleanOptionalAction, default=True, help="see above"
-    )
-    parser.add_argument("--steps", type=common.positive, default=8000, help="of each model")
-    parser.add_argument("--batch", type=common.positive, default=64)
+    source.add_argument("--file", type=Path, nargs="+", help="files of bAbI's form, a task each")
+    number = common.positive
+    parser.add_argument("--stories", type=number, default=5000, help="of a task; 20 or more")
+    parser.add_argument("--sentences", type=number, default=10, help="of the longest story")
+    parser.add_argument("--embedding", type=number, default=48)
+    parser.add_argument("--hidden", type=number, default=64, help="units of the LSTM")
+    parser.add_argument("--memory", type=number, default=50, help="sentences, the latest")
+    parser.add_argument("--noise", type=float, default=0.1, help="empty sentences for each")
+    parser.add_argument("--linear-start", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--steps", type=number, default=4000, help="of each model")
+    parser.add_argument("--batch", type=number, default=64)
     parser.add_argument("--lr", type=common.above_zero, default=5e-3)
     parser.add_argument("--clip", type=common.above_zero, default=10.0)
-    short = {
-        "tasks": ["one_fact", "two_facts", "relations"],
-        "stories": 2000,
-        "sentences": 8,
-        "embedding": 32,
-        "steps": 600,
-        "lr": 1e-2,
-        "seconds": 40.0,
-    }
-    options = common.parse(parser, argv, short)
-    if options.sentences < 4:
-        parser.error(f"--sentences: expected at least 4, got {options.sentences}")
+    small = {"stories": 2000, "sentences": 8, "embedding": 32}
+    few = {"tasks": ["one_fact", "two_facts", "relations"], "steps": 600, "lr": 1e-2}
+    options = common.parse(parser, argv, {**small, **few, "seconds": 40.0})
+    for name, least in (("sentences", 4), ("stories", 20)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if not 0 <= options.noise < 1:
         parser.error(f"--noise: expected from 0 to below 1, got {options.noise:g}")
     names = [path.stem for path in options.file or ()]
@@ -552,7 +507,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def example(stories: list[Story], weights: Tensor, answers: list[str]) -> tuple[Story, Tensor, str]:
     """The longest story of up to 12 sentences that was answered right, its weights and answer."""
-
     sizes = [len(story.sentences) for story in stories]
     right = [answers[n] == story.answer.lower() for n, story in enumerate(stories)]
     n = max(range(len(stories)), key=lambda n: (right[n], sizes[n] <= 12, min(sizes[n], 12)))
@@ -562,13 +516,11 @@ def example(stories: list[Story], weights: Tensor, answers: list[str]) -> tuple[
 
 def show(story: Story, weights: Tensor, answer: str) -> None:
     """Print a story beside its weights (K, M)."""
-    seen = weights.shape[1]
-    first, longest = len(story.sentences) - seen, max(map(len, story.sentences))
-    rows = [
-        ["*" if first + m in story.facts else "", story.sentences[first + m].ljust(longest)]
-        + [f"{p:.2f}" for p in weights[:, m].tolist()]
-        for m in range(seen)
-    ]
+    marks = ["*" if n in story.facts else "" for n in range(len(story.sentences))]
+    columns = weights.T.tolist()
+    told = zip(marks[-len(columns) :], story.sentences[-len(columns) :], columns, strict=True)
+    longest = max(map(len, story.sentences))
+    rows = [[mark, text.ljust(longest), *(f"{p:.2f}" for p in ps)] for mark, text, ps in told]
     print(f"\nA held-out story of {story.task}; * marks the facts, which training does not see:")
     print(common.table(["", "", *(f"hop {k + 1}" for k in range(len(weights)))], rows))
     print(f"{story.question} {answer} (right: {story.answer})")
@@ -579,8 +531,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if options.file:
         sources = [read(path) for path in options.file]
     else:
-        tasks = list(dict.fromkeys(options.tasks))
-        sources = [many(t, options.stories, options.sentences, options.seed) for t in tasks]
+        form = options.stories, options.sentences, options.seed
+        sources = [many(task, *form) for task in dict.fromkeys(options.tasks)]
     parts = [divided(source) for source in sources]
     train, valid, held_out = ([s for part in parts for s in part[k]] for k in range(3))
     numbers = vocabulary(train)
@@ -595,13 +547,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     columns = {"majority": accuracies(majority(train, held_out), held_out)}
     sizes = options.embedding, options.hidden
     reader = Reader(count, fastseq.LSTM(*sizes, batch_first=True, backend=options.backend))
-    learn("LSTM", reader, data, options)
+    learn("LSTM", reader, data, options, None)
     columns["LSTM"] = accuracies(answered(reader, asked) == asked.answers, held_out)
     for hops in HOPS:
         torch.manual_seed(options.seed)
-        model = MemoryHops(
-            count, options.embedding, hops, options.memory, linear_start=options.linear_start
-        )
+        sizes = count, options.embedding, hops, options.memory
+        model = MemoryHops(*sizes, linear_start=options.linear_start)
         start = LinearStart(model, looks, options.steps // 4)
         label = f"{hops} hop{'s' * (hops > 1)}"
         learn(label, model, data, options, start)
@@ -610,12 +561,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if start.ended:
         print(f"With {hops} hops the softmax came in after {start.ended} steps.")
 
-    means = {label: sum(found.values()) / len(found) for label, found in columns.items()}
     tasks = list(columns["majority"])
-    rows = [[task, *(f"{found[task]:.1%}" for found in columns.values())] for task in tasks]
-    rows.append(["mean", *(f"{mean:.1%}" for mean in means.values())])
-    print("\nHeld-out questions answered right:")
-    print(common.table(["task", *columns], rows))
+    means = {label: sum(found.values()) / len(tasks) for label, found in columns.items()}
+    shares = {label: {**found, "mean": means[label]} for label, found in columns.items()}
+    rows = [[t, *(f"{found[t]:.1%}" for found in shares.values())] for t in (*tasks, "mean")]
+    print(f"\nHeld-out questions answered right:\n{common.table(['task', *columns], rows)}")
 
     gained = max(tasks, key=lambda task: columns["3 hops"][task] - columns["1 hop"][task])
     at = [n for n, story in enumerate(held_out) if story.task == gained]
@@ -625,23 +575,27 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     told = [held_out[n] for n in at]
     chosen = example(told, weights, [names.get(n, "?") for n in answers[at].tolist()])
     show(*chosen)
-    facts = sum(finds_facts(weights[:, n], story) for n, story in enumerate(told)) / len(told)
-    print(f"In {facts:.1%} of these stories each fact has the greatest weight of some hop.")
+    facts = sum(on_facts(weights[:, n], story) for n, story in enumerate(told)) / len(told)
+    chance = sum(len(story.facts) / len(story.sentences) for story in told) / len(told)
+    print(
+        f"In these stories {facts:.1%} of the hops have their greatest weight on a fact, which "
+        f"{chance:.1%} of the\nsentences are."
+    )
     plot(columns, *chosen, options.out / "stories.png")
 
     turns = batches(data, options.batch, 0.0, options.memory)
     speed = common.speed(reader, loss, turns, seconds=min(3.0, options.seconds))
     print(f"The LSTM: {speed}")
-    figures = {"ratio": speed.ratio, "facts": facts}
+    figures = {"ratio": speed.ratio, "facts": facts, "chance_facts": chance}
     keys = ("majority", "lstm", "hops_1", "hops_2", "hops_3")
-    for key, (label, by_task) in zip(keys, columns.items(), strict=True):
-        figures[key] = means[label]
-        figures |= {re.sub(r"\W", "_", f"{task}_{key}"): by_task[task] for task in tasks}
-    shares = {label: f"{by_task[gained]:.1%}" for label, by_task in columns.items()}
+    for key, found in zip(keys, shares.values(), strict=True):
+        figures[key] = found["mean"]
+        figures |= {re.sub(r"\W", "_", f"{task}_{key}"): found[task] for task in tasks}
+    best = {label: f"{found[gained]:.1%}" for label, found in columns.items()}
     print(
-        f"Of the questions of {gained}, 3 hops answer {shares['3 hops']} right and 1 hop "
-        f"{shares['1 hop']};\nthe LSTM {shares['LSTM']}, the most frequent answer "
-        f"{shares['majority']}."
+        f"Of the questions of {gained}, 3 hops answer {best['3 hops']} right and 1 hop "
+        f"{best['1 hop']};\nthe LSTM {best['LSTM']}, the most frequent answer "
+        f"{best['majority']}."
     )
     return figures
 

@@ -104,8 +104,7 @@ def test_a_seed_makes_its_stories_and_too_many_are_refused(tales):
 
 
 def test_the_three_parts_share_no_story(tales):
-    blocks = tales.many("one_fact", 100, 6, 0)
-    parts = tales.divided(blocks + blocks[:30])
+    parts = tales.divided(tales.many("one_fact", 100, 6, 0))
     assert [len(part) for part in parts] == [81, 9, 10]
     texts = [{story.sentences for story in part} for part in parts]
     assert len(set.union(*texts)) == 100
@@ -164,19 +163,28 @@ def test_files_that_are_missing_or_short_are_refused(tales, tmp_path, capsys):
     path = tmp_path / "qa.txt"
     with pytest.raises(SystemExit, match="No such file"):
         tales.main(["--file", str(path)])
-    path.write_text(TEXT)
-    with pytest.raises(SystemExit, match="expected at least 20 stories with questions, got 1"):
+    path.write_text(TEXT * 30)
+    with pytest.raises(SystemExit, match="expected at least 20 different stories, got 1"):
         tales.main(["--file", str(path)])
-    with pytest.raises(SystemExit):
-        tales.main(["--file", str(path), str(path)])
-    assert "--file: expected files of different names, got qa, qa" in capsys.readouterr().err
+    for given, message in (
+        (["--file", str(path), str(path)], "--file: expected files of different names, got qa, qa"),
+        (["--stories", "19"], "--stories: expected at least 20, got 19"),
+        (["--sentences", "3"], "--sentences: expected at least 4, got 3"),
+        (["--noise", "1"], "--noise: expected from 0 to below 1, got 1"),
+    ):
+        with pytest.raises(SystemExit):
+            tales.main(given)
+        assert message in capsys.readouterr().err
 
 
-def test_files_are_learned_from(tales, tmp_path, capsys):
+def test_files_are_learned_from(tales, tmp_path, capsys, monkeypatch):
     """Sentences beyond the memory are left out, and a held-out answer may be unknown."""
     path = tmp_path / "qa-2.txt"
     path.write_text(many_of(TEXT, 30))
-    given = "--steps 3 --seconds 0.2 --embedding 4 --hidden 4 --memory 2 --out"
+    monkeypatch.setattr(tales, "learn", lambda *_: None)
+    monkeypatch.setattr(tales, "plot", lambda *_: None)
+    monkeypatch.setattr(tales.common, "speed", lambda *_, **__: tales.common.Speed(1, 1, 1))
+    given = "--embedding 4 --hidden 4 --memory 2 --out"
     figures = tales.main(["--file", str(path), *given.split(), str(tmp_path)])
     assert 0 <= figures["qa_2_hops_3"] <= 0.5  # which hall it was is in no training story
     assert "up to 2 sentences" in capsys.readouterr().out
@@ -226,7 +234,7 @@ def test_noise_puts_empty_sentences_between(tales):
 def test_the_lstm_reads_story_and_question_without_gaps(tales):
     stories, batch = encoded(tales, 5)
     count = len(tales.vocabulary(stories)) + 2
-    model = tales.Reader(count, fastseq.LSTM(4, 4, batch_first=True)).eval()
+    model = tales.Reader(count, fastseq.LSTM(4, 4, batch_first=True, backend="eager")).eval()
     logits, _ = model(batch.sentences, batch.question, batch.lengths)
     for k in range(5):
         text = torch.cat([batch.sentences[k].flatten(), batch.question[k]])
@@ -256,7 +264,6 @@ def test_figures_by_hand(tales):
     assert tales.majority(told, told).tolist() == [True, True, False]
     story = tales.Story("t", ("a", "b", "c"), "?", "x", (0, 2))
     weights = torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.6, 0.3, 0.1, 0.0]])
-    assert tales.finds_facts(weights, story)
-    assert not tales.finds_facts(weights, story._replace(facts=(0, 1)))
-    assert not tales.finds_facts(weights[:, :2], story), "the first sentence is not in the memory"
-    assert tales.finds_facts(weights[:, :2], story._replace(facts=(1, 2)))
+    assert tales.on_facts(weights, story) == 1
+    assert tales.on_facts(weights, story._replace(facts=(0, 1))) == 0.5
+    assert tales.on_facts(weights[:, :2], story) == 0.5, "the first sentence is not in the memory"
