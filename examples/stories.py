@@ -467,10 +467,10 @@ def plot(
     right.set_xticks(range(hops), [f"hop {k + 1}" for k in range(hops)])
     right.yaxis.tick_right()
     right.set_yticks(range(seen), story.sentences[-seen:], fontsize=9)
-    first = len(story.sentences) - seen
-    for m, text in enumerate(right.get_yticklabels()):
-        text.set_fontweight("bold" if first + m in story.facts else "normal")
-    right.set_title(f"{story.question} {answer} (in bold: the facts)", fontsize=11, loc="left")
+    for m, text in enumerate(right.get_yticklabels(), len(story.sentences) - seen):
+        text.set_fontweight("bold" if m in story.facts else "normal")
+    right.set_xlabel("in bold: the facts")
+    right.set_title(f"{story.question} {answer}", fontsize=11, loc="left")
     common.save(figure, path)
 
 
@@ -578,8 +578,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     facts = sum(on_facts(weights[:, n], story) for n, story in enumerate(told)) / len(told)
     chance = sum(len(story.facts) / len(story.sentences) for story in told) / len(told)
     print(
-        f"In these stories {facts:.1%} of the hops have their greatest weight on a fact, which "
-        f"{chance:.1%} of the\nsentences are."
+        f"{facts:.1%} of the hops weigh a fact the most; {chance:.1%} of all sentences are facts."
     )
     plot(columns, *chosen, options.out / "stories.png")
 
