@@ -516,13 +516,12 @@ def example(stories: list[Story], weights: Tensor, answers: list[str]) -> tuple[
 
 def show(story: Story, weights: Tensor, answer: str) -> None:
     """Print a story beside its weights (K, M)."""
-    marks = ["*" if n in story.facts else "" for n in range(len(story.sentences))]
+    marks = [" *"[n in story.facts] for n in range(len(story.sentences))]
     columns = weights.T.tolist()
     told = zip(marks[-len(columns) :], story.sentences[-len(columns) :], columns, strict=True)
-    longest = max(map(len, story.sentences))
-    rows = [[mark, text.ljust(longest), *(f"{p:.2f}" for p in ps)] for mark, text, ps in told]
+    rows = [[f"{mark} {text}", *(f"{p:.2f}" for p in ps)] for mark, text, ps in told]
     print(f"\nA held-out story of {story.task}; * marks the facts, which training does not see:")
-    print(common.table(["", "", *(f"hop {k + 1}" for k in range(len(weights)))], rows))
+    print(common.table(["", *(f"hop {k + 1}" for k in range(len(weights)))], rows))
     print(f"{story.question} {answer} (right: {story.answer})")
 
 
@@ -577,9 +576,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     show(*chosen)
     facts = sum(on_facts(weights[:, n], story) for n, story in enumerate(told)) / len(told)
     chance = sum(len(story.facts) / len(story.sentences) for story in told) / len(told)
-    print(
-        f"{facts:.1%} of the hops weigh a fact the most; {chance:.1%} of all sentences are facts."
-    )
+    print(f"{facts:.1%} of the hops weigh a fact the most; {chance:.1%} of sentences are facts.")
     plot(columns, *chosen, options.out / "stories.png")
 
     turns = batches(data, options.batch, 0.0, options.memory)
