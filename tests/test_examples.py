@@ -23,6 +23,7 @@ TINY = {
     "embeddings": "--files 10 --no-packages --words 300 --dim 8 --epochs 1 --passes 1"
     " --hidden 8 --steps 3 --seconds 0.5",
     "forecast": "--window 16 --horizon 4 --hidden 4 --members 1 --steps 3 --seconds 0.5",
+    "stories": "--stories 60 --sentences 8 --steps 3 --embedding 4 --hidden 4 --seconds 0.2",
     "toys": "--tasks adding --cells IRNN MGU --lengths 3 --hidden 4 --batch 4 --steps 3",
     "trees": "--hidden 8 --width 8 --batch 4 --epochs 1 --files 10 --seconds 0.2",
     "word_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --files 10 --no-packages --race 0.01",
@@ -35,6 +36,7 @@ LEARNS = {
     "embeddings": "min(svd_forms, skip_gram_forms, cbow_forms, glove_forms) > 20 * chance_forms"
     " and lm_vectors < lm_random",
     "forecast": "max(lstm_one, gru_one) < min(naive_one, seasonal_one) and gru_mean < naive_mean",
+    "stories": "two_facts_hops_3 > two_facts_hops_1 + 0.2 and hops_3 > lstm > majority + 0.05",
     "toys": "max(adding_50_gru, adding_50_lstm, adding_50_indrnn) < 0.1 < 0.7 < adding_50_elman",
     "trees": "min(tree_accuracy, sequence_accuracy) > majority + 0.15",
     "word_lm": "both < kneser_ney_4 < kneser_ney_2 and max(lstm, gru, rnn) < 190",
