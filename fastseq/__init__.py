@@ -1,6 +1,6 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
-from . import compat, init, pooling, training
+from . import compat, decoding, init, pooling, schedules, training
 from .backends.choice import backends
 from .backends.faults import check
 from .nn import (
@@ -10,6 +10,8 @@ from .nn import (
     MGU,
     RNN,
     SCRN,
+    Attention,
+    AttentionDecoder,
     ChildSumTreeLSTM,
     CoupledLSTM,
     CoupledLSTMCell,
@@ -19,6 +21,7 @@ from .nn import (
     IndRNN,
     IndRNNCell,
     LSTMCell,
+    MemoryHops,
     MGUCell,
     NaryTreeLSTM,
     PeepholeLSTM,
@@ -49,6 +52,8 @@ __all__ = [
     "MGU",
     "RNN",
     "SCRN",
+    "Attention",
+    "AttentionDecoder",
     "ChildSumTreeLSTM",
     "CoupledLSTM",
     "CoupledLSTMCell",
@@ -59,6 +64,7 @@ __all__ = [
     "IndRNNCell",
     "LSTMCell",
     "MGUCell",
+    "MemoryHops",
     "NaryTreeLSTM",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
@@ -74,6 +80,7 @@ __all__ = [
     "check",
     "compat",
     "coupled_lstm",
+    "decoding",
     "explain",
     "gru",
     "indrnn",
@@ -86,6 +93,7 @@ __all__ = [
     "replace",
     "restore",
     "rnn",
+    "schedules",
     "scrn",
     "set_options",
     "streaming",

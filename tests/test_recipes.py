@@ -64,6 +64,7 @@ def numbers(value):
 
 #: Pages of a part of the library each.
 PAGES = (
+    "attention.md",
     "crf.md",
     "pooling.md",
     "stacks.md",

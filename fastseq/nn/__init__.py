@@ -1,6 +1,8 @@
 """Floor 4: modules. Layers, directions, packed sequences, dropout, streaming state."""
 
 from . import scripting  # noqa: F401  (torch tells it of modules that are registered)
+from .attention import Attention, PreparedKeys
+from .attention_decoder import AttentionDecoder, Sampled
 from .cells import GRUCell, LSTMCell, RNNCell
 from .container import Stacked
 from .convert import Report, replace, restore
@@ -18,6 +20,7 @@ from .literature import (
     PeepholeLSTM,
     PeepholeLSTMCell,
 )
+from .memory import MemoryHops
 from .options import CellOptions, LayerOptions, set_options
 from .own import OwnCell, OwnLayer, cell
 from .pooling import Pooling
@@ -34,6 +37,8 @@ __all__ = [
     "MGU",
     "RNN",
     "SCRN",
+    "Attention",
+    "AttentionDecoder",
     "CellOptions",
     "ChildSumTreeLSTM",
     "CoupledLSTM",
@@ -46,17 +51,20 @@ __all__ = [
     "LSTMCell",
     "LayerOptions",
     "MGUCell",
+    "MemoryHops",
     "NaryTreeLSTM",
     "OwnCell",
     "OwnLayer",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
     "Pooling",
+    "PreparedKeys",
     "RNNCell",
     "Recurrent",
     "RecursiveNetwork",
     "Report",
     "SCRNCell",
+    "Sampled",
     "SequenceAutoencoder",
     "Stacked",
     "StackedStreaming",
