@@ -87,7 +87,7 @@ def forward(chain: Chain, tags: Tensor | None, save: bool) -> tuple[Tensor, Tens
     T, B, K, W = task.T, task.B, task.K, task.W
     value = task.new(B)
     u = task.new(T, B, K) if save else None
-    size = (3 * K + 3 + 4 * ROWS) * W + 64
+    size = (3 * K + 4 + 4 * ROWS) * W + 64
     if B:
         groups = -(-B // ROWS)
         task.run(
@@ -105,7 +105,7 @@ def backward(
     groups = -(-B // ROWS)
     parts = min(groups, max(8, min(_PARTS, _NUMBERS // (K * W))))
     wanted = torch.zeros((parts, K + 2, W), dtype=torch.float64) if wants_parameters else None
-    size = (3 * K + 3 + 4 * ROWS + 2 * FLUSH + K + 8) * W
+    size = (3 * K + 4 + 4 * ROWS + 2 * FLUSH + K + 8) * W
     if B and T:
         address = 0 if wanted is None else wanted.data_ptr()
         own = (u.data_ptr(), dvalue.data_ptr(), de.data_ptr(), address)

@@ -32,6 +32,7 @@ from ..numba_simd import JIT, digest, simd
 from . import numba_words
 
 #: Sequences of a group: accumulators enough to hide the latency of a product.
+OPT = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 ROWS = 8
 #: Rows of the counts' products: for 20 tags in float32 both operands, 32 KB, stay in the first cache.
 FLUSH = 128
@@ -42,6 +43,7 @@ LEAST = {np.float32: 1e-24, np.float64: 1e-290}
 
 def copied(source, row_stride, column_stride, rows, columns, W, out):
     """(rows, columns) in rows of W, with -inf behind."""
+    apart()
     for i in range(rows):
         for j in range(columns):
             store1(out, i * W + j, load1(source, i * row_stride + j * column_stride))
@@ -50,7 +52,8 @@ def copied(source, row_stride, column_stride, rows, columns, W, out):
 
 
 def prepare(moves, i_stride, j_stride, start, end, K, W, room):
-    """E, E^T and the transitions' transpose (K, W); top, start and end (W), with -inf behind."""
+    """E, E^T and the transitions' transpose (K, W); top, start, end and 0 (W), with -inf behind."""
+    apart()
     matrix, row = K * W * ITEMSIZE, W * ITEMSIZE
     E, E_t, moves_t, top = room, room + matrix, room + 2 * matrix, room + 3 * matrix
     copied(moves, j_stride, i_stride, K, K, W, moves_t)
@@ -58,11 +61,13 @@ def prepare(moves, i_stride, j_stride, start, end, K, W, room):
     copied(end, 0, 1, 1, K, W, top + 2 * row)
     for v in range(0, W, LANES):
         store(top, v, splat(NOTHING))
+        store(top + 3 * row, v, splat(NOTHING))
         for i in range(K):
             store(E, i * W + v, splat(ZERO))
     for j in range(K):
         highest = highest_of(moves_t + j * row, W)
         store1(top, j, highest)
+        store1(top + 3 * row, j, ZERO)
         if highest == NOTHING:
             highest = ZERO
         for v in range(0, W, LANES):
@@ -72,6 +77,7 @@ def prepare(moves, i_stride, j_stride, start, end, K, W, room):
 
 
 def highest_of(row, W):
+    apart()
     most = load(row, 0)
     for v in range(LANES, W, LANES):
         most = larger(most, load(row, v))
@@ -80,6 +86,7 @@ def highest_of(row, W):
 
 def product(a, a_row, a_step, w, W, out, rows, inner):
     """out (rows, W) = sum_k a[r * a_row + k * a_step] w[k * W + j], each a chain over k."""
+    apart()
     zero = splat(ZERO)
     for v in range(0, W, LANES):
         r = 0
@@ -114,6 +121,7 @@ def product(a, a_row, a_step, w, W, out, rows, inner):
 
 def log_sum(u, moves_t, W):
     """log sum_i exp(u(i) + moves_t(i)), a number."""
+    apart()
     most = splat(NOTHING)
     for v in range(0, W, LANES):
         most = larger(most, load(u, v) + load(moves_t, v))
@@ -127,6 +135,7 @@ def log_sum(u, moves_t, W):
 
 
 def forward_loop(data):
+    apart()
     groups, slot = load_int(data, 1), take(data + 16)
     T, B, K, W = load_int(data, 3), load_int(data, 4), load_int(data, 5), load_int(data, 6)
     order, lengths = load_int(data, 7), load_int(data, 8)
@@ -140,7 +149,7 @@ def forward_loop(data):
 
     moves_t, top = E + 2 * matrix, E + 3 * matrix
     first, last = top + row, top + 2 * row
-    steps_of = top + 3 * row  # u of two steps
+    steps_of = top + 4 * row  # u of two steps
     q, z = steps_of + 2 * ROWS * row, steps_of + 3 * ROWS * row
     m = steps_of + 4 * ROWS * row
     log_z, score = m + 64, m + 128  # doubles
@@ -211,6 +220,7 @@ def forward_loop(data):
 
 def begin(u, last, K, W, p):
     """p = softmax(u + end), of a sequence's last step; 0 where it has no path at all."""
+    apart()
     for v in range(0, W, LANES):
         store(p, v, load_part(u, v, K - v))
     log_z = log_sum(p, last, W)
@@ -221,6 +231,7 @@ def begin(u, last, K, W, p):
 
 def ratios(p, u, e, top, K, W, r):
     """r = p / z, and 0 where z was made again; whether it was, of a tag of some probability."""
+    apart()
     away = False
     for v in range(0, W, LANES):
         log_z = load_part(u, v, K - v) - load_part(e, v, K - v) - load(top, v)
@@ -229,13 +240,15 @@ def ratios(p, u, e, top, K, W, r):
     return away
 
 
-def weights(u, g, K, W, q, Q):
+def weights(u, g, pad, K, W, q, Q):
     """q = exp(u - m), and g q in Q. Returns m."""
+    apart()
+    most = splat(NOTHING)
     for v in range(0, W, LANES):
-        store(q, v, load_part(u, v, K - v))
-    for j in range(K, W):
-        store1(q, j, NOTHING)
-    m = highest_of(q, W)
+        x = load_part(u, v, K - v) + load(pad, v)
+        store(q, v, x)
+        most = larger(most, x)
+    m = largest(most)
     if m == NOTHING:
         m = ZERO
     for v in range(0, W, LANES):
@@ -248,6 +261,7 @@ def weights(u, g, K, W, q, Q):
 def add_far(p, r, u, e, u_before, m, g, moves_t, K, W, p_before, counts):
     """What `ratios` left out, tag by tag: w(i, j) = p(j) exp(u_before(i) + transitions(i, j) - m
     - log s(j))."""
+    apart()
     for j in range(K):
         if load1(p, j) != ZERO and load1(r, j) == ZERO:
             log_s = load1(u, j) - load1(e, j) + m
@@ -261,6 +275,7 @@ def add_far(p, r, u, e, u_before, m, g, moves_t, K, W, p_before, counts):
 
 def flush(Q, R, E, room, counts, K, W, n):
     """counts (K, W) += E * (Q^T R), of n rows; Q and R begin with them."""
+    apart()
     product(Q, 1, W, R, W, room, (K + 7) // 8 * 8, n)
     for v in range(0, K * W, LANES):
         add_doubles(counts, v, load(E, v) * load(room, v))
@@ -269,6 +284,7 @@ def flush(Q, R, E, room, counts, K, W, n):
 def backward_loop(data):
     """A task is a part of the batch, some groups. Gradients of parameters are in doubles, a part's
     (K + 2, W): of transitions, start and end."""
+    apart()
     parts, slot = load_int(data, 1), take(data + 16)
     T, B, K, W = load_int(data, 3), load_int(data, 4), load_int(data, 5), load_int(data, 6)
     order, lengths = load_int(data, 7), load_int(data, 8)
@@ -282,7 +298,7 @@ def backward_loop(data):
     )  # fmt: skip
 
     E_t, moves_t, top = E + matrix, E + 2 * matrix, E + 3 * matrix
-    last, p_of = top + 2 * row, top + 3 * row  # p of two steps
+    last, pad, p_of = top + 2 * row, top + 3 * row, top + 4 * row  # p of two steps
     q, z = p_of + 2 * ROWS * row, p_of + 3 * ROWS * row
     Q, R = z + ROWS * row, z + (ROWS + FLUSH) * row
     scratch = R + FLUSH * row
@@ -339,7 +355,7 @@ def backward_loop(data):
                         u_row, Q_row = u + at * ITEMSIZE, Q + (n + r) * row
                         if ratios(p, u_row, e_row, top, K, W, R + (n + r) * row):
                             far |= 1 << r
-                        weights(u_row - B * K * ITEMSIZE, g, K, W, q + r * row, Q_row)
+                        weights(u_row - B * K * ITEMSIZE, g, pad, K, W, q + r * row, Q_row)
                 if t:
                     size = ROWS if alive > 2 else alive
                     product(R + n * row, W, 1, E_t, W, z, size, K)
@@ -352,7 +368,7 @@ def backward_loop(data):
                             e_row = e + (t * e_t + b * e_b) * ITEMSIZE
                             u_row, u_before = u + at * ITEMSIZE, u + (at - B * K) * ITEMSIZE
                             g = sign * load1(dvalue, b)
-                            m = weights(u_before, g, K, W, q + r * row, Q + (n + r) * row)
+                            m = weights(u_before, g, pad, K, W, q + r * row, Q + (n + r) * row)
                             add_far(
                                 now + r * row, R + (n + r) * row, u_row, e_row, u_before, m, g,
                                 moves_t, K, W, before + r * row, counts
@@ -365,6 +381,7 @@ def backward_loop(data):
 
 def walk_up(moves, n, K, W, v_before, e, v_now):
     """v_now (n, W): the n best of v_before (n, W) + moves (K, W), sorted, and e added."""
+    apart()
     for v in range(0, W, LANES):
         if n == 1:
             best = splat(NOTHING)
@@ -388,6 +405,7 @@ def walk_up(moves, n, K, W, v_before, e, v_now):
 def came_from(v_before, moves_t, e, x, rank, n, W):
     """Which place c * W + i of v_before (n, W), with the move and e added, is x, and has so many
     others of the same sum before it."""
+    apart()
     for c in range(n):
         for v in range(0, W, LANES):
             sums = load(v_before, c * W + v) + load(moves_t, v) + splat(e)
@@ -402,6 +420,7 @@ def came_from(v_before, moves_t, e, x, rank, n, W):
 
 def rank_of(v, place, W):
     """Of the values that are sorted along with one of v (n, W), how many of the same are before."""
+    apart()
     x, rank = load1(v, place), 0
     while place >= W:
         place -= W
@@ -413,6 +432,7 @@ def rank_of(v, place, W):
 def viterbi_loop(data):
     """A task is a sequence. Of every step the room keeps v (n, W): the scores of the n best paths to
     each tag, sorted. The way back finds again where each came from."""
+    apart()
     slot = take(data + 16)
     T, B, K, W = load_int(data, 3), load_int(data, 4), load_int(data, 5), load_int(data, 6)
     lengths = load_int(data, 8)
@@ -477,11 +497,8 @@ _HELPERS = (
 
 
 @cache
-def kernel(text: Any, dtype: Any) -> Kernel:
-    """A loop, bound to vectors of ``dtype``.
-
-    Numba's disk cache sees names and byte code alone, so that names hash what is bound in.
-    """
+def _vocabulary(dtype: Any) -> tuple[str, dict[str, Any]]:
+    """What the loops' free names are, of vectors of ``dtype``, and a label that hashes its sources."""
     s = simd(dtype)
     label = f"{s.fingerprint}_{digest(__name__, numba_words.__name__)[:16]}"
     names = vars(s) | numba_words.words(dtype, s.LANES)
@@ -489,5 +506,15 @@ def kernel(text: Any, dtype: Any) -> Kernel:
     names |= {"LOG_LEAST": dtype(np.log(LEAST[dtype])), "NOTHING": dtype(-np.inf)}
     names |= {"ZERO": dtype(0), "ONE": dtype(1), "min": min, "range": range}
     for helper in _HELPERS:
-        names[helper.__name__] = numba.njit(**JIT)(bind(helper, label, **names))
+        names[helper.__name__] = numba.njit(**JIT, **OPT)(bind(helper, label, **names))
+    return label, names
+
+
+@cache
+def kernel(text: Any, dtype: Any) -> Kernel:
+    """A loop, bound to vectors of ``dtype``.
+
+    Numba's disk cache sees names and byte code alone, so that names hash what is bound in.
+    """
+    label, names = _vocabulary(dtype)
     return Kernel(bind(text, label, **names))
