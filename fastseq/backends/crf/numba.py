@@ -90,9 +90,7 @@ def forward(chain: Chain, tags: Tensor | None, save: bool) -> tuple[Tensor, Tens
     size = (3 * K + 4 + 4 * ROWS) * W + 64
     if B:
         groups = -(-B // ROWS)
-        task.run(
-            forward_loop, groups, size, 0 if u is None else u.data_ptr(), value.data_ptr()
-        )
+        task.run(forward_loop, groups, size, 0 if u is None else u.data_ptr(), value.data_ptr())
     return value, u
 
 
@@ -124,6 +122,6 @@ def viterbi(chain: Chain, n: int) -> tuple[Tensor, Tensor]:
     scores = task.new(B, n)
     paths = torch.empty((B, n, T), dtype=torch.int64, device="cpu")
     if B:
-        size = (2 * K + 2 + n + T * n) * W
+        size = (2 * K + 2 + n + T * n) * W + n * K * simd(task.dtype).LANES
         task.run(viterbi_loop, B, size, scores.data_ptr(), paths.data_ptr(), n)
     return scores, paths

@@ -32,7 +32,6 @@ from ..numba_simd import JIT, digest, simd
 from . import numba_words
 
 #: Sequences of a group: accumulators enough to hide the latency of a product.
-OPT = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 ROWS = 8
 #: Rows of the counts' products: for 20 tags in float32 both operands, 32 KB, stay in the first cache.
 FLUSH = 128
@@ -200,8 +199,6 @@ def forward_loop(data):
                 if highest == NOTHING:
                     highest = ZERO
                 store1(m, r, highest)
-                for v in range(0, W, LANES):
-                    store(q, r * W + v, exp(load(u_row, v) - splat(highest)))
                 if tags:
                     tag = load_int(tags, t * tags_t + b * tags_b)
                     if t:
@@ -215,6 +212,9 @@ def forward_loop(data):
                     if tags:
                         found = load_double(score, r) + double(load1(end, tag)) - found
                     store1(value, b, real(found))
+            for r in range(alive):
+                for v in range(r * W, (r + 1) * W, LANES):
+                    store(q, v, exp(load(now, v) - splat(load1(m, r))))
         group = take(data)
 
 
@@ -379,27 +379,44 @@ def backward_loop(data):
         part = take(data)
 
 
-def walk_up(moves, n, K, W, v_before, e, v_now):
-    """v_now (n, W): the n best of v_before (n, W) + moves (K, W), sorted, and e added."""
+def best(v_before, moves, e, K, W, v_now):
+    """v_now(j) = e(j) + max_i (v_before(i) + moves(i, j))."""
     apart()
     for v in range(0, W, LANES):
-        if n == 1:
-            best = splat(NOTHING)
-            for i in range(K):
-                best = larger(best, splat(load1(v_before, i)) + load(moves, i * W + v))
-            store(v_now, v, best)
-        else:
-            for a in range(n):
-                store(v_now, a * W + v, splat(NOTHING))
-            for i in range(K):
-                for c in range(n):
-                    x = splat(load1(v_before, c * W + i)) + load(moves, i * W + v)
-                    for a in range(n):
-                        old = load(v_now, a * W + v)
-                        store(v_now, a * W + v, larger(old, x))
-                        x = lesser(old, x)
-        for a in range(n):
-            store(v_now, a * W + v, load(v_now, a * W + v) + load_part(e, v, K - v))
+        most = splat(NOTHING)
+        for i in range(K):
+            most = larger(most, splat(load1(v_before, i)) + load(moves, i * W + v))
+        store(v_now, v, most + load_part(e, v, K - v))
+
+
+def n_best(v_before, moves, e, n, K, W, v_now, room):
+    """The same of the n best (n, W) before, sorted: four that stay in registers, of what is left the
+    next four, and so on."""
+    apart()
+    for v in range(0, W, LANES):
+        e_v = load_part(e, v, K - v)
+        for a in range(0, n, 4):
+            s_0, s_1, s_2 = splat(NOTHING), splat(NOTHING), splat(NOTHING)
+            s_3 = splat(NOTHING)
+            for c in range(n):
+                for i in range(K):
+                    if a == 0:
+                        x = splat(load1(v_before, c * W + i)) + load(moves, i * W + v)
+                    else:
+                        x = load(room, (c * K + i) * LANES)
+                    s_0, x = larger(s_0, x), lesser(s_0, x)
+                    s_1, x = larger(s_1, x), lesser(s_1, x)
+                    s_2, x = larger(s_2, x), lesser(s_2, x)
+                    s_3, x = larger(s_3, x), lesser(s_3, x)
+                    if a + 4 < n:
+                        store(room, (c * K + i) * LANES, x)
+            store(v_now, a * W + v, s_0 + e_v)
+            if a + 1 < n:
+                store(v_now, (a + 1) * W + v, s_1 + e_v)
+            if a + 2 < n:
+                store(v_now, (a + 2) * W + v, s_2 + e_v)
+            if a + 3 < n:
+                store(v_now, (a + 3) * W + v, s_3 + e_v)
 
 
 def came_from(v_before, moves_t, e, x, rank, n, W):
@@ -444,7 +461,8 @@ def viterbi_loop(data):
 
     moves_t, first = moves_w + K * row, moves_w + 2 * K * row
     last, ends = first + row, first + 2 * row
-    v_of = ends + n * row  # of every step
+    left = ends + n * row
+    v_of = left + n * K * LANES * ITEMSIZE  # of every step
     b = take(data)
     if b < B:
         copied(moves, i_stride, j_stride, K, K, W, moves_w)
@@ -455,8 +473,10 @@ def viterbi_loop(data):
         steps = load_int(lengths, b)
         for t in range(steps):
             v_now, e_row = v_of + t * n * row, e + (t * e_t + b * e_b) * ITEMSIZE
-            if t:
-                walk_up(moves_w, n, K, W, v_now - n * row, e_row, v_now)
+            if t and n == 1:
+                best(v_now - row, moves_w, e_row, K, W, v_now)
+            elif t:
+                n_best(v_now - n * row, moves_w, e_row, n, K, W, v_now, left)
             else:
                 for v in range(0, W, LANES):
                     store(v_now, v, load(first, v) + load_part(e_row, v, K - v))
@@ -491,7 +511,7 @@ def viterbi_loop(data):
 
 
 _HELPERS = (
-    copied, highest_of, prepare, product, log_sum, begin, ratios, weights, add_far, flush, walk_up,
+    copied, highest_of, prepare, product, log_sum, begin, ratios, weights, add_far, flush, best, n_best,
     rank_of, came_from
 )  # fmt: skip
 
@@ -506,7 +526,7 @@ def _vocabulary(dtype: Any) -> tuple[str, dict[str, Any]]:
     names |= {"LOG_LEAST": dtype(np.log(LEAST[dtype])), "NOTHING": dtype(-np.inf)}
     names |= {"ZERO": dtype(0), "ONE": dtype(1), "min": min, "range": range}
     for helper in _HELPERS:
-        names[helper.__name__] = numba.njit(**JIT, **OPT)(bind(helper, label, **names))
+        names[helper.__name__] = numba.njit(**JIT)(bind(helper, label, **names))
     return label, names
 
 

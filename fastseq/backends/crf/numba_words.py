@@ -1,19 +1,19 @@
 """What the loops over a chain say on vectors, besides the words of a cell.
 
-    exp(v)                      of numbers up to 88 (float64: 709); 0 in place of denormals, which took
-                                a core of Zen 5 ten times as long
-    log(v)                      of normal, positive numbers, within 2 ULP; of others some number;
-                                NaN stays NaN
-    larger(v, v), lesser(v, v)  where either is NaN, the first
-    largest(v), total(v)        of the lanes, joined in one order
-    has(v, x)                   whether any lane is the number x
-    below(v, x, w)              whether any lane of v is below x where w is not -inf
-    missed(v, x, w)             the same where w is not 0
-    ratio(v, x, w)              w exp(-v); 0 where v is below x or w is 0
-    double(x), real(x)          from and to the vectors' own type
-    load_double(ptr, i), store_double(ptr, i, x), add_double(ptr, i, x)
-    add_doubles(ptr, i, v)      adds each lane to a double
-    store_int(ptr, i, n)        of int64
+exp(v)                      of numbers up to 88 (float64: 709); 0 in place of denormals, which took
+                            a core of Zen 5 ten times as long
+log(v)                      of normal, positive numbers, within 2 ULP; of others some number;
+                            NaN stays NaN
+larger(v, v), lesser(v, v)  where either is NaN, the first
+largest(v), total(v)        of the lanes, joined in one order
+has(v, x)                   whether any lane is the number x
+below(v, x, w)              whether any lane of v is below x where w is not -inf
+missed(v, x, w)             the same where w is not 0
+ratio(v, x, w)              w exp(-v); 0 where v is below x or w is 0
+double(x), real(x)          from and to the vectors' own type
+load_double(ptr, i), store_double(ptr, i, x), add_double(ptr, i, x)
+add_doubles(ptr, i, v)      adds each lane to a double
+store_int(ptr, i, n)        of int64
 """
 
 from __future__ import annotations
