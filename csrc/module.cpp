@@ -8,12 +8,13 @@
 // kernels read it (another type, strides) is declined: the function returns None.
 //
 // Here stand the table of functions and those that set up the process. python/tensors.h reads and
-// makes tensors, python/call.h reads a call, python/layers.h runs it, python/stream.h steps. They are
-// one translation unit, since all are small and share the connection to torch.
+// makes tensors, python/call.h reads a call, python/layers.h runs it, python/stream.h steps; python/chains.h
+// is for conditional random fields. They are one translation unit, since all are small and share the connection to torch.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include "python/chains.h"
 #include "python/layers.h"
 #include "python/stream.h"
 
@@ -193,6 +194,12 @@ constexpr char BACKWARD[] =
 constexpr char KEEP[] = "(seed, sites, ids, steps, units, threshold, threads) -> kept | None";
 constexpr char STREAM[] = "(cell, weights, layers, h, others) -> stream | None";
 constexpr char STREAM_STEP[] = "(stream, x, out, threads) -> y | None";
+#define FASTSEQ_SCORES "emissions, lengths, start, end, transitions"
+constexpr char CRF[] = "(" FASTSEQ_SCORES ", tags, save, threads) -> (value, u) | None";
+constexpr char CRF_BACKWARD[] =
+    "(" FASTSEQ_SCORES ", tags, u, dvalue, wants_parameters, threads)"
+    " -> [demissions, dstart, dend, dtransitions] | None";
+constexpr char CRF_VITERBI[] = "(" FASTSEQ_SCORES ", n, threads) -> (scores, tags) | None";
 
 constexpr int count_of(const char* text) {  // of its arguments
   int count = 1;
@@ -217,6 +224,13 @@ PyMethodDef methods[] = {
     {"keep", fast(keep), METH_FASTCALL, KEEP},
     {"stream", fast(stream), METH_FASTCALL, STREAM},
     {"stream_step", fast(stream_step), METH_FASTCALL, STREAM_STEP},
+    {"crf", fast(dispatch_chains<crf<float>, crf<double>, count_of(CRF)>), METH_FASTCALL, CRF},
+    {"crf_backward",
+     fast(dispatch_chains<crf_backward<float>, crf_backward<double>, count_of(CRF_BACKWARD)>),
+     METH_FASTCALL, CRF_BACKWARD},
+    {"crf_viterbi",
+     fast(dispatch_chains<crf_viterbi<float>, crf_viterbi<double>, count_of(CRF_VITERBI)>),
+     METH_FASTCALL, CRF_VITERBI},
     {nullptr, nullptr, 0, nullptr},
 };
 

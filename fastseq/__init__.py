@@ -4,6 +4,7 @@ from . import compat, init
 from .backends.choice import backends
 from .backends.faults import check
 from .nn import (
+    CRF,
     GRU,
     LSTM,
     MGU,
@@ -34,6 +35,7 @@ from .switch import install, uninstall
 __version__ = "0.1.0"
 
 __all__ = [
+    "CRF",
     "GRU",
     "LSTM",
     "MGU",

@@ -1,5 +1,5 @@
-"""docs/recipes.md, docs/stacks.md: every block runs, and where torch.nn can run it, both give the
-same numbers. docs/own-cell.md: all blocks run, in the page's order."""
+"""docs/recipes.md and the pages of parts: every block runs, and where torch.nn can run it, both
+give the same numbers. docs/own-cell.md: all blocks run, in the page's order."""
 
 import re
 import runpy
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def recipes(page):
-    heading, found = "", []
+    heading, found, k = "", [], 0
     for match in PARTS.finditer((DOCS / page).read_text()):
         if match[1]:
             heading, k = match[1], 0
@@ -62,11 +62,17 @@ def numbers(value):
     return [t for part in value.values() for t in numbers(part)] if type(value) is dict else []
 
 
-RECIPES, STACKS = recipes("recipes.md"), recipes("stacks.md")
-PAIRS = [one for one in RECIPES + STACKS if of_torch(one.values[0]) and not one.marks]
+#: Pages of a part of the library each.
+PAGES = (
+    "crf.md",
+    "stacks.md",
+)
+RECIPES = recipes("recipes.md")
+EVERY = RECIPES + [one for page in PAGES for one in recipes(page)]
+PAIRS = [one for one in EVERY if of_torch(one.values[0]) and not one.marks]
 
 
-@pytest.mark.parametrize("code", [one for one in RECIPES + STACKS if one not in PAIRS])
+@pytest.mark.parametrize("code", [one for one in EVERY if one not in PAIRS])
 def test_a_recipe_runs(code, tmp_path):
     run(code, tmp_path)
 
@@ -102,4 +108,4 @@ def test_the_page_of_ones_own_cell_runs(tmp_path, cells_go_again):
 
 def test_many_recipes_are_held_against_torch():
     assert len([one for one in RECIPES if one in PAIRS]) > len(RECIPES) / 2
-    assert STACKS
+    assert all(recipes(page) for page in PAGES)

@@ -188,6 +188,42 @@ struct DrawCall {
   int threads;
 };
 
+// Linear-chain conditional random fields (crf.h, viterbi.h), of K tags. fastseq/backends/crf has the
+// equations.
+enum class Chains { FORWARD, BACKWARD, VITERBI };
+
+template <class T>
+struct ChainCall {
+  static constexpr int R = 0;  // threads meet all together alone
+  Chains what;
+  int64_t steps, batch, K;
+  const T* emissions;         // those of step t of sequence b at t * e_step + b * e_row
+  int64_t e_step, e_row;
+  const int64_t* lengths;     // (B), null: all are T
+  const int64_t* order;       // (B): the sequences, the longest first
+  const T *start, *end;       // (K)
+  const T* transitions;       // (K, K)
+  const int64_t* tags;        // as emissions, or null
+  int64_t tags_step, tags_row;
+  T* value;                   // (B), output of FORWARD
+  T* u;                       // (T, B, K), its output if not null, and BACKWARD's input
+  const T* dvalue;            // (B)
+  T* demissions;              // (T, B, K), output of BACKWARD
+  T *dstart, *dend, *dtransitions;  // likewise, or null
+  int64_t n;                  // how many paths VITERBI finds
+  T* scores;                  // (B, n), its output
+  int64_t* paths;             // (B, n, T)
+  std::atomic<int64_t>* next; // of what threads take one by one; 0 at first
+  int threads;
+  char* scratch;              // as BackwardCall's
+  size_t scratch_each, scratch_shared;
+  Slot* slots;
+
+  int64_t length(int64_t b) const { return lengths ? lengths[b] : steps; }
+  const T* emission(int64_t t, int64_t b) const { return emissions + t * e_step + b * e_row; }
+  int64_t tag(int64_t t, int64_t b) const { return tags[t * tags_step + b * tags_row]; }
+};
+
 // What the kernels of one instruction set offer. `id` of `count` threads; scratch: bytes for each
 // thread, and bytes for all.
 template <class T>
@@ -200,6 +236,8 @@ struct Kernels {
   void (*backward)(const BackwardCall<T>&, int id, int count);
   void (*vocabulary)(int name, const T* x, T* y, int64_t n);
   bool (*in_pairs)(const Input<T>&);  // whether products in bfloat16 are made as such
+  void (*chains_scratch)(const ChainCall<T>&, int threads, size_t* each, size_t* shared);
+  void (*chains)(const ChainCall<T>&, int id, int count);
 };
 
 struct InstructionSet {

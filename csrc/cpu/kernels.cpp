@@ -12,6 +12,7 @@
 #include "draw.h"
 #include "forward.h"
 #include "gradients.h"
+#include "viterbi.h"
 
 namespace fastseq {
 namespace FASTSEQ_ISA {
@@ -226,7 +227,8 @@ void vocabulary(int name, const T* x, T* y, int64_t n) {
 template <class T>
 constexpr Kernels<T> kernels() {
   return {forward_scratch<T>, forward<T>,    pack<T>,    backward_scratch<T>,
-          backward<T>,        vocabulary<T>, in_pairs<T>};
+          backward<T>,        vocabulary<T>, in_pairs<T>, chains_scratch<T>,
+          chains<T>};
 }
 
 static bool runs_here() {

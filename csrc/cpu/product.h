@@ -1,6 +1,7 @@
 // Matrix products on packed weights, a tile of accumulators at a time.
 //
-// What multiplies is an operation: of numbers, or of pairs of bfloat16. A product in pairs has half as
+// What multiplies is an operation: of numbers, or of pairs of bfloat16, or sum and maximum in the
+// places of product and sum. A product in pairs has half as
 // many elements along k, and both sides of it are rounded when they are packed or copied for it.
 //
 // Letters: K the inner size, in elements; a panel is up to 4 vectors of columns, packed (K, W, LANES)
@@ -11,6 +12,8 @@
 // added up in that order, and the bias last. So its bits do not depend on the rows beside it, on
 // the tile's shape or on the panel it sits in.
 #pragma once
+#include <limits>
+
 #include "call.h"
 #include "simd.h"
 
@@ -33,13 +36,15 @@ FASTSEQ_INLINE int rows_of_tile(index left, int most) {
   return tiles ? static_cast<int>((left + tiles - 1) / tiles) : 0;
 }
 
-// a * b + c on elements of k, EACH numbers in one.
+// a * b + c on elements of k, EACH numbers in one. Chains begin at `none` and are joined.
 template <class T>
 struct Single {
   using Number = T;
   static constexpr int EACH = 1;
   static FASTSEQ_INLINE Vec<T> every(T a) { return splat(a); }
+  static FASTSEQ_INLINE Vec<T> none() { return Vec<T>{}; }
   static FASTSEQ_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
+  static FASTSEQ_INLINE Vec<T> join(Vec<T> a, Vec<T> b) { return a + b; }
   // The elements of one row from p on, n at most; and those of two rows, lane by lane.
   static FASTSEQ_INLINE Vec<T> along(const T* p, index n) { return load_upto(p, n); }
   static FASTSEQ_INLINE Vec<T> across(Vec<T> first, Vec<T>) { return first; }
@@ -50,7 +55,9 @@ struct Pair {
   using V = Vec<float>;
   static constexpr int EACH = 2;
   static FASTSEQ_INLINE V every(float a) { return (V)_mm512_set1_ps(a); }  // whatever its bits
+  static FASTSEQ_INLINE V none() { return V{}; }
   static FASTSEQ_INLINE V apply(V a, V b, V c) { return dot(a, b, c); }
+  static FASTSEQ_INLINE V join(V a, V b) { return a + b; }
   static FASTSEQ_INLINE V along(const float* p, index n) {
     constexpr int L = LANES<float>;
     return pair_neighbours(load_upto(p, 2 * n), load_upto(p + L, 2 * n - L));
@@ -58,6 +65,16 @@ struct Pair {
   static FASTSEQ_INLINE V across(V first, V second) { return pair(first, second); }
 };
 #endif
+
+// max(a + b, c): the semiring of best paths.
+template <class T>
+struct MaxPlus {
+  using Number = T;
+  static FASTSEQ_INLINE Vec<T> every(T a) { return splat(a); }
+  static FASTSEQ_INLINE Vec<T> none() { return splat(-std::numeric_limits<T>::infinity()); }
+  static FASTSEQ_INLINE Vec<T> apply(Vec<T> a, Vec<T> b, Vec<T> c) { return larger(a + b, c); }
+  static FASTSEQ_INLINE Vec<T> join(Vec<T> a, Vec<T> b) { return larger(a, b); }
+};
 
 template <class T, class Function>
 FASTSEQ_INLINE auto with_operation([[maybe_unused]] bool pairs, Function function) {
@@ -108,7 +125,11 @@ FASTSEQ_INLINE void tile(A a, const T* w, index K, const T* bias, bool add, T* o
   constexpr int L = LANES<T>;
   for (index first = 0; first < K || first == 0; first += PIECE) {
     const index last = K - first < PIECE ? K : first + PIECE;
-    Vec<T> total[R][W] = {};
+    Vec<T> total[R][W];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < W; ++v) total[r][v] = Operation::none();
     for (index k = first; k < last; ++k) {
       const T* column = w + k * (W * L);
       if constexpr (R == 1) __builtin_prefetch(column + PREFETCH * W * L);
@@ -141,7 +162,7 @@ FASTSEQ_INLINE void tile(A a, const T* w, index K, const T* bias, bool add, T* o
       for (int v = 0; v < W; ++v) {
         T* at = out + (r * W + v) * L;
         Vec<T> value = total[r][v];
-        if (first > 0 || add) value = load(at) + value;
+        if (first > 0 || add) value = Operation::join(load(at), value);
         if (end && bias) value = value + load(bias + v * L);
         store(at, value);
       }

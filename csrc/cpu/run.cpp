@@ -175,6 +175,13 @@ bool run(BackwardCall<T>& call, int threads) {
   const Kernels<T>& k = kernels(T());
   return run_call(call, threads, k.backward_scratch, k.backward);
 }
+template <class T>
+bool run(ChainCall<T>& call, int threads) {
+  const Kernels<T>& k = kernels(T());
+  std::atomic<int64_t> next{0};
+  call.next = &next;
+  return run_call(call, threads, k.chains_scratch, k.chains);
+}
 void run(DrawCall& call, int threads) {
   call.threads = pool.parallel ? threads : 1;
   Region<DrawCall> region{&call, instruction_set().draw};
@@ -187,5 +194,7 @@ template bool run(ForwardCall<float>&, int);
 template bool run(ForwardCall<double>&, int);
 template bool run(BackwardCall<float>&, int);
 template bool run(BackwardCall<double>&, int);
+template bool run(ChainCall<float>&, int);
+template bool run(ChainCall<double>&, int);
 
 }  // namespace fastseq

@@ -28,6 +28,8 @@ template <class T>
 bool run(ForwardCall<T>& call, int threads);
 template <class T>
 bool run(BackwardCall<T>& call, int threads);
+template <class T>
+bool run(ChainCall<T>& call, int threads);
 void run(DrawCall& call, int threads);
 
 }  // namespace fastseq

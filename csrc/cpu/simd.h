@@ -262,6 +262,91 @@ FASTSEQ_INLINE double sum<double>(Vec<double> v) {
 }
 #endif
 
+// a > b ? a : b, lane by lane, and a < b ? a : b: b where either is NaN. One instruction, of which the
+// compiler makes two.
+template <class V>
+FASTSEQ_INLINE V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_maskz_max_ps((__mmask16)0xffff, (__m512)a, (__m512)b);
+  else
+    return (V)_mm512_maskz_max_pd((__mmask8)0xff, (__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  else return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+template <class V>
+FASTSEQ_INLINE V smaller(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4)
+    return (V)_mm512_maskz_min_ps((__mmask16)0xffff, (__m512)a, (__m512)b);
+  else
+    return (V)_mm512_maskz_min_pd((__mmask8)0xff, (__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  else return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Which lanes of a and b are equal, a bit each.
+template <class V>
+FASTSEQ_INLINE uint64_t equal_lanes(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4)
+    return static_cast<unsigned>(_mm256_movemask_ps((__m256)(a == b)));
+  else
+    return static_cast<unsigned>(_mm256_movemask_pd((__m256d)(a == b)));
+#else
+  uint64_t bits = 0;
+  const auto same = a == b;
+  for (size_t l = 0; l < sizeof(V) / sizeof(a[0]); ++l) bits |= uint64_t(same[l] != 0) << l;
+  return bits;
+#endif
+}
+
+// v, whose lanes l and l ^ WIDTH are exchanged.
+template <class T, int WIDTH>
+FASTSEQ_INLINE Vec<T> swapped(Vec<T> v) {
+#if defined(__clang__)
+  Vec<T> out;
+  for (int l = 0; l < LANES<T>; ++l) out[l] = v[l ^ WIDTH];
+  return out;
+#else
+  typedef typename Integer<T>::type Index __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  Index from;
+  for (int l = 0; l < LANES<T>; ++l) from[l] = l ^ WIDTH;
+  return __builtin_shuffle(v, from);
+#endif
+}
+// The sum and the largest of all lanes, in every lane.
+template <class T, int WIDTH = LANES<T> / 2>
+FASTSEQ_INLINE Vec<T> every_sum(Vec<T> v) {
+  v = v + swapped<T, WIDTH>(v);
+  if constexpr (WIDTH > 1) return every_sum<T, WIDTH / 2>(v);
+  else return v;
+}
+template <class T, int WIDTH = LANES<T> / 2>
+FASTSEQ_INLINE Vec<T> every_largest(Vec<T> v) {
+  v = larger(v, swapped<T, WIDTH>(v));
+  if constexpr (WIDTH > 1) return every_largest<T, WIDTH / 2>(v);
+  else return v;
+}
+
+// As many of v as fit at p, of which `left` are left.
+template <class T>
+FASTSEQ_INLINE void store_upto(T* p, Vec<T> v, index left) {
+  if (left >= LANES<T>) store(p, v);
+  else if (left > 0) store_part(p, v, static_cast<int>(left));
+}
+
 // A square of LANES vectors, transposed in place: vector i, lane j becomes vector j, lane i.
 template <class T, int WIDTH>
 FASTSEQ_INLINE void exchange(Vec<T>* v) {

@@ -83,6 +83,16 @@ FASTSEQ_INLINE V exp(V given) {
   return p;
 }
 
+// exp(x) of x <= 0, but 0 where that would be less than about the least normal number.
+template <class V>
+FASTSEQ_INLINE V exp_of_negative(V x) {
+  using T = typename Element<V>::type;
+  using E = Exp<T>;
+  const SplitExp<T> e(larger(splat(-E::SIGMOID_LIMIT), x));  // NaN where x is
+  const V p = fma(fma(e.q, e.r, splat(T(1))), e.r, splat(T(1)));
+  return p * (V)(e.t << E::MANTISSA);
+}
+
 // exp(x) / (1 + exp(x)). At the lower limit 2^n comes out as 0, so that what would be denormal is
 // 0; at the upper one exp(x) is finite.
 template <class V>

@@ -169,6 +169,8 @@ template <class T>
 constexpr uint8_t CODE = 2;  // floating point
 template <>
 constexpr uint8_t CODE<bool> = 6;
+template <>
+constexpr uint8_t CODE<int64_t> = 0;
 
 template <class T>
 class New {

@@ -70,6 +70,7 @@ _COMMON = (
     "cell, x, batch_sizes, states, weights, layers, reverse, order, reset, h_mask, dropout, kept,"
     " input_masks, stay, part, threads, deterministic, bf16"
 )
+_SCORES = "emissions, lengths, start, end, transitions"
 #: What the extension's functions say of themselves. One that was built from other sources may take
 #: and give something else, which nothing but this would tell before it crashes.
 SIGNATURES = {
@@ -87,6 +88,10 @@ SIGNATURES = {
     "keep": "(seed, sites, ids, steps, units, threshold, threads) -> kept | None",
     "stream": "(cell, weights, layers, h, others) -> stream | None",
     "stream_step": "(stream, x, out, threads) -> y | None",
+    "crf": f"({_SCORES}, tags, save, threads) -> (value, u) | None",
+    "crf_backward": f"({_SCORES}, tags, u, dvalue, wants_parameters, threads)"
+    " -> [demissions, dstart, dend, dtransitions] | None",
+    "crf_viterbi": f"({_SCORES}, n, threads) -> (scores, tags) | None",
 }
 
 

@@ -5,6 +5,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .container import Stacked
 from .convert import Report, replace, restore
 from .counterparts import to_torch
+from .crf import CRF
 from .explain import explain
 from .layers import GRU, LSTM, RNN
 from .literature import (
@@ -24,6 +25,7 @@ from .scrn import SCRN, SCRNCell
 from .streaming import StackedStreaming, Streaming, streaming
 
 __all__ = [
+    "CRF",
     "GRU",
     "LSTM",
     "MGU",

@@ -81,7 +81,7 @@ def operator(
     )
 
 
-def _takes_anything(function: Any) -> Any:
+def takes_anything(function: Any) -> Any:
     """Spare Function.apply the reading of a signature: 25 us a call, and no defaults to fill in."""
     anything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
     function.__signature__ = inspect.Signature([anything])
@@ -93,13 +93,13 @@ class RecurrenceFunction(torch.autograd.Function):
     -> (y, *states, *trajectory, *saved)"""
 
     @staticmethod
-    @_takes_anything
+    @takes_anything
     def forward(layout, x, batch_sizes, reset, h_mask, *tensors):
         return tuple(operator(layout, x, batch_sizes, reset, h_mask, *tensors))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, layout: Layout, *tensors: Any) -> Any:
-        run = _beneath(RecurrenceFunction, tensors)
+        run = beneath(RecurrenceFunction, tensors)
         return batching.forward(run, layout, info.batch_size, in_dims[1:], tensors)
 
     @staticmethod
@@ -136,7 +136,7 @@ class RecurrenceFunction(torch.autograd.Function):
         return (None, *spread(layout, wanted, inputs, flat))
 
 
-def _beneath(function: Any, tensors: Sequence[Any]) -> Any:
+def beneath(function: Any, tensors: Sequence[Any]) -> Any:
     """How a vmap rule calls its Function: without autograd's record where nobody follows."""
     follows = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in tensors
@@ -235,7 +235,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
     """The wanted gradients, as a differentiable function of inputs and output gradients."""
 
     @staticmethod
-    @_takes_anything
+    @takes_anything
     def forward(layout, wanted, *tensors):
         x, batch_sizes, reset, h_mask, *rest = tensors[: layout.n_inputs]
         states, weights, stay = parts_of(layout, rest)
@@ -272,7 +272,7 @@ class RecurrenceBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, layout: Layout, wanted: Any, *tensors: Any) -> Any:
-        run = _beneath(RecurrenceBackwardFunction, tensors)
+        run = beneath(RecurrenceBackwardFunction, tensors)
         return batching.backward(run, layout, wanted, info.batch_size, in_dims[2:], tensors)
 
     @staticmethod

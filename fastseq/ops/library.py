@@ -86,13 +86,13 @@ def as_given() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def refuse_tangents() -> None:
+def refuse_tangents(operator: str = "recurrence") -> None:
     """Under forward-mode AD our own layers take the eager form. What calls the operator as it is,
     as an exported program does, would get tangents of zero: a kernel does not see that there are
     any."""
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
-            "fastseq::recurrence: the operator has no forward-mode derivative; "
+            f"fastseq::{operator}: the operator has no forward-mode derivative; "
             "call the layer itself, not a program that was exported from it"
         )
 

@@ -67,7 +67,8 @@ class Room(Protocol):
         self, chain: Chain, tags: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor | None]:
         """(value, u). value (B,): log Z, or with tags (T, B) int64 score(x, tags) - log Z; 0 for a
-        sequence of length 0. u (T, B, K) as above where ``save``, of any value beyond the lengths.
+        sequence of length 0. u, where ``save``: (T, B, K) in the type of emissions, what backward
+        reads of each step; its numbers are the room's own, and of any value beyond the lengths.
         """
 
     def backward(
@@ -118,7 +119,19 @@ def load(name: str) -> Any:
     return room.unavailable() or room
 
 
-@cache
+def as_order(backend: Any) -> str | tuple[str, ...] | None:
+    """What a caller gives as ``backend``, checked: None, a name, or names in order.
+
+    Raises:
+        ValueError: there is no room of that name.
+    """
+    names = (backend,) if isinstance(backend, str) else backend
+    for name in names or ():
+        if name not in ROOMS:
+            raise ValueError(f"backend: expected one of {', '.join(ROOMS)}, got {name!r}")
+    return backend if backend is None or isinstance(backend, str) else tuple(backend)
+
+
 def select(dtype: torch.dtype, device: str, K: int, backend: str | Sequence[str] | None) -> str:
     """The room that runs chains of K tags.
 
@@ -126,6 +139,15 @@ def select(dtype: torch.dtype, device: str, K: int, backend: str | Sequence[str]
         RuntimeError: the room that was named is not available on this machine.
         NotImplementedError: it does not run such chains.
     """
+    return _select(dtype, device, K, backend)
+
+
+# for Dynamo a constant, as backends.choice.select_constant
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _select(dtype: torch.dtype, device: str, K: int, backend: str | Sequence[str] | None) -> str:
     names = (backend,) if isinstance(backend, str) else backend
     reasons = {}
     for name in ORDER.get(device, ELSEWHERE) if names is None else names:

@@ -41,10 +41,20 @@ def log_partition(chain: Chain) -> Tensor:
         emissions = emissions.masked_fill(~within[..., None], 0)
     u = chain.start + emissions[0]
     for t in range(1, len(emissions)):
-        after = emissions[t] + torch.logsumexp(u[:, :, None] + chain.transitions, 1)
+        after = emissions[t] + _log_sum_exp(u[:, :, None] + chain.transitions, 1)
         u = after if within is None else torch.where(within[t, :, None], after, u)
-    log_z = torch.logsumexp(u + chain.end, 1)
+    log_z = _log_sum_exp(u + chain.end, 1)
     return log_z if within is None else torch.where(within[0], log_z, 0)
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    """As torch.logsumexp, whose gradient is NaN where all terms are -inf. Here it is 0."""
+    top = x.detach().amax(dim, keepdim=True)
+    top = torch.where(top == -torch.inf, 0, top)
+    total = (x - top).exp().sum(dim)
+    none = total == 0
+    logarithm = torch.where(none, 1, total).log() + top.squeeze(dim)
+    return torch.where(none, -torch.inf, logarithm)
 
 
 def score(chain: Chain, tags: Tensor) -> Tensor:
