@@ -19,6 +19,8 @@ from ..numba_threads import run
 from . import Chain
 from .numba_loops import FLUSH, ROWS, backward_loop, forward_loop, kernel, viterbi_loop
 
+#: Tags are checked where they are read.
+CHECKS_TAGS = True
 #: A sum over pairs of tags at so many steps takes a core 80 us: less is not worth waking a thread.
 _SHARE = 3_000_000
 #: Parts of a batch, each with gradients of the parameters of its own, which take so many numbers.
@@ -52,6 +54,9 @@ class _Task:
             lengths = chain.lengths.numpy()
             self.order = np.argsort(-lengths, kind="stable")
             self.lengths = lengths[self.order]
+            if self.B and not 0 <= self.lengths[-1] <= self.lengths[0] <= self.T:
+                low, high = self.lengths[-1], self.lengths[0]
+                raise ValueError(f"lengths: expected 0 to T = {self.T}, got {low} to {high}")
         work = self.T * self.B * self.K * (self.K + 60)
         most = max(1, work // _SHARE)
         self.threads = min(torch.get_num_threads(), openmp.cores(), most)
@@ -84,13 +89,18 @@ class _Task:
 
 def forward(chain: Chain, tags: Tensor | None, save: bool) -> tuple[Tensor, Tensor | None]:
     task = _Task(chain, tags)
-    T, B, K, W = task.T, task.B, task.K, task.W
+    T, B, K = task.T, task.B, task.K
     value = task.new(B)
     u = task.new(T, B, K) if save else None
-    size = (3 * K + 4 + 4 * ROWS) * W + 64
     if B:
-        groups = -(-B // ROWS)
-        task.run(forward_loop, groups, size, 0 if u is None else u.data_ptr(), value.data_ptr())
+        faults = np.zeros(-(-B // ROWS), np.int64)
+        size = (3 * K + 4 + 4 * ROWS) * task.W + 64
+        u_ptr = 0 if u is None else u.data_ptr()
+        task.run(forward_loop, len(faults), size, u_ptr, value.data_ptr(), faults.ctypes.data)
+        if tags is not None and faults.any():
+            t, b = divmod(int(faults[faults > 0].min()) - 1, B)
+            tag = int(tags[t, b])
+            raise IndexError(f"tags: expected 0 to {K - 1}, got {tag} at step {t} of sequence {b}")
     return value, u
 
 

@@ -33,7 +33,7 @@ from . import numba_words
 
 #: Sequences of a group: accumulators enough to hide the latency of a product.
 ROWS = 8
-#: Rows of the counts' products: for 20 tags in float32 both operands, 32 KB, stay in the first cache.
+#: Rows of the counts' products: for 20 tags in float32 both operands, 32 KB, stay in cache.
 FLUSH = 128
 #: A sum z below this is made again. The terms that it may lack are below the least normal number,
 #: 1e-38 (float64: 1e-308), so that it is right to 1e-14; and of p / z no sum overflows.
@@ -134,9 +134,10 @@ def log_sum(u, moves_t, W):
 
 
 def forward_loop(data):
+    """A task is a group. Its first tag that is none is told: 1 + t * B + b."""
     apart()
     groups, slot = load_int(data, 1), take(data + 16)
-    T, B, K, W = load_int(data, 3), load_int(data, 4), load_int(data, 5), load_int(data, 6)
+    B, K, W = load_int(data, 4), load_int(data, 5), load_int(data, 6)
     order, lengths = load_int(data, 7), load_int(data, 8)
     e, e_t, e_b = load_int(data, 9), load_int(data, 10), load_int(data, 11)
     moves, i_stride, j_stride = load_int(data, 12), load_int(data, 13), load_int(data, 14)
@@ -144,14 +145,14 @@ def forward_loop(data):
     tags, tags_t, tags_b = load_int(data, 17), load_int(data, 18), load_int(data, 19)
     matrix, row = K * W * ITEMSIZE, W * ITEMSIZE
     E = load_int(data, 20) + slot * load_int(data, 21)
-    u, value = load_int(data, 22), load_int(data, 23)
+    u, value, fault = load_int(data, 22), load_int(data, 23), load_int(data, 24)
 
     moves_t, top = E + 2 * matrix, E + 3 * matrix
     first, last = top + row, top + 2 * row
     steps_of = top + 4 * row  # u of two steps
     q, z = steps_of + 2 * ROWS * row, steps_of + 3 * ROWS * row
     m = steps_of + 4 * ROWS * row
-    log_z, score = m + 64, m + 128  # doubles
+    log_z, score, tags_before = m + 64, m + 128, m + 192  # of 8 bytes each
     group = take(data)
     if group < groups:
         prepare(moves, i_stride, j_stride, start, end, K, W, E)
@@ -201,11 +202,14 @@ def forward_loop(data):
                 store1(m, r, highest)
                 if tags:
                     tag = load_int(tags, t * tags_t + b * tags_b)
+                    if tag < 0 or tag >= K:
+                        if load_int(fault, group) == 0:
+                            store_int(fault, group, 1 + t * B + b)
+                        tag = 0
+                    move = load1(start, tag)
                     if t:
-                        old = load_int(tags, (t - 1) * tags_t + b * tags_b)
-                        move = load1(moves, old * i_stride + tag * j_stride)
-                    else:
-                        move = load1(start, tag)
+                        move = load1(moves, load_int(tags_before, r) * i_stride + tag * j_stride)
+                    store_int(tags_before, r, tag)
                     add_double(score, r, double(load1(e_row, tag)) + double(move))
                 if load_int(lengths, b_0 + r) == t + 1:
                     found = load_double(log_z, r) + double(log_sum(u_row, last, W))
@@ -390,8 +394,8 @@ def best(v_before, moves, e, K, W, v_now):
 
 
 def n_best(v_before, moves, e, n, K, W, v_now, room):
-    """The same of the n best (n, W) before, sorted: four that stay in registers, of what is left the
-    next four, and so on."""
+    """The same of the n best (n, W) before, sorted: four that stay in registers, then of what is
+    left the next four, and so on."""
     apart()
     for v in range(0, W, LANES):
         e_v = load_part(e, v, K - v)
@@ -447,8 +451,8 @@ def rank_of(v, place, W):
 
 
 def viterbi_loop(data):
-    """A task is a sequence. Of every step the room keeps v (n, W): the scores of the n best paths to
-    each tag, sorted. The way back finds again where each came from."""
+    """A task is a sequence. Of every step the room keeps v (n, W): the scores of the n best paths
+    to each tag, sorted. The way back finds again where each came from."""
     apart()
     slot = take(data + 16)
     T, B, K, W = load_int(data, 3), load_int(data, 4), load_int(data, 5), load_int(data, 6)
@@ -510,15 +514,16 @@ def viterbi_loop(data):
         b = take(data)
 
 
+#: In an order in which each comes behind those that it calls.
 _HELPERS = (
-    copied, highest_of, prepare, product, log_sum, begin, ratios, weights, add_far, flush, best, n_best,
-    rank_of, came_from
+    copied, highest_of, prepare, product, log_sum, begin, ratios, weights, add_far, flush, best,
+    n_best, rank_of, came_from
 )  # fmt: skip
 
 
 @cache
 def _vocabulary(dtype: Any) -> tuple[str, dict[str, Any]]:
-    """What the loops' free names are, of vectors of ``dtype``, and a label that hashes its sources."""
+    """A label that hashes the sources, and what the loops' free names are, of vectors of a type."""
     s = simd(dtype)
     label = f"{s.fingerprint}_{digest(__name__, numba_words.__name__)[:16]}"
     names = vars(s) | numba_words.words(dtype, s.LANES)
