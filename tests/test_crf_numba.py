@@ -5,8 +5,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from chains import draw
-from test_crf_rooms import gradients
+from chains import draw, gradients
 from vocabulary import samples, ulp_error
 
 from fastseq.backends import crf
@@ -80,6 +79,16 @@ def test_a_long_sequence_loses_nothing_in_float32():
         found.append([value, *room.backward(chain, None, u, torch.ones_like(value), True)])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_backward_gets_may_have_any_strides():
+    chain, tags = draw(6, 5, 3)
+    _, u = room.forward(chain, tags, True)
+    dvalue = torch.linspace(-1, 2, 10, dtype=torch.float64)[::2]
+    assert same(
+        room.backward(chain, tags, u.transpose(0, 2).contiguous().transpose(0, 2), dvalue, True),
+        room.backward(chain, tags, u, dvalue.contiguous(), True),
+    )
 
 
 def test_where_every_path_is_forbidden():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chains import brute, draw, every_path, lengths_of, score_of
+from chains import brute, draw, every_path, gradients, lengths_of, score_of
 
 from fastseq.backends import crf
 from fastseq.backends.crf import Chain, eager
@@ -26,17 +26,6 @@ def room_named(name):
 @pytest.fixture(params=CPU)
 def room(request):
     return room_named(request.param)
-
-
-def gradients(room, chain, tags, dvalue):
-    """Those of emissions, start, end and transitions."""
-    if room is not eager:
-        _, u = room.forward(chain, tags, True)
-        return room.backward(chain, tags, u, dvalue, True)
-    leaves = [t.clone().requires_grad_() for t in (chain.emissions, *chain[2:])]
-    value, _ = room.forward(Chain(leaves[0], chain.lengths, *leaves[1:]), tags, True)
-    found = torch.autograd.grad(value, leaves, dvalue, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
 
 
 def expected_gradients(chain, tags, dvalue):

@@ -109,7 +109,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     task = _Task(chain, tags)
     T, B, K, W = task.T, task.B, task.K, task.W
-    de, dvalue = task.new(T, B, K), dvalue.contiguous()
+    de, dvalue, u = task.new(T, B, K), dvalue.contiguous(), u.contiguous()
     groups = -(-B // ROWS)
     parts = min(groups, max(8, min(_PARTS, _NUMBERS // (K * W))))
     wanted = torch.zeros((parts, K + 2, W), dtype=torch.float64) if wants_parameters else None
@@ -121,7 +121,7 @@ def backward(
     if wanted is None:
         return (de,)
     total = wanted.sum(0)[:, :K].to(de.dtype)
-    return de, total[K], total[K + 1], total[:K]
+    return de, total[K].clone(), total[K + 1].clone(), total[:K].clone()
 
 
 def viterbi(chain: Chain, n: int) -> tuple[Tensor, Tensor]:
