@@ -1,7 +1,7 @@
 """Chains by loops over time for GPUs, in Triton: :mod:`.triton_kernels`.
 
-Totals over time are float64, and so are the gradients of parameters, which a fixed number of programs
-add up. No atomics: two identical calls agree bit for bit.
+Totals over time are float64, and so are the gradients of parameters, which a fixed number of
+programs add up. No atomics: two identical calls agree bit for bit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class _Task:
         self.e = e if e.stride(2) == 1 or self.K == 1 else e.contiguous()
         self.block = _block(self.K)
         # a thread holds 8 numbers of a tile, 32 from 64 tags on
-        self.warps = {16: 1, 32: 4, 64: 8, 128: 16}[self.block] * (2 if e.dtype.itemsize == 8 else 1)
+        self.warps = {16: 1, 32: 4, 64: 8, 128: 16}[self.block] * (
+            2 if e.dtype.itemsize == 8 else 1
+        )
         self.values: dict[str, Any] = {
             "e_ptr": self.e,
             "e_t": self.e.stride(0),

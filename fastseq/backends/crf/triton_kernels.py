@@ -1,5 +1,5 @@
-"""Kernels that walk a chain: a program owns a sequence for all of time, and holds the transitions, a
-tile (BLOCK, BLOCK), in registers. Tags are padded to a power of two; what is behind scores -inf.
+"""Kernels that walk a chain: a program owns a sequence for all of time, and holds the transitions,
+a tile (BLOCK, BLOCK), in registers. Tags are padded to a power of two; what is behind scores -inf.
 
 Sums over the previous tag are made in log space, the greatest term of each column apart. A sum of
 linear terms, as on the CPU, would need the maximum of a vector where this needs that of a tile's
@@ -118,9 +118,9 @@ def backward_kernel(
     e_ptr, e_t, e_b, lengths_ptr, end_ptr, moves_ptr, i_stride, j_stride, tags_ptr, tags_t, tags_b,
     u_ptr, dvalue_ptr, de_ptr, counts_ptr, T, B, K, BLOCK: tl.constexpr, STEPS: tl.constexpr
 ):  # fmt: skip
-    """de (T, B, K), zero beyond the lengths, and, where it is wanted, the gradients of transitions:
-    a program takes a sequence in so many, one after another, and adds them up in doubles of its own,
-    STEPS at a time.
+    """de (T, B, K), zero beyond the lengths, and, where it is wanted, the gradient of transitions.
+
+    A program takes one sequence after another, and adds up in doubles of its own, STEPS at a time.
     """
     tag = tl.arange(0, BLOCK)
     inside = tag < K
