@@ -1,5 +1,5 @@
-# make demo | test | test-all | fuzz | integration | bench | table | capabilities | cells | build | wheel
-#      sanitize | lint | clean
+# make demo | examples | test | test-all | fuzz | integration | bench | table | capabilities | cells
+#      build | wheel | sanitize | lint | clean
 #
 # Each target sets up all it needs: an environment .venv where none is active, torch where none is
 # installed, the package and its tools, the C++ kernels where there is a C++ compiler (CXX), and the
@@ -7,6 +7,7 @@
 # the Python that makes .venv, once; make clean removes it.
 #
 #   make demo ARGS="--cell lstm --steps 200"
+#   make examples ARGS="--only char_lm word_lm"
 #   make test ARGS="-k gru"
 #   make fuzz MINUTES=300 BACKEND="native numba"
 #   make fuzz BACKEND=native SEED=387
@@ -19,16 +20,19 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz integration bench gpu table capabilities cells build wheel sanitize lint \
-  format clean
+.PHONY: help setup demo examples test test-all fuzz integration bench gpu table capabilities cells build wheel \
+  sanitize lint format clean
 
 # Where .venv is, or will be, unless an environment is active.
 RUN = "$$($(PYTHON) tools/prepare.py --python)"
 
 help:
 	@echo "make demo      train a small language model with torch.nn and with fastseq, side by side"
+	@echo "make examples  every example in its short form, some minutes; ARGS=\"--only tag\" runs one,"
+	@echo "               ARGS=--write writes docs/examples.md from what they print"
 	@echo "make test      the tests"
-	@echo "make test-all  the tests in their long form, and a short run of the benchmarks"
+	@echo "make test-all  the tests in their long form, which asks each example's short form to learn, and a"
+	@echo "               short run of the benchmarks"
 	@echo "make fuzz      random problems of every backend, an hour; MINUTES and BACKEND narrow it,"
 	@echo "               SEED runs one again"
 	@echo "make integration  other libraries with fastseq's layers, Captum to torchrl; installs them"
@@ -54,6 +58,9 @@ setup:
 
 demo: setup
 	@$(RUN) examples/char_lm.py $(ARGS)
+
+examples: setup
+	@$(RUN) tools/examples.py $(ARGS)
 
 test: setup
 	@$(RUN) -m pytest -n 2 -q tests $(ARGS)

@@ -3,8 +3,10 @@
 The text is the source of Python's own standard library, which every machine has. Both models start
 from the same parameters and see the same batches; they take turns, some steps each, so that
 whatever else the machine does slows both alike. At the end: both losses, characters per second,
-bits per character on files that were not trained on, a page of generated text, and a picture of
-loss against time.
+bits per character on files that were not trained on, text that the model writes, at several
+temperatures, and a picture of loss against time.
+
+Paper: Graves 2013, Generating Sequences With Recurrent Neural Networks.
 
     python examples/char_lm.py --cell lstm --hidden 128 --steps 300
 """
@@ -13,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-import sysconfig
+import re
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import common
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,16 +65,14 @@ class Run:
         return self.seconds[-1] if self.seconds else 0.0
 
 
-def read_text(folder: Path) -> tuple[str, str]:
+def read_text(folder: Path, files: int | None = None) -> tuple[str, str]:
     """The modules in a folder: nine files in ten to train on, the tenth to validate on.
 
     Four blanks become a tab, so that indentation is one character a level.
     """
-    train, valid = [], []
-    for k, path in enumerate(sorted(folder.glob("*.py"))):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        kept = "".join(c for c in text.replace("    ", "\t") if c in ALPHABET)
-        (valid if k % 10 == 9 else train).append(kept)
+    other = re.compile(f"[^{re.escape(ALPHABET)}]")
+    texts = (common.read(path).replace("    ", "\t") for path in common.modules(folder, files))
+    train, valid = common.split([other.sub("", text) for text in texts])
     return "".join(train), "".join(valid)
 
 
@@ -80,29 +80,12 @@ def streams(text: str, batch: int, bptt: int) -> Tensor:
     """(rows, batch) character numbers: each column reads its own part of the text."""
     number = {c: k for k, c in enumerate(ALPHABET)}
     codes = torch.tensor([number[c] for c in text])
-    rows = len(codes) // batch
-    if rows < bptt + 1:
-        raise SystemExit(
-            f"char_lm.py: the text has {len(codes)} characters, too few for --batch {batch} times "
-            f"--bptt {bptt}; make one of them smaller"
-        )
-    return codes[: rows * batch].view(batch, rows).t().contiguous()
-
-
-def windows(data: Tensor, bptt: int):
-    """(inputs, targets, starts) without end; ``starts`` where reading begins at the top again."""
-    while True:
-        for t in range(0, len(data) - bptt, bptt):
-            yield data[t : t + bptt], data[t + 1 : t + bptt + 1], t == 0
-
-
-def detached(state):
-    return tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+    return common.columns(codes, batch, bptt)
 
 
 def train_step(run: Run, inputs: Tensor, targets: Tensor, fresh: bool, clip: float) -> float:
     """Truncated backpropagation through time: the state is carried on, its gradient is not."""
-    state = None if fresh or run.state is None else detached(run.state)
+    state = None if fresh or run.state is None else common.detached(run.state)
     run.optimizer.zero_grad(set_to_none=True)
     logits, run.state = run.model(inputs, state)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -117,7 +100,7 @@ def validate(model: CharLM, data: Tensor, bptt: int) -> float:
     """Bits per character."""
     model.eval()
     losses, state = [], None
-    for step, (inputs, targets, fresh) in enumerate(windows(data, bptt)):
+    for step, (inputs, targets, fresh) in enumerate(common.windows(data, bptt)):
         if step == VALID_STEPS or (step and fresh):
             break
         logits, state = model(inputs, state)
@@ -156,7 +139,7 @@ def warm_up(runs: list[Run], inputs: Tensor, targets: Tensor) -> None:
 
 def train(runs: list[Run], data: Tensor, options: argparse.Namespace) -> None:
     """Both models over the same windows, taking turns. Stops early when the time is up."""
-    batches = windows(data, options.bptt)
+    batches = common.windows(data, options.bptt)
     characters = options.batch * options.bptt
     bars = [
         tqdm(
@@ -179,7 +162,7 @@ def train(runs: list[Run], data: Tensor, options: argparse.Namespace) -> None:
                 run.losses.append(train_step(run, inputs, targets, fresh, options.clip))
                 run.seconds.append(elapsed + time.perf_counter() - start)
             if not math.isfinite(run.losses[-1]):
-                raise SystemExit(f"char_lm.py: the loss is {run.losses[-1]}; try a smaller --lr")
+                common.stop(f"the loss is {run.losses[-1]}; try a smaller --lr")
             speed = len(run.losses) * characters / run.elapsed
             bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {speed:,.0f} characters/s", False)
             bar.update(len(turn) * characters)
@@ -196,75 +179,61 @@ def train(runs: list[Run], data: Tensor, options: argparse.Namespace) -> None:
 
 def plot(runs: list[Run], title: str, path: Path) -> None:
     """Loss against each model's own time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for run, colour in zip(runs, ("#d1495b", "#1f5a92"), strict=True):
-        width = max(1, len(run.losses) // 100)  # a running mean, or the noise hides the curves
-        means = [
-            sum(run.losses[max(0, k - width + 1) : k + 1]) / min(width, k + 1)
-            for k in range(len(run.losses))
-        ]
+    figure, axes = common.picture()
+    for run, colour in zip(runs, (common.TORCH, common.FASTSEQ), strict=True):
+        means = common.running_mean(run.losses, max(1, len(run.losses) // 100))
         label = f"{run.label}, {run.elapsed:.3g} s"
         axes.plot(run.seconds, means, color=colour, label=label, linewidth=1.8)
         axes.plot(run.seconds[-1], means[-1], "o", color=colour)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("loss (nats per character)")
     axes.set_title(title, fontsize=11, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"expected more than 0, got {value}")
-    return value
+    common.save(figure, path)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = common.parser(__doc__, seconds=140.0)
     parser.add_argument("--cell", choices=sorted(LAYERS), default="gru")
-    parser.add_argument("--layers", type=positive, default=1)
-    parser.add_argument("--hidden", type=positive, default=256)
-    parser.add_argument("--batch", type=positive, default=16, help="streams read side by side")
-    parser.add_argument("--bptt", type=positive, default=100, help="steps between two updates")
-    parser.add_argument("--steps", type=positive, default=1500, help="updates of each model")
+    parser.add_argument("--layers", type=common.positive, default=1)
+    parser.add_argument("--hidden", type=common.positive, default=256)
     parser.add_argument(
-        "--seconds", type=float, default=140.0, help="stop both after this much training"
+        "--batch", type=common.positive, default=16, help="streams read side by side"
     )
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--clip", type=float, default=1.0, help="greatest norm of the gradient")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", help="fastseq's backend; it chooses if left out")
-    parser.add_argument("--threads", type=positive, help="threads of torch")
-    parser.add_argument("--sample", type=int, default=1200, help="characters to write at the end")
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--bptt", type=common.positive, default=100, help="steps between two updates"
+    )
+    parser.add_argument("--steps", type=common.positive, default=1500, help="updates of each model")
+    parser.add_argument("--lr", type=common.above_zero, default=3e-3)
+    parser.add_argument(
+        "--clip", type=common.above_zero, default=1.0, help="greatest norm of the gradient"
+    )
+    parser.add_argument(
+        "--sample", type=common.positive, default=1200, help="characters of a page it writes"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=common.above_zero,
+        nargs="+",
+        default=[0.3, 0.6, 1.0],
+        help="of each page: a low one repeats what is likely, a high one invents",
+    )
     parser.add_argument(
         "--text",
         type=Path,
-        default=Path(sysconfig.get_path("stdlib")),
+        default=common.STDLIB,
         help="a folder with .py files; the standard library if left out",
     )
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
-    options = parser.parse_args(argv)
-    for name in ("seconds", "lr", "clip", "temperature"):
-        if getattr(options, name) <= 0:
-            parser.error(f"argument --{name}: expected more than 0, got {getattr(options, name)}")
-    if len(sorted(options.text.glob("*.py"))) < 10:
-        parser.error(f"argument --text: {options.text} holds fewer than 10 .py files")
-    return options
+    parser.add_argument(
+        "--files", type=common.positive, help="read so many of them; all if left out"
+    )
+    short = {"hidden": 128, "steps": 400, "seconds": 20.0, "sample": 300}
+    return common.parse(parser, argv, short)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> dict[str, float]:
     options = arguments(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    train_text, valid_text = read_text(options.text)
+    train_text, valid_text = read_text(options.text, options.files)
     data = streams(train_text, options.batch, options.bptt)
     held_out = streams(valid_text, options.batch, options.bptt)
 
@@ -276,11 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
         torch.manual_seed(options.seed)
         sizes = options.hidden, options.hidden, options.layers
-        try:
-            layer = getattr(library, name)(*sizes, **extra)
-        except ValueError as error:
-            raise SystemExit(f"char_lm.py: --backend {options.backend}: {error}") from None
-        model = CharLM(layer)
+        model = CharLM(getattr(library, name)(*sizes, **extra))
         runs.append(Run(label, model, torch.optim.Adam(model.parameters(), lr=options.lr)))
     theirs, ours = runs
     for a, b in zip(theirs.model.parameters(), ours.model.parameters(), strict=True):
@@ -288,16 +253,16 @@ def main(argv: list[str] | None = None) -> None:
 
     title = (
         f"{name}, {options.layers} x {options.hidden} units, batch {options.batch}, "
-        f"{options.bptt} steps, {torch.get_num_threads()} threads"
+        f"{options.bptt} steps, {common.threads()}"
     )
     print(f"{title}; {len(train_text):,} characters of Python's standard library")
-    first = next(windows(data, options.bptt))
+    first = next(common.windows(data, options.bptt))
     try:
         warm_up(runs, *first[:2])
     except (ValueError, RuntimeError) as error:
         if options.backend is None:
             raise
-        raise SystemExit(f"char_lm.py: --backend {options.backend}: {error}") from None
+        common.stop(f"--backend {options.backend}: {error}")
     train(runs, data, options)
 
     characters = options.batch * options.bptt * len(ours.losses)
@@ -306,14 +271,16 @@ def main(argv: list[str] | None = None) -> None:
         end="",
     )
     print(f" {'perplexity':>11} {'writes char/s':>14}")
+    figures = {"steps": len(ours.losses), "ratio": theirs.elapsed / ours.elapsed}
     pages = {}
-    for run in runs:
-        bits = validate(run.model, held_out, options.bptt)
+    for run, key in zip(runs, ("torch_bits", "fastseq_bits"), strict=True):
+        bits = figures[key] = validate(run.model, held_out, options.bptt)
         start = time.perf_counter()
-        pages[run.label] = sample(
-            run.model, "\nclass ", options.sample, options.temperature, options.seed
-        )
-        writes = options.sample / (time.perf_counter() - start)
+        pages = {
+            heat: sample(run.model, "\nclass ", options.sample, heat, options.seed)
+            for heat in options.temperature
+        }
+        writes = len(pages) * options.sample / (time.perf_counter() - start)
         print(
             f"{run.label:9} {run.elapsed:7.1f}s {characters / run.elapsed:13,.0f} "
             f"{run.losses[-1]:10.4f} {bits:16.4f} {2**bits:11.3f} {writes:14,.0f}"
@@ -325,15 +292,19 @@ def main(argv: list[str] | None = None) -> None:
         f"at most {max(gaps[:early]):.1e} in the first {early} steps\nand {max(gaps):.1e} in all "
         "(training magnifies rounding)."
     )
-    page, rule = pages[ours.label].expandtabs(4), "-" * 80
-    print(f"\nWritten by the model that fastseq trained:\n{rule}{page}\n{rule}")
-    picture = options.out / f"char_lm_{options.cell}.png"
-    plot(runs, title, picture)
-    print(f"Loss against time: {picture}")
+    rule = "-" * 80
+    for heat, page in pages.items():
+        print(f"\nWritten by the model that fastseq trained, at temperature {heat:g}:")
+        print(f"{rule}{page.expandtabs(4)}\n{rule}")
+    plot(runs, title, options.out / f"char_lm_{options.cell}.png")
+    figures["uniform_bits"] = math.log2(len(ALPHABET))
+    print(
+        f"On files that were not trained on: {figures['fastseq_bits']:.3f} bits per character; "
+        f"an even guess costs {figures['uniform_bits']:.3f}, torch.nn's model "
+        f"{figures['torch_bits']:.3f}."
+    )
+    return figures
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    common.run(main)

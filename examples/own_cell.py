@@ -17,6 +17,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 
+import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ def train(runs: list[Run], options: argparse.Namespace) -> None:
             run.losses += [train_step(run, *given) for given in turn]
             run.elapsed += time.perf_counter() - start
             if not math.isfinite(run.losses[-1]):
-                raise SystemExit(f"own_cell.py: the loss is {run.losses[-1]}; try a smaller --lr")
+                common.stop(f"the loss is {run.losses[-1]}; try a smaller --lr")
             speed = len(run.losses) / run.elapsed
             bar.set_postfix_str(f"loss {run.losses[-1]:.4f}, {speed:,.0f} steps/s", False)
             bar.update(count)
@@ -150,19 +151,12 @@ def train(runs: list[Run], options: argparse.Namespace) -> None:
         bar.close()
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"expected more than 0, got {value}")
-    return value
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--hidden", type=positive, default=64)
-    parser.add_argument("--length", type=positive, default=50, help="numbers of a sequence")
-    parser.add_argument("--batch", type=positive, default=16)
-    parser.add_argument("--steps", type=positive, default=400, help="updates of each model")
+    parser.add_argument("--hidden", type=common.positive, default=64)
+    parser.add_argument("--length", type=common.positive, default=50, help="numbers of a sequence")
+    parser.add_argument("--batch", type=common.positive, default=16)
+    parser.add_argument("--steps", type=common.positive, default=400, help="updates of each model")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -170,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"argument --length: expected at least 2, got {options.length}")
     print(
         f"The sum of 2 of {options.length} numbers; {options.hidden} units, batch {options.batch}, "
-        f"{options.steps} steps, {torch.get_num_threads()} threads"
+        f"{options.steps} steps, {common.threads()}"
     )
     own, loop, _ = runs = runs_of(options)
     train(runs, options)
@@ -189,4 +183,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -1,21 +1,8 @@
 """The demo and the example of a cell of one's own, with settings that take seconds."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from scripts import example
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +66,7 @@ def test_streams_and_windows(demo):
     text = "".join(demo.ALPHABET[k] for k in range(20))
     data = demo.streams(text, 2, 3)
     assert data[:, 0].tolist() == list(range(10)) and data[:, 1].tolist() == list(range(10, 20))
-    batches = demo.windows(data, 3)
+    batches = demo.common.windows(data, 3)
     inputs, targets, fresh = next(batches)
     assert fresh and torch.equal(inputs[1:], targets[:-1])
     seen = [next(batches)[2] for _ in range(3)]
@@ -92,7 +79,6 @@ def test_streams_and_windows(demo):
         (["--cell", "transformer"], "invalid choice"),
         (["--steps", "0"], "expected more than 0, got 0"),
         (["--lr", "-1"], "--lr: expected more than 0"),
-        (["--text", "/nowhere"], "holds fewer than 10 .py files"),
     ],
 )
 def test_mistakes_on_the_command_line(demo, argv, message, capsys):
@@ -104,6 +90,7 @@ def test_mistakes_on_the_command_line(demo, argv, message, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--text", "/nowhere"], "/nowhere: expected a folder with .py files"),
         (["--batch", "1000000"], "too few for --batch 1000000"),
         (["--backend", "magic"], "--backend magic: backend: expected one of"),
     ],

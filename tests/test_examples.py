@@ -1,0 +1,70 @@
+"""Each example starts; with --full each one's short form learns."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import example
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "examples.md"
+#: What other files test: the shared code, and scripts of other forms.
+ELSEWHERE = {"common", "distributed", "own_cell"}
+EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELSEWHERE)
+
+#: Arguments with which an example starts and ends within a second; --out is added.
+TINY = {
+    "char_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --sample 20 --files 10",
+    "word_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --files 10 --no-packages --race 0.01",
+}
+
+#: What the figures of the short form must be, by the names under which ``main`` returns them.
+LEARNS = {
+    "char_lm": "fastseq_bits < 3.2 and abs(fastseq_bits - torch_bits) < 0.2",  # of 97: 6.6 bits
+    "word_lm": "both < kneser_ney_4 < kneser_ney_2 and max(lstm, gru, rnn) < 190",
+}
+
+# The steps end it, not the seconds, so that it learns as much on a slow machine. One thread, since
+# tests run in several processes.
+SHORT = """
+import importlib, json, sys
+sys.path.insert(0, "examples")
+argv = ["--short", "--seconds", "1000", "--threads", "1", "--out", sys.argv[2]]
+figures = importlib.import_module(sys.argv[1]).main(argv)
+with open(sys.argv[2] + "/figures.json", "w") as file:
+    json.dump(figures, file)
+"""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_it_starts(name, tmp_path, capsys):
+    figures = example(name).main([*TINY[name].split(), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out.strip().splitlines()
+    numbers = [value for value in figures.values() if isinstance(value, int | float)]
+    assert numbers and all(map(math.isfinite, numbers)), figures
+    assert re.search(r"\d", printed[-1]), "the last line says what was learned, by a figure"
+    pictures = list(tmp_path.glob("*.png"))
+    assert pictures and all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_its_short_form_learns(name, tmp_path):
+    command = [sys.executable, "-c", SHORT, name, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    # The words of the table are the figures' own names.
+    assert eval(LEARNS[name], {"abs": abs, "max": max, "min": min}, figures), figures
+
+
+def test_every_example_has_its_rows():
+    assert list(TINY) == EXAMPLES, "one line an example, by the alphabet"
+    assert list(LEARNS) == EXAMPLES
+    if PAGE.exists():
+        shown = re.findall(r"^## (\w+)$", PAGE.read_text(), re.MULTILINE)
+        assert set(EXAMPLES) <= set(shown), "make examples ARGS=--write"
