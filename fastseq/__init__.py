@@ -1,6 +1,6 @@
 """fastseq: fast recurrent layers that take the place of torch.nn's."""
 
-from . import compat, init
+from . import compat, init, pooling, training
 from .backends.choice import backends
 from .backends.faults import check
 from .nn import (
@@ -12,6 +12,8 @@ from .nn import (
     SCRN,
     CoupledLSTM,
     CoupledLSTMCell,
+    Decoder,
+    Encoder,
     GRUCell,
     IndRNN,
     IndRNNCell,
@@ -19,8 +21,10 @@ from .nn import (
     MGUCell,
     PeepholeLSTM,
     PeepholeLSTMCell,
+    Pooling,
     RNNCell,
     SCRNCell,
+    SequenceAutoencoder,
     Stacked,
     cell,
     explain,
@@ -43,6 +47,8 @@ __all__ = [
     "SCRN",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "Decoder",
+    "Encoder",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -50,8 +56,10 @@ __all__ = [
     "MGUCell",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
+    "Pooling",
     "RNNCell",
     "SCRNCell",
+    "SequenceAutoencoder",
     "Stacked",
     "backends",
     "cell",
@@ -66,11 +74,13 @@ __all__ = [
     "lstm",
     "mgu",
     "peephole_lstm",
+    "pooling",
     "replace",
     "restore",
     "rnn",
     "scrn",
     "set_options",
     "streaming",
+    "training",
     "uninstall",
 ]

@@ -65,7 +65,9 @@ def numbers(value):
 #: Pages of a part of the library each.
 PAGES = (
     "crf.md",
+    "pooling.md",
     "stacks.md",
+    "training.md",
 )
 RECIPES = recipes("recipes.md")
 EVERY = RECIPES + [one for page in PAGES for one in recipes(page)]

@@ -20,8 +20,10 @@ from .literature import (
 )
 from .options import CellOptions, LayerOptions, set_options
 from .own import OwnCell, OwnLayer, cell
+from .pooling import Pooling
 from .recurrent import Recurrent
 from .scrn import SCRN, SCRNCell
+from .sequence import Decoder, Encoder, SequenceAutoencoder
 from .streaming import StackedStreaming, Streaming, streaming
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "CellOptions",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "Decoder",
+    "Encoder",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -44,10 +48,12 @@ __all__ = [
     "OwnLayer",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
+    "Pooling",
     "RNNCell",
     "Recurrent",
     "Report",
     "SCRNCell",
+    "SequenceAutoencoder",
     "Stacked",
     "StackedStreaming",
     "Streaming",

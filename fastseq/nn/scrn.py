@@ -84,8 +84,10 @@ class _Context(HasOptions):
             else:
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def _fastseq_call(self, names: Sequence[Sequence[str]], x: Any, hx: Any, **given: Any) -> Any:
-        """One layer: ``scrn`` with the parameters as they are now."""
+    def _fastseq_ways(
+        self, names: Sequence[Sequence[str]]
+    ) -> tuple[list[list[Tensor]], list[Tensor | float]]:
+        """The weights of each direction and its alpha, from the parameters as they are now."""
         ways: list[list[Tensor]] = []
         alphas: list[Tensor | float] = []
         for way in names:
@@ -96,6 +98,11 @@ class _Context(HasOptions):
                 weights.append(last)
                 alphas.append(self.alpha)
             ways.append(weights)
+        return ways, alphas
+
+    def _fastseq_call(self, names: Sequence[Sequence[str]], x: Any, hx: Any, **given: Any) -> Any:
+        """One layer: ``scrn`` with the parameters as they are now."""
+        ways, alphas = self._fastseq_ways(names)
         if given["backend"] is None and not torch.compiler.is_compiling():
             if foreign((values_of(x), *(hx or ()), *[w for way in ways for w in way])):
                 given["backend"] = DIFFERENTIABLE

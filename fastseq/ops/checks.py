@@ -193,7 +193,7 @@ def check_lengths(
         raise ValueError("lengths: expected a batched 3-D input, got an unbatched 2-D one")
     if isinstance(lengths, Tensor) and torch._C._functorch.is_batchedtensor(lengths):
         raise NotImplementedError("lengths: all members of a vmap have the same; got some for each")
-    lengths = _integers("lengths", lengths, B)
+    lengths = check_integers("lengths", lengths, B)
     _check_ends(lengths, T, B)
     return lengths
 
@@ -210,7 +210,7 @@ def _check_ends(lengths: Tensor, T: int, B: int) -> None:
             raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low} to {high}")
 
 
-def _integers(name: str, values: Any, B: int) -> Tensor:
+def check_integers(name: str, values: Any, B: int) -> Tensor:
     """One for each sequence, as an int64 tensor (B,)."""
     if not isinstance(values, Tensor):
         listed = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
@@ -268,7 +268,7 @@ def is_integral(tensor: Tensor) -> bool:
 
 def check_row_ids(row_ids: Tensor | Sequence[int], B: int) -> Tensor:
     """As an int64 tensor (B,) with values from 0 to 2^48 - 1."""
-    row_ids = _integers("row_ids", row_ids, B)
+    row_ids = check_integers("row_ids", row_ids, B)
     _check_ids(row_ids)
     return row_ids
 

@@ -292,29 +292,34 @@ def scrn_layer(
     if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
         raise TypeError(f"hx: expected a tuple of tensors (h_0, s_0), got {_kinds(hx)}")
     h_0, s_0 = (None, None) if hx is None else hx
-    kept = alpha if isinstance(alpha, (tuple, list)) else [alpha] * D
-    context = []
-    for way, part in zip(ways, kept, strict=True):
-        w_ic = way[-1]
-        if isinstance(part, Tensor):
-            stay = part
-        else:
-            stay = torch.full(w_ic.shape[:1], part, dtype=w_ic.dtype, device=w_ic.device)
-        context.append((w_ic, stay))
+    context, hidden = scrn_weights(ways, alpha if isinstance(alpha, (tuple, list)) else [alpha] * D)
     shared = (False, memory, deterministic, backend, nested)
     time = (lengths, reset)
     s, s_n = _layer("leaky_integrator", input, context, s_0, *time, None, *shared, mask=mask)
-    C = context[0][0].shape[0]
-    hidden = []
-    for d, (w_ih, *others, _) in enumerate(ways):
-        before, after = w_ih.new_zeros(w_ih.shape[0], d * C), (D - 1 - d) * C
-        I = w_ih.shape[1] - C  # noqa: E741  (the field's letter)
-        parts = [w_ih[:, :I], before, w_ih[:, I:], w_ih.new_zeros(w_ih.shape[0], after)]
-        hidden.append((torch.cat(parts, 1) if D > 1 else w_ih, *others))
     x = beside(input, input, s)
     h, h_n = _layer("rnn_sigmoid", x, hidden, h_0, *time, h_mask, *shared, mask=mask)
     pairs = zip(values_of(h).chunk(D, -1), values_of(s).chunk(D, -1), strict=True)
     return beside(h, *[part for pair in pairs for part in pair]), (h_n, s_n)
+
+
+def scrn_weights(
+    ways: Sequence[Sequence[Tensor]], alphas: Sequence[Tensor | float]
+) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """Of each direction the weights of the leaky integrators, and of the hidden units, whose input
+    is that of the layer and the context of both directions."""
+    context: list[tuple[Tensor, ...]] = []
+    hidden: list[tuple[Tensor, ...]] = []
+    D = len(ways)
+    for d, ((w_ih, *others, w_ic), alpha) in enumerate(zip(ways, alphas, strict=True)):
+        C = w_ic.shape[0]
+        if not isinstance(alpha, Tensor):
+            alpha = torch.full((C,), alpha, dtype=w_ic.dtype, device=w_ic.device)
+        context.append((w_ic, alpha))
+        before, after = w_ih.new_zeros(w_ih.shape[0], d * C), (D - 1 - d) * C
+        I = w_ih.shape[1] - C  # noqa: E741  (the field's letter)
+        parts = [w_ih[:, :I], before, w_ih[:, I:], w_ih.new_zeros(w_ih.shape[0], after)]
+        hidden.append((torch.cat(parts, 1) if D > 1 else w_ih, *others))
+    return context, hidden
 
 
 def rnn(
