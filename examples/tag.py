@@ -341,7 +341,7 @@ class Tagger(nn.Module):
             self.reader = Window(H, 2 * H)
         self.readout = nn.Linear(2 * H, K)
         nn.init.normal_(self.embedding.weight, std=0.3)
-        # a start with no tag before it is as good as O; what the scheme forbids has no score
+        # what the scheme forbids, such as I- behind O, has probability 0
         self.crf = fastseq.CRF(K, forbidden=fastseq.CRF.forbidden_by(labels)) if crf else None
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
@@ -467,7 +467,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=common.positive, default=1200, help="updates of each model")
     add("--lr", type=common.above_zero, default=3e-3)
     add("--race", type=common.above_zero, default=5.0, help="seconds beside each of torch.nn's")
-    short = {"files": 60, "hidden": 64, "steps": 150, "race": 1.0, "lr": 1e-2, "seconds": 20.0}
+    short = {
+        "files": 60,
+        "hidden": 64,
+        "batch": 16,
+        "steps": 240,
+        "lr": 1e-2,
+        "race": 1.0,
+        "seconds": 30.0,
+    }
     options = common.parse(parser, argv, short)
     if not 0 <= options.dropout < 1:
         parser.error(f"argument --dropout: expected at least 0, below 1, got {options.dropout:g}")
@@ -513,10 +521,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         figures |= {f"{key}_accuracy": score.accuracy, f"{key}_f1": score.f1}
         rows.append((label, f"{score.accuracy:.4f}", f"{score.f1:.4f}", f"{done.elapsed:.1f}"))
     print(f"\n{common.table(('', 'accuracy', 'F1 of spans', 'seconds'), rows)}\n")
-    shown = next((k for k, sample in enumerate(held_out) if spans(sample.tags)), 0)
-    sample = held_out[shown]
-    print(f"Held out:  {bracketed(sample.words[:16], sample.tags[:16])}")
-    print(f"Found:     {bracketed(sample.words[:16], found[shown][:16])}\n")
+    shown = max(range(len(truth)), key=lambda k: sum(tag[0] == "I" for tag in truth[k][:16]))
+    for name, tags in (("Held out", truth[shown]), ("Found", found[shown])):
+        print(f"{name + ':':10} {bracketed(held_out[shown].words[:16], tags[:16])}")
+    print()
 
     rows = []
     for name in ("BiLSTM + CRF", "2 BiLSTMs + CRF"):

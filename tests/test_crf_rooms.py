@@ -81,6 +81,18 @@ def test_the_best_paths_are_those_of_all(room, T, B, K, lengths, forbidden, n):
         assert (paths[b, :, length:] == -1).all() and (paths[b, len(every) :] == -1).all()
 
 
+def test_paths_of_one_score_are_all_found(room):
+    """Each once: all 8 paths, which score alike, and the 12 best of 27."""
+    same = torch.zeros(3, 1, 2, dtype=torch.float64)
+    best = torch.tensor([[[1.0, 1, 0]], [[0, 0, 0]], [[2, 2, 1]]], dtype=torch.float64)
+    for e, n, score in ((same, 8, 0.0), (best, 12, 3.0)):
+        K = e.shape[2]
+        scores, paths = room.viterbi(
+            Chain(e, None, e.new_zeros(K), e.new_zeros(K), e.new_zeros(K, K)), n
+        )
+        assert scores.tolist() == [[score] * n] and len({*map(tuple, paths[0].tolist())}) == n
+
+
 @pytest.mark.parametrize("T, B, K", [(40, 7, 20), (13, 33, 5), (25, 2, 67)])
 def test_float32_is_close_to_float64(room, T, B, K):
     """Within twice the error of the plain form in float32, as everywhere."""
