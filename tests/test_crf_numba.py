@@ -1,6 +1,8 @@
 """Chains in Numba, besides what test_crf_rooms.py holds all rooms to: bits, words, and what is
 refused."""
 
+import ctypes
+
 import numba
 import numpy as np
 import pytest
@@ -38,8 +40,34 @@ def test_bits_do_not_depend_on_threads(threads, monkeypatch):
     threads(1)
     alone = everything(chain, tags)
     threads(4)
+    assert all(same(everything(chain, tags), alone) for _ in range(5))
+    assert shared == [1] * 3 + [4] * 15
+
+
+def test_each_thread_has_a_room_of_its_own(threads, monkeypatch):
+    """The fourth thread, alone, writes nothing where the others would."""
+    chain, tags = draw(30, 70, 5)
+    threads(1)
+    alone = everything(chain, tags)
+    rooms = []
+
+    class Poisoned(room.Room):
+        def __init__(self, count, dtype):
+            super().__init__(count, dtype)
+            self.numbers = self.tensor[(self.address - self.tensor.data_ptr()) // 8 :][:count]
+            self.numbers.fill_(7.25)
+            rooms.append(self.numbers.view(4, -1))
+
+    def fourth(call, address, data, count):
+        ctypes.c_int64.from_address(data + 16).value = 3
+        call(data)
+
+    monkeypatch.setattr(room, "Room", Poisoned)
+    monkeypatch.setattr(room, "run", fourth)
+    monkeypatch.setattr(room, "_SHARE", 1)
+    threads(4)
     assert same(everything(chain, tags), alone)
-    assert shared == [1] * 3 + [4] * 3
+    assert all((r[:3] == 7.25).all() and (r[3] != 7.25).any() for r in rooms) and len(rooms) == 3
 
 
 def test_a_sequence_has_the_same_bits_in_any_batch():

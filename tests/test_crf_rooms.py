@@ -158,9 +158,14 @@ def test_layouts_and_inputs_are_left_alone(room):
     chain, tags = draw(5, 4, 3)
     wide = torch.full((4, 5, 8), torch.nan, dtype=torch.float64)
     wide[:, :, 2:5] = chain.emissions.transpose(0, 1)
+    of_tags = wide.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # a tag's numbers together
+    for layout in (wide, of_tags):
+        read_alike(room, chain, tags, layout[:, :, 2:5].transpose(0, 1))
+
+
+def read_alike(room, chain, tags, emissions):
     strided = chain._replace(
-        emissions=wide[:, :, 2:5].transpose(0, 1),
-        transitions=chain.transitions.t().contiguous().t(),
+        emissions=emissions, transitions=chain.transitions.t().contiguous().t()
     )
     copies = [t.clone() for t in (*strided, tags)]
     dvalue = torch.ones(4, dtype=torch.float64)

@@ -79,7 +79,7 @@ class _Task:
                 *(self.moves.data_ptr(), *self.moves.stride()),
                 *(self.start.data_ptr(), self.end.data_ptr()),
                 *((0, 0, 0) if tags is None else (tags.data_ptr(), *tags.stride())),
-                *(room.address, size, *own),
+                *(room.address, size * self.e.element_size(), *own),
             ],
             np.int64,
         )
