@@ -61,6 +61,17 @@ def test_a_chain_sums_over_every_path(room, T, B, K, lengths, forbidden, tagged)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_a_tag_may_be_impossible_at_a_step(room):
+    chain, _ = draw(4, 2, 3, lengths=False)
+    chain.emissions[1, 0, 2] = chain.emissions[2, :, 0] = chain.emissions[3, 1, :2] = -torch.inf
+    torch.testing.assert_close(room.forward(chain, None, False)[0], brute(chain))
+    ones = torch.ones(2, dtype=torch.float64)
+    for got, want in zip(
+        gradients(room, chain, None, ones), expected_gradients(chain, None, ones), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("n", [1, 3, 20])
 @pytest.mark.parametrize("T, B, K, lengths, forbidden", SMALL)
 def test_the_best_paths_are_those_of_all(room, T, B, K, lengths, forbidden, n):
