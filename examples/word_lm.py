@@ -376,7 +376,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tie", action="store_true", help="one matrix embeds words and predicts them")
     add("--batch", type=common.positive, default=20, help="streams read side by side")
     add("--bptt", type=common.positive, default=35, help="steps between two updates")
-    add("--steps", type=common.positive, default=1500, help="updates of each network")
+    add("--steps", type=common.positive, default=2000, help="updates of each network")
     add("--lr", type=common.above_zero, default=1e-2)
     add("--race", type=common.above_zero, default=5.0, help="seconds beside each of torch.nn's")
     add("--points", type=common.positive, default=8, help="of each curve in the picture")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -60,7 +61,8 @@ def run(name: str) -> tuple[int, float]:
     folder.mkdir(parents=True)
     start = time.perf_counter()
     command = [sys.executable, f"examples/{name}.py", *arguments(name)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this tree's fastseq
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     (ROOT / OUT / f"{name}.txt").write_text(done.stdout)
     return done.returncode, time.perf_counter() - start
 
