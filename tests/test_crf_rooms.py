@@ -1,13 +1,17 @@
 """Each room of the conditional random field against every path, one by one, and against float64."""
 
+import os
+
 import pytest
 import torch
-from chains import brute, draw, every_path, lengths_of, score_of
+from chains import brute, draw, every_path, gradients, lengths_of, score_of
 
 from fastseq.backends import crf
 from fastseq.backends.crf import Chain, eager
 
-CPU = ("native", "numba", "eager")
+#: Under Triton's interpreter, of which test_crf_triton.py starts a process, its room alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = ("triton",) if INTERPRETED else ("native", "numba", "eager")
 SMALL = [  # T, B, K, lengths, forbidden
     (1, 2, 1, False, 0.0),
     (4, 3, 3, True, 0.0),
@@ -26,17 +30,6 @@ def room_named(name):
 @pytest.fixture(params=CPU)
 def room(request):
     return room_named(request.param)
-
-
-def gradients(room, chain, tags, dvalue):
-    """Those of emissions, start, end and transitions."""
-    if room is not eager:
-        _, u = room.forward(chain, tags, True)
-        return room.backward(chain, tags, u, dvalue, True)
-    leaves = [t.clone().requires_grad_() for t in (chain.emissions, *chain[2:])]
-    value, _ = room.forward(Chain(leaves[0], chain.lengths, *leaves[1:]), tags, True)
-    found = torch.autograd.grad(value, leaves, dvalue, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
 
 
 def expected_gradients(chain, tags, dvalue):
@@ -68,6 +61,17 @@ def test_a_chain_sums_over_every_path(room, T, B, K, lengths, forbidden, tagged)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_a_tag_may_be_impossible_at_a_step(room):
+    chain, _ = draw(4, 2, 3, lengths=False)
+    chain.emissions[1, 0, 2] = chain.emissions[2, :, 0] = chain.emissions[3, 1, :2] = -torch.inf
+    torch.testing.assert_close(room.forward(chain, None, False)[0], brute(chain))
+    ones = torch.ones(2, dtype=torch.float64)
+    for got, want in zip(
+        gradients(room, chain, None, ones), expected_gradients(chain, None, ones), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("n", [1, 3, 20])
 @pytest.mark.parametrize("T, B, K, lengths, forbidden", SMALL)
 def test_the_best_paths_are_those_of_all(room, T, B, K, lengths, forbidden, n):
@@ -86,6 +90,18 @@ def test_the_best_paths_are_those_of_all(room, T, B, K, lengths, forbidden, n):
         for path, score in zip(found, scores[b].tolist(), strict=False):
             assert score_of(chain, b, path).item() == pytest.approx(score, rel=1e-12, abs=1e-12)
         assert (paths[b, :, length:] == -1).all() and (paths[b, len(every) :] == -1).all()
+
+
+def test_paths_of_one_score_are_all_found(room):
+    """Each once: all 8 paths, which score alike, and the 12 best of 27."""
+    same = torch.zeros(3, 1, 2, dtype=torch.float64)
+    best = torch.tensor([[[1.0, 1, 0]], [[0, 0, 0]], [[2, 2, 1]]], dtype=torch.float64)
+    for e, n, score in ((same, 8, 0.0), (best, 12, 3.0)):
+        K = e.shape[2]
+        scores, paths = room.viterbi(
+            Chain(e, None, e.new_zeros(K), e.new_zeros(K), e.new_zeros(K, K)), n
+        )
+        assert scores.tolist() == [[score] * n] and len({*map(tuple, paths[0].tolist())}) == n
 
 
 @pytest.mark.parametrize("T, B, K", [(40, 7, 20), (13, 33, 5), (25, 2, 67)])
@@ -153,9 +169,14 @@ def test_layouts_and_inputs_are_left_alone(room):
     chain, tags = draw(5, 4, 3)
     wide = torch.full((4, 5, 8), torch.nan, dtype=torch.float64)
     wide[:, :, 2:5] = chain.emissions.transpose(0, 1)
+    of_tags = wide.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # a tag's numbers together
+    for layout in (wide, of_tags):
+        read_alike(room, chain, tags, layout[:, :, 2:5].transpose(0, 1))
+
+
+def read_alike(room, chain, tags, emissions):
     strided = chain._replace(
-        emissions=wide[:, :, 2:5].transpose(0, 1),
-        transitions=chain.transitions.t().contiguous().t(),
+        emissions=emissions, transitions=chain.transitions.t().contiguous().t()
     )
     copies = [t.clone() for t in (*strided, tags)]
     dvalue = torch.ones(4, dtype=torch.float64)

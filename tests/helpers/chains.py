@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from fastseq.backends.crf import Chain
+from fastseq.backends.crf import Chain, eager
 
 
 def draw(T, B, K, seed=0, lengths=True, forbidden=0.0, scale=1.0, dtype=torch.float64):
@@ -62,3 +62,14 @@ def brute(chain, tags=None):
             value = score_of(chain, b, tags[: lengths_of(chain)[b], b].tolist()) - value
         values.append(value if lengths_of(chain)[b] else 0 * chain.start[0])
     return torch.stack(values) if values else chain.start.new_zeros(0)
+
+
+def gradients(room, chain, tags, dvalue):
+    """Those of emissions, start, end and transitions."""
+    if room is not eager:
+        _, u = room.forward(chain, tags, True)
+        return room.backward(chain, tags, u, dvalue, True)
+    leaves = [t.clone().requires_grad_() for t in (chain.emissions, *chain[2:])]
+    value, _ = room.forward(Chain(leaves[0], chain.lengths, *leaves[1:]), tags, True)
+    found = torch.autograd.grad(value, leaves, dvalue, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
