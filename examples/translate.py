@@ -290,18 +290,24 @@ class Translator(nn.Module):
         attends: whether the decoder's memory is all outputs of the encoder (S, B, 2 H); else it is
             what the decoder begins with, one vector (1, B, H), as in the RNN encoder-decoder of Cho
             et al.: attention over a single place always finds that place.
+        states: of the decoder: h of a GRU, h and c of an LSTM.
+        sizes: of the vocabularies.
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: AttentionDecoder, attends: bool, sizes: tuple[int, int]
+        self,
+        encoder: nn.Module,
+        decoder: AttentionDecoder,
+        attends: bool,
+        states: int,
+        sizes: tuple[int, int],
     ) -> None:
         super().__init__()
         H, E = encoder.hidden_size, encoder.input_size
-        self.encoder, self.decoder, self.attends = encoder, decoder, attends
+        self.encoder, self.decoder, self.attends, self.states = encoder, decoder, attends, states
         self.read = nn.Embedding(sizes[0], E)
         self.embed = nn.Embedding(sizes[1], E)
-        self.states = 2 if isinstance(encoder, nn.LSTM) else 1
-        self.bridge = nn.Linear(2 * H, self.states * H)
+        self.bridge = nn.Linear(2 * H, states * H)
         width = H + (2 * H if attends else H)
         self.readout = nn.Sequential(nn.Linear(width, H), nn.Tanh(), nn.Linear(H, sizes[1]))
 
@@ -379,7 +385,7 @@ def translator(name: str, options: argparse.Namespace, sizes: tuple[int, int]) -
         recurrent = cell(E + 2 * H, H, backend=options.backend)
         attention = Attention(H, 2 * H, score)
     decoder = AttentionDecoder(recurrent, attention, feed_context=name == "Bahdanau")
-    return Translator(encoder, decoder, score is not None, sizes)
+    return Translator(encoder, decoder, score is not None, 2 if kind == "LSTM" else 1, sizes)
 
 
 # Training and scores
