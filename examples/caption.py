@@ -322,12 +322,11 @@ def plot(model: Captioner, shown: list[Sample], title: str, path: Path) -> None:
     kept = [[k for k, word in enumerate(words) if word not in ("a", "the")] for words in told]
     columns = 1 + max(map(len, kept))
     figure = Figure(figsize=(11, 1.25 * len(shown) + 0.4), layout="constrained")
-    grid = figure.subplots(len(shown), columns, squeeze=False)
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    grid = figure.subplots(len(shown), columns, squeeze=False, subplot_kw=bare)
     for row, sample, words, places in zip(grid, shown, told, kept, strict=True):
         weights = model(batch([sample._replace(words=words)]))[1][:, 0].view(-1, GRID, GRID)
         image = sample.picture.transpose(1, 2, 0)
-        for axes in row:
-            axes.set_axis_off()
         row[0].imshow(image)
         row[0].set_title("right" if words == sample.words else "wrong", fontsize=8)
         for axes, place in zip(row[1:], places, strict=False):

@@ -95,8 +95,8 @@ def number_words(n: int) -> str:
         return TENS[n // 10 - 2] + (f"-{UNITS[n % 10]}" if n % 10 else "")
     size, name = (1000, "thousand") if n >= 1000 else (100, "hundred")
     rest = n % size
-    joined = f" and {number_words(rest)}" if rest < 100 else f" {number_words(rest)}"
-    return f"{number_words(n // size)} {name}" + (joined if rest else "")
+    tail = f"{' and' * (rest < 100)} {number_words(rest)}" if rest else ""
+    return f"{number_words(n // size)} {name}{tail}"
 
 
 def ordinal_words(n: int) -> str:
@@ -180,8 +180,10 @@ class Data(NamedTuple):
     target: list[str]
 
 
-def file_pairs(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """To train on and held out: pairs of other sources."""
+def file_pairs(
+    path: Path, characters: bool = False
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """To train on, and held out: none of these has the source, in tokens, of one of those."""
     pairs = []
     for number, line in enumerate(common.read(path).splitlines(), 1):
         columns = [part.strip() for part in line.split("\t")]
@@ -190,14 +192,15 @@ def file_pairs(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
         if len(columns) < 2 or not (columns[0] and columns[1]):
             common.stop(f"{path}, line {number}: expected a source, a tab and a target")
         pairs.append((columns[0], columns[1]))
-    sources = list(dict.fromkeys(source for source, _ in pairs))
-    if len(sources) < 10:
-        common.stop(f"{path}: expected at least 10 different sources, got {len(sources)}")
-    held_out = set(common.split(sources)[1])
-    return (
-        [pair for pair in pairs if pair[0] not in held_out],
-        [pair for pair in pairs if pair[0] in held_out],
-    )
+    sources = [tuple(tokens(source, characters)) for source, _ in pairs]
+    different = list(dict.fromkeys(sources))
+    if len(different) < 10:
+        common.stop(f"{path}: expected at least 10 different sources, got {len(different)}")
+    held_out = set(common.split(different)[1])
+    parts: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    for pair, source in zip(pairs, sources, strict=True):
+        parts[source in held_out].append(pair)
+    return parts
 
 
 def shuffled(pairs: list[tuple[str, str]], seed: int) -> Iterator[tuple[str, str]]:
@@ -227,7 +230,7 @@ class Pairs:
 
 def data(options: argparse.Namespace) -> Data:
     if options.file:
-        known, rest = file_pairs(options.file)
+        known, rest = file_pairs(options.file, options.characters)
         train, many = partial(shuffled, known, options.seed), len(known)
         held_out = partial(iter, rest)
     else:
@@ -520,7 +523,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--embedding", type=common.positive, default=64)
     add("--hidden", type=common.positive, default=128)
     add("--batch", type=common.positive, default=64)
-    add("--steps", type=common.positive, default=2000, help="updates of each model")
+    add("--steps", type=common.positive, default=1000, help="updates of each model")
     add("--lr", type=common.above_zero, default=3e-3)
     add("--beam", type=common.positive, default=5, help="open hypotheses of the beam search")
     add("--sampling", type=float, default=0.0, help="own choices that are fed, at the last step")

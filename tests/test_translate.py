@@ -103,6 +103,18 @@ def test_pairs_of_a_file(tmp_path):
     assert len(known) == 36 and not {a for a, _ in known} & {a for a, _ in held_out}
 
 
+def test_a_file_has_no_source_in_both_parts(tmp_path):
+    """What differs by its capitals alone is one source, unless characters are read."""
+    path = tmp_path / "pairs.tsv"
+    path.write_text("\n".join(f"{word} {k}\tx" for word in ("Word", "word") for k in range(10)))
+    assert [a for a, _ in translate.file_pairs(path)[1]] == ["Word 9", "word 9"]
+    path.write_text("\n".join(f"{word}\tx" for word in ("A", "a") * 10))
+    with pytest.raises(SystemExit, match="got 1"):
+        translate.file_pairs(path)
+    with pytest.raises(SystemExit, match="got 2"):
+        translate.file_pairs(path, True)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
