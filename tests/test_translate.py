@@ -50,7 +50,8 @@ def test_ordinals_in_words():
         (1905, "nineteen oh five"),
         (1900, "nineteen hundred"),
         (2000, "two thousand"),
-        (2007, "two thousand and seven"),
+        (2009, "two thousand and nine"),
+        (2010, "twenty ten"),
         (2049, "twenty forty-nine"),
     ],
 )
