@@ -191,7 +191,7 @@ class Eyes(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Eyes, and a decoder whose state begins with tanh(W [all places]).
+    """Eyes, and a decoder whose state begins with tanh(W [all places]), normalised before tanh.
 
     Args:
         attends: whether the decoder's memory is the places; else it is the first state itself, one
@@ -202,7 +202,9 @@ class Captioner(nn.Module):
         super().__init__()
         H = decoder.recurrent.hidden_size
         self.eyes = Eyes(channels)
-        self.first = nn.Linear(GRID**2 * channels, 2 * H)
+        self.first = nn.Sequential(
+            nn.Linear(GRID**2 * channels, 2 * H, bias=False), nn.BatchNorm1d(2 * H)
+        )
         self.embed = nn.Embedding(len(WORDS), E)
         self.decoder, self.attends = decoder, attends
         width = H + (channels if attends else H)
@@ -334,7 +336,7 @@ def plot(model: Captioner, shown: list[Sample], title: str, path: Path) -> None:
                 weights[None, place : place + 1], size=(SIZE, SIZE), mode="bilinear"
             )[0, 0]
             light = (0.15 + 0.85 * heat / heat.max().clamp(min=1e-6)).numpy()
-            axes.imshow(image * light[:, :, None])
+            axes.imshow((image * light[:, :, None]).clip(0, 1))
             axes.set_title(words[place], fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     model.train()
