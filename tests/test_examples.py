@@ -18,6 +18,7 @@ EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - ELS
 
 #: Arguments with which an example starts and ends within a second; --out is added.
 TINY = {
+    "caption": "--hidden 8 --channels 4 --batch 4 --steps 3 --held-out 30 --race 0.01",
     "char_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --sample 20 --files 10",
     "classify": "--packages http json --models CBOW Elman --epochs 1 --hidden 4 --longest 9",
     "embeddings": "--files 10 --no-packages --words 300 --dim 8 --epochs 1 --passes 1"
@@ -26,12 +27,14 @@ TINY = {
     "stories": "--stories 60 --sentences 8 --steps 3 --embedding 4 --hidden 4 --seconds 0.2",
     "tag": "--hidden 8 --batch 4 --steps 2 --files 10 --longest 20 --race 0.01",
     "toys": "--tasks adding --cells IRNN MGU --lengths 3 --hidden 4 --batch 4 --steps 3",
+    "translate": "--hidden 8 --batch 4 --steps 3 --held-out 9 --beam 2 --dates 1 --race 0.01",
     "trees": "--hidden 8 --width 8 --batch 4 --epochs 1 --files 10 --seconds 0.2",
     "word_lm": "--hidden 8 --batch 4 --bptt 8 --steps 3 --files 10 --no-packages --race 0.01",
 }
 
 #: What the figures of the short form must be, by the names under which ``main`` returns them.
 LEARNS = {
+    "caption": "min(attention, pooled) > 0.2 > majority and attention_words > 0.2 + majority_words",
     "char_lm": "fastseq_bits < 3.2 and abs(fastseq_bits - torch_bits) < 0.2",  # of 97: 6.6 bits
     "classify": "accuracy > majority + 0.25 and gru > majority + 0.2",
     "embeddings": "min(svd_forms, skip_gram_forms, cbow_forms, glove_forms) > 20 * chance_forms"
@@ -40,6 +43,7 @@ LEARNS = {
     "stories": "two_facts_hops_3 > two_facts_hops_1 + 0.2 and hops_3 > lstm > majority + 0.05",
     "tag": "min(window_crf_f1, bilstm_crf_f1, stack_crf_f1) > 0.7 > 2 * baseline_f1",
     "toys": "max(adding_50_gru, adding_50_lstm, adding_50_indrnn) < 0.1 < 0.7 < adding_50_elman",
+    "translate": "min(luong, bahdanau) > 0.7 and last_state < 0.4",
     "trees": "min(tree_accuracy, sequence_accuracy) > majority + 0.15",
     "word_lm": "both < kneser_ney_4 < kneser_ney_2 and max(lstm, gru, rnn) < 190",
 }
