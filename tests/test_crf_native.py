@@ -185,6 +185,22 @@ def test_what_is_forbidden_has_no_say(far):
     expect_exact(chain, tags)
 
 
+@pytest.mark.parametrize("dtype, reach", [(torch.float32, 100), (torch.float64, 745)])
+def test_what_is_just_within_reach(dtype, reach):
+    """Tag 0 is ahead by what a type's exp holds, more or less, and leads nowhere. What leads there
+    from tag 1 is e^-10 of what would lead there from tag 2, which is as good as not there."""
+    exact, _ = draw(3, 60, 3, lengths=False)
+    exact.emissions[0, :, 0] += torch.linspace(0.3 * reach, 1.1 * reach, 60)
+    exact.emissions[0, :, 2] -= 2 * reach
+    exact.transitions[0] = -torch.inf
+    exact.transitions[2] += 10.0
+    chain = typed(exact, dtype)
+    close = 2e-5 if dtype is torch.float32 else 1e-11
+    found, truth = everything(chain, None), expected(typed(chain, torch.float64), None)
+    for got, want in zip(found, truth, strict=False):
+        torch.testing.assert_close(got.double(), want, rtol=close, atol=close)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("far", [0.0, -10000.0, -torch.inf])
 def test_forbidden_tags_take_no_other_walk(dtype, far):
