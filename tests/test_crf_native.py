@@ -138,6 +138,32 @@ def test_nothing_is_lost_in_a_long_walk(instruction_set):
         assert scores[b].item() == pytest.approx(own.item(), rel=1e-7)
 
 
+def test_equal_terms_add_up():
+    """What rounds the same way at every step shows what a sum loses."""
+    single, _ = draw(20000, 2, 3, lengths=False, dtype=torch.float32)
+    single.emissions.zero_()
+    found = []
+    for chain in (single, typed(single, torch.float64)):
+        _, u = room.forward(chain, None, True)
+        ones = torch.ones(2, dtype=u.dtype)
+        found.append(room.backward(chain, None, u, ones, True)[3].double())
+    assert (found[0] / found[1] - 1).abs().max() < 1e-6
+
+
+def test_long_paths_whose_steps_are_far_from_the_best():
+    """A tag that is 50 ahead at every step, but as good as never reached."""
+    single, _ = draw(5000, 2, 9, lengths=False, dtype=torch.float32)
+    single.transitions[:, [0, 8]] = -1000.0
+    single.transitions[8, 0] = 0.0
+    single.emissions[:, :, 0] += 50.0
+    double = typed(single, torch.float64)
+    _, paths = room.viterbi(single, 1)
+    best, _ = room.viterbi(double, 1)
+    for b in range(2):
+        own = score_of(double, b, paths[b, 0].tolist()).item()
+        assert own == pytest.approx(best[b].item(), abs=1e-4)
+
+
 def expect_exact(chain, tags, rtol=1e-9):
     for got, want in zip(everything(chain, tags), expected(chain, tags), strict=False):
         torch.testing.assert_close(got, want, rtol=rtol, atol=rtol)
@@ -157,6 +183,22 @@ def test_what_is_forbidden_has_no_say(far):
     if far == -800.0:  # where paths must go all the same: nothing else may be last
         chain.end[[0, 2, 3, 4, 5]] = -2500.0
     expect_exact(chain, tags)
+
+
+@pytest.mark.parametrize("dtype, reach", [(torch.float32, 100), (torch.float64, 745)])
+def test_what_is_just_within_reach(dtype, reach):
+    """Tag 0 is ahead by what a type's exp holds, more or less, and leads nowhere. What leads there
+    from tag 1 is e^-10 of what would lead there from tag 2, which is as good as not there."""
+    exact, _ = draw(3, 60, 3, lengths=False)
+    exact.emissions[0, :, 0] += torch.linspace(0.3 * reach, 1.1 * reach, 60)
+    exact.emissions[0, :, 2] -= 2 * reach
+    exact.transitions[0] = -torch.inf
+    exact.transitions[2] += 10.0
+    chain = typed(exact, dtype)
+    close = 2e-5 if dtype is torch.float32 else 1e-11
+    found, truth = everything(chain, None), expected(typed(chain, torch.float64), None)
+    for got, want in zip(found, truth, strict=False):
+        torch.testing.assert_close(got.double(), want, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
