@@ -37,8 +37,7 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq.decoding import greedy
-from fastseq.nn.attention import Attention
-from fastseq.nn.attention_decoder import AttentionDecoder, PreparedKeys
+from fastseq.nn.attention import PreparedKeys
 
 SIZE, GRID = 24, 6  # pixels and places of a side
 COLOURS = {
@@ -199,7 +198,9 @@ class Captioner(nn.Module):
             vector: attention over a single place always finds that place.
     """
 
-    def __init__(self, decoder: AttentionDecoder, attends: bool, channels: int, E: int) -> None:
+    def __init__(
+        self, decoder: fastseq.AttentionDecoder, attends: bool, channels: int, E: int
+    ) -> None:
         super().__init__()
         H = decoder.recurrent.hidden_size
         self.eyes = Eyes(channels)
@@ -247,9 +248,9 @@ def captioner(name: str, options: argparse.Namespace) -> Captioner:
     E, H, C = options.embedding, options.hidden, options.channels
     if name == "attention":
         cell = fastseq.LSTMCell(E + C, H, backend=options.backend)
-        return Captioner(AttentionDecoder(cell, Attention(H, C)), True, C, E)
+        return Captioner(fastseq.AttentionDecoder(cell, fastseq.Attention(H, C)), True, C, E)
     layer = fastseq.LSTM(E, H, backend=options.backend)
-    decoder = AttentionDecoder(layer, Attention(H, H, "dot"), feed_context=False)
+    decoder = fastseq.AttentionDecoder(layer, fastseq.Attention(H, H, "dot"), feed_context=False)
     return Captioner(decoder, False, C, E)
 
 

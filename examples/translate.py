@@ -44,8 +44,7 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq.decoding import beam_search, greedy
-from fastseq.nn.attention import Attention
-from fastseq.nn.attention_decoder import AttentionDecoder, PreparedKeys
+from fastseq.nn.attention import PreparedKeys
 from fastseq.schedules import linear
 
 UNITS = (
@@ -300,7 +299,7 @@ class Translator(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        decoder: AttentionDecoder,
+        decoder: fastseq.AttentionDecoder,
         attends: bool,
         states: int,
         sizes: tuple[int, int],
@@ -381,13 +380,16 @@ def translator(name: str, options: argparse.Namespace, sizes: tuple[int, int]) -
     encoder = layer(E, H, bidirectional=True, backend=options.backend)
     score = DECODERS[name]
     if score is None:
-        recurrent, attention = layer(E, H, backend=options.backend), Attention(H, H, "dot")
+        recurrent, attention = layer(E, H, backend=options.backend), fastseq.Attention(H, H, "dot")
     elif name == "Luong":
-        recurrent, attention = layer(E, H, backend=options.backend), Attention(H, 2 * H, score)
+        recurrent, attention = (
+            layer(E, H, backend=options.backend),
+            fastseq.Attention(H, 2 * H, score),
+        )
     else:
         recurrent = cell(E + 2 * H, H, backend=options.backend)
-        attention = Attention(H, 2 * H, score)
-    decoder = AttentionDecoder(recurrent, attention, feed_context=name == "Bahdanau")
+        attention = fastseq.Attention(H, 2 * H, score)
+    decoder = fastseq.AttentionDecoder(recurrent, attention, feed_context=name == "Bahdanau")
     return Translator(encoder, decoder, score is not None, 2 if kind == "LSTM" else 1, sizes)
 
 
