@@ -17,7 +17,8 @@ void check_chains(int64_t steps, int64_t batch, int64_t K, int64_t n, bool far) 
   call.emissions = emissions.data(), call.e_step = batch * K, call.e_row = K;
   call.lengths = lengths.data(), call.order = order.data();
   call.start = start.data(), call.end = end.data(), call.transitions = transitions.data();
-  call.tags = tags.data(), call.tags_step = batch, call.tags_row = 1, call.dvalue = dvalue.data();
+  call.tags = tags.data(), call.tags_step = batch, call.tags_row = 1;
+  call.dvalue = dvalue.data(), call.dvalue_row = 1;
   const auto run_all = [&](int threads) {
     std::vector<Array<T>> out;
     for (int64_t size : {batch, steps * batch * K, steps * batch * K, K, K, K * K, batch * n})

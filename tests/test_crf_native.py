@@ -320,6 +320,15 @@ def test_sizes_that_do_not_fit():
         room.forward(chain, tags[:3], False)
 
 
+def test_one_gradient_for_all():
+    """As a sum's backward gives it: expanded."""
+    chain, tags = draw(7, 9, 5)
+    _, u = room.forward(chain, tags, True)
+    one = torch.tensor(1.5, dtype=torch.float64).expand(9)
+    found = room.backward(chain, tags, u, one, True)
+    assert all(map(torch.equal, found, room.backward(chain, tags, u, one.contiguous(), True)))
+
+
 def test_backward_twice_gives_the_same():
     chain, tags = draw(20, 13, 20, dtype=torch.float32)
     _, u = room.forward(chain, tags, True)

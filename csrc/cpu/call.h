@@ -226,7 +226,8 @@ struct ChainCall {
   int64_t tags_step, tags_row;
   T* value;                   // (B), output of FORWARD
   T* u;                       // (T, B, K), its output if not null, and BACKWARD's input
-  const T* dvalue;            // (B)
+  const T* dvalue;            // (B), dvalue_row apart
+  int64_t dvalue_row;
   T* demissions;              // (T, B, K), output of BACKWARD
   T *dstart, *dend, *dtransitions;  // likewise, or null
   int64_t n;                  // how many paths VITERBI finds

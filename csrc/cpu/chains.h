@@ -121,11 +121,12 @@ template <class T, int N>
 struct Row {
   using V = Vec<T>;
   static constexpr int L = LANES<T>;
-  const Tags<T>& tags;
-  T* memory;
+  const index K, vectors;  // a copy: what is stored might be these numbers, for all the compiler knows
+  T* const memory;
   V held[N ? N : 1];
 
-  FASTSEQ_INLINE Row(const Tags<T>& tags, T* memory) : tags(tags), memory(memory) {}
+  FASTSEQ_INLINE Row(const Tags<T>& tags, T* memory)
+      : K(tags.K), vectors(tags.vectors), memory(memory) {}
   // f(v, vector v)
   template <class Function>
   FASTSEQ_INLINE void each(Function f) {
@@ -133,7 +134,7 @@ struct Row {
 #pragma GCC unroll 4
       for (int v = 0; v < N; ++v) f(index(v), held[v]);
     } else {
-      for (index v = 0; v < tags.vectors; ++v) {
+      for (index v = 0; v < vectors; ++v) {
         V x = load(memory + v * L);
         f(v, x);
         store(memory + v * L, x);
@@ -143,16 +144,16 @@ struct Row {
   // Vector v of K numbers anywhere; zeros behind them.
   FASTSEQ_INLINE V of(const T* row, index v) const {
     if (N > 0 && v < N - 1) return load(row + v * L);
-    return tags.of_row(row, v);
+    return load_upto(row + v * L, K - v * L);
   }
   FASTSEQ_INLINE void give(T* row, index v, V x) const {
     if (N > 0 && v < N - 1) return store(row + v * L, x);
-    store_upto(row + v * L, x, tags.K - v * L);
+    store_upto(row + v * L, x, K - v * L);
   }
   // Where vector v of row r of a product of R rows stands.
   FASTSEQ_INLINE T* product(T* out, index R, index r, index v) const {
     if constexpr (N > 0) return out + (r * N + v) * L;
-    const index first = v / WIDEST * WIDEST, left = tags.vectors - first;
+    const index first = v / WIDEST * WIDEST, left = vectors - first;
     return out + (first * R + r * (left < WIDEST ? left : WIDEST) + v - first) * L;
   }
 

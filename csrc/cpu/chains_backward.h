@@ -41,7 +41,7 @@ struct ChainsBackward {
 
   // Tiles do not depend on the threads either: they are as many as some threads want.
   static index tiles(const ChainCall<T>& call) {
-    const index B = call.batch, each = B >= 64 ? 8 : B >= 8 ? 4 : (B + 1) / 2;
+    const index B = call.batch, each = B >= 32 ? 8 : B >= 8 ? 4 : (B + 1) / 2;
     return B ? (B + each - 1) / each : 0;
   }
   // As many as a cache holds the sums of, 16 K^2 bytes each; up to K = 2048 two at least.
@@ -85,23 +85,26 @@ struct ChainsBackward {
 
   // What log Z is multiplied by in the sum whose gradient is wanted.
   T slope(index sequence) const {
-    return call.tags ? -call.dvalue[sequence] : call.dvalue[sequence];
+    const T d = call.dvalue[sequence * call.dvalue_row];
+    return call.tags ? -d : d;
   }
   // b_t of a sequence, scaled such that b_t a_t sums up to 1, becomes row r. Leaves the gradient of
-  // step t, and returns f.
+  // step t, and returns f times what the gradients are multiplied by.
   template <int N>
   FASTSEQ_INLINE V settle(Row<T, N>& row, index r, index t, index sequence) {
     const index at = (t * call.batch + sequence) * K;
-    const T* a = call.u + at;
+    const T *a = call.u + at, d = slope(sequence);
+    T *de = call.demissions + at, *own = b + r * padded;
     V total{};
     row.each([&](index v, V& x) { total = fma(x, row.of(a, v), total); });
-    const V f = splat(T(1)) / every_sum<T>(total), d = splat(slope(sequence));
+    const T f = T(1) / every_sum<T>(total)[0];  // of vectors a quotient takes twice as long
+    const V scale = splat(f), slopes = splat(d);
     row.each([&](index v, V& x) {
-      x = x * f;
-      store(b + r * padded + v * L, x);
-      row.give(call.demissions + at, v, x * row.of(a, v) * d);
+      x = x * scale;
+      store(own + v * L, x);
+      row.give(de, v, x * row.of(a, v) * slopes);
     });
-    return f;
+    return splat(f * d);
   }
   template <int N>
   FASTSEQ_INLINE void begin(index r, index t, index sequence) {
@@ -114,22 +117,23 @@ struct ChainsBackward {
   FASTSEQ_INLINE void leave(index r, index t, index sequence) {
     Row<T, N> row(tags, x);
     const V c = row.sum(call.emission(t, sequence), tags.shift);
-    const index at = r * padded;
-    row.each([&](index v, V& x) {
-      store(r_ + at + v * L, load(b + at + v * L) * exp_of_negative(x - c));
-    });
+    const T* own = b + r * padded;
+    T* to = r_ + r * padded;
+    row.each([&](index v, V& x) { store(to + v * L, load(own + v * L) * exp_of_negative(x - c)); });
   }
   template <int N>
   FASTSEQ_INLINE void arrive(index R, index r, index t, index sequence) {
     Row<T, N> row(tags, x);
-    row.each([&](index v, V& x) { x = load(row.product(out, R, r, v)); });
-    const V f = settle(row, r, t, sequence) * splat(slope(sequence));
+    T* const y = out;
+    row.each([&](index v, V& x) { x = load(row.product(y, R, r, v)); });
+    const V f = settle(row, r, t, sequence);
     if (!parameters) return;
-    const T* a = call.u + (t * call.batch + sequence) * K;
-    const index n = waiting++;
+    const index n = waiting++, rows = most;
+    const T *a = call.u + (t * call.batch + sequence) * K, *own = r_ + r * padded;
+    T *left = before + n * padded, *right = after;
     row.each([&](index v, V&) {
-      store(before + n * padded + v * L, row.of(a, v));
-      store(row.product(after, most, n, v), load(r_ + r * padded + v * L) * f);
+      store(left + v * L, row.of(a, v));
+      store(row.product(right, rows, n, v), load(own + v * L) * f);
     });
   }
 
@@ -214,7 +218,7 @@ struct ChainsBackward {
     const index n = call.length(sequence), B = call.batch;
     T* de = call.demissions + sequence * K;
     if (call.tags) {
-      const T d = call.dvalue[sequence];
+      const T d = -slope(sequence);
       double* moves = n > 1 ? direct(g) : nullptr;
       for (index t = 0, i = 0; t < n; ++t) {
         const index j = call.tag(t, sequence);

@@ -50,12 +50,13 @@ struct ChainsForward {
   // w_t of sequence b, in row r of a tile. Apart from `step`, for shorter chains of what waits for what.
   template <int N>
   FASTSEQ_INLINE void weigh(index r, index t, index b) {
-    Row<T, N> row(tags, w + r * padded);
+    T* const to = w + r * padded;
+    Row<T, N> row(tags, to);
     const V c = row.sum(call.emission(t, b), t ? tags.shift : start);
     shifts[r] += static_cast<double>(c[0]);
     row.each([&](index v, V& x) {
       x = exp_of_negative(x - c);
-      if (N) store(w + r * padded + v * L, x);
+      if (N) store(to + v * L, x);
     });
   }
   // Row r of a tile of R makes step t of sequence b.
@@ -63,9 +64,10 @@ struct ChainsForward {
   FASTSEQ_INLINE void step(index R, index r, index t, index b) {
     Row<T, N> row(tags, x);
     V most{}, low = load(least + r * L);
+    T *const sums = out, *const weights = w + r * padded;
     row.each([&](index v, V& x) {
-      const V s = t ? load(row.product(out, R, r, v)) : splat(T(1));
-      x = load(w + r * padded + v * L) * s;
+      const V s = t ? load(row.product(sums, R, r, v)) : splat(T(1));
+      x = load(weights + v * L) * s;
       low = smaller(s, low), most = larger(x, most);
     });
     store(least + r * L, low);

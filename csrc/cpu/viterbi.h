@@ -102,8 +102,9 @@ struct Viterbi {
     T* to = at(t, r);
     Row<T, N> row(tags, to);
     const V c = row.sum(call.emission(t, b), t ? tags.shift : start);
+    T* const bests = out;
     row.each([&](index v, V& x) {
-      const V best = t ? load(row.product(out, R, r, v)) : V{};
+      const V best = t ? load(row.product(bests, R, r, v)) : V{};
       x = best + (x - c);
       if (N) store(to + v * L, x);
     });

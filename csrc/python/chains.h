@@ -106,8 +106,9 @@ PyObject* crf_backward(PyObject* const* a) {
   call.what = Chains::BACKWARD;
   const int64_t K = call.K;
   call.u = sized<T>(a[U], call.steps * call.batch * K);
-  call.dvalue = sized<T>(a[DVALUE], call.batch);
-  if (is_none(a[U]) || is_none(a[DVALUE])) throw Declined();
+  const DLTensor dvalue = view(a[DVALUE]);  // often one number, expanded
+  if (is_none(a[U]) || dvalue.ndim != 1 || dvalue.shape[0] != call.batch) throw Declined();
+  call.dvalue = floats<T>(dvalue), call.dvalue_row = dvalue.strides[0];
   New<T> demissions({call.steps, call.batch, K}), dstart, dend, dtransitions;
   call.demissions = demissions.data();
   if (truth(a[WANTS_PARAMETERS])) {
