@@ -575,7 +575,8 @@ def test_opcheck(sample, memory, packed):
 
 
 def test_every_operator_is_checked():
-    """Those of the masks: keep in tests/test_masks.py, and the one that draws, here."""
+    """Those of the masks: keep in tests/test_masks.py, and the one that draws, here. Those of
+    chains: in tests/test_crf.py."""
     torch.library.opcheck(torch.ops.fastseq.copies.default, ([torch.ones(2)],), test_utils=CHECKS)
     torch.library.opcheck(
         torch.ops.fastseq.draw_seed.default, (torch.ones(2),), test_utils=CHECKS[:2]
@@ -583,6 +584,7 @@ def test_every_operator_is_checked():
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
     checked = {"recurrence", "recurrence_backward", "keep", "draw_seed", "copies"}
     checked |= {"recurrence.unsized", "recurrence_backward.unsized"}  # the same kernels
+    checked |= {"crf", "crf_backward", "crf_viterbi", "crf_lengths"}
     assert names == {f"fastseq::{name}" for name in checked}
 
 
@@ -659,6 +661,11 @@ def test_every_operator_has_a_fallback():
     ids = torch.empty(2, dtype=torch.int64, device="meta")
     operators.keep(operators.draw_seed(ids), [1], ids, None, 3, 0.5)
     operators.copies([ids])
+    e, k, kk = (torch.empty(shape, device="meta") for shape in ((4, 2, 3), (3,), (3, 3)))
+    value, u = operators.crf("eager", e, None, k, k, kk, None, True)
+    operators.crf_backward("eager", e, None, k, k, kk, None, u, value, True)
+    operators.crf_viterbi("eager", e, None, k, k, kk, 1)
+    operators.crf_lengths(torch.empty(4, 2, dtype=torch.bool, device="meta"))
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastseq::")}
     for name in names:
         packet, _, overload = name.removeprefix("fastseq::").partition(".")

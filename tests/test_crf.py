@@ -215,6 +215,25 @@ def test_compiled_without_a_break(backend):
             compiled(e, tags + 4, mask, reduction="mean")
 
 
+@pytest.mark.parametrize("lengths", [False, True])
+def test_opcheck(lengths):
+    """Not test_autograd_registration: the operators have no autograd formula on purpose."""
+    chain, tags = draw(4, 3, 3, lengths=lengths)
+    backend = rooms.select(torch.float64, "cpu", 3, None)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    operators, scores = torch.ops.fastseq, (backend, *chain)
+    for given in (tags, None):
+        args = (*scores, given, True)  # what is kept beyond the lengths is no number
+        found = checks[:2] if lengths else checks
+        torch.library.opcheck(operators.crf.default, args, test_utils=found)
+        value, u = operators.crf(*args)
+        args = (*scores, given, u, value, given is None)
+        torch.library.opcheck(operators.crf_backward.default, args, test_utils=checks)
+    torch.library.opcheck(operators.crf_viterbi.default, (*scores, 2), test_utils=checks)
+    mask = torch.arange(4)[:, None] < torch.tensor([4, 0, 2])
+    torch.library.opcheck(operators.crf_lengths.default, (mask,), test_utils=checks)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_computed_in_float32(dtype):
     crf = fastseq.CRF(5, dtype=dtype)

@@ -100,7 +100,7 @@ def test_the_matrix_is_what_the_package_promises():
 
 def test_the_readme_runs_in_ci():
     ran = "\n".join(scripts(ROOT / ".github" / "workflows" / "ci.yml"))
-    assert "make test    # the tests" in (ROOT / "README.md").read_text()
+    assert re.search(r"^make test +# the tests$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert "make test" in ran.split("\n")
     assert "make lint" in ran.split("\n")
 

@@ -186,8 +186,8 @@ MUTATIONS = (
     Mutation(
         "numba: the last piece of a product alone",
         "fastseq/backends/numba_products.py",
-        "rows, n, columns, k > 0)",
-        "rows, n, columns, False)",
+        "rows, n, columns, add or k > 0)",
+        "rows, n, columns, add)",
         (*NUMBAS_ROWS, *WIDE),
     ),
     Mutation(
