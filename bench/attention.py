@@ -1,4 +1,5 @@
-"""A decoder that is fed its context, beside loops in plain PyTorch: ``python -m bench.attention``.
+"""A decoder that is fed its context, beside loops in plain PyTorch: ``python -m bench.attention
+[--write]``.
 
 Additive attention and an LSTM cell, all steps with given inputs. *torch* is torch.nn.LSTMCell and
 torch's operations; *cell* is fastseq.LSTMCell in the same loop; *fused* is
@@ -11,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from fastseq.nn.attention_decoder import AttentionDecoder
 
 from . import table
 from .measure import in_turn
+from .pages import note, write
+
+PAGE = Path(__file__).parent.parent / "docs" / "attention.md"
 
 STEPS, KEYS = 30, 30
 SHAPES = ((256, 32), (256, 1), (64, 16), (64, 1))  # I = K = H, and B
@@ -86,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="what a row takes")
+    parser.add_argument("--write", action="store_true", help="into docs/attention.md")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     found = []
@@ -93,8 +99,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in rows(*shape, options.seconds):
             found.append(line)
             print("  ".join(line), flush=True)
-    print(table.markdown(HEADER, found))
-    return 0
+    how = "Medians of runs in turn, float32, an LSTM with additive attention."
+    text = f"{table.markdown(HEADER, found)}\n\n{note(how)}"
+    return write("attention", text, PAGE) if options.write else 0
 
 
 if __name__ == "__main__":
