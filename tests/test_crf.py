@@ -4,6 +4,7 @@ import copy
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from chains import brute, draw, every_path
@@ -368,6 +369,9 @@ MISTAKES = {
         lambda c: c.viterbi(E, n_best=1.5),
     ),
     "invalid number of tags: 0": (ValueError, lambda _: fastseq.CRF(0)),
+    "invalid number of tags: 2.5": (ValueError, lambda _: fastseq.CRF(2.5)),
+    "emissions: expected a tensor, got ndarray": (TypeError, lambda c: c(E.numpy(), TAGS)),
+    "mask: expected a tensor, got list": (TypeError, lambda c: c(E, TAGS, HOLE.tolist())),
     "backend: expected one of native": (ValueError, lambda _: fastseq.CRF(3, backend="cuda")),
     "got (0, 3)": (ValueError, lambda _: fastseq.CRF(3, forbidden=[(0, 3)])),
     "got ('start', 'end')": (
@@ -388,6 +392,11 @@ def test_a_mistake_is_told(words, backend):
     with pytest.raises(error) as caught:
         call(crf)
     assert words in str(caught.value)
+
+
+def test_numpy_counts_the_tags_as_well():
+    crf = fastseq.CRF(np.int64(3))
+    assert type(crf.num_tags) is int and crf.transitions.shape == (3, 3)
 
 
 def test_tags_beyond_a_length_may_be_anything():

@@ -189,3 +189,13 @@ def test_the_error_of_a_word(name, domains, limit, dtype):
     edges[0] = -np.inf if name == "exp" else 1
     apply(edges.ctypes.data, y.ctypes.data, s.LANES)
     assert y[0] == 0 and np.isnan(y[1])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_nan_gives_no_tag_that_there_is_not(n):
+    """A lane behind the last tag would be read from what is behind the emissions."""
+    chain, _ = draw(6, 2, 4, lengths=False)
+    _, paths = room.viterbi(
+        chain._replace(emissions=torch.full_like(chain.emissions, torch.nan)), n
+    )
+    assert ((paths >= -1) & (paths < 4)).all()

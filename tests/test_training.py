@@ -578,3 +578,12 @@ def test_what_the_regulariser_refuses():
         term(layer, (y, h_n), layer(x)[0].sum())
     with pytest.raises(TypeError, match="full: expected a bool"):
         term(layer, (y, h_n), y.sum(), full=1)
+
+
+def test_windows_are_cut_where_the_model_has_its_time():
+    layer = fastseq.LSTM(4, 5, batch_first=True)
+    x = torch.randn(6, 8, 4)
+    with pytest.raises(ValueError, match="batch_first: expected the model's own, True, got False"):
+        next(iter(tbptt(layer, x, window=3)))
+    found = [window.output for window in tbptt(layer, x, window=3, batch_first=True)]
+    torch.testing.assert_close(torch.cat(found, 1), layer(x)[0])

@@ -572,3 +572,31 @@ def test_parameters_and_repr():
     assert repr(RecursiveNetwork(I, H, nonlinearity="relu")) == (
         "RecursiveNetwork(3, 4, arity=2, nonlinearity='relu')"
     )
+
+
+@pytest.mark.parametrize(
+    "parents, words",
+    [
+        ([[-1, 1]], r"parents\[0\]: node 1 is its own parent; a root's is -1"),
+        ([[-1], [-1, 0, 2]], r"parents\[1\]: node 2 is its own parent"),
+    ],
+)
+def test_a_node_that_is_its_own_parent_is_refused(parents, words):
+    with pytest.raises(ValueError, match=words):
+        Trees.from_parents(parents)
+
+
+def test_a_node_that_is_its_own_child_is_refused():
+    with pytest.raises(ValueError, match=r"children\[0\]: node 1 is its own child"):
+        Trees.from_children([[[], [1]]])
+
+
+@pytest.mark.parametrize("network", [NaryTreeLSTM, RecursiveNetwork, ChildSumTreeLSTM])
+def test_backward_under_autocast(network):
+    trees, x = Trees.from_parents([[-1, 0, 0, 1, 1]]), torch.randn(5, 3)
+    module, found = network(3, 4), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            h = module(x, trees)[0]
+            found.append(torch.autograd.grad(h.sum(), [*module.parameters()]))
+    assert all(map(torch.equal, *found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class CRF(nn.Module):
         log p(y) = score(y) - log Z
 
     All in one kernel, forward, backward and Viterbi, in time proportional to the tokens. Sums over
-    time are kept relative to their greatest term and totals in float64, so that float32 loses no
+    time are kept relative to their greatest term and totals in float64: in C++ float32 loses no
     more on a long sequence than on a short one.
 
     Args:
@@ -64,7 +65,11 @@ class CRF(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(num_tags, int) or num_tags <= 0:
+        try:
+            num_tags = operator.index(num_tags)  # as NumPy's integers
+        except TypeError:
+            raise ValueError(f"invalid number of tags: {num_tags}") from None
+        if num_tags <= 0:
             raise ValueError(f"invalid number of tags: {num_tags}")
         super().__init__()
         self.num_tags = num_tags
@@ -259,6 +264,8 @@ class CRF(nn.Module):
     ) -> Chain:
         """What is asked, checked, time first. Where pytorch-crf raises for the same mistake, the
         class and the leading words are its own."""
+        if not isinstance(emissions, Tensor):
+            raise TypeError(f"emissions: expected a tensor, got {type(emissions).__name__}")
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
         if not emissions.is_floating_point():
@@ -275,6 +282,8 @@ class CRF(nn.Module):
         for name, given in (("tags", tags), ("mask", mask)):
             if given is None:
                 continue
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
             if given.shape != emissions.shape[:2]:
                 raise ValueError(
                     f"the first two dimensions of emissions and {name} must match, "

@@ -132,6 +132,9 @@ def tbptt(
         raise ValueError(f"back: expected at least window = {window}, got {back}")
     if not isinstance(batch_first, bool):
         raise TypeError(f"batch_first: expected a bool, got {type(batch_first).__name__}")
+    own = getattr(model, "batch_first", batch_first)
+    if isinstance(own, bool) and own != batch_first:
+        raise ValueError(f"batch_first: expected the model's own, {own}, got {batch_first}")
     time = 1 if batch_first else 0
     T = _steps("inputs", inputs, time)
     if targets is not None and (steps := _steps("targets", targets, time)) != T:

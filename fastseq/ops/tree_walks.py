@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 from ..backends.products import product
 from .autograd import gradients_again
+from .library import as_given
 from .modes import foreign, in_transform
 from .trees import Level, Trees
 
@@ -224,7 +225,8 @@ class Walk(torch.autograd.Function):
         x, *saved = ctx.saved_tensors[1 + ctx.count :]
         order = trees.tensor("order")
         down = [None if g is None else g.index_select(0, order) for g in grads]
-        dx, *dweights = cls.down(trees, x, ctx.alone, inputs[1:], saved, down, need[1])
+        with as_given():  # backward may be called under autocast
+            dx, *dweights = cls.down(trees, x, ctx.alone, inputs[1:], saved, down, need[1])
         if dx is not None:
             dx = dx.index_select(0, trees.tensor("leaf_rank" if ctx.alone else "rank"))
         return None, dx, *(g if n else None for g, n in zip(dweights, need[2:], strict=True))

@@ -260,6 +260,13 @@ class Trees:
     def _of(cls, local: np.ndarray, counts: np.ndarray, turns: np.ndarray, name: str) -> Trees:
         """local: parents within each tree, one root each."""
         starts = np.repeat(np.cumsum(counts) - counts, counts)
+        for node in np.flatnonzero(local == np.arange(len(local)) - starts)[:1]:
+            b = int(np.searchsorted(np.cumsum(counts), node, side="right"))
+            raise ValueError(
+                f"{name}[{b}]: node {local[node]} is its own parent; a root's is {NONE}"
+                if name == "parents"
+                else f"{name}[{b}]: node {local[node]} is its own child"
+            )
         parents = np.where(local == NONE, np.arange(len(local)), local + starts)
         _check_cycles(name, parents, counts)
         return cls(parents, counts, turns)

@@ -501,6 +501,8 @@ def viterbi_loop(data):
                 place = 0
                 while place + 1 < n * W and load1(ends, place) != score:
                     place += 1
+                if load1(ends, place) != score:  # NaN is no place's, and a lane may be no tag
+                    place = 0
                 store1(ends, place, NOTHING)
                 t = steps - 1
                 store_int(path, t, place % W)
