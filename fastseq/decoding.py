@@ -80,7 +80,8 @@ def sample(
     _check(start, end, max_length)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
-            f"temperature: expected a number above 0, got {temperature}; greedy() is its limit at 0"
+            f"temperature: expected a finite number above 0, got {temperature}; greedy() is the "
+            "limit at 0"
         )
     if top_k is not None:
         _check_count("top_k", top_k)
@@ -88,7 +89,10 @@ def sample(
         raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
 
     def draw(logits: Tensor) -> Tensor:
-        logits = logits.detach() / temperature
+        logits = logits.detach()
+        # relative to the greatest, whose quotient cannot overflow
+        least = torch.finfo(logits.dtype).tiny  # what is below is 0 in that type
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)
         if top_k is not None and top_k < logits.shape[-1]:
             kept = logits.topk(top_k, -1)
             logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)

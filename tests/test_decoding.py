@@ -363,7 +363,7 @@ MISTAKES = {
     "step: expected it to return logits": lambda s: greedy(
         lambda t, state: (torch.zeros(3, 4), state), START, end=END, max_length=1
     ),
-    "temperature: expected a number above 0, got 0": lambda s: sample(
+    "temperature: expected a finite number above 0, got 0": lambda s: sample(
         s, START, end=END, max_length=1, temperature=0.0
     ),
     "top_k: expected": lambda s: sample(s, START, end=END, max_length=1, top_k=0),
@@ -383,3 +383,16 @@ def test_mistakes(words):
     step = lambda tokens, state: (torch.zeros(len(tokens), N), state)  # noqa: E731
     with pytest.raises((ValueError, TypeError), match=words):
         MISTAKES[words](step)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30])
+def test_the_least_temperature_takes_the_likeliest(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]]).expand(2, 4)
+    found = sample(
+        lambda tokens, state: (logits, state),
+        torch.zeros(2, dtype=torch.int64),
+        end=3,
+        max_length=3,
+        temperature=temperature,
+    )
+    assert (found.tokens == 1).all()

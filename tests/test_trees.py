@@ -472,7 +472,7 @@ WRONG = {
     "children[1][0]: expected nodes of the tree, 0 to 1, got 2": ("children", [[[]], [[2], []]]),
     "nested[1]: node 1 is an empty tuple": ("nested", ["a", ((), "b")]),
     "texts[1]: expected a tree, got none": ("brackets", ["(1 x)", " "]),
-    "texts[0]: 1 brackets are not closed": ("brackets", ["(1 (2 x)"]),
+    "texts[0]: brackets that are not closed: 1": ("brackets", ["(1 (2 x)"]),
     "texts[0]: expected a bracket that opens, got ')' at character 5": ("brackets", ["(1 x))"]),
     "texts[0]: expected one tree, got another at character 6": ("brackets", ["(1 x) (2 y)"]),
     "texts[0]: a node with neither a word nor children ends at character 2": (
@@ -600,3 +600,14 @@ def test_backward_under_autocast(network):
             h = module(x, trees)[0]
             found.append(torch.autograd.grad(h.sum(), [*module.parameters()]))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("make", [Trees.from_brackets, Trees.from_nested])
+def test_one_string_is_no_list_of_trees(make):
+    with pytest.raises(TypeError, match="got one string; put it in a list"):
+        make("(3 a)")
+
+
+def test_a_text_is_a_string():
+    with pytest.raises(TypeError, match=r"texts\[1\]: expected a string, got NoneType"):
+        Trees.from_brackets(["(3 a)", None])

@@ -210,6 +210,7 @@ class Trees:
         Raises:
             ValueError: a tuple or list is empty.
         """
+        _check_list("nested", nested)
         parents: list[list[int]] = []
         leaves: list[Any] = []
         for b, tree in enumerate(nested):
@@ -244,10 +245,13 @@ class Trees:
             ValueError: the brackets do not match, or a node has neither a word nor children, or
                 both. The message names the tree and the character.
         """
+        _check_list("texts", texts)
         parents: list[list[int]] = []
         labels: list[str] = []
         words: list[str] = []
         for b, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{b}]: expected a string, got {_kind(text)}")
             own: list[int] = []
             read = _Reader(f"texts[{b}]", own, labels, words)
             for token in _TOKEN.finditer(text):
@@ -419,7 +423,12 @@ class _Reader:
         if not self.own:
             raise ValueError(f"{self.name}: expected a tree, got none")
         if self.open:
-            raise ValueError(f"{self.name}: {len(self.open)} brackets are not closed")
+            raise ValueError(f"{self.name}: brackets that are not closed: {len(self.open)}")
+
+
+def _check_list(name: str, trees: Any) -> None:
+    if isinstance(trees, str):
+        raise TypeError(f"{name}: expected a sequence of trees, got one string; put it in a list")
 
 
 def _kind(value: Any) -> str:
