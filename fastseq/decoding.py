@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .nn.attention import check_size
+
 #: (tokens (N,), state) -> (logits (N, V), state)
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
@@ -84,7 +86,7 @@ def sample(
             "limit at 0"
         )
     if top_k is not None:
-        _check_count("top_k", top_k)
+        check_size("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
 
@@ -191,8 +193,8 @@ def beam_search(
     Source: length normalisation: Wu et al. 2016, Google's Neural Machine Translation System.
     """
     _check(start, end, max_length)
-    _check_count("beam_size", beam_size)
-    _check_count("n_best", n_best)
+    check_size("beam_size", beam_size)
+    check_size("n_best", n_best)
     if n_best > beam_size:
         raise ValueError(f"n_best: expected at most beam_size = {beam_size}, got {n_best}")
     if not (length_penalty >= 0 and math.isfinite(length_penalty)):
@@ -325,12 +327,7 @@ def _check(start: Any, end: Any, max_length: Any) -> None:
         raise TypeError(f"start: expected an int64 tensor (B,), got {got}")
     if isinstance(end, bool) or not isinstance(end, int) or end < 0:
         raise ValueError(f"end: expected a token, an int of at least 0, got {end!r}")
-    _check_count("max_length", max_length)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    check_size("max_length", max_length)
 
 
 def _check_logits(logits: Any, N: int, end: int) -> None:

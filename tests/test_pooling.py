@@ -3,6 +3,7 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -203,3 +204,8 @@ def test_the_module():
 def test_what_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call(draw())
+
+
+def test_numpy_counts_as_well():
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(pooling.k_max_pool(x, np.int64(2)), pooling.k_max_pool(x, 2))

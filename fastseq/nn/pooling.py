@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from ..ops.checks import check_integers, check_lengths, is_integral
+from ..ops.checks import check_integers, check_lengths, is_integral, positive
 from ..ops.geometry import Dense
 
 Lengths = Tensor | Sequence[int] | None
@@ -109,7 +109,7 @@ def k_max_pool(
     Source: Kalchbrenner, Grefenstette and Blunsom 2014, A Convolutional Neural Network for
     Modelling Sentences, section 3.2.
     """
-    _check_count("k", k)
+    k = positive("k", k)
     steps = _Steps(x, lengths, batch_first)
     return steps.vectors(_greatest(steps, k))
 
@@ -154,9 +154,9 @@ def dynamic_k_max_pool(
     Source: Kalchbrenner, Grefenstette and Blunsom 2014, A Convolutional Neural Network for
     Modelling Sentences, section 3.3.
     """
-    _check_count("num_layers", num_layers)
-    _check_count("layer", layer)
-    _check_count("k_top", k_top)
+    num_layers = positive("num_layers", num_layers)
+    layer = positive("layer", layer)
+    k_top = positive("k_top", k_top)
     if layer > num_layers:
         raise ValueError(f"layer: expected at most num_layers = {num_layers}, got {layer}")
     steps = _Steps(x, lengths, batch_first)
@@ -212,7 +212,7 @@ def region_max_pool(
     Multi-Pooling Convolutional Neural Networks, section 3.3.3.
     """
     if not isinstance(regions, Tensor):
-        _check_count("regions", regions)
+        regions = positive("regions", regions)
     steps = _Steps(x, lengths, batch_first)
     T, B, F = steps.x.shape
     time = torch.arange(T, device=steps.x.device)[:, None]
@@ -247,7 +247,7 @@ class Pooling(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-        _check_count("size", size)
+        size = positive("size", size)
         if size > 1 and not KINDS[kind][1]:
             raise ValueError(f"size: {kind!r} gives one vector a sequence, got {size}")
         if not isinstance(batch_first, bool):
@@ -340,13 +340,6 @@ def _greatest(steps: _Steps, k: int, counts: Tensor | None = None) -> Tensor:
     found = x.gather(0, time.clamp(max=T - 1))
     found = torch.where(inside, found, 0.0)
     return nn.functional.pad(found, (0, 0, 0, 0, 0, k - order.shape[0]))
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _checked_cuts(cuts: Tensor, steps: _Steps) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ..ops.checks import check_lengths
+from ..ops.checks import check_lengths, positive
 from .options import HasOptions
 
 
@@ -125,9 +125,9 @@ def tbptt(
                     f"{name}: torch.nn's {type(model).__name__} takes none; fastseq.replace(layer) "
                     "makes it fastseq's"
                 )
-    _check_count("window", window)
+    window = positive("window", window)
     back = window if back is None else back
-    _check_count("back", back)
+    back = positive("back", back)
     if back < window:
         raise ValueError(f"back: expected at least window = {window}, got {back}")
     if not isinstance(batch_first, bool):
@@ -236,13 +236,6 @@ class Windows:
             return torch.cat(parts, self._time) if isinstance(parts[0], Tensor) else parts[0]
 
         return tree_map(cat, *nests)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _steps(name: str, nest: Any, time: int) -> int:

@@ -5,6 +5,7 @@ Where torch.nn raises for the same mistake, the class and the leading words are 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,6 +236,15 @@ def _check_count(name: str, values: Tensor, B: int) -> None:
     (B,) = numbers(B)
     if tuple(values.shape) != (B,):
         raise ValueError(f"{name}: expected one a sequence, ({B},), got {tuple(values.shape)}")
+
+
+def positive(name: str, value: Any) -> int:
+    """A count of at least 1, of Python's integers or NumPy's."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value if isinstance(value, int) else operator.index(value)
 
 
 def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:
