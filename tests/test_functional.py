@@ -614,6 +614,16 @@ ARGUMENTS = {
         ValueError,
         "gru: Expected input to be 2D or 3D, got 4D instead",
     ),
+    "a count, a word": (
+        lambda: checks.positive("k", "two"),
+        TypeError,
+        "k: expected an int, got str",
+    ),
+    "a count of none": (
+        lambda: checks.positive("k", 0),
+        ValueError,
+        "k: expected at least 1, got 0",
+    ),
 }
 
 
@@ -630,7 +640,7 @@ def test_every_check_is_failed_once():
     source = ast.parse(inspect.getsource(checks))
     raises = {n.lineno: n.end_lineno for n in ast.walk(source) if isinstance(n, ast.Raise)}
     reached = set()
-    for function, *_ in MISTAKES.values():
+    for function, *_ in (MISTAKES | ARGUMENTS).values():
         last = traceback.extract_tb(caught(function).__traceback__)[-1]
         if last.filename == checks.__file__:
             reached |= {k for k, end in raises.items() if k <= last.lineno <= end}
