@@ -11,6 +11,7 @@ import io
 import math
 import sys
 import sysconfig
+import tempfile
 import time
 import tokenize
 import warnings
@@ -99,6 +100,12 @@ def parse(
             stop(f"--backend {options.backend}: backend: expected one of {known}")
         if found != "available":
             stop(f"--backend {options.backend}: {found}")
+    try:  # now, and not when all is trained
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as error:
+        stop(f"--out {options.out}: expected a folder to write to: {error.strerror or error}")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -425,7 +432,6 @@ def picture(columns: int = 1, *, height: float = 4.5) -> tuple[Any, Any]:
 
 def save(figure: Any, path: Path) -> Path:
     """Write a picture as PNG, and say so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"Picture: {path}")
     return path

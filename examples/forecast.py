@@ -57,6 +57,8 @@ def read_csv(path: Path, columns: list[str]) -> Tensor:
     """(T, C) of the named columns. A file that is not as expected ends the script in one line."""
     reader = csv.reader(io.StringIO(common.read(path).removeprefix("\ufeff"), newline=""))
     header = next(reader, [])
+    if not header:
+        common.stop(f"{path}: expected a header with the columns' names, got an empty line or file")
     for name in columns:
         if name not in header:
             common.stop(f"{path}: no column {name!r}; expected one of {', '.join(header)}")

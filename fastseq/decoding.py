@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .nn.attention import check_size
+from .ops.checks import positive
 
 #: (tokens (N,), state) -> (logits (N, V), state)
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -48,7 +48,7 @@ def greedy(step: Step, start: Tensor, state: Any = None, *, end: int, max_length
     Raises:
         ValueError, TypeError: another shape or type, an ``end`` below 0, a ``max_length`` below 1.
     """
-    _check(start, end, max_length)
+    end, max_length = _check(start, end, max_length)
     return _walk(step, start, state, end, max_length, lambda logits: logits.argmax(-1))
 
 
@@ -79,14 +79,14 @@ def sample(
 
     Source: top_p: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration.
     """
-    _check(start, end, max_length)
+    end, max_length = _check(start, end, max_length)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
             f"temperature: expected a finite number above 0, got {temperature}; greedy() is the "
             "limit at 0"
         )
     if top_k is not None:
-        check_size("top_k", top_k)
+        top_k = positive("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
 
@@ -192,9 +192,8 @@ def beam_search(
 
     Source: length normalisation: Wu et al. 2016, Google's Neural Machine Translation System.
     """
-    _check(start, end, max_length)
-    check_size("beam_size", beam_size)
-    check_size("n_best", n_best)
+    end, max_length = _check(start, end, max_length)
+    beam_size, n_best = positive("beam_size", beam_size), positive("n_best", n_best)
     if n_best > beam_size:
         raise ValueError(f"n_best: expected at most beam_size = {beam_size}, got {n_best}")
     if not (length_penalty >= 0 and math.isfinite(length_penalty)):
@@ -202,11 +201,13 @@ def beam_search(
     if reorder is None:
 
         def reorder(state: Any, rows: Tensor) -> Any:
-            return take_rows(state, rows, batch_dim)
+            return take_rows(state, rows, batch_dim, count)
 
     B, K, device = start.shape[0], beam_size, start.device
+    count = B  # of the state's rows
     first = torch.arange(B, device=device).unsqueeze(1) * K  # row of a sentence
     state = reorder(state, (first // K).expand(B, K).reshape(-1))
+    count = B * K
     last = start.repeat_interleave(K)
     history = start.new_zeros((B, K, 0))
     pool: _Pool | None = None
@@ -287,8 +288,9 @@ def _penalty(length: int, alpha: float) -> float:
     return ((5 + length) / 6) ** alpha
 
 
-def take_rows(state: Any, rows: Tensor, batch_dim: Any = 0) -> Any:
-    """A state with the ``rows`` (N,) of its batch; ``batch_dim`` as :func:`beam_search` says."""
+def take_rows(state: Any, rows: Tensor, batch_dim: Any, count: int) -> Any:
+    """A state with the ``rows`` (N,) of its batch of ``count``; ``batch_dim`` as
+    :func:`beam_search` says."""
     if isinstance(state, Tensor):
         if batch_dim is None:
             return state
@@ -299,18 +301,24 @@ def take_rows(state: Any, rows: Tensor, batch_dim: Any = 0) -> Any:
                 f"batch_dim: expected a dimension of a tensor of shape {tuple(state.shape)}, got "
                 f"{batch_dim}"
             )
+        if state.shape[batch_dim] != count:
+            raise ValueError(
+                f"state: expected a batch of {count} in dimension {batch_dim}, got a tensor of "
+                f"shape {tuple(state.shape)}; batch_dim= says which dimension is the batch, 1 in "
+                "the states of layers"
+            )
         return state.index_select(batch_dim, rows.to(state.device))
     if isinstance(state, dict):
         dims = batch_dim if isinstance(batch_dim, dict) else dict.fromkeys(state, batch_dim)
         if dims.keys() != state.keys():
             raise ValueError(f"batch_dim: expected the keys {[*state]}, got {[*dims]}")
-        return type(state)({k: take_rows(v, rows, dims[k]) for k, v in state.items()})
+        return type(state)({k: take_rows(v, rows, dims[k], count) for k, v in state.items()})
     if isinstance(state, (tuple, list)):
         nested = isinstance(batch_dim, (tuple, list))
         each = batch_dim if nested else (batch_dim,) * len(state)
         if len(each) != len(state):
             raise ValueError(f"batch_dim: expected {len(state)} entries, got {len(each)}")
-        parts = [take_rows(part, rows, dim) for part, dim in zip(state, each, strict=True)]
+        parts = [take_rows(part, rows, dim, count) for part, dim in zip(state, each, strict=True)]
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     return state
 
@@ -321,13 +329,11 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1, dtype=wide)
 
 
-def _check(start: Any, end: Any, max_length: Any) -> None:
+def _check(start: Any, end: Any, max_length: Any) -> tuple[int, int]:
     if not isinstance(start, Tensor) or start.dtype is not torch.int64 or start.dim() != 1:
         got = f"{start.dtype} {tuple(start.shape)}" if isinstance(start, Tensor) else repr(start)
         raise TypeError(f"start: expected an int64 tensor (B,), got {got}")
-    if isinstance(end, bool) or not isinstance(end, int) or end < 0:
-        raise ValueError(f"end: expected a token, an int of at least 0, got {end!r}")
-    check_size("max_length", max_length)
+    return positive("end", end, 0), positive("max_length", max_length)
 
 
 def _check_logits(logits: Any, N: int, end: int) -> None:

@@ -12,8 +12,8 @@ import math
 def linear(step: float, slope: float, start: float = 1.0, least: float = 0.0) -> float:
     r""":math:`\max(\epsilon, k - c\,i)`, with k ``start``, c ``slope`` and epsilon ``least``."""
     _check_step(step)
-    if slope < 0:
-        raise ValueError(f"slope: expected at least 0, got {slope}")
+    if not 0 <= slope < math.inf:
+        raise ValueError(f"slope: expected a finite number of at least 0, got {slope}")
     if not 0 <= least <= start <= 1:
         raise ValueError(f"start: expected 0 <= least <= start <= 1, got {least} and {start}")
     return max(least, start - slope * step)
@@ -31,12 +31,12 @@ def inverse_sigmoid(step: float, k: float) -> float:
     r""":math:`k / (k + \exp(i / k))` with k >= 1: about 1 at first, and one half at
     :math:`i = k \ln k`."""
     _check_step(step)
-    if not k >= 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    if not 1 <= k < math.inf:
+        raise ValueError(f"k: expected a finite number of at least 1, got {k}")
     small = math.exp(-step / k)  # which cannot overflow
     return k * small / (k * small + 1)
 
 
 def _check_step(step: float) -> None:
-    if not step >= 0:
-        raise ValueError(f"step: expected at least 0, got {step}")
+    if not 0 <= step < math.inf:
+        raise ValueError(f"step: expected a finite number of at least 0, got {step}")

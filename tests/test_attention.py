@@ -179,6 +179,26 @@ def test_kernels(dtype, additive, instruction_set, threads):
             check_close(mine, their, true, dtype, f"{k_} of {count} threads")
 
 
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("name", SCORES)
+def test_nan_beyond_a_length_has_no_part(name, many, needed):
+    a = Attention(H, H if "dot" in name else K, name).double()
+    queries = torch.randn(*(U, B, H)[0 if many else 1 :], dtype=torch.float64)
+    keys = torch.randn(S, B, a.key_size, dtype=torch.float64)
+    values = torch.randn(S, B, V, dtype=torch.float64)
+    beyond = (torch.arange(S)[:, None] >= torch.tensor(LENGTHS))[..., None]
+    found = []
+    for filler in (7.0, math.nan):
+        leaves = [t.masked_fill(beyond, filler).requires_grad_() for t in (keys, values)]
+        context, weights = a(queries, *leaves, lengths=LENGTHS, need_weights=needed)
+        loss = context.square().sum()
+        gradients = torch.autograd.grad(loss, [*leaves, *a.parameters()])
+        found.append([context, *([weights] if needed else []), *gradients])
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all() and torch.equal(one, other)
+
+
 @kernels
 def test_kernels_decline_what_they_cannot_read():
     q, k, w, c = torch.randn(2, 3), torch.randn(2, 5, 3), torch.zeros(2, 5), torch.zeros(2, 3)
@@ -494,6 +514,10 @@ def test_schedules():
         lambda: schedules.exponential(0, 1.0),
         lambda: schedules.inverse_sigmoid(0, 0.5),
         lambda: schedules.inverse_sigmoid(-1, 2),
+        lambda: schedules.inverse_sigmoid(0, math.inf),
+        lambda: schedules.linear(0, math.nan),
+        lambda: schedules.linear(math.inf, 0.0),
+        lambda: schedules.exponential(math.nan, 0.5),
     ):
         with pytest.raises(ValueError, match="expected"):
             wrong()
@@ -501,7 +525,8 @@ def test_schedules():
 
 ATTENTION_MISTAKES = {
     "score: expected one of additive, dot": lambda: Attention(H, K, "cosine"),
-    "query_size: expected an int of at least 1": lambda: Attention(0, K),
+    "query_size: expected at least 1, got 0": lambda: Attention(0, K),
+    "key_size: expected an int, got float": lambda: Attention(H, 2.0),
     "key_size: expected query_size = 4": lambda: Attention(4, 5, "dot"),
     "attention_size: only the additive": lambda: Attention(4, 4, "dot", attention_size=3),
     "queries: expected .B, Q. or .U, B, Q. with Q": lambda a, q, k: a(q[..., :2], k),
@@ -545,6 +570,9 @@ DECODER_MISTAKES = {
     ),
     "inputs: expected .U, B, I., got .4, 3.": lambda d, x, m: d(x[..., 0], m),
     "inputs: expected a last size of 2": lambda d, x, m: d(x[..., :1], m),
+    "memory: expected values of a size below the input_size = 4": lambda d, x, m: decoder_of(
+        fastseq.LSTMCell(K, H)
+    )(x, m),
     "inputs: expected the batch of the memory": lambda d, x, m: d(x[:, :2], m),
     "Expected sequence length to be larger than 0": lambda d, x, m: d(x[:0], m),
     "input: expected one step": lambda d, x, m: d.step(x, m),

@@ -269,9 +269,24 @@ def test_what_is_forbidden_has_no_part(backend):
     tags = torch.zeros(5, 6, dtype=torch.long)
     tags[1] = 2
     assert (crf(e, tags, reduction="none") == -torch.inf).all()
-    nothing = fastseq.CRF(2, forbidden=[("start", 0), ("start", 1)], backend=backend)
-    assert nothing.decode(torch.zeros(3, 1, 2)) == [[]]
-    assert nothing.decode(torch.zeros(3, 1, 2), n_best=2) == [[]]
+    # which leaves no path of one step
+    longer = fastseq.CRF(2, forbidden=[("start", 0), (1, "end"), (0, 1)], backend=backend)
+    assert longer.decode(torch.zeros(1, 1, 2)) == [[]]
+    assert longer.decode(torch.zeros(1, 1, 2), n_best=2) == [[]]
+    assert longer.decode(torch.zeros(2, 1, 2)) == [[1, 0]]
+
+
+@pytest.mark.parametrize("backend", ROOMS)
+def test_nan_is_decoded_to_as_many_tags_as_there_are_steps(backend):
+    need(backend)
+    crf, e = fastseq.CRF(3, backend=backend), torch.zeros(4, 3, 3)
+    e[:, 0] = e[1, 1, 2] = torch.nan
+    lengths = [4, 2, 3]
+    found = crf.decode(e, lengths=lengths)
+    assert found[:2] == [[0] * 4, [0] * 2] and len(found[2]) == 3
+    several = crf.decode(e, lengths=lengths, n_best=2)
+    assert several[:2] == [[[0] * 4], [[0] * 2]] and len(several[2]) == 2
+    assert crf.viterbi(e, lengths=lengths)[0].isnan().tolist() == [[True], [True], [False]]
 
 
 def test_a_scheme_forbids_what_breaks_a_span():
@@ -363,10 +378,11 @@ MISTAKES = {
         RuntimeError,
         lambda c: c(E, TAGS.to("meta")),
     ),
-    "n_best: expected a positive number, got 0": (ValueError, lambda c: c.decode(E, n_best=0)),
-    "n_best: expected a positive number, got 1.5": (
-        ValueError,
-        lambda c: c.viterbi(E, n_best=1.5),
+    "n_best: expected at least 1, got 0": (ValueError, lambda c: c.decode(E, n_best=0)),
+    "n_best: expected an int, got float": (TypeError, lambda c: c.viterbi(E, n_best=1.5)),
+    "forbidden: expected some path": (
+        ValueError,  # 0 begins, goes nowhere, and does not end
+        lambda _: fastseq.CRF(2, forbidden=[("start", 1), (0, 0), (0, 1), (0, "end")]),
     ),
     "invalid number of tags: 0": (ValueError, lambda _: fastseq.CRF(0)),
     "invalid number of tags: 2.5": (ValueError, lambda _: fastseq.CRF(2.5)),
@@ -397,6 +413,8 @@ def test_a_mistake_is_told(words, backend):
 def test_numpy_counts_the_tags_as_well():
     crf = fastseq.CRF(np.int64(3))
     assert type(crf.num_tags) is int and crf.transitions.shape == (3, 3)
+    e = torch.randn(4, 2, 3)
+    assert crf.decode(e, n_best=np.int64(2)) == crf.decode(e, n_best=2)
 
 
 def test_tags_beyond_a_length_may_be_anything():

@@ -190,3 +190,43 @@ def read_alike(room, chain, tags, emissions):
     assert torch.equal(room.viterbi(strided, 2)[1], room.viterbi(chain, 2)[1])
     for tensor, copy in zip((*strided, tags), copies, strict=True):
         assert torch.equal(tensor.nan_to_num(7), copy.nan_to_num(7))
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("where", ["emissions", "start", "end", "transitions"])
+def test_a_sequence_that_reads_a_nan_has_one_path_of_no_score(room, where, n):
+    chain, _ = draw(20, 6, 3, seed=n)
+    chain.lengths[2] = 1
+    getattr(chain, where)[(17, 0, 1) if where == "emissions" else 1] = torch.nan
+    scores, paths = room.viterbi(chain, n)
+    least = {"emissions": 18, "transitions": 2}.get(where, 1)
+    for b, length in enumerate(chain.lengths.tolist()):
+        odd = length >= least and (where != "emissions" or b == 0)
+        assert scores[b, 0].isnan() == odd
+        assert (paths[b, :, length:] == -1).all() and (paths[b, 0, :length] >= 0).all()
+        if odd:
+            assert not paths[b, 0, :length].any()
+            assert (scores[b, 1:] == -torch.inf).all() and (paths[b, 1:] == -1).all()
+
+
+def test_no_step_loses_precision_in_float32(room):
+    """However many: probabilities sum to 1, and values and scores are totals of float64."""
+    T = 100 if INTERPRETED else 3000
+    chain, _ = draw(T, 2, 5, lengths=False, scale=2.0, dtype=torch.float32)
+    exact = Chain(*(t if t is None else t.double() for t in chain))
+    truth = eager.forward(exact, None, False)[0]
+    torch.testing.assert_close(
+        room.forward(chain, None, False)[0].double(), truth, rtol=1e-6, atol=0
+    )
+    ones = torch.ones(2)
+    of_emissions, *_, of_moves = gradients(room, chain, None, ones)
+    want, *_, moves_want = gradients(eager, exact, None, ones.double())
+    assert (of_emissions.double().sum(2) - 1).abs().max() < 8e-6
+    assert (of_emissions - want).abs().max() < 8e-6
+    torch.testing.assert_close(of_moves.double(), moves_want, rtol=1e-5, atol=1e-5)
+    for n in (1, 2):
+        scores, paths = room.viterbi(chain, n)
+        expected = eager.viterbi(exact, n)[0]
+        torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=0)
+        of_paths = eager.score(exact, paths.permute(2, 0, 1))
+        torch.testing.assert_close(of_paths, expected, rtol=1e-7, atol=0)

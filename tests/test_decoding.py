@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,16 +246,42 @@ Pair = namedtuple("Pair", "h c")
 def test_rows_of_any_nest():
     x, y = torch.arange(6).view(2, 3), torch.arange(12).view(3, 2, 2)
     rows = torch.tensor([1, 0, 1])
-    found = take_rows({"a": (x, None, 7), "b": [Pair(y, x)]}, rows, {"a": 0, "b": [(1, None)]})
+    found = take_rows({"a": (x, None, 7), "b": [Pair(y, x)]}, rows, {"a": 0, "b": [(1, None)]}, 2)
     assert found["a"][0].equal(x[rows]) and found["a"][1:] == (None, 7)
     assert type(found["b"][0]) is Pair
     assert found["b"][0].h.equal(y[:, rows]) and found["b"][0].c is x
     for dims in ((0, 0), {"a": 0}):
         with pytest.raises(ValueError, match="batch_dim"):
-            take_rows({"a": x, "b": x} if isinstance(dims, dict) else (x,), rows, dims)
+            take_rows({"a": x, "b": x} if isinstance(dims, dict) else (x,), rows, dims, 2)
     for dim in (2, -3, "0", True):
         with pytest.raises(ValueError, match="batch_dim"):
-            take_rows(x, rows, dim)
+            take_rows(x, rows, dim, 2)
+    with pytest.raises(ValueError, match=r"batch of 3 in dimension 0, got .* \(2, 3\); batch_dim="):
+        take_rows(x, rows, 0, 3)
+
+
+def test_the_states_of_a_layer_say_where_their_batch_is():
+    layer = fastseq.LSTM(3, H)
+
+    def step(tokens, state):
+        y, state = layer(torch.zeros(1, len(tokens), 3), state)
+        return y[0], state
+
+    start = torch.zeros(2, dtype=torch.int64)
+    given = {"beam_size": 2, "end": 1, "max_length": 3}
+    state = torch.zeros(1, 2, H), torch.zeros(1, 2, H)
+    assert beam_search(step, start, state, batch_dim=1, **given).tokens.shape[:2] == (2, 1)
+    with pytest.raises(ValueError, match=r"state: expected a batch of 2 in dimension 0, .* layers"):
+        beam_search(step, start, state, **given)
+
+
+def test_numpy_counts_as_well():
+    step = lambda tokens, state: (torch.arange(4.0).expand(len(tokens), 4), state)  # noqa: E731
+    start = torch.zeros(2, dtype=torch.int64)
+    for run, own in ((greedy, {}), (sample, {"top_k": 1}), (beam_search, {"beam_size": 2})):
+        plain = {**own, "end": 3, "max_length": 2}
+        found = run(step, start, **{k: np.int64(v) for k, v in plain.items()})
+        assert torch.equal(found.tokens, run(step, start, **plain).tokens)
 
 
 LAYERS = {
@@ -357,7 +384,7 @@ def test_no_sequences(model):
 START = torch.tensor([0])
 MISTAKES = {
     "start: expected an int64": lambda s: greedy(s, START.float(), end=END, max_length=3),
-    "end: expected a token": lambda s: greedy(s, START, end=-1, max_length=3),
+    "end: expected at least 0": lambda s: greedy(s, START, end=-1, max_length=3),
     "end: expected one of 4 tokens": lambda s: greedy(s, START, end=4, max_length=3),
     "max_length: expected": lambda s: greedy(s, START, end=END, max_length=0),
     "step: expected it to return logits": lambda s: greedy(

@@ -73,6 +73,15 @@ def test_wrong_numbers_are_refused(common, argv, capsys):
     assert "expected more than 0" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_told_at_once(common, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit, match=r"--out .*file: expected a folder to write to"):
+        parse(common, ["--out", str(file)])
+    parse(common, ["--out", str(tmp_path / "new" / "folder")])
+    assert (tmp_path / "new" / "folder").is_dir()
+
+
 def test_a_wrong_backend_is_named(common):
     with pytest.raises(SystemExit, match="--backend magic: backend: expected one of torch, native"):
         parse(common, ["--backend", "magic"])

@@ -250,7 +250,7 @@ def test_columns_of_a_csv_file(tmp_path):
     ("lines", "argv", "message"),
     [
         (["a,b", "1,2"], ["--column", "c"], "no column 'c'; expected one of a, b"),
-        ([], ["--column", "c"], "no column 'c'"),
+        ([], ["--column", "c"], "expected a header with the columns' names, got an empty"),
         (["a", *"12345", "six"], ["--column", "a"], "line 7, column 'a': .* got 'six'"),
         (["a,b", "1,2", "3"], ["--column", "a", "b"], "line 3, column 'b': .* got ''"),
         (["a", "inf"], ["--column", "a"], "line 2, column 'a': .* got 'inf'"),

@@ -131,7 +131,7 @@ def test_types_copies_and_nothing(story):
 
 STORY = torch.zeros(2, 3, 4, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
 MISTAKES = {
-    "hops: expected an int of at least 1": lambda m, s, q: MemoryHops(N, D, 0),
+    "hops: expected at least 1, got 0": lambda m, s, q: MemoryHops(N, D, 0),
     "tying: expected": lambda m, s, q: MemoryHops(N, D, tying="none"),
     "padding_idx: expected one of 9": lambda m, s, q: MemoryHops(N, D, padding_idx=9),
     "sentences: expected integers": lambda m, s, q: m(s.float(), q),

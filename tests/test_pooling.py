@@ -12,7 +12,7 @@ from fastseq import pooling
 
 T, B, F = 7, 6, 3
 LENGTHS = torch.tensor([7, 0, 1, 3, 6, 2])
-CUTS = torch.tensor([[3, 0, 1, 2, 9, 1], [1, 2, 0, 2, 4, 1]])
+CUTS = torch.tensor([[3, 0, 1, 2, 7, 1], [1, 2, 0, 2, 4, 1]])
 
 
 def columns(x, lengths):
@@ -197,6 +197,8 @@ def test_the_module():
         (lambda x: pooling.region_max_pool(x, True), TypeError, "regions: expected an int"),
         (lambda x: pooling.region_max_pool(x, CUTS[0]), ValueError, r"regions: .*\(r - 1, 6\)"),
         (lambda x: pooling.region_max_pool(x, CUTS / 2), TypeError, "regions: expected integers"),
+        (lambda x: pooling.region_max_pool(x, CUTS - 9), ValueError, "regions: .* 0 to T = 7, got"),
+        (lambda x: pooling.region_max_pool(x, CUTS + 8), ValueError, "regions: .* 0 to T = 7, got"),
         (lambda x: pooling.Pooling("mean"), ValueError, "kind: expected one of 'max'"),
         (lambda x: pooling.Pooling("max", 2), ValueError, "size: 'max' gives one vector"),
     ],

@@ -523,8 +523,11 @@ def test_mistakes():
         handle.step(torch.randn(2, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match="bidirectional"):
         fastseq.streaming(fastseq.GRU(5, 7, bidirectional=True))
-    for batch in (0, -1, 1.5, True, None):
-        with pytest.raises(ValueError, match="batch: expected an int of at least 1"):
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match="batch: expected at least 1"):
+            fastseq.streaming(m, batch)
+    for batch in (1.5, True, None):
+        with pytest.raises(TypeError, match="batch: expected an int"):
             fastseq.streaming(m, batch)
     with pytest.raises(
         TypeError, match=r"got LSTM of torch\.nn; call fastseq\.replace\(model\) first"

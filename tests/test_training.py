@@ -231,6 +231,17 @@ def test_one_sequence_empty_batch_and_no_grad_mode():
     assert gradient_flow(layer, x[:, :0]).tolist() == [[0.0] * T]
 
 
+@pytest.mark.parametrize("cell", [fastseq.GRU, fastseq.LSTM])
+def test_under_inference_mode_too(cell):
+    layer, x = cell(I, H, **F64), torch.randn(T, B, I, **F64)
+    norms, lengths = gradient_flow(layer, x), torch.full((B,), T)
+    with torch.inference_mode():
+        inputs, state = x.clone(), layer(x)[1]
+        assert torch.equal(gradient_flow(layer, inputs), norms)
+    zeros = tuple(map(torch.zeros_like, state)) if cell is fastseq.LSTM else torch.zeros_like(state)
+    assert torch.equal(gradient_flow(layer, inputs, hx=zeros, lengths=lengths), norms)
+
+
 def test_a_gradient_too_small_to_be_squared():
     layer = fastseq.RNN(I, 64, nonlinearity="relu")
     with torch.no_grad():

@@ -373,6 +373,8 @@ def test_what_trees_say():
     assert (trees.num_nodes, trees.num_leaves, trees.height, trees.arity) == (7, 4, 2, 2)
     assert trees.roots.tolist() == [1, 3, 6] and trees.leaves.tolist() == [0, 2, 3, 4]
     assert repr(trees) == "Trees(3 trees, 7 nodes, 4 leaves, height=2, arity=2)"
+    one = Trees.from_parents([[-1]])
+    assert repr(one) == "Trees(1 tree, 1 node, 1 leaf, height=0, arity=0)"
     assert trees.to("cpu") is trees
     moved = trees.to("meta")
     assert moved.device.type == "meta" and moved.levels[0].children.is_meta
@@ -424,6 +426,15 @@ def test_nested_and_brackets():
     assert trees.counts == [5, 1, 4] and [labels[k] for k in trees.leaves] == [
         *("2", "4", "3", "0", "NP", "VP")
     ]
+
+
+def test_a_list_that_holds_itself_is_refused():
+    itself = ["a"]
+    itself.append(("b", itself))
+    with pytest.raises(ValueError, match=r"nested\[1\]: node 2 holds itself"):
+        Trees.from_nested([("a", "b"), ("x", itself)])
+    twice = ["a", "b"]  # which is no cycle
+    assert Trees.from_nested([(twice, twice)])[0].num_nodes == 7
 
 
 def test_deep_brackets():
@@ -495,6 +506,9 @@ def test_wrong_trees_are_refused(message):
     "form, given, message",
     [
         ("parents", [[-1, 0.5]], "parents[0]: expected integers, got 0.5"),
+        ("parents", [[-1, 0], [-1, False]], "parents[1]: expected integers, got False"),
+        ("parents", [[-1, np.False_]], "parents[0]: expected integers, got "),
+        ("children", [[[True], []]], "children[0][0]: expected integers, got True"),
         ("parents", [[-1], [-1, "0"]], "parents[1]: expected integers, got '0'"),
         ("parents", [-1], "parents[0]: expected a sequence of integers, got int"),
         ("parents", ["ab"], "parents[0]: expected a sequence of integers, got str"),

@@ -11,6 +11,9 @@
 //
 // Of n best paths v_t(j) holds n numbers, the greatest first. The m-th of tag j came from the m-th of the
 // candidates in one strict order, by value and then by number, so that no two paths are the same.
+//
+// No order has a place for NaN, which the walk passes by. A sequence that reads one is told apart, and has
+// one path, of score NaN and tags 0.
 #pragma once
 #include "chains.h"
 
@@ -20,6 +23,7 @@ namespace FASTSEQ_ISA {
 template <class T>
 struct Viterbi {
   using V = Vec<T>;
+  using Integers = typename Bits<T>::type;
   static constexpr int L = LANES<T>;
   Tags<T> tags;
   const ChainCall<T>& call;
@@ -29,6 +33,8 @@ struct Viterbi {
   T *start, *end, *out, *x, *v;  // v: (T, tile, n, padded)
   T* values;            // (n) and their numbers: candidates in their order
   index *numbers, *slots;
+  T* odd;               // (TILE, LANES): magnitudes, of NaN where one was met
+  bool odd_end = false, odd_moves = false;
 
   Viterbi(const ChainCall<T>& call, Arena& arena)
       : tags(call, arena), call(call), K(call.K), vectors(tags.vectors), padded(tags.padded),
@@ -38,6 +44,7 @@ struct Viterbi {
     out = arena.take<T>(TILE * padded);
     v = arena.take<T>(call.steps * tile * size);
     values = arena.take<T>(n), numbers = arena.take<index>(n), slots = arena.take<index>(n);
+    odd = arena.take<T>(TILE * L);
   }
   // As many as fill 32 MB.
   static constexpr index OFTEN = 16;  // steps after which the largest v_t is taken off
@@ -48,9 +55,11 @@ struct Viterbi {
 
   void pack() {
     tags.find_shift();
+    Integers of_moves{}, of_end{};
     for (index i = 0; i < K; ++i)
       for (index v = 0; v < vectors; ++v) {
         const V shift = load(tags.shift + v * L), moves = tags.bounded(call.transitions + i * K, v);
+        of_moves = larger_magnitude(of_moves, moves);
         store(rows + i * padded + v * L, shift == splat(-INFINITE<T>) ? shift : moves - shift);
       }
     for (index j = 0; j < K; ++j)
@@ -62,6 +71,23 @@ struct Viterbi {
         for (int v = 0; v < tags.panels.vectors_of(p); ++v, to += L)
           store(to, load(rows + i * padded + (tags.panels.vector(p) + v) * L));
     tags.bound(call.start, start), tags.bound(call.end, end);
+    for (index v = 0; v < vectors; ++v) of_end = larger_magnitude(of_end, load(end + v * L));
+    odd_moves = has_nan(of_moves), odd_end = has_nan(of_end);
+  }
+
+  // As whole numbers magnitudes are in their order, and NaN is above infinity. Every lane keeps the largest.
+  static FASTSEQ_INLINE Integers larger_magnitude(Integers most, V x) {
+    const Integers bits = (Integers)x & ~(Integers)splat(T(-0.0));
+    return bits > most ? bits : most;
+  }
+  static bool has_nan(Integers magnitudes) {
+    const Integers infinity = (Integers)splat(INFINITE<T>);
+    for (int l = 0; l < L; ++l)
+      if (magnitudes[l] > infinity[l]) return true;
+    return false;
+  }
+  bool is_odd(index r, index length) const {
+    return (length > 0 && odd_end) || (length > 1 && odd_moves) || has_nan((Integers)load(odd + r * L));
   }
 
   // The first i whose a(i) + b(i) is the largest, and 0 where all are NaN.
@@ -88,6 +114,11 @@ struct Viterbi {
     for (index t = none ? 0 : call.length(b); t < call.steps; ++t) path[t] = -1;
     call.scores[b * n + k] = static_cast<T>(score);
   }
+  void give_odd(index b) {
+    give(b, 0, std::numeric_limits<double>::quiet_NaN());
+    std::memset(call.paths + b * n * call.steps, 0, sizeof(int64_t) * call.length(b));
+    for (index k = 1; k < n; ++k) give(b, k, -INFINITE<double>);
+  }
   // The score of tag j at step t, with that of the step to `after`, or of the end.
   double score_at(index t, index b, index j, index after) const {
     const double e = call.emission(t, b)[j], s = t ? 0 : call.start[j];
@@ -103,11 +134,14 @@ struct Viterbi {
     Row<T, N> row(tags, to);
     const V c = row.sum(call.emission(t, b), t ? tags.shift : start);
     T* const bests = out;
+    Integers magnitude = (Integers)load(odd + r * L);
     row.each([&](index v, V& x) {
       const V best = t ? load(row.product(bests, R, r, v)) : V{};
       x = best + (x - c);
+      magnitude = larger_magnitude(magnitude, x);
       if (N) store(to + v * L, x);
     });
+    store(odd + r * L, (V)magnitude);
     if (t % OFTEN < OFTEN - 1) return;
     V most = splat(std::numeric_limits<T>::lowest());
     row.each([&](index, V& x) { most = larger(x, most); });
@@ -122,6 +156,7 @@ struct Viterbi {
   void walk(const index* order, index R) {
     const T* row[TILE];
     index alive = R;
+    std::memset(odd, 0, sizeof(T) * R * L);
     for (index t = 0;; ++t) {
       while (alive > 0 && call.length(order[alive - 1]) == t) --alive;
       if (alive == 0) break;
@@ -152,6 +187,8 @@ struct Viterbi {
       give(order[r], 0, score[r]);
     }
     for (index r = alive; r < R; ++r) give(order[r], 0, 0);
+    for (index r = 0; r < alive; ++r)
+      if (is_odd(r, call.length(order[r]))) give_odd(order[r]);
   }
 
   // The n best, one sequence at a time.
@@ -159,6 +196,7 @@ struct Viterbi {
   void walk_best(index b) {
     const index length = call.length(b);
     T before = 0;
+    std::memset(odd, 0, sizeof(T) * L);
     for (index t = 0; t < length; ++t) {
       T* own = at(t, 0);
       for (index v = 0; v < vectors; ++v) {
@@ -170,6 +208,8 @@ struct Viterbi {
         }
         const V e = tags.of_row(call.emission(t, b), v);
         const V scores = (t ? e + load(tags.shift + v * L) : e) - splat(before);
+        const V first = load(own + v * L) + scores;
+        store(odd, (V)larger_magnitude((Integers)load(odd), first));
         for (index m = 0; m < n; ++m)
           store(own + m * padded + v * L, load(own + m * padded + v * L) + scores);
       }
@@ -177,7 +217,8 @@ struct Viterbi {
       for (index j = 0; j < K; ++j) before = own[j] > before ? own[j] : before;
       if (before == -INFINITE<T>) before = 0;
     }
-    trace_best(b, length);
+    if (is_odd(0, length)) give_odd(b);
+    else trace_best(b, length);
   }
   // The n greatest of last(m, i) + rows(i, j) for the tags j of vector v.
   void choose(const T* last, index v, T* own) const {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attend, seen_of
-from ..ops.checks import check_lengths
+from ..ops.checks import check_lengths, positive
 
 Score = Literal["additive", "dot", "general", "scaled_dot"]
 SCORES = ("additive", "dot", "general", "scaled_dot")
@@ -64,7 +64,8 @@ class Attention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a size below 1, an unknown score, sizes that do not go together.
+        ValueError: a size below 1, an unknown score, sizes that do not go together. TypeError: a
+            size that is no integer.
 
     Source: additive: Bahdanau, Cho and Bengio 2015; dot, general: Luong, Pham and Manning 2015;
     scaled_dot: Vaswani et al. 2017.
@@ -88,10 +89,10 @@ class Attention(nn.Module):
             raise ValueError(
                 f"attention_size: only the additive score has one; {score!r} has none: leave it out"
             )
-        check_size("query_size", query_size)
-        check_size("key_size", key_size)
+        query_size = positive("query_size", query_size)
+        key_size = positive("key_size", key_size)
         if attention_size is not None:
-            check_size("attention_size", attention_size)
+            attention_size = positive("attention_size", attention_size)
         if "dot" in score and query_size != key_size:
             raise ValueError(
                 f"key_size: expected query_size = {query_size}, since score={score!r} multiplies "
@@ -144,7 +145,7 @@ class Attention(nn.Module):
             values: (S, B, V), (B, S, V) with ``batch_first``; the keys if None.
             lengths: (B,) integers from 0 to S, how many keys there are; all if None.
             mask: (B, S) bool, true where there is a key, instead of ``lengths``. The numbers behind
-                a length, or where the mask is false, count for nothing, but must be finite.
+                a length, or where the mask is false, count for nothing and may be anything.
 
         Raises:
             ValueError: another shape, a length above S, both ``lengths`` and ``mask``.
@@ -172,6 +173,10 @@ class Attention(nn.Module):
             keys = keys.transpose(0, 1)
             values = None if values is None else values.transpose(0, 1).contiguous()
         keys = keys.contiguous()
+        if mask is not None:  # times a weight of 0, or a gradient of 0, NaN would be NaN
+            beyond = ~mask.unsqueeze(2)
+            keys = keys.masked_fill(beyond, 0.0)
+            values = None if values is None else values.masked_fill(beyond, 0.0)
         weight: Any = self.weight_key
         projected = keys if weight is None else F.linear(keys, weight)
         return PreparedKeys(projected, keys if values is None else values, mask)
@@ -269,11 +274,6 @@ class Attention(nn.Module):
             context = context.transpose(0, 1)
             weights = None if weights is None else weights.transpose(0, 1)
         return context, weights if need_weights else None
-
-
-def check_size(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
 
 
 def _check_mask(mask: Any, shape: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backends.crf import Chain, as_order
 from ..ops import crf
-from ..ops.checks import check_lengths
+from ..ops.checks import check_lengths, positive
 
 REDUCTIONS = ("none", "sum", "mean", "token_mean")
 
@@ -26,15 +26,16 @@ class CRF(nn.Module):
         log p(y) = score(y) - log Z
 
     All in one kernel, forward, backward and Viterbi, in time proportional to the tokens. Sums over
-    time are kept relative to their greatest term and totals in float64: in C++ float32 loses no
-    more on a long sequence than on a short one.
+    time are kept relative to their greatest term and totals in float64: float32 loses no more on a
+    long sequence than on a short one.
 
     Args:
         num_tags: K, the number of tags.
         batch_first: whether emissions are (B, T, K) instead of (T, B, K), and tags and masks alike.
         forbidden: pairs (i, j) of tags of which j never follows i. ("start", j) says that no
             sequence begins with j, (i, "end") that none ends with i. Paths with such a pair have
-            probability 0. :meth:`forbidden_by` makes them from the labels of a tagging scheme.
+            probability 0, and some path must be left. :meth:`forbidden_by` makes them from the
+            labels of a tagging scheme.
         backend: None to choose, or 'native', 'numba', 'triton' or 'eager'.
         device, dtype: of the parameters. Scores of 16 bits are computed, and log-likelihoods
             returned, in float32.
@@ -168,9 +169,12 @@ class CRF(nn.Module):
         Returns:
             scores (B, n_best), the best first, and tags (B, n_best, T) int64, -1 beyond the length.
             Where a sequence has fewer paths, the scores that are left are -inf and their tags -1.
+            Where a score of a sequence is NaN, it has one path, of score NaN, with any tags.
+
+        Raises:
+            TypeError, ValueError: ``n_best`` is no integer of at least 1.
         """
-        if not isinstance(n_best, int) or n_best < 1:
-            raise ValueError(f"n_best: expected a positive number, got {n_best!r}")
+        n_best = positive("n_best", n_best)
         return crf.viterbi(self._chain(emissions, mask, lengths), n_best, self.backend)
 
     def decode(
@@ -187,11 +191,12 @@ class CRF(nn.Module):
             emissions, mask, lengths: as the call takes them.
             n_best: for each sequence up to so many lists in place of one, the best first. Where
                 every path is forbidden there is none, or with ``n_best=None`` an empty one.
+
+        Raises:
+            TypeError, ValueError: ``n_best`` is no integer of at least 1.
         """
         chain = self._chain(emissions, mask, lengths)
-        n = 1 if n_best is None else n_best
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n_best: expected a positive number, got {n_best!r}")
+        n = 1 if n_best is None else positive("n_best", n_best)
         scores, paths = crf.viterbi(chain, n, self.backend)
         ends = [len(chain.emissions)] * len(paths)
         if chain.lengths is not None:
@@ -200,7 +205,7 @@ class CRF(nn.Module):
             listed = paths[:, 0].cpu().numpy().tolist()
             found = [row[:end] for row, end in zip(listed, ends, strict=True)]
             return [[] if row[:1] == [-1] else row for row in found]
-        possible = (scores > -torch.inf).sum(1).tolist()
+        possible = (scores != -torch.inf).sum(1).tolist()
         return [
             [row[:end] for row in rows[:count]]
             for rows, end, count in zip(paths.tolist(), ends, possible, strict=True)
@@ -337,6 +342,11 @@ def _forbidden(pairs: Sequence[Any], K: int) -> tuple[Tensor | None, Tensor | No
             end[before] = 1
         else:
             moves[before, after] = 1
+    within = start == 0  # the tags of which a path from the start is left
+    for _ in range(K):
+        within |= (moves[within] == 0).any(0)
+    if not (within & (end == 0)).any():
+        raise ValueError("forbidden: expected some path from start to end to be left, got none")
     return _some(start), _some(end), _some(moves)
 
 

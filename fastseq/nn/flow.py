@@ -51,6 +51,7 @@ class Walk:
     last: list[Tensor]
 
 
+@torch.inference_mode(False)
 def gradient_flow(
     layer: nn.Module,
     x: Tensor,
@@ -109,6 +110,7 @@ def gradient_flow(
         kind = "a NestedTensor" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a tensor, padded and with lengths if need be, got {kind}")
     module = ours(layer)
+    x, hx, lengths = _recordable(x), _recordable(hx), _recordable(lengths)
     with _in_evaluation(module):
         lengths = _checked(module, x, hx, lengths)
         known = _states(module)
@@ -133,6 +135,13 @@ def gradient_flow(
         rows.append(norms)
     norms = torch.stack(rows)
     return norms if per_sequence and x.dim() == 3 else norm(norms)
+
+
+def _recordable(value: Any) -> Any:
+    """With copies of tensors that torch.inference_mode() made, which autograd does not take."""
+    if isinstance(value, tuple):
+        return tuple(map(_recordable, value))
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def norm(x: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.attention import masked_softmax
 from ..ops.bag import Words, bag
-from ..ops.checks import check_lengths, is_integral
-from .attention import check_size
+from ..ops.checks import check_lengths, is_integral, positive
 
 Tying = Literal["adjacent", "layer_wise"]
 
@@ -80,14 +79,9 @@ class MemoryHops(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "vocabulary_size": vocabulary_size,
-            "embedding_size": embedding_size,
-            "hops": hops,
-            "memory_size": memory_size,
-        }
-        for name, value in sizes.items():
-            check_size(name, value)
+        vocabulary_size = positive("vocabulary_size", vocabulary_size)
+        embedding_size = positive("embedding_size", embedding_size)
+        hops, memory_size = positive("hops", hops), positive("memory_size", memory_size)
         if tying not in ("adjacent", "layer_wise"):
             raise ValueError(f"tying: expected 'adjacent' or 'layer_wise', got {tying!r}")
         if padding_idx is not None and not 0 <= padding_idx < vocabulary_size:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from ..backends.tracing import unrecorded
 from ..ops.checks import check_integers, check_lengths, is_integral, positive
 from ..ops.geometry import Dense
+from ..ops.modes import in_transform
 
 Lengths = Tensor | Sequence[int] | None
 
@@ -196,8 +198,8 @@ def region_max_pool(
 
     Args:
         x: (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a PackedSequence; floating.
-        regions: r, at least 1; or (r - 1, B) integers, the first step behind each of a sequence's
-            cuts, in any order; (r - 1,) of one sequence.
+        regions: r, at least 1; or (r - 1, B) integers from 0 to T, the first step behind each of a
+            sequence's cuts, in any order; (r - 1,) of one sequence.
         lengths: (B,) integers from 0 to T, or None.
         batch_first: how x and the result lie, and not how the cuts do.
 
@@ -351,4 +353,17 @@ def _checked_cuts(cuts: Tensor, steps: _Steps) -> Tensor:
         expected = f"(r - 1, B) = (r - 1, {B})" if batched else "(r - 1,)"
         raise ValueError(f"regions: expected cuts {expected}, got {tuple(cuts.shape)}")
     cuts = cuts if batched else cuts[:, None]
+    _check_range(cuts, steps.x.shape[0])
     return cuts.to(steps.x.device)
+
+
+@unrecorded
+def _check_range(cuts: Tensor, T: int) -> None:
+    """On a GPU the device asserts it, and nobody waits for it."""
+    within = ((cuts >= 0) & (cuts <= T)).all()
+    if torch.compiler.is_compiling() or cuts.is_cuda:
+        torch._assert_async(within, "regions: expected cuts from 0 to T")
+    elif not in_transform() and not cuts.is_meta and not within:
+        raise ValueError(
+            f"regions: expected cuts from 0 to T = {T}, got {int(cuts.min())} to {int(cuts.max())}"
+        )

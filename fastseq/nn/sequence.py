@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops.checks import check_lengths
+from ..ops.checks import check_lengths, positive
 from ..ops.geometry import Dense, reversed_in_time
 from . import container
 from .layers import GRU, LSTM, RNN
@@ -160,16 +160,16 @@ class Decoder(nn.Module):
             raise ValueError(f"feed: expected 'state' or 'input', got {feed!r}")
         if feed == "input" and vector_size is None:
             raise ValueError("vector_size: expected the size of what feed='input' feeds, got None")
-        _check_size("input_size", input_size)
-        for name, size in (("output_size", output_size), ("vector_size", vector_size)):
-            if size is not None:
-                _check_size(name, size)
+        input_size = positive("input_size", input_size)
+        output_size = input_size if output_size is None else positive("output_size", output_size)
+        if vector_size is not None:
+            vector_size = positive("vector_size", vector_size)
         if options.get("bidirectional"):
             raise ValueError("bidirectional: a decoder has no steps ahead to read; leave it out")
         if isinstance(cell, nn.Module):
             raise TypeError("cell: expected a name or a class, got a layer; give its class")
         self.feed, self.vector_size, self.input_size = feed, vector_size, input_size
-        self.output_size = input_size if output_size is None else output_size
+        self.output_size = output_size
         width = input_size + (vector_size or 0 if feed == "input" else 0)
         self.layer: Any = _layer(cell, width, hidden_size, options)
         kind: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
@@ -449,13 +449,6 @@ def _check_pool(pool: Any) -> None:
         raise TypeError(f"pool: expected a str or a Pooling, got {type(pool).__name__}")
     if isinstance(pool, str) and pool not in ("last", "max", "average"):
         raise ValueError(f"pool: expected 'last', 'max', 'average' or a Pooling, got {pool!r}")
-
-
-def _check_size(name: str, size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
-    if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
 def _last(layer: Any, state: Any) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..backends import choice
 from ..cells import CELLS
+from ..ops.checks import positive
 from ..ops.modes import autocasts
 from . import learned
 from .container import Plain, Stacked
@@ -25,8 +26,7 @@ class Streaming:
 
     def __init__(self, module: Recurrent | SCRN, batch: int) -> None:
         _check_module(module)
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: expected an int of at least 1, got {batch!r}")
+        batch = positive("batch", batch)
         self.module = module
         self.batch = batch
         weight = next(iter(_weights(module)))

@@ -8,17 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import positive
 from ..ops.modes import outside_graphs
 from ..ops.tree_walks import tree_recurrence
 from ..ops.trees import Trees
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-    if value <= 0:
-        raise ValueError(f"{name} must be greater than zero, got {value}")
-    return value
 
 
 class _TreeNetwork(nn.Module):
@@ -29,8 +22,8 @@ class _TreeNetwork(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool) -> None:
         super().__init__()
-        self.input_size = _positive("input_size", input_size)
-        self.hidden_size = _positive("hidden_size", hidden_size)
+        self.input_size = positive("input_size", input_size)
+        self.hidden_size = positive("hidden_size", hidden_size)
         if not isinstance(bias, bool):
             raise TypeError(f"bias should be of type bool, got: {type(bias).__name__}")
 
@@ -185,7 +178,7 @@ class NaryTreeLSTM(_TreeNetwork):
         arity: int = 2,
     ) -> None:
         super().__init__(input_size, hidden_size, bias)
-        H, N = hidden_size, _positive("arity", arity)
+        H, N = hidden_size, positive("arity", arity)
         self.arity = N
         self._register(4 * H, ((3 + N) * H, N * H), bias, device=device, dtype=dtype)
 
@@ -249,7 +242,7 @@ class RecursiveNetwork(_TreeNetwork):
         super().__init__(input_size, hidden_size, bias)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
-        self.arity, self.nonlinearity = _positive("arity", arity), nonlinearity
+        self.arity, self.nonlinearity = positive("arity", arity), nonlinearity
         H = hidden_size
         self._register(H, (H, arity * H), bias, device=device, dtype=dtype)
 

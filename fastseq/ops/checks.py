@@ -238,13 +238,17 @@ def _check_count(name: str, values: Tensor, B: int) -> None:
         raise ValueError(f"{name}: expected one a sequence, ({B},), got {tuple(values.shape)}")
 
 
-def positive(name: str, value: Any) -> int:
-    """A count of at least 1, of Python's integers or NumPy's."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+def positive(name: str, value: Any, least: int = 1) -> int:
+    """A count of at least 1, or another least, of Python's integers or NumPy's."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value if isinstance(value, int) else operator.index(value)
+    if found < least:
+        raise ValueError(f"{name}: expected at least {least}, got {found}")
+    return found
 
 
 def check_reset(reset: Tensor | None, stack: Stack) -> Tensor | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 #: A node's parent, where it has none.
 NONE = -1
 
+_BOOLS = {bool, np.bool_}
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
@@ -208,7 +209,7 @@ class Trees:
             leaves of all trees, in their order.
 
         Raises:
-            ValueError: a tuple or list is empty.
+            ValueError: a tuple or list is empty, or holds itself.
         """
         _check_list("nested", nested)
         parents: list[list[int]] = []
@@ -216,16 +217,24 @@ class Trees:
         for b, tree in enumerate(nested):
             own: list[int] = []
             parents.append(own)
-            waiting = [(tree, NONE)]
+            waiting: list[tuple[Any, int | None]] = [(tree, NONE)]
+            above: dict[int, int] = {}  # the nodes that are being read, by identity
             while waiting:
                 node, parent = waiting.pop()
+                if parent is None:
+                    del above[id(node)]
+                    continue
                 here = len(own)
                 own.append(parent)
                 if not isinstance(node, (tuple, list)):
                     leaves.append(node)
                 elif len(node) == 0:
                     raise ValueError(f"nested[{b}]: node {here} is an empty {_kind(node)}")
+                elif id(node) in above:
+                    raise ValueError(f"nested[{b}]: node {above[id(node)]} holds itself")
                 else:
+                    above[id(node)] = here
+                    waiting.append((node, None))
                     waiting += [(child, here) for child in reversed(node)]
         return cls.from_parents(parents), leaves
 
@@ -280,7 +289,9 @@ class Trees:
 
     def __repr__(self) -> str:
         return (
-            f"Trees({len(self)} trees, {self.num_nodes} nodes, {self.num_leaves} leaves, "
+            f"Trees({_count(len(self), 'tree', 'trees')}, "
+            f"{_count(self.num_nodes, 'node', 'nodes')}, "
+            f"{_count(self.num_leaves, 'leaf', 'leaves')}, "
             f"height={self.height}, arity={self.arity})"
         )
 
@@ -431,6 +442,10 @@ def _check_list(name: str, trees: Any) -> None:
         raise TypeError(f"{name}: expected a sequence of trees, got one string; put it in a list")
 
 
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
+
+
 def _kind(value: Any) -> str:
     return type(value).__name__
 
@@ -464,7 +479,7 @@ def _flat(
         found = np.array(values) if values else np.zeros(0, np.int64)
     except ValueError:  # sequences of different lengths
         found = np.zeros(0)
-    if found.dtype.kind not in "iu" or found.ndim != 1:
+    if found.dtype.kind not in "iu" or found.ndim != 1 or _BOOLS & set(map(type, values)):
         for k, row in enumerate(rows):
             for value in row:
                 if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -85,8 +85,9 @@ class Room(Protocol):
     def viterbi(self, chain: Chain, n: int) -> tuple[Tensor, Tensor]:
         """(scores (B, n), tags (B, n, T) int64): the n best paths, the best first. Tags are -1
         beyond the length. Where there are fewer paths (of a score above -inf), the scores that are
-        left are -inf, and their tags -1. A sequence of length 0 has one path, of score 0. Of paths
-        of one score any may be first."""
+        left are -inf, and their tags -1. A sequence of length 0 has one path, of score 0, and one
+        that reads a NaN has one, of score NaN, whose tags are 0. Of paths of one score any may be
+        first."""
 
 
 #: The rooms, and what each is.

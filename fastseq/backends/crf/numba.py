@@ -132,6 +132,6 @@ def viterbi(chain: Chain, n: int) -> tuple[Tensor, Tensor]:
     scores = task.new(B, n)
     paths = torch.empty((B, n, T), dtype=torch.int64, device="cpu")
     if B:
-        size = (2 * K + 2 + n + T * n) * W + n * K * simd(task.dtype).LANES
+        size = (2 * K + 2 + n + T * n) * W + n * K * simd(task.dtype).LANES + T
         task.run(viterbi_loop, B, size, scores.data_ptr(), paths.data_ptr(), n)
     return scores, paths

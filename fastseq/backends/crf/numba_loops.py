@@ -35,6 +35,8 @@ from . import numba_words
 ROWS = 8
 #: Rows of the counts' products: for 20 tags in float32 both operands, 32 KB, stay in cache.
 FLUSH = 128
+#: Steps after which what drifts is put right: the sum of p, and the size of Viterbi's scores.
+OFTEN = 16
 #: A sum z below this is made again. The terms that it may lack are below the least normal number,
 #: 1e-38 (float64: 1e-308), so that it is right to 1e-14; and of p / z no sum overflows.
 LEAST = {np.float32: 1e-24, np.float64: 1e-290}
@@ -277,6 +279,18 @@ def add_far(p, r, u, e, u_before, m, g, moves_t, K, W, p_before, counts):
                     add_double(counts, i * W + j, double(g * w))
 
 
+def made_one(p, W):
+    """p by its sum, which drifts away from 1 as rounding adds up; of no path at all it stays 0."""
+    apart()
+    parts = splat(ZERO)
+    for v in range(0, W, LANES):
+        parts = parts + load(p, v)
+    sum_of_p = total(parts)
+    if sum_of_p > ZERO:
+        for v in range(0, W, LANES):
+            store(p, v, load(p, v) * splat(ONE / sum_of_p))
+
+
 def flush(Q, R, E, room, counts, K, W, n):
     """counts (K, W) += E * (Q^T R), of n rows; Q and R begin with them."""
     apart()
@@ -377,6 +391,8 @@ def backward_loop(data):
                                 now + r * row, R + (n + r) * row, u_row, e_row, u_before, m, g,
                                 moves_t, K, W, before + r * row, counts
                             )  # fmt: skip
+                        if t % OFTEN == 0:
+                            made_one(before + r * row, W)
                     n += alive
         if counts:
             flush(Q, R, E, scratch, counts, K, W, n)
@@ -423,16 +439,16 @@ def n_best(v_before, moves, e, n, K, W, v_now, room):
                 store(v_now, (a + 3) * W + v, s_3 + e_v)
 
 
-def came_from(v_before, moves_t, e, x, rank, n, W):
-    """Which place c * W + i of v_before (n, W), with the move and e added, is x, and has so many
-    others of the same sum before it."""
+def came_from(v_before, moves_t, e, top, x, rank, n, W):
+    """Which place c * W + i of v_before (n, W), with the move and e added and top taken off, is x,
+    and has so many others of the same sum before it."""
     apart()
     for c in range(n):
         for v in range(0, W, LANES):
-            sums = load(v_before, c * W + v) + load(moves_t, v) + splat(e)
+            sums = load(v_before, c * W + v) + load(moves_t, v) + splat(e) - splat(top)
             if has(sums, x):
                 for i in range(v, v + LANES):
-                    if load1(v_before, c * W + i) + load1(moves_t, i) + e == x:
+                    if load1(v_before, c * W + i) + load1(moves_t, i) + e - top == x:
                         if rank == 0:
                             return c * W + i
                         rank -= 1
@@ -448,6 +464,31 @@ def rank_of(v, place, W):
         if load1(v, place) == x:
             rank += 1
     return rank
+
+
+def odd(row, W):
+    """Whether one of W numbers is NaN."""
+    apart()
+    for v in range(0, W, LANES):
+        if unordered(load(row, v)):
+            return True
+    return False
+
+
+def trace(place, e, e_t, tops, steps, v_of, last, first, moves_w, moves_t, n, K, W, path):
+    """Writes the tags of the path that ends at a place of the last step. Returns its score."""
+    apart()
+    row, t, j = W * ITEMSIZE, steps - 1, place % W
+    total_score = double(load1(last, j))
+    while t > 0:
+        v_now, top = v_of + t * n * row, load1(tops, t)
+        x, rank, x_e = load1(v_now, place), rank_of(v_now, place, W), load1(e, t * e_t + j)
+        place = came_from(v_now - n * row, moves_t + j * row, x_e, top, x, rank, n, W)
+        store_int(path, t, j)
+        total_score += double(x_e) + double(load1(moves_w, place % W * W + j))
+        t, j = t - 1, place % W
+    store_int(path, 0, j)
+    return total_score + double(load1(e, j)) + double(load1(first, j))
 
 
 def viterbi_loop(data):
@@ -467,16 +508,19 @@ def viterbi_loop(data):
     last, ends = first + row, first + 2 * row
     left = ends + n * row
     v_of = left + n * K * LANES * ITEMSIZE  # of every step
-    b = take(data)
+    tops = v_of + T * n * row  # what was taken off at every step
+    b, end_is_odd, moves_are_odd = take(data), False, False
     if b < B:
         copied(moves, i_stride, j_stride, K, K, W, moves_w)
         copied(moves, j_stride, i_stride, K, K, W, moves_t)
         copied(start, 0, 1, 1, K, W, first)
         copied(end, 0, 1, 1, K, W, last)
+        end_is_odd, moves_are_odd = odd(last, W), odd(moves_w, K * W)
     while b < B:
-        steps = load_int(lengths, b)
+        steps, e_b_0 = load_int(lengths, b), e + b * e_b * ITEMSIZE
+        is_odd = (steps > 0 and end_is_odd) or (steps > 1 and moves_are_odd)
         for t in range(steps):
-            v_now, e_row = v_of + t * n * row, e + (t * e_t + b * e_b) * ITEMSIZE
+            v_now, e_row = v_of + t * n * row, e_b_0 + t * e_t * ITEMSIZE
             if t and n == 1:
                 best(v_now - row, moves_w, e_row, K, W, v_now)
             elif t:
@@ -486,6 +530,15 @@ def viterbi_loop(data):
                     store(v_now, v, load(first, v) + load_part(e_row, v, K - v))
                     for a in range(1, n):
                         store(v_now, a * W + v, splat(NOTHING))
+            is_odd = is_odd or odd(v_now, W)
+            top = ZERO
+            if t and t % OFTEN == 0:
+                top = highest_of(v_now, W)
+                if top == NOTHING:
+                    top = ZERO
+                for v in range(0, n * W, LANES):
+                    store(v_now, v, load(v_now, v) - splat(top))
+            store1(tops, t, top)
         v_now = v_of + (steps - 1) * n * row
         for a in range(n if steps else 0):
             for v in range(0, W, LANES):
@@ -494,32 +547,32 @@ def viterbi_loop(data):
             path, score = paths + (b * n + k) * T * 8, ZERO if k == 0 and steps == 0 else NOTHING
             for t in range(T):
                 store_int(path, t, -1)
-            if steps:
+            if is_odd:
+                if k == 0:
+                    score = NAN
+                    for t in range(steps):
+                        store_int(path, t, 0)
+            elif steps:
                 score = highest_of(ends, n * W)
-            store1(scores, b * n + k, score)
-            if steps and score != NOTHING:
-                place = 0
-                while place + 1 < n * W and load1(ends, place) != score:
-                    place += 1
-                if load1(ends, place) != score:  # NaN is no place's, and a lane may be no tag
+                if score != NOTHING:
                     place = 0
-                store1(ends, place, NOTHING)
-                t = steps - 1
-                store_int(path, t, place % W)
-                while t > 0:
-                    v_now, j = v_of + t * n * row, place % W
-                    x, rank = load1(v_now, place), rank_of(v_now, place, W)
-                    x_e = load1(e, t * e_t + b * e_b + j)
-                    place = came_from(v_now - n * row, moves_t + j * row, x_e, x, rank, n, W)
-                    t -= 1
-                    store_int(path, t, place % W)
+                    while load1(ends, place) != score:
+                        place += 1
+                    store1(ends, place, NOTHING)
+                    score = real(
+                        trace(
+                            place, e_b_0, e_t, tops, steps, v_of, last, first, moves_w, moves_t,
+                            n, K, W, path
+                        )
+                    )  # fmt: skip
+            store1(scores, b * n + k, score)
         b = take(data)
 
 
 #: In an order in which each comes behind those that it calls.
 _HELPERS = (
-    copied, highest_of, prepare, product, log_sum, begin, ratios, weights, add_far, flush, best,
-    n_best, rank_of, came_from
+    copied, highest_of, prepare, product, log_sum, begin, ratios, weights, add_far, made_one, flush,
+    best, n_best, rank_of, came_from, trace, odd
 )  # fmt: skip
 
 
@@ -529,8 +582,9 @@ def _vocabulary(dtype: Any) -> tuple[str, dict[str, Any]]:
     s = simd(dtype)
     label = f"{s.fingerprint}_{digest(__name__, numba_words.__name__)[:16]}"
     names = vars(s) | numba_words.words(dtype, s.LANES)
-    names |= {"ROWS": ROWS, "FLUSH": FLUSH, "LEAST": dtype(LEAST[dtype]), "NONE": 0.0}
-    names |= {"LOG_LEAST": dtype(np.log(LEAST[dtype])), "NOTHING": dtype(-np.inf)}
+    names |= {"ROWS": ROWS, "FLUSH": FLUSH, "OFTEN": OFTEN, "NONE": 0.0}
+    names |= {"LEAST": dtype(LEAST[dtype]), "LOG_LEAST": dtype(np.log(LEAST[dtype]))}
+    names |= {"NOTHING": dtype(-np.inf), "NAN": dtype(np.nan)}
     names |= {"ZERO": dtype(0), "ONE": dtype(1), "min": min, "range": range}
     for helper in _HELPERS:
         names[helper.__name__] = numba.njit(**JIT)(bind(helper, label, **names))

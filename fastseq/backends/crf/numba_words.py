@@ -7,6 +7,7 @@ log(v)                      of normal, positive numbers, within 2 ULP; of others
 larger(v, v), lesser(v, v)  where either is NaN, the first
 largest(v), total(v)        of the lanes, joined in one order
 has(v, x)                   whether any lane is the number x
+unordered(v)                whether any lane is NaN
 below(v, x, w)              whether any lane of v is below x where w is not -inf
 missed(v, x, w)             the same where w is not 0
 ratio(v, x, w)              w exp(-v); 0 where v is below x or w is 0
@@ -116,6 +117,10 @@ def _has(w: Writer, x: ir.Value, number: ir.Value) -> ir.Value:
     return _any(w, w.builder.fcmp_ordered("==", x, w.broadcast(number)))
 
 
+def _unordered(w: Writer, x: ir.Value) -> ir.Value:
+    return _any(w, w.builder.fcmp_unordered("uno", x, x))
+
+
 def _double(w: Writer, x: ir.Value) -> ir.Value:
     return x if w.bits == 64 else w.builder.fpext(x, DOUBLE)
 
@@ -187,6 +192,7 @@ def words(dtype: Any, lanes: int) -> dict[str, Any]:
         word(_largest, number, vec),
         word(_total, number, vec),
         word(_has, flag, vec, number),
+        word(_unordered, flag, vec),
         word(_below, flag, vec, number, vec),
         word(_missed, flag, vec, number, vec),
         word(_ratio, vec, vec, number, vec),

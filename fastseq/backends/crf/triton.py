@@ -22,6 +22,8 @@ __all__ = ["backward", "forward", "supports", "unavailable", "viterbi"]
 MOST_TAGS = {torch.float32: 128, torch.float64: 64}
 #: Programs of backward, whatever the device, and steps that they add up before they do in float64.
 _PROGRAMS, _STEPS = 256, 32
+#: Steps after which the greatest score of Viterbi is taken off.
+_OFTEN = 16
 _PATHS = 32
 
 
@@ -124,7 +126,14 @@ def viterbi(chain: Chain, n: int) -> tuple[Tensor, Tensor]:
     paths = task.new(B, n, T, dtype=torch.int64)
     places = task.new(B, n, dtype=torch.int32)
     came = task.new(T, B, n, K, dtype=torch.int16 if n * K < 2**15 else torch.int32)
-    given = {"score_ptr": scores, "place_ptr": places, "came_ptr": came, "N": n, "ONE": n == 1}
+    given = {
+        "score_ptr": scores,
+        "place_ptr": places,
+        "came_ptr": came,
+        "N": n,
+        "ONE": n == 1,
+        "OFTEN": _OFTEN,
+    }
     task.launch(VITERBI, B if T else 0, **given, v_ptr=task.new(2, B, n, K))
     task.values["BLOCK"] = _PATHS
     task.launch(BACK, -(-B * n // _PATHS) if T else 0, **given, paths_ptr=paths, warps=1)

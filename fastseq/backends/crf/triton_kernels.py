@@ -161,6 +161,8 @@ def backward_kernel(
                     x = (before - finite(tl.max(before, 0)))[:, None] + moves
                     w = p[None, :] * tl.exp(x - log_s[None, :])
                     p = tl.sum(w, 1)
+                    sum_of_p = tl.sum(p, 0)  # would drift away from 1 as rounding adds up
+                    p = p / tl.where(sum_of_p > 0, sum_of_p, 1.0)
                     if counts_ptr is not None:
                         counts += g * w
                         if tags_ptr is not None:
@@ -185,10 +187,11 @@ def best_of(x):
 @triton.jit(do_not_specialize=["T", "B", "e_t", "e_b"])
 def viterbi_kernel(
     e_ptr, e_t, e_b, lengths_ptr, start_ptr, end_ptr, moves_ptr, i_stride, j_stride, v_ptr,
-    came_ptr, score_ptr, place_ptr, T, B, K, N, ONE: tl.constexpr, BLOCK: tl.constexpr
+    came_ptr, score_ptr, place_ptr, T, B, K, N, ONE: tl.constexpr, BLOCK: tl.constexpr,
+    OFTEN: tl.constexpr
 ):  # fmt: skip
-    """The N best paths' scores (B, N), and at which place each ends: place a * K + j is the a-th
-    best path to tag j.
+    """At which place each of the N best paths ends: place a * K + j is the a-th best path to tag j.
+    Scores (B, N) tell where there is none, -inf, and that something is NaN.
 
     v (2, B, N, K): the scores of all places at two steps. came (T, B, N, K): from which place.
     The paths to a tag are sorted, so those that others have come from are the first few: each of N
@@ -201,9 +204,14 @@ def viterbi_kernel(
     moves = tile_of(moves_ptr, i_stride, j_stride, K, BLOCK)
     row = tl.arange(0, BLOCK)[:, None]
     size = N * K
+    end = tl.load(end_ptr + tag, mask=inside, other=float("-inf"))
+    odd = (end != end).to(tl.int32)  # of each tag, whether NaN was met
+    if length > 1:
+        odd |= tl.max((moves != moves).to(tl.int32), 0)
     if length > 0:
         e = tl.load(rows_of(e_ptr, 0, b, e_t, e_b) + tag, mask=inside, other=0.0)
         v = tl.load(start_ptr + tag, mask=inside, other=float("-inf")) + e
+        odd |= (v != v).to(tl.int32)
         now_ptr = rows_of(v_ptr, 0, b, B * size, size)
         tl.store(now_ptr + tag, v, mask=inside)
         for a in range(1, N):
@@ -214,9 +222,14 @@ def viterbi_kernel(
             before_ptr = rows_of(v_ptr, (t - 1) % 2, b, B * size, size)
             now_ptr = rows_of(v_ptr, t % 2, b, B * size, size)
             at_ptr = rows_of(came_ptr, t, b, B * size, size)
+            odd |= (e != e).to(tl.int32)
             tl.debug_barrier()  # what the step before has stored
+            top = tl.cast(0.0, v.dtype)  # what is taken off, or float32 would lose the rest
+            if t % OFTEN == 0:
+                leading = tl.load(before_ptr + tag, mask=inside, other=float("-inf"))
+                top = finite(tl.max(leading, 0))
             if ONE:
-                head = tl.load(before_ptr + row, mask=row < K, other=float("-inf"))
+                head = tl.load(before_ptr + row, mask=row < K, other=float("-inf")) - top
                 best, i = best_of(head + moves)
                 tl.store(now_ptr + tag, best + e, mask=inside)
                 tl.store(at_ptr + tag, i.to(came_ptr.dtype.element_ty), mask=inside)
@@ -225,14 +238,14 @@ def viterbi_kernel(
                 for a in range(0, N):
                     there = (row < K) & (taken < N)
                     heads = tl.load(before_ptr + taken * K + row, mask=there, other=float("-inf"))
-                    best, i = best_of(heads + moves)
+                    best, i = best_of(heads - top + moves)
                     at = tl.sum(tl.where(row == i[None, :], taken, 0), 0) * K + i
                     taken += (row == i[None, :]).to(tl.int32)
                     tl.store(now_ptr + a * K + tag, best + e, mask=inside)
                     tl.store(at_ptr + a * K + tag, at.to(came_ptr.dtype.element_ty), mask=inside)
         tl.debug_barrier()
         now_ptr = rows_of(v_ptr, (length - 1) % 2, b, B * size, size)
-        end = tl.load(end_ptr + tag, mask=inside, other=float("-inf"))
+        is_odd = tl.max(odd, 0) > 0
         ended = tl.zeros((BLOCK,), tl.int32)
         for a in range(0, N):
             head = tl.load(
@@ -241,15 +254,18 @@ def viterbi_kernel(
             best, j = best_of(head + end)
             place = tl.sum(tl.where(tag == j, ended, 0), 0) * K + j
             ended += (tag == j).to(tl.int32)
-            tl.store(score_ptr + b * N + a, best)
+            instead = tl.where(a == 0, float("nan"), float("-inf"))
+            tl.store(score_ptr + b * N + a, tl.where(is_odd, instead.to(best.dtype), best))
             tl.store(place_ptr + b * N + a, place)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "e_t", "e_b"])
 def back_kernel(
-    lengths_ptr, came_ptr, score_ptr, place_ptr, paths_ptr, T, B, K, N, BLOCK: tl.constexpr
+    e_ptr, e_t, e_b, lengths_ptr, start_ptr, end_ptr, moves_ptr, i_stride, j_stride, came_ptr,
+    score_ptr, place_ptr, paths_ptr, T, B, K, N, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """paths (B, N, T) int64, -1 beyond a length and of a score of -inf. A thread walks a path."""
+    """paths (B, N, T) int64, -1 beyond a length and of a score of -inf, and the scores of the
+    others, made of the paths in float64. A thread walks a path. Where a score is NaN tags are 0."""
     path = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = path < B * N
     b = path // N
@@ -259,14 +275,30 @@ def back_kernel(
         length = tl.load(lengths_ptr + b, mask=there, other=0).to(tl.int32)
     score = tl.load(score_ptr + path, mask=there, other=float("-inf"))
     place = tl.load(place_ptr + path, mask=there, other=0)
+    place = tl.where(score == score, place, 0)
+    any_path = score != float("-inf")
+    walked = (score == score) & any_path & (length > 0)
+    tag = place % K
+    total = tl.load(end_ptr + tag, mask=walked, other=0.0).to(tl.float64)
     for k in range(0, T):
         t = T - 1 - k
-        within = (t < length) & (score > float("-inf"))
-        found = tl.where(within, place % K, -1).to(tl.int64)
-        tl.store(paths_ptr + path.to(tl.int64) * T + t, found, mask=there)
-        goes_on = within & (tl.minimum(t, length) > 0)
+        within = (t < length) & any_path
+        read = within & walked
+        tl.store(
+            paths_ptr + path.to(tl.int64) * T + t,
+            tl.where(within, tag, -1).to(tl.int64),
+            mask=there,
+        )
+        total += tl.load(rows_of(e_ptr, t, b, e_t, e_b) + tag, mask=read, other=0.0)
+        goes_on = read & (tl.minimum(t, length) > 0)
         came = rows_of(came_ptr, t, b, B * N * K, N * K) + place
         place = tl.where(goes_on, tl.load(came, mask=goes_on, other=0).to(tl.int32), place)
+        before = place % K
+        move = moves_ptr + before * i_stride + tag * j_stride
+        total += tl.load(move, mask=goes_on, other=0.0)
+        tag = before
+    total += tl.load(start_ptr + tag, mask=walked, other=0.0)
+    tl.store(score_ptr + path, total.to(score_ptr.dtype.element_ty), mask=walked)
 
 
 def _kernel(function: triton.JITFunction) -> Kernel:
