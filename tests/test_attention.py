@@ -570,8 +570,8 @@ DECODER_MISTAKES = {
     ),
     "inputs: expected .U, B, I., got .4, 3.": lambda d, x, m: d(x[..., 0], m),
     "inputs: expected a last size of 2": lambda d, x, m: d(x[..., :1], m),
-    "memory: expected values of a size below the input_size = 4": lambda d, x, m: decoder_of(
-        fastseq.LSTMCell(K, H)
+    "memory: expected values of a size up to the input_size = 3": lambda d, x, m: decoder_of(
+        fastseq.LSTMCell(K - 1, H)
     )(x, m),
     "inputs: expected the batch of the memory": lambda d, x, m: d(x[:, :2], m),
     "Expected sequence length to be larger than 0": lambda d, x, m: d(x[:0], m),

@@ -927,7 +927,7 @@ def test_a_rehearsal_of_everything(tmp_path):
     )
     assert done.returncode == 1, text
     cases = junit.read(tmp_path / "tests.xml")[0]
-    assert len(cases) == 208, text
+    assert len(cases) == 214, text
     red = {case.nodeid.partition("[")[2][:-1] for case in cases if case.red}
     expected = {"GRU-walk-64-bfloat16", "LSTM-step-200-float16", "RNN-walk-32-ieee"}
     expected |= {"GRU-cta-64-float16", "GRU-cta-128-float16", "gru-float16"}

@@ -224,7 +224,8 @@ struct Exact {
     for (index j = 0; m > -INFINITE<T> && j < K; ++j) u[j] -= m;
     return m;
   }
-  static double log(double x) { return __builtin_log(x); }
+  static double log(double x) { return FASTSEQ_ISA::log(splat(x))[0]; }
+  static double exp(double x) { return FASTSEQ_ISA::exp_of_negative(splat(x))[0]; }
 
   double forward(index b) const {  // log Z
     const index n = call.length(b);
@@ -244,7 +245,7 @@ struct Exact {
     for (index j = 0; j < K; ++j) next[j] = u[j] + call.end[j];
     total += normalise(next, K);
     double z = 0;
-    for (index j = 0; j < K; ++j) z += __builtin_exp(next[j]);
+    for (index j = 0; j < K; ++j) z += exp(next[j]);
     return total == -INFINITE<double> ? total : total + log(z);
   }
 
@@ -256,7 +257,7 @@ struct Exact {
     for (index j = 0; j < padded; ++j) p[j] = j < K ? u[j] + call.end[j] : 0;
     const bool possible = normalise(p, K) > -INFINITE<double>;
     T z = 0;
-    for (index j = 0; j < K; ++j) z += p[j] = static_cast<T>(possible ? __builtin_exp(p[j]) : 0);
+    for (index j = 0; j < K; ++j) z += p[j] = static_cast<T>(possible ? exp(p[j]) : 0);
     for (index t = n - 1;; --t) {
       const T f = z > 0 ? 1 / z : 0;
       for (index j = 0; j < K; ++j) row(call.demissions, t)[j] = d * (p[j] *= f);

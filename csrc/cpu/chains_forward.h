@@ -91,7 +91,7 @@ struct ChainsForward {
     for (int l = 0; l < L; ++l) low = least[r * L + l] < low ? least[r * L + l] : low;
     if (low < bound) return exact.forward(b);
     const double log_2 = 0.6931471805599453;
-    return shifts[r] + static_cast<double>(powers[r]) * log_2 + end_most + __builtin_log(z);
+    return shifts[r] + static_cast<double>(powers[r]) * log_2 + end_most + Exact<T>::log(z);
   }
 
   double score(index b) const {

@@ -245,6 +245,7 @@ void vocabulary(int name, const T* x, T* y, int64_t n) {
       case 11: out = dsqrt(v); break;
       case 12: out = maximum(v, other); break;
       case 13: out = dmaximum(v, other); break;
+      case 14: out = log(v); break;
     }
     store_part(y + i, out, m);
   }

@@ -160,19 +160,40 @@ struct Log1p<double> {
                                  1.590751205243499e-07,  8.115072007421204e-08};
 };
 
+// w g(w).
+template <class T>
+FASTSEQ_INLINE Vec<T> log1p_rest(Vec<T> w) {
+  using L = Log1p<T>;
+  constexpr int TERMS = sizeof(L::G) / sizeof(T);
+  Vec<T> g = splat(L::G[TERMS - 1]);
+#pragma GCC unroll 16
+  for (int k = TERMS - 2; k >= 0; --k) g = fma(g, w, splat(L::G[k]));
+  return w * g;
+}
+
 // min(x, 0) - log1p(exp(-|x|)). s is t where t is denormal.
 template <class V>
 FASTSEQ_INLINE V logsigmoid(V x) {
   using T = typename Element<V>::type;
   using B = typename Bits<T>::type;
-  using L = Log1p<T>;
   const V t = exp((V)((B)x | (B)splat(T(-0.0))));
   const V s = (t + t) / (t + splat(T(2))), w = s * s;
-  constexpr int TERMS = sizeof(L::G) / sizeof(T);
-  V g = splat(L::G[TERMS - 1]);
-#pragma GCC unroll 16
-  for (int k = TERMS - 2; k >= 0; --k) g = fma(g, w, splat(L::G[k]));
-  return at_most<T>(x, 0) - fma(w * g, s, s);
+  return at_most<T>(x, 0) - fma(log1p_rest<T>(w), s, s);
+}
+
+// log(x) of normal, positive numbers, within 2 ULP; NaN of NaN. x = 2^n m with m from sqrt(1/2) to sqrt(2),
+// so that n log 2 cancels nothing of log m.
+template <class V>
+FASTSEQ_INLINE V log(V x) {
+  using T = typename Element<V>::type;
+  using E = Exp<T>;
+  using B = typename Bits<T>::type;
+  const B bits = (B)x, n = (bits - (B)splat(T(0.70710678118654752))) >> E::MANTISSA;
+  const V t = (V)(bits - (n << E::MANTISSA)) - splat(T(1));
+  const V s = (t + t) / (t + splat(T(2)));
+  const V times = __builtin_convertvector(n, V), rest = log1p_rest<T>(s * s) * s;
+  const V low = fma(times, splat(T(E::LN2_LOW)), rest);
+  return fma(times, splat(T(E::LN2_HIGH)), s + low) + (x - x);
 }
 
 template <class V>

@@ -1,6 +1,6 @@
 // Attention over the keys of a sequence: its arguments, and its run.
 #pragma once
-#include <memory>
+#include <vector>
 
 #include "call.h"
 
@@ -81,8 +81,8 @@ struct Attend {
     call.dkeys = floats<T>(
         need_shape(plain(a[DKEYS]), std::initializer_list<int64_t>{call.B, call.S, call.A}));
     if (call.v) call.dv = dense_rows<T>(a[DV], call.B, 1, call.A);
-    std::unique_ptr<T[]> dscores(new T[call.B * call.U * call.S]);
-    call.dscores = dscores.get();
+    std::vector<T> dscores(call.B * call.U * call.S);
+    call.dscores = dscores.data();
     return go(call, a[THREADS_BACKWARD], true);
   }
 };

@@ -409,9 +409,9 @@ def check_batch(name: str, B: int, prepared: PreparedKeys) -> None:
 
 def _check_read(module: Any, x: Tensor, prepared: PreparedKeys) -> None:
     I, V = x.shape[-1], prepared.values.shape[-1]  # noqa: E741  (the field's letter)
-    if V >= module.input_size:
+    if V > module.input_size:
         raise ValueError(
-            f"memory: expected values of a size below the input_size = {module.input_size} of "
+            f"memory: expected values of a size up to the input_size = {module.input_size} of "
             f"{_kind(module)}, which reads the inputs and a context, got {V}; without values= they "
             "are the memory"
         )

@@ -39,6 +39,8 @@ from bench.gpu import barrier, crew, smoke
 from fastseq.backends import cuda_kernels, imported, native, triton_kernels
 from fastseq.backends import triton as backend
 from fastseq.backends.contract import Wanted
+from fastseq.backends.crf import native as chains_in_cpp
+from fastseq.backends.crf import triton as chains_on_triton
 from fastseq.backends.stacked import in_one_call
 from fastseq.backends.triton_tiling import Device
 from fastseq.ops import modes
@@ -402,6 +404,31 @@ def _with_numbers(module, together=None):
     )
 
 
+def _with_numbers_of_chains(room, right):
+    """The same of the conditional random fields' rooms."""
+    host_forward, host_backward, host_viterbi = room.forward, room.backward, room.viterbi
+
+    def copied(ours, theirs):
+        for mine, other in zip(ours, theirs, strict=True):
+            if mine is not None:
+                mine.copy_(other)
+        return ours
+
+    def forward(chain, tags, save):
+        return copied(host_forward(chain, tags, save), right.forward(chain, tags, save))
+
+    def backward(chain, tags, u, dvalue, wants_parameters):
+        found = host_backward(chain, tags, u, dvalue, wants_parameters)
+        u = right.forward(chain, tags, True)[1]
+        return copied(found, right.backward(chain, tags, u, dvalue, wants_parameters))
+
+    def viterbi(chain, n):
+        return copied(host_viterbi(chain, n), right.viterbi(chain, n))
+
+    room.forward, room.backward, room.viterbi = forward, backward, viterbi
+
+
+_with_numbers_of_chains(chains_on_triton, chains_in_cpp)
 _with_numbers(backend)
 _with_numbers(compiled, (compiled._wave_forward, compiled._wave_backward))
 OnTheCPU().__enter__()
