@@ -581,14 +581,12 @@ def sanitized(*names):
 
 
 def test_address_sanitizer():
-    """Of the least instruction set; ``make sanitize`` runs all of them."""
-    assert "0 failures" in sanitized("address", "base")
+    """Of the least instruction set a choice; ``make sanitize`` runs all of them."""
+    assert "0 failures" in sanitized("address", "base-few")
 
 
 @full
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("name", SETS)
 def test_sanitizers(sanitizer, name):
-    if (sanitizer, name) == ("address", "base"):
-        pytest.skip("the ordinary run has it")
     assert "0 failures" in sanitized(sanitizer, name)

@@ -57,7 +57,7 @@ def check(tmp_path, backends, every):
 
 
 def test_torchs_own_suite(tmp_path):
-    check(tmp_path, [None], every=7)
+    check(tmp_path, [None], every=13)
 
 
 @pytest.mark.full

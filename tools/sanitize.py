@@ -2,10 +2,10 @@
 csrc/cuda/host_driver.cpp: the CUDA kernels, whose threads are threads of the CPU there.
 
     python tools/sanitize.py [address | thread] ... [base | avx2 | avx512 | avx512_bf16] ... \\
-                             [cuda | cuda-few]
+                             [cuda] [base-few | cuda-few]
 
 By default each of the two sanitizers, on every instruction set that this processor knows, and on
-the CUDA kernels; ``cuda-few`` is a choice of these that is soon done.
+the CUDA kernels; ``base-few`` and ``cuda-few`` are a choice of these that is soon done.
 ``address`` comes with the checks of undefined behaviour, and with a write behind a piece of a
 scratch block, which it has to report. What is built is kept in out/sanitize/. ``CXX`` names the
 compiler.
@@ -27,8 +27,10 @@ SANITIZERS = {
     "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
+#: Checks of every pointer, for which the compiler takes as long as for all else: not in a choice.
+OF_POINTERS = "-fno-sanitize=null,alignment,object-size,vptr,pointer-overflow"
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-INSTRUCTION_SETS = {"base": []}
+INSTRUCTION_SETS = {"base": [], "base-few": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -44,7 +46,7 @@ CUDA_FLAGS = (
 )
 CUDA = {"cuda": [], "cuda-few": ["-DFASTSEQ_FEW"]}
 TARGETS = [*INSTRUCTION_SETS, *CUDA]
-ALL = [*INSTRUCTION_SETS, "cuda"]
+ALL = [name for name in TARGETS if not name.endswith("-few")]
 
 
 def newest(*folders):
@@ -73,8 +75,11 @@ def build(sanitizer, target):
 
 def compile_instruction_set(command, instruction_set, folder, driver):
     objects = []
+    if instruction_set.endswith("-few"):
+        command = [*command, "-DFASTSEQ_FEW", OF_POINTERS]
     for source in SOURCES:
-        flags = [f"-DFASTSEQ_ISA={instruction_set}", *INSTRUCTION_SETS[instruction_set]]
+        name = instruction_set.removesuffix("-few")
+        flags = [f"-DFASTSEQ_ISA={name}", *INSTRUCTION_SETS[instruction_set]]
         objects.append(folder / Path(source).with_suffix(".o").name)
         own = flags if source == "cpu/kernels.cpp" else []
         subprocess.run([*command, *own, "-c", CSRC / source, "-o", objects[-1]], check=True)
@@ -96,13 +101,13 @@ def main(names):
         for target in [n for n in TARGETS if n in names] or ALL:
             driver = build(sanitizer, target)
             print(f"{sanitizer}, {target}: ", end="", flush=True)
-            words = [] if target in CUDA else [target]
+            words = [] if target in CUDA else [target.removesuffix("-few")]
             done = subprocess.run([driver, *words], env=os.environ | STOP_AT_A_RACE)
             if done.returncode not in (0, CANNOT_RUN):
                 sys.exit(f"sanitize: {driver} ended with status {done.returncode}")
             if sanitizer == "address" and done.returncode == 0 and target not in CUDA:
                 for size in (15, 16):  # into what it is rounded up to, and beyond that
-                    check_overrun([driver, target], size)
+                    check_overrun([driver, *words], size)
 
 
 if __name__ == "__main__":

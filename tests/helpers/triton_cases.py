@@ -1,7 +1,7 @@
 """What Triton's interpreter runs (TRITON_INTERPRET=1), by test_triton.py, in a process of its own:
 the kernels on CPU tensors, in NumPy, against the independent writing by the rule.
 
-Each case is run by half of the cells; the type goes round, and --full takes them all.
+Each case is run by a quarter of the cells; the type goes round, and --full takes them all.
 """
 
 import copy
@@ -40,13 +40,13 @@ STATEFUL = OF_FOUR_STEPS["all at once"]
 
 
 def in_turn(*axes):
-    """All combinations; in the ordinary run a cell has every other one of the values, its neighbour
-    the rest, and the type goes round. The others are marked full."""
+    """All combinations; in the ordinary run a cell has every fourth of the values, its neighbour
+    the next ones, and the type goes round. The others are marked full."""
     found = []
     for k, cell in enumerate(CELLS):
         for place, values in enumerate(axes[0]):
             for turn, dtype in enumerate(DTYPES):
-                marks = () if (k + place) % (2 * len(DTYPES)) == 2 * turn else (full,)
+                marks = () if (k + place) % (4 * len(DTYPES)) == 4 * turn else (full,)
                 name = f"{cell}-{values}-{str(dtype)[6:]}"
                 found.append(pytest.param(cell, values, dtype, marks=marks, id=name))
     return found
