@@ -230,3 +230,15 @@ def test_no_step_loses_precision_in_float32(room):
         torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=0)
         of_paths = eager.score(exact, paths.permute(2, 0, 1))
         torch.testing.assert_close(of_paths, expected, rtol=1e-7, atol=0)
+
+
+def test_the_best_of_many_close_paths_is_found_in_float32(room):
+    """Scores that differ by 1e-3, on totals of which that is about the last place."""
+    T, each = (200, 60) if INTERPRETED else (3000, 8)
+    chain, _ = draw(T, 2, 5, lengths=False, scale=2e-3, dtype=torch.float32)
+    chain = chain._replace(emissions=chain.emissions + each)
+    exact = Chain(*(t if t is None else t.double() for t in chain))
+    for n in (1, 2):
+        paths = room.viterbi(chain, n)[1].permute(2, 0, 1)
+        lost = eager.viterbi(exact, n)[0] - eager.score(exact, paths)
+        assert lost.abs().max() < 1e-3

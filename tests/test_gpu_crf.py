@@ -65,6 +65,16 @@ def test_triton_finds_the_best_paths(T, B, K, lengths, forbidden, n):
         torch.testing.assert_close(got.cpu(), want)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_triton_tells_nan(n):
+    chain, _, exact = both(40, 300, 9, True, 0.0, DOUBLE)
+    for given in (chain, exact):
+        given.emissions[3, ::7, 2] = torch.nan
+    found, truth = room().viterbi(chain, n), eager.viterbi(exact, n)
+    for got, want in zip(found, truth, strict=True):
+        torch.testing.assert_close(got.cpu(), want, equal_nan=True)
+
+
 @pytest.mark.parametrize("K", [128])
 def test_triton_at_its_most_tags(K):
     """Of which some registers lie in local memory."""
