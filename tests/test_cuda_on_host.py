@@ -21,9 +21,10 @@ def sanitized(*names):
     assert int(cases) > 0 and int(failures) == 0
 
 
-def test_a_few_under_the_address_sanitizer():
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.full)])
+def test_a_few_under(sanitizer):
     """An LSTM and a cell without a product; ``make sanitize`` runs more."""
-    sanitized("address", "cuda-few")
+    sanitized(sanitizer, "cuda-few")
 
 
 @pytest.mark.full

@@ -35,7 +35,10 @@ NUMBA, NUMBA_LOOPS = "fastseq/backends/numba.py", "fastseq/backends/numba_loops.
 CHOICE, STACKED = "fastseq/backends/choice.py", "fastseq/backends/stacked.py"
 GEOMETRY, RUN, WHOLE = "fastseq/ops/geometry.py", "fastseq/ops/run.py", "fastseq/ops/whole.py"
 FORWARD_CUDA, BACKWARD_CUDA, TILE = (f"csrc/cuda/{n}.h" for n in ("forward", "backward", "tile"))
-RACES = ("tests/test_cuda_on_host.py::test_a_few_under[thread]",)
+RACES = (
+    "--full",
+    "tests/test_cuda_on_host.py::test_a_few_under[thread]",
+)
 LOOPS = ("tests/test_cuda_on_host.py::test_a_few_under[address]",)
 TEAM, EXCHANGE, TEAM_FORWARD, TEAM_BACKWARD = (
     f"csrc/cuda/{n}.h" for n in ("team", "exchange", "team_forward", "team_backward")
