@@ -41,7 +41,7 @@ LEARNS = {
     " and lm_vectors < lm_random",
     "forecast": "max(lstm_one, gru_one) < min(naive_one, seasonal_one) and gru_mean < naive_mean",
     "stories": "two_facts_hops_3 > two_facts_hops_1 + 0.2 and hops_3 > lstm > majority + 0.05",
-    "tag": "min(window_crf_f1, bilstm_crf_f1, stack_crf_f1) > max(0.7, 1.5 * baseline_f1)",
+    "tag": "min(window_crf_f1, bilstm_crf_f1, stack_crf_f1) > max(0.7, 2 * baseline_f1)",
     "toys": "max(adding_50_gru, adding_50_lstm, adding_50_indrnn) < 0.1 < 0.7 < adding_50_elman",
     "translate": "min(luong, bahdanau) > 0.7 and last_state < 0.4",
     "trees": "min(tree_accuracy, sequence_accuracy) > majority + 0.15",

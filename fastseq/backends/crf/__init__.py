@@ -90,6 +90,10 @@ class Room(Protocol):
         first."""
 
 
+#: Steps after which the rooms of Python put right what drifts or grows with time: the greatest of a
+#: step's numbers is taken off, before float32 loses the rest, and probabilities sum up to 1 again.
+OFTEN = 16
+
 #: The rooms, and what each is.
 ROOMS = {
     "native": "fused loops over time for CPU, in C++",

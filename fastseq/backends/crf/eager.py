@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Chain
-
-#: Steps after which the greatest of a step's numbers is taken off, before float32 loses the rest.
-OFTEN = 16
+from . import OFTEN, Chain
 
 
 def unavailable() -> str | None:

@@ -29,14 +29,12 @@ import numpy as np
 from ...cells import bind
 from ..numba_loops import Kernel
 from ..numba_simd import JIT, digest, simd
-from . import numba_words
+from . import OFTEN, numba_words
 
 #: Sequences of a group: accumulators enough to hide the latency of a product.
 ROWS = 8
 #: Rows of the counts' products: for 20 tags in float32 both operands, 32 KB, stay in cache.
 FLUSH = 128
-#: Steps after which what drifts is put right: the sum of p, and the size of Viterbi's scores.
-OFTEN = 16
 #: A sum z below this is made again. The terms that it may lack are below the least normal number,
 #: 1e-38 (float64: 1e-308), so that it is right to 1e-14; and of p / z no sum overflows.
 LEAST = {np.float32: 1e-24, np.float64: 1e-290}
@@ -580,7 +578,7 @@ _HELPERS = (
 def _vocabulary(dtype: Any) -> tuple[str, dict[str, Any]]:
     """A label that hashes the sources, and what the loops' free names are, of vectors of a type."""
     s = simd(dtype)
-    label = f"{s.fingerprint}_{digest(__name__, numba_words.__name__)[:16]}"
+    label = f"{s.fingerprint}_{digest(__name__, numba_words.__name__, __package__)[:16]}"
     names = vars(s) | numba_words.words(dtype, s.LANES)
     names |= {"ROWS": ROWS, "FLUSH": FLUSH, "OFTEN": OFTEN, "NONE": 0.0}
     names |= {"LEAST": dtype(LEAST[dtype]), "LOG_LEAST": dtype(np.log(LEAST[dtype]))}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..triton import unavailable
 from ..triton_kernels import INTERPRETED, Kernel
-from . import Chain
+from . import OFTEN, Chain
 from .triton_kernels import BACK, BACKWARD, FORWARD, VITERBI
 
 __all__ = ["backward", "forward", "supports", "unavailable", "viterbi"]
@@ -22,8 +22,6 @@ __all__ = ["backward", "forward", "supports", "unavailable", "viterbi"]
 MOST_TAGS = {torch.float32: 128, torch.float64: 64}
 #: Programs of backward, whatever the device, and steps that they add up before they do in float64.
 _PROGRAMS, _STEPS = 256, 32
-#: Steps after which the greatest score of Viterbi is taken off.
-_OFTEN = 16
 _PATHS = 32
 
 
@@ -132,7 +130,7 @@ def viterbi(chain: Chain, n: int) -> tuple[Tensor, Tensor]:
         "came_ptr": came,
         "N": n,
         "ONE": n == 1,
-        "OFTEN": _OFTEN,
+        "OFTEN": OFTEN,
     }
     task.launch(VITERBI, B if T else 0, **given, v_ptr=task.new(2, B, n, K))
     task.values["BLOCK"] = _PATHS
